@@ -1,0 +1,1 @@
+"""Commands: everything that touches files, data sets, devices and plots."""

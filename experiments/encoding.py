@@ -1,0 +1,323 @@
+"""Turns images into a functaset file: batched, in shards, resumable.
+
+Latents are fitted batch by batch and written in shards of a fixed size, so that memory
+does not grow with the number of images and a killed run goes on at the shard where it
+stopped. The finished file is joined from the shards as a stream.
+"""
+
+import functools
+import json
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+import functa
+from experiments import data, runtime
+from functa import functaset
+
+SHARD_SIZE = 1000
+
+
+class Learner(NamedTuple):
+    """What a meta-learning run ends with, and all that encoding needs.
+
+    Attributes:
+      model_config: {"type": ..., **fields} of the model.
+      params: weights.
+      latent: start of the inner loop, (L,).
+      learning_rate: (), (L,), (S, 1) or (S, L).
+      inner: keywords of `functa.fit_latent`: num_steps, l2_weight, unroll.
+    """
+
+    model_config: dict[str, Any]
+    params: Any
+    latent: jax.Array
+    learning_rate: jax.Array
+    inner: dict[str, Any]
+
+    @property
+    def model(self):
+        return functaset.make_model(self.model_config)
+
+
+def load_learner(workdir: str | Path) -> Learner:
+    """The learner of a run of meta_learn or import_functa.
+
+    Raises:
+      FileNotFoundError, ValueError: as `runtime.load_checkpoint`.
+    """
+    config, state = runtime.load_checkpoint(Path(workdir))
+    if not {"weights", "latent"} <= state.keys():
+        raise ValueError(f"{workdir} is no run of meta_learn or import_functa.")
+    return make_learner(config, state)
+
+
+def make_learner(config: ConfigDict, state: dict[str, Any]) -> Learner:
+    """The learner within a training state {"weights", "average", "latent", ...}."""
+    weights = state.get("average") or state["weights"]
+    return Learner(
+        model_config=config.model.to_dict(),
+        params=weights["params"],
+        latent=jnp.asarray(state["latent"]),
+        learning_rate=jnp.asarray(weights["learning_rate"]),
+        inner=fit_options(config),
+    )
+
+
+def fit_options(config: ConfigDict) -> dict[str, Any]:
+    """The keywords of `functa.fit_latent` that a run's config fixes for evaluation."""
+    return {
+        "num_steps": config.inner.num_steps,
+        "l2_weight": config.inner.l2_weight,
+        "unroll": config.inner.unroll,
+    }
+
+
+def encode(
+    learner: Learner, images: np.ndarray, *, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Fits a latent to every image.
+
+    Args:
+      learner: weights and inner loop.
+      images: uint8 (N, H, W, C).
+      batch_size: B, images fitted at once; the last batch is padded.
+
+    Yields:
+      latents (B, L) and mean squared errors (B, S + 1), fewer in the last batch.
+    """
+    coords = jnp.asarray(functa.coordinate_grid(images.shape[1:3]))
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        # A batch of another size would compile again.
+        padding = [(0, batch_size - len(batch))] + [(0, 0)] * 3
+        latents, mse = _fit(
+            learner.params,
+            learner.latent,
+            learner.learning_rate,
+            coords,
+            np.pad(batch, padding),
+            model=learner.model,
+            inner=tuple(learner.inner.items()),
+        )
+        yield np.asarray(latents)[: len(batch)], np.asarray(mse)[: len(batch)]
+
+
+# Not a closure made by each call of `encode`: every shard would compile it again.
+@functools.partial(jax.jit, static_argnames=("model", "inner"))
+def _fit(params, latent, learning_rate, coords, images, *, model, inner):
+    # Reported PSNR is measured at full precision whatever the training used.
+    with jax.default_matmul_precision("highest"):
+        latents, info = functa.fit_batch(
+            model.apply,
+            params,
+            latent,
+            coords,
+            jnp.float32(images) / 255,
+            learning_rate=learning_rate,
+            **dict(inner),
+        )
+    return latents, info.mse
+
+
+def write_functaset(
+    path: Path,
+    learner: Learner,
+    dataset: dict[str, data.Arrays],
+    *,
+    config: dict[str, Any],
+    batch_size: int,
+    copies: int = 1,
+    flip: bool = False,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Encodes the splits of a data set into one functaset file.
+
+    Args:
+      path: the .npz to write; shards lie in `<path>.parts` until it is done.
+      learner: weights and inner loop.
+      dataset: {split: arrays of `data.load`}, written in this order.
+      config: recorded in the file beside the model and the inner loop.
+      batch_size: images fitted at once.
+      copies: how often the training split is encoded; copies after the first are
+        augmented: enlarged by a quarter, cropped at random, and
+      flip: mirrored at random.
+      seed: of the augmentation.
+      say: prints progress.
+
+    Returns:
+      {"num_signals", "images_per_second", "<split>_psnr" mean in dB}.
+    """
+    config = {
+        "model": learner.model_config,
+        "inner": learner.inner,
+        "copies": copies,
+        "flip": flip,
+        "seed": seed,
+        **config,
+    }
+    params_sha256 = functaset.hash_params(learner.params)
+    parts = path.with_name(path.name + ".parts")
+    identity = {
+        "config": config,
+        "params_sha256": params_sha256,
+        "num": {split: len(arrays["image"]) for split, arrays in dataset.items()},
+    }
+    _open_parts(parts, json.loads(json.dumps(identity)))
+    todo = [
+        (split, copy, start)
+        for split, arrays in dataset.items()
+        for copy in range(copies if split == "train" else 1)
+        for start in range(0, len(arrays["image"]), SHARD_SIZE)
+    ]
+    total = sum(
+        len(arrays["image"]) * (copies if split == "train" else 1)
+        for split, arrays in dataset.items()
+    )
+    done = encoded = 0
+    started = last = time.monotonic()
+    shards = []
+    for split, copy, start in todo:
+        arrays = dataset[split]
+        stop = min(start + SHARD_SIZE, len(arrays["image"]))
+        shard = parts / f"{split}-{copy:03d}-{start:09d}.npz"
+        shards.append((shard, split, stop - start))
+        if not shard.exists():
+            images = arrays["image"][start:stop]
+            if copy:
+                key = jax.random.fold_in(jax.random.key(seed), copy * total + start)
+                images = augment(key, images, flip=flip)
+            latents, mse = zip(
+                *encode(learner, images, batch_size=batch_size), strict=True
+            )
+            values = {
+                "latent": np.concatenate(latents),
+                "label": arrays["label"][start:stop],
+                "psnr": np.asarray(functa.psnr(np.concatenate(mse)[:, -1])),
+            }
+            runtime.write_npz(shard, values)
+            encoded += stop - start
+        done += stop - start
+        now = time.monotonic()
+        if now - last > 10 or done == total:
+            rate = encoded / (now - started)
+            left = (total - done) / max(rate, 1e-9)
+            say(
+                f"encoded {done}/{total}  {rate:.4g} images/s  {left / 60:.1f} min left"
+            )
+            last = now
+    seconds = time.monotonic() - started
+    summary = _join(path, shards, config=config, params_sha256=params_sha256)
+    shutil.rmtree(parts)
+    return summary | {"images_per_second": encoded / seconds}
+
+
+def augment(key: jax.Array, images: np.ndarray, *, flip: bool) -> np.ndarray:
+    """Enlarges by a quarter, crops back at random, mirrors at random if `flip`.
+
+    The augmentation of Spatial Functa (Bauer et al. 2023, arXiv 2302.03130).
+
+    Args:
+      key: PRNG key.
+      images: uint8 (N, H, W, C).
+      flip: whether an image may be mirrored; wrong for digits and letters.
+
+    Returns:
+      uint8 (N, H, W, C).
+    """
+    return np.asarray(_augment(key, jnp.asarray(images), flip=flip))
+
+
+@functools.partial(jax.jit, static_argnames="flip")
+def _augment(key, images, *, flip):
+    num, height, width, channels = images.shape
+    large = (num, height + height // 4, width + width // 4, channels)
+    enlarged = jax.image.resize(jnp.float32(images), large, "bilinear")
+    key_row, key_column, key_flip = jax.random.split(key, 3)
+    rows = jax.random.randint(key_row, (num,), 0, height // 4 + 1)
+    columns = jax.random.randint(key_column, (num,), 0, width // 4 + 1)
+    crop = jax.vmap(
+        lambda image, row, column: jax.lax.dynamic_slice(
+            image, (row, column, 0), (height, width, channels)
+        )
+    )
+    images = crop(enlarged, rows, columns)
+    if flip:
+        mirrored = jax.random.bernoulli(key_flip, shape=(num, 1, 1, 1))
+        images = jnp.where(mirrored, images[:, :, ::-1], images)
+    return jnp.uint8(jnp.clip(jnp.round(images), 0, 255))
+
+
+def _open_parts(parts, identity):
+    """Makes the folder of shards, or empties it if its shards are of something else."""
+    record = parts / "identity.json"
+    if record.exists() and runtime.read_json(record) != identity:
+        shutil.rmtree(parts)
+    if not record.exists():
+        runtime.write_json(record, identity)
+
+
+def _join(path, shards, *, config, params_sha256):
+    """Streams the shards into one .npz; returns numbers about it."""
+    num = sum(size for *_, size in shards)
+    with np.load(shards[0][0], allow_pickle=False) as shard:
+        latent_size = shard["latent"].shape[1]
+    total, squares, num_train = np.zeros(latent_size), np.zeros(latent_size), 0
+    psnr = {}
+    for file, split, size in shards:
+        with np.load(file, allow_pickle=False) as shard:
+            psnr.setdefault(split, []).append(shard["psnr"])
+            if split == "train":
+                latent = np.float64(shard["latent"])
+                total += latent.sum(0)
+                squares += np.square(latent).sum(0)
+                num_train += size
+    mean = total / max(num_train, 1)
+    std = np.sqrt(np.maximum(squares / max(num_train, 1) - np.square(mean), 0))
+    whole = {
+        "mean": np.float32(mean),
+        "std": np.float32(std),
+        "config": np.array(json.dumps(config)),
+        "params_sha256": np.array(params_sha256),
+    }
+
+    def rows(name):
+        for file, split, size in shards:
+            if name == "split":
+                yield np.full(size, split, "<U5")
+            else:
+                with np.load(file, allow_pickle=False) as shard:
+                    yield shard[name]
+
+    def write(file):
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, dtype, shape in (
+                ("latent", "<f4", (num, latent_size)),
+                ("label", "<i4", (num,)),
+                ("psnr", "<f4", (num,)),
+                ("split", "<U5", (num,)),
+            ):
+                header = {"descr": dtype, "fortran_order": False, "shape": shape}
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array_header_1_0(member, header)
+                    for block in rows(name):
+                        member.write(np.ascontiguousarray(block, dtype).tobytes())
+            for name, array in whole.items():
+                with archive.open(f"{name}.npy", "w") as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+
+    runtime.write_atomic(path, write, mode="wb")
+    means = {
+        f"{split}_psnr": float(np.mean(np.concatenate(values)))
+        for split, values in psnr.items()
+    }
+    return {"num_signals": num, **means}

@@ -1,0 +1,477 @@
+"""Fits plain SIRENs to images, each with a network of its own (Sitzmann et al. 2020).
+
+    python -m experiments.fit_image --config.image=photo.jpg
+
+A run is one or more tasks: some images of one size, fitted all at once. Its checkpoint
+holds every task, so that a run resumes in the middle of any. The fields are evaluated
+on finer grids and differentiated, and the parameter vectors are written as a functaset.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from ml_collections import ConfigDict
+
+import functa
+from experiments import data, figures, runtime
+from functa import functaset
+
+# Images of a task whose reconstructions are kept for the figures.
+_NUM_SHOWN = 8
+# PSNR of rounding to 8 bits, whose error is uniform over 1/255.
+EIGHT_BITS = 20 * np.log10(255 * np.sqrt(12))
+# Grid points evaluated at once; bounds the memory of large images.
+_POINTS_AT_ONCE = 16384
+
+
+class Task(NamedTuple):
+    """Images of one size, fitted together.
+
+    Attributes:
+      name: size and kind, for files and tables.
+      images: uint8 (B, H, W, C).
+      labels: int32 (B,), -1 where there is none.
+      num_steps: S.
+      snapshots: the K steps after which reconstructions are kept; the last is S.
+    """
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray
+    num_steps: int
+    snapshots: tuple[int, ...]
+
+
+@struct.dataclass
+class TaskState:
+    """Training state and record of one task; b is at most 8 of the B images.
+
+    Attributes:
+      params: of the B networks, stacked.
+      opt_state: likewise.
+      loss: before each step, (S, B); zero where training has not been.
+      mse: over all pixels after each snapshot's step, (K, B).
+      shown: reconstructions at the snapshots, (K, b, H, W, C).
+    """
+
+    params: Any
+    opt_state: optax.OptState
+    loss: jax.Array
+    mse: jax.Array
+    shown: jax.Array
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Runs or resumes one experiment; returns its summary."""
+    _check_config(config)
+    tasks = make_tasks(config)
+    config.model.out_channels = tasks[0].images.shape[-1]
+    with runtime.open_run(workdir, config) as run:
+        if run.summary is not None:
+            return run.show_summary()
+        model = functaset.make_model(config.model.to_dict())
+        states = {task.name: init_state(config, model, task) for task in tasks}
+        done, states = run.restore(states)
+        total = sum(task.num_steps for task in tasks)
+        first = 0
+        for task in tasks:
+            if done < first + task.num_steps:
+                _train(run, model, task, states, max(0, done - first), first, total)
+            first += task.num_steps
+        return run.finish(_evaluate(run, model, tasks, states))
+
+
+def make_tasks(config: ConfigDict) -> list[Task]:
+    """Reads and resizes the images of every task.
+
+    Raises:
+      FileNotFoundError, ValueError: if an image cannot be read, or there are too few.
+    """
+    images, labels = _load_images(config)
+    settings = [config[name] for name in _PER_TASK]
+    num_tasks = max(map(len, settings))
+    settings = [s * num_tasks if len(s) == 1 else s for s in settings]
+    tasks = []
+    for resolution, num_images, mosaic, num_steps in zip(*settings, strict=True):
+        used = num_images * mosaic**2
+        if used > len(images):
+            raise ValueError(
+                f"num_images {num_images} and mosaic {mosaic} need {used} images; "
+                f"there {'is' if len(images) == 1 else 'are'} {len(images)}."
+            )
+        sized = np.stack([resize(image, resolution) for image in images[:used]])
+        name = "x".join(str(mosaic * n) for n in sized.shape[1:3])
+        if mosaic > 1:
+            _, height, width, channels = sized.shape
+            grid = sized.reshape(num_images, mosaic, mosaic, height, width, channels)
+            sized = grid.swapaxes(2, 3).reshape(
+                num_images, mosaic * height, mosaic * width, channels
+            )
+            name += "_mosaic"
+        snapshots = [s for s in config.snapshot_steps if s < num_steps] + [num_steps]
+        task_labels = labels[:used] if mosaic == 1 else np.full(num_images, -1)
+        tasks.append(Task(name, sized, task_labels, num_steps, tuple(snapshots)))
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"no two tasks may be of the same size, got {names}.")
+    return tasks
+
+
+def resize(image: np.ndarray, resolution: int) -> np.ndarray:
+    """Resizes uint8 (H, W, C) so that its longer side is `resolution` pixels."""
+    from PIL import Image
+
+    height, width = image.shape[:2]
+    scale = resolution / max(height, width)
+    shape = max(1, round(height * scale)), max(1, round(width * scale))
+    if shape == (height, width):
+        return image
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    resized = picture.resize(shape[::-1], Image.Resampling.BICUBIC)
+    return np.asarray(resized).reshape(*shape, -1)
+
+
+def _load_images(config):
+    """Images (N, H, W, C) and labels (N,) that the tasks take the first ones of."""
+    if config.image is not None:
+        return data.read_image(config.image)[None], np.array([-1])
+    if config.dataset.name == "photograph":
+        from sklearn.datasets import load_sample_image
+
+        return load_sample_image("flower.jpg")[None], np.array([-1])
+    arrays = data.load(split="train", **config.dataset)
+    return arrays["image"], arrays["label"]
+
+
+_PER_TASK = ("resolution", "num_images", "mosaic", "num_steps")
+
+
+def _check_config(config):
+    num_tasks = max(len(config[name]) for name in _PER_TASK)
+    for name in _PER_TASK:
+        if len(config[name]) not in (1, num_tasks) or min(config[name]) < 1:
+            raise ValueError(
+                f"config.{name} needs one number for all tasks or {num_tasks}, one for "
+                f"each, all at least 1; got {config[name]}."
+            )
+    snapshots = config.snapshot_steps
+    if any(s < 1 for s in snapshots) or sorted(set(snapshots)) != list(snapshots):
+        raise ValueError(f"snapshot_steps must be positive and rise, got {snapshots}.")
+    low, high = config.coord_range
+    if not low < high:
+        raise ValueError(f"coord_range must be (low, high), got {config.coord_range}.")
+    for name in ("log_every", "checkpoint_every"):
+        if config[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {config[name]}.")
+    if config.num_pixels < 0:
+        raise ValueError(f"num_pixels must not be negative, got {config.num_pixels}.")
+    if config.model.type != "Siren":
+        raise ValueError(f"config.model.type must be Siren, got {config.model.type!r}.")
+
+
+def make_optimizer(
+    settings: ConfigDict, num_steps: int
+) -> optax.GradientTransformation:
+    """Any optimizer of optax under a linear warm-up, then a constant or cosine rate.
+
+    Raises:
+      ValueError: if the optimizer, one of its options or the schedule is unknown.
+    """
+    rate, warmup_steps = settings.learning_rate, settings.warmup_steps
+    if settings.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(rate, max(num_steps - warmup_steps, 1))
+    elif settings.schedule == "constant":
+        decay = optax.constant_schedule(rate)
+    else:
+        raise ValueError(
+            f"optimizer.schedule {settings.schedule!r} is neither constant nor cosine."
+        )
+    warmup = optax.linear_schedule(rate / (warmup_steps + 1), rate, warmup_steps)
+    schedule = optax.join_schedules([warmup, decay], [warmup_steps])
+    make = getattr(optax, settings.name, getattr(optax.contrib, settings.name, None))
+    if not callable(make):
+        raise ValueError(f"optax has no optimizer {settings.name!r}.")
+    try:
+        return make(schedule, **settings.options.to_dict())
+    except TypeError as error:
+        raise ValueError(f"optimizer.options: {error}") from None
+
+
+def init_state(config: ConfigDict, model: functa.Siren, task: Task) -> TaskState:
+    """The state before the first step: a function of config.seed and the task."""
+    num_images, height, width, channels = task.images.shape
+    keys = jax.random.split(jax.random.key(config.seed), num_images)
+    params = jax.vmap(lambda key: model.init(key, jnp.zeros((1, 2)))["params"])(keys)
+    optimizer = make_optimizer(config.optimizer, task.num_steps)
+    num_snapshots = len(task.snapshots)
+    num_shown = min(num_images, _NUM_SHOWN)
+    return TaskState(
+        params,
+        jax.vmap(optimizer.init)(params),
+        loss=jnp.zeros((task.num_steps, num_images)),
+        mse=jnp.zeros((num_snapshots, num_images)),
+        shown=jnp.zeros((num_snapshots, num_shown, height, width, channels)),
+    )
+
+
+def make_update(config: ConfigDict, model: functa.Siren, task: Task):
+    """The jitted training of one task: (state, first, last) -> state.
+
+    It does the steps first, ..., last - 1 in one dispatch; their number is traced, so
+    that it compiles once.
+    """
+    optimizer = make_optimizer(config.optimizer, task.num_steps)
+    low, high = config.coord_range
+    grid = functa.coordinate_grid(task.images.shape[1:3]).reshape(-1, 2)
+    coords = jnp.asarray(low + (high - low) * grid)
+    targets = jnp.asarray(data.to_float(task.images))
+    targets = targets.reshape(len(targets), -1, targets.shape[-1])  # (B, N, C)
+    key = jax.random.key(config.seed + 1)
+
+    def loss_fn(params, coords, target):
+        values = model.apply({"params": params}, coords)
+        return jnp.mean(jnp.square(values - target))
+
+    def update_one(params, opt_state, coords, target):
+        loss, grads = jax.value_and_grad(loss_fn)(params, coords, target)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    update_all = jax.vmap(update_one, in_axes=(0, 0, None, 0))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state, coords, targets, first, last):
+        def body(step, state):
+            batch = coords, targets
+            if 0 < config.num_pixels < len(coords):
+                kept = jax.random.randint(
+                    jax.random.fold_in(key, step), (config.num_pixels,), 0, len(coords)
+                )
+                batch = coords[kept], targets[:, kept]
+            params, opt_state, loss = update_all(state.params, state.opt_state, *batch)
+            losses = state.loss.at[step].set(loss)
+            return state.replace(params=params, opt_state=opt_state, loss=losses)
+
+        return jax.lax.fori_loop(first, last, body, state)
+
+    return lambda state, first, last: update(state, coords, targets, first, last)
+
+
+def fold_range(params: Any, coord_range: tuple[float, float]) -> Any:
+    """Parameters over [0, 1]^d of the network that `params` are over `coord_range`.
+
+    With u = low + (high - low) x, u W + b = x (high - low) W + (b + low 1^T W).
+
+    Args:
+      params: of a `Siren`.
+      coord_range: (low, high), the same along every axis.
+
+    Returns:
+      Parameters alike, which give the same values.
+    """
+    low, high = coord_range
+    kernel, bias = params["layer_0"]["kernel"], params["layer_0"]["bias"]
+    folded = {"kernel": (high - low) * kernel, "bias": bias + low * kernel.sum(0)}
+    return params | {"layer_0": folded}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def evaluate_fields(
+    model: functa.Siren, params: Any, shape: tuple[int, ...], derivative: bool
+) -> jax.Array:
+    """Values of B fields over [0, 1]^2, or their Jacobians, on a grid.
+
+    Args:
+      model: the network.
+      params: of B networks, stacked.
+      shape: (H, W) of the grid.
+      derivative: of the values by the coordinates.
+
+    Returns:
+      (B, H, W, C), or with `derivative` (B, H, W, C, 2).
+    """
+
+    def evaluate(params):
+        def field(point):
+            return model.apply({"params": params}, point)
+
+        coords = jnp.asarray(functa.coordinate_grid(shape)).reshape(-1, 2)
+        values = jax.lax.map(
+            jax.jacfwd(field) if derivative else field,
+            coords,
+            batch_size=min(_POINTS_AT_ONCE, len(coords)),
+        )
+        return values.reshape(*shape, *values.shape[1:])
+
+    # Reported PSNR is measured at full precision whatever the training used.
+    with jax.default_matmul_precision("highest"):
+        return jax.vmap(evaluate)(params)
+
+
+def gradient_magnitude(
+    model: functa.Siren, params: Any, shape: tuple[int, int]
+) -> jax.Array:
+    """Frobenius norm of the fields' Jacobians, in units of value per pixel: (B, H, W).
+
+    Args:
+      model: the network.
+      params: of B networks over [0, 1]^2, stacked.
+      shape: (H, W), the pixels.
+    """
+    jacobians = evaluate_fields(model, params, shape, True)
+    # A pixel is 1 / H high and 1 / W wide.
+    per_pixel = [jacobians[..., axis] / n for axis, n in enumerate(shape)]
+    return jnp.linalg.norm(jnp.stack(per_pixel, axis=-1), axis=(-2, -1))
+
+
+def _train(run, model, task, states, step, first, total):
+    """Trains a task from its `step` to its end; `first` steps of the run precede it."""
+    config = run.config
+    update = make_update(config, model, task)
+    run.say(f"task {task.name}: {len(task.images)} image(s); compiling the step ...")
+    while step < task.num_steps:
+        stops = [s for s in task.snapshots if s > step] + [
+            (step // every + 1) * every
+            for every in (config.log_every, config.checkpoint_every)
+        ]
+        start, step = step, min(stops)
+        state = states[task.name] = update(states[task.name], start, step)
+        losses = np.asarray(state.loss[start:step])
+        runtime.check_finite(losses.mean(1), first_step=first + start + 1)
+        metrics = {
+            "task": task.name,
+            "task_step": step,
+            "loss": float(losses[-1].mean()),
+        }
+        if step in task.snapshots:
+            state = states[task.name] = _record(config, model, task, state, step)
+            mse = np.asarray(state.mse[task.snapshots.index(step)])
+            metrics["psnr"] = float(functa.mean_psnr(mse))
+        run.log(first + step, metrics, num_steps=total)
+        if step % config.checkpoint_every == 0 or step == task.num_steps:
+            run.save(first + step, states)
+
+
+def _record(config, model, task, state, step):
+    """Measures and keeps the reconstructions after `step`."""
+    values = _reconstruct(config, model, state.params, task)
+    mse = jnp.mean(jnp.square(values - data.to_float(task.images)), axis=(1, 2, 3))
+    k = task.snapshots.index(step)
+    return state.replace(
+        mse=state.mse.at[k].set(mse),
+        shown=state.shown.at[k].set(values[: state.shown.shape[1]]),
+    )
+
+
+def _reconstruct(config, model, params, task):
+    # Measured through the exported parameters: rounding in the fold counts.
+    folded = jax.vmap(lambda p: fold_range(p, config.coord_range))(params)
+    return evaluate_fields(model, folded, task.images.shape[1:3], False)
+
+
+def _evaluate(run, model, tasks, states):
+    config = run.config
+    run.say("evaluating the fields ...")
+    summary = {}
+    arrays = {"tasks": np.array([task.name for task in tasks])}
+    latents = []
+    for task in tasks:
+        state = states[task.name]
+        psnr = np.asarray(functa.psnr(state.mse))  # (K, B)
+        curve = np.asarray(functa.psnr(state.loss))  # (S, B)
+        folded = jax.vmap(lambda p: fold_range(p, config.coord_range))(state.params)
+        latents.append(np.asarray(jax.vmap(_ravel)(folded)))
+        summary |= _summarize(task, psnr, curve)
+        few = jax.tree.map(lambda x: x[:_NUM_LARGE], folded)
+        shape = task.images.shape[1:3]
+        large = evaluate_fields(model, few, tuple(4 * n for n in shape), False)
+        shown = np.asarray(state.shown)
+        arrays |= {
+            f"{task.name}_steps": np.array(task.snapshots),
+            f"{task.name}_psnr": psnr,
+            f"{task.name}_curve": curve.mean(1),
+            f"{task.name}_image": task.images[: shown.shape[1]],
+            f"{task.name}_shown": _to_uint8(shown),
+            f"{task.name}_large": _to_uint8(large),
+            f"{task.name}_gradient": np.asarray(gradient_magnitude(model, few, shape)),
+        }
+    runtime.write_npz(run.workdir / "arrays.npz", arrays)
+    figures.draw(run.workdir)
+    run.say("writing the functaset ...")
+    written = _make_functaset(config, tasks, states, np.concatenate(latents))
+    runtime.write_atomic(
+        run.workdir / "functaset.npz",
+        lambda file: functa.save_functaset(file, written),
+        mode="wb",
+    )
+    return summary | {"num_params": written.latent.shape[1]}
+
+
+# Images of a task whose field is drawn at four times the resolution.
+_NUM_LARGE = 2
+
+
+def _ravel(params):
+    return jax.flatten_util.ravel_pytree(params)[0]
+
+
+def _to_uint8(values):
+    return np.uint8(np.round(255 * np.clip(values, 0, 1)))
+
+
+def _summarize(task, psnr, curve):
+    """The numbers of one task.
+
+    Args:
+      task: the task.
+      psnr: of the reconstructions, (K, B).
+      curve: of what each step saw, (S, B).
+    """
+    reached = curve >= EIGHT_BITS
+    steps = np.where(reached.any(0), reached.argmax(0), -1)
+    # How far the training PSNR ever fell below what it had reached, in the second half.
+    falls = np.maximum.accumulate(curve) - curve
+    return {
+        f"{task.name}_num_images": len(task.images),
+        f"{task.name}_steps": task.snapshots,
+        f"{task.name}_psnr": psnr.mean(1),
+        f"{task.name}_psnr_std": psnr.std(1),
+        f"{task.name}_psnr_min": psnr.min(1),
+        # -1: not reached by all images.
+        f"{task.name}_steps_to_8_bits": -1 if (steps < 0).any() else steps.max(),
+        f"{task.name}_largest_late_fall": falls[len(curve) // 2 :].max(),
+    }
+
+
+def _make_functaset(config, tasks, states, latents):
+    """The networks of all tasks, in order, over [0, 1]^2."""
+    psnr = np.concatenate([functa.psnr(states[t.name].mse[-1]) for t in tasks])
+    return functa.Functaset(
+        latent=latents,
+        label=np.concatenate([task.labels for task in tasks]).astype(np.int32),
+        psnr=psnr.astype(np.float32),
+        split=np.full(len(latents), "train"),
+        mean=latents.mean(0),
+        std=latents.std(0),
+        config={
+            "model": config.model.to_dict(),
+            "dataset": config.image or config.dataset.name,
+            "tasks": [
+                {"name": t.name, "num_images": len(t.images), "num_steps": t.num_steps}
+                for t in tasks
+            ],
+        },
+        # A plain SIREN shares no weights with the others.
+        params_sha256=functaset.hash_params({}),
+    )
+
+
+if __name__ == "__main__":
+    runtime.launch("fit_image", train_and_evaluate)

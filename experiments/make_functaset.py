@@ -1,0 +1,88 @@
+"""Encodes any data set into a functaset with the weights of a finished run.
+
+    python -m experiments.make_functaset \
+        --config=experiments/configs/make_functaset.py:digits
+
+Writes <workdir>/functaset.npz, whose fields `functa.functaset` lists. Memory does not
+grow with the number of copies, and a run that was killed goes on where it stopped.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import data, encoding, runtime
+from functa import functaset
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Writes the functaset, or goes on with it; returns numbers about it."""
+    _check_config(config)
+    learner = encoding.load_learner(config.run)
+    config.params_sha256 = functaset.hash_params(learner.params)
+    _adopt_dataset(config)
+    dataset = load_dataset(config, learner.model_config["out_channels"])
+    with runtime.open_run(workdir, config) as run:
+        if run.summary is not None:
+            return run.show_summary()
+        run.say("compiling the inner loop ...")
+        written = encoding.write_functaset(
+            run.workdir / "functaset.npz",
+            learner,
+            dataset,
+            config={"dataset": config.dataset.name},
+            batch_size=config.batch_size,
+            copies=config.copies,
+            flip=config.flip,
+            seed=config.seed,
+            say=run.say,
+        )
+        return run.finish(written)
+
+
+def load_dataset(config: ConfigDict, out_channels: int) -> dict[str, data.Arrays]:
+    """The images and labels of each split of config.splits.
+
+    Raises:
+      FileNotFoundError, ValueError: as `data.load`, and if the images have other
+        channels than the model.
+    """
+    dataset = {}
+    for split in config.splits:
+        arrays = data.load(split=split, **config.dataset)
+        channels = arrays["image"].shape[-1]
+        if channels != out_channels:
+            raise ValueError(
+                f"the images of {config.dataset.name} have {channels} channels, but "
+                f"the fields of {config.run} have {out_channels}."
+            )
+        stop = config.num_images or len(arrays["image"])
+        dataset[split] = {name: array[:stop] for name, array in arrays.items()}
+    return dataset
+
+
+def _check_config(config):
+    if not config.splits or not set(config.splits) <= set(data.SPLITS):
+        raise ValueError(
+            f"splits must be some of {', '.join(data.SPLITS)}, got {config.splits}."
+        )
+    for name, lowest in {"num_images": 0, "copies": 1, "batch_size": 1}.items():
+        if config[name] < lowest:
+            raise ValueError(f"{name} must be at least {lowest}, got {config[name]}.")
+
+
+def _adopt_dataset(config):
+    """Takes the data set of the run if the config names none."""
+    if config.dataset.name is not None:
+        return
+    theirs = runtime.read_json(Path(config.run) / "config.json").get("dataset")
+    if theirs is None:
+        raise ValueError(
+            f"the run {config.run} names no data set: --config.dataset.name=NAME"
+        )
+    config.dataset.update(theirs)
+
+
+if __name__ == "__main__":
+    runtime.launch("make_functaset", train_and_evaluate)

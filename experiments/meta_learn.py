@@ -1,0 +1,409 @@
+"""Meta-learns a modulated SIREN over a data set (Functa; Dupont et al. 2022).
+
+    python -m experiments.meta_learn --config=experiments/configs/meta_learn.py:digits
+
+Trains the shared weights and inner learning rates, evaluates on the test split, draws
+figures and writes the functaset of both splits into the run folder.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from ml_collections import ConfigDict
+
+import functa
+from experiments import data, encoding, figures, runtime
+from functa import functaset
+
+
+@struct.dataclass
+class TrainState:
+    """The state of the outer loop.
+
+    Attributes:
+      weights: {"params": ..., "learning_rate": (), (L,) or (S, L)}: what is trained.
+      opt_state: of the outer optimizer.
+      average: exponential moving average of `weights`, or None.
+      latent: where every inner loop starts, (L,); never trained.
+    """
+
+    weights: dict[str, Any]
+    opt_state: optax.OptState
+    average: dict[str, Any] | None
+    latent: jax.Array
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Runs or resumes one experiment; returns its summary."""
+    dataset = {
+        split: data.load(split=split, **config.dataset) for split in data.SPLITS
+    }
+    images = dataset["train"]["image"]
+    learner = None
+    if config.init_from:
+        learner = encoding.load_learner(config.init_from)
+        _adopt(config, learner)
+    _complete_config(config, images.shape)
+    with runtime.open_run(workdir, config) as run:
+        if run.summary is not None:
+            return run.show_summary()
+        model = functaset.make_model(config.model.to_dict())
+        optimizer = make_optimizer(config)
+        state = init_state(config, model, optimizer, learner)
+        first_step, state = run.restore(state)
+        update = make_update(config, model, optimizer)
+        state = _train(run, state, images, update, first_step)
+        learner = encoding.make_learner(config, vars(state))
+        return run.finish(_evaluate(run, learner, dataset))
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Global-norm clipping, then any optax optimizer under a learning-rate schedule.
+
+    Raises:
+      ValueError: if the optimizer, one of its options or the schedule is unknown.
+    """
+    settings = config.optimizer
+    if settings.schedule not in ("constant", "cosine"):
+        raise ValueError(
+            f"optimizer.schedule {settings.schedule!r} is neither constant nor cosine."
+        )
+    make = getattr(optax, settings.name, None)
+    if not callable(make):
+        raise ValueError(f"optax has no optimizer {settings.name!r}.")
+
+    def optimizer(peak):
+        decay = optax.constant_schedule(peak)
+        if settings.schedule == "cosine":
+            steps = max(config.num_steps - settings.warmup_steps, 1)
+            decay = optax.cosine_decay_schedule(peak, steps)
+        warmup = optax.linear_schedule(
+            peak / (settings.warmup_steps + 1), peak, settings.warmup_steps
+        )
+        schedule = optax.join_schedules([warmup, decay], [settings.warmup_steps])
+        try:
+            return make(schedule, **settings.options.to_dict())
+        except TypeError as error:
+            raise ValueError(f"optimizer.options: {error}") from None
+
+    rates = optimizer(settings.learning_rate * settings.rate_multiplier)
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip_norm)
+        if settings.clip_norm
+        else optax.identity(),
+        optax.partition(
+            {
+                "weights": optimizer(settings.learning_rate),
+                "rates": rates if config.inner.meta_sgd else optax.set_to_zero(),
+            },
+            {"params": "weights", "learning_rate": "rates"},
+        ),
+    )
+
+
+def init_state(
+    config: ConfigDict,
+    model: functa.LatentModulatedSiren | functa.ModulatedSiren,
+    optimizer: optax.GradientTransformation,
+    learner: encoding.Learner | None = None,
+) -> TrainState:
+    """The state before the first step: a function of config.seed, or a learner's."""
+    if learner is None:
+        key_params, key_rates = jax.random.split(jax.random.key(config.seed))
+        latent = model.initial_latent()
+        shape = latent.shape if config.inner.meta_sgd else ()
+        if config.inner.rates_per_step:
+            shape = (config.inner.num_steps, *(shape or (1,)))
+        low, high = config.inner.rate_range
+        rates = jax.random.uniform(key_rates, shape, minval=low, maxval=high)
+        params = model.init(key_params, jnp.zeros((1, 2)), latent)["params"]
+    else:
+        params, latent, rates = learner.params, learner.latent, learner.learning_rate
+    weights = {"params": params, "learning_rate": rates}
+    # A copy: the state's buffers are donated, and none may be donated twice.
+    average = jax.tree.map(jnp.copy, weights) if config.optimizer.ema_decay else None
+    return TrainState(weights, optimizer.init(weights), average, latent)
+
+
+def make_update(
+    config: ConfigDict,
+    model: functa.LatentModulatedSiren | functa.ModulatedSiren,
+    optimizer: optax.GradientTransformation,
+):
+    """The jitted outer step: (state, coords (N, d), targets (B, N, C), key) -> ...
+
+    Returns a function that returns the new state and, from before the update, the outer
+    loss () and the mean PSNR after every inner step, (S + 1,).
+    """
+    inner = config.inner
+
+    def loss_fn(weights, latent, coords, targets, noise):
+        _, info = functa.fit_batch(
+            model.apply,
+            weights["params"],
+            latent,
+            coords,
+            targets,
+            learning_rate=weights["learning_rate"],
+            noise=noise,
+            first_order=inner.first_order,
+            **encoding.fit_options(config),
+        )
+        return jnp.sum(info.loss[:, -1]), info
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state, coords, targets, key):
+        batch_size, num_points = targets.shape[:2]
+        noise = None
+        if inner.noise_std:
+            shape = (batch_size, *state.latent.shape)
+            noise = inner.noise_std * jax.random.normal(key, shape)
+        group = _group_size(batch_size, num_points, config.points_per_group)
+
+        def add_group(grads, batch):
+            grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+            (_, info), group_grads = grad_fn(state.weights, state.latent, coords, *batch)
+            return jax.tree.map(jnp.add, grads, group_grads), info
+
+        groups = jax.tree.map(
+            lambda x: x.reshape(-1, group, *x.shape[1:]), (targets, noise)
+        )
+        zeros = jax.tree.map(jnp.zeros_like, state.weights)
+        grads, info = jax.lax.scan(add_group, zeros, groups)
+        grads = jax.tree.map(lambda x: x / batch_size, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.weights)
+        weights = optax.apply_updates(state.weights, updates)
+        if inner.rate_clip:
+            rates = jnp.clip(weights["learning_rate"], *inner.rate_clip)
+            weights = weights | {"learning_rate": rates}
+        average = state.average
+        if average is not None:
+            decay = config.optimizer.ema_decay
+            average = optax.incremental_update(weights, average, 1 - decay)
+        psnr = functa.psnr(info.mse.reshape(batch_size, -1)).mean(0)
+        state = TrainState(weights, opt_state, average, state.latent)
+        return state, info.loss[..., -1].mean(), psnr
+
+    return update
+
+
+def _group_size(batch_size, num_points, points_per_group):
+    """The largest divisor of the batch whose images hold at most points_per_group."""
+    if not points_per_group:
+        return batch_size
+    largest = max(1, min(batch_size, points_per_group // num_points))
+    return max(n for n in range(1, largest + 1) if batch_size % n == 0)
+
+
+def _adopt(config, learner):
+    """Takes the model and the inner loop from the run that training starts from."""
+    config.model = ConfigDict(learner.model_config)
+    for name, value in learner.inner.items():
+        config.inner[name] = value
+
+
+def _complete_config(config, shape):
+    """Fills in what the data decide, and checks what does not fit them."""
+    _, height, width, channels = shape
+    if config.model.out_channels not in (None, channels):
+        raise ValueError(
+            f"config.model.out_channels is {config.model.out_channels}, but the images "
+            f"have {channels} channels."
+        )
+    config.model.out_channels = channels
+    factor = config.coarse_factor
+    if config.coarse_steps and (height % factor or width % factor):
+        raise ValueError(
+            f"coarse_factor {factor} does not divide the images' {height}x{width}."
+        )
+    if not 0 <= config.num_pixels <= height * width:
+        raise ValueError(
+            f"num_pixels must be between 0 and {height * width}, the pixels of an "
+            f"image, got {config.num_pixels}."
+        )
+    if config.num_steps < 0:
+        raise ValueError(f"num_steps must not be negative, got {config.num_steps}.")
+    for name in ("checkpoint_every", "log_every"):
+        if config[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {config[name]}.")
+    if config.checkpoint_every % config.log_every:
+        raise ValueError(
+            "checkpoint_every must be a multiple of log_every, got "
+            f"{config.checkpoint_every} and {config.log_every}."
+        )
+
+
+def _train(run, state, images, update, first_step):
+    config = run.config
+    losses, psnrs = [], []
+    compiled = set()
+    for step in range(first_step, config.num_steps):
+        coords, targets = make_batch(config, images, step)
+        if targets.shape not in compiled:
+            compiled.add(targets.shape)
+            run.say(f"compiling the outer step for batches of {targets.shape} ...")
+        key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
+        state, loss, psnr = update(state, coords, targets, key)
+        losses.append(loss)
+        psnrs.append(psnr)
+        done = step + 1
+        if done % config.log_every == 0 or done == config.num_steps:
+            losses = np.asarray(jax.device_get(losses))
+            runtime.check_finite(losses, first_step=done - len(losses) + 1)
+            psnr = np.mean(jax.device_get(psnrs), axis=0)
+            metrics = {
+                "loss": float(losses.mean()),
+                "psnr": float(psnr[-1]),
+                "psnr_per_step": psnr,
+            }
+            run.log(done, metrics, num_steps=config.num_steps)
+            losses, psnrs = [], []
+            if done % config.checkpoint_every == 0 or done == config.num_steps:
+                run.save(done, state)
+    return state
+
+
+def make_batch(
+    config: ConfigDict, images: np.ndarray, step: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The coordinates (N, d) and targets (B, N, C) that update number `step` sees."""
+    indices = data.batch_indices(
+        config.seed, step, num_examples=len(images), batch_size=config.batch_size
+    )
+    targets = data.to_float(images[indices])
+    if step < config.coarse_steps:
+        batch, height, width, channels = targets.shape
+        factor = config.coarse_factor
+        cells = (height // factor, factor, width // factor, factor)
+        targets = targets.reshape(batch, *cells, channels).mean((2, 4))
+    coords = functa.coordinate_grid(targets.shape[1:3]).reshape(-1, 2)
+    targets = targets.reshape(len(targets), -1, targets.shape[-1])  # (B, N, C)
+    if config.num_pixels and config.num_pixels < len(coords):
+        rng = np.random.default_rng((config.seed, step, 1))
+        kept = rng.choice(len(coords), config.num_pixels, replace=False)
+        coords, targets = coords[kept], targets[:, kept]
+    return coords, targets
+
+
+def _evaluate(run, learner, dataset):
+    config = run.config
+    run.say("evaluating on the test split ...")
+    batch_size = config.eval.batch_size
+    mse = {}
+    for split, num_images in ("test", config.eval.num_images), ("train", _NUM_TRAIN):
+        images = dataset[split]["image"]
+        encoded = encoding.encode(
+            learner, images[: num_images or len(images)], batch_size=batch_size
+        )
+        mse[split] = np.concatenate([values for _, values in encoded])
+    further = _fit_further(learner, dataset["test"]["image"], config.eval)
+    further_psnr = np.asarray(functa.psnr(further)).mean(0)
+    num_steps = learner.inner["num_steps"]
+    arrays = _showcase(learner, dataset, mse, further_psnr, batch_size)
+    runtime.write_npz(run.workdir / "arrays.npz", arrays)
+    figures.draw(run.workdir)
+    run.say("writing the functaset ...")
+    written = encoding.write_functaset(
+        run.workdir / "functaset.npz",
+        learner,
+        dataset,
+        config={"dataset": config.dataset.name},
+        batch_size=batch_size,
+        say=run.say,
+    )
+    return {
+        "test_psnr": functa.mean_psnr(mse["test"][:, -1]),
+        "test_psnr_of_mean": functa.psnr_of_mean(mse["test"][:, -1]),
+        "test_psnr_per_step": np.asarray(functa.psnr(mse["test"])).mean(0),
+        "num_test_images": len(mse["test"]),
+        # The same images before and after: `more_images` of them, not all.
+        "num_further_images": len(further),
+        "num_further_steps": further.shape[1] - 1,
+        "further_psnr_start": further_psnr[num_steps],
+        "further_psnr": further_psnr[-1],
+        **{f"functaset_{name}": value for name, value in written.items()},
+    }
+
+
+# Training images that the figure of best and worst chooses from.
+_NUM_TRAIN = 1000
+
+
+def _fit_further(learner, images, settings):
+    """Mean squared errors (B, S + more_steps + 1) of the inner loop and steps beyond."""
+    model = learner.model
+    coords = jnp.asarray(functa.coordinate_grid(images.shape[1:3]))
+    schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.more_steps)
+    optimizer = getattr(optax, settings.optimizer)(schedule)
+
+    @jax.jit
+    @jax.vmap
+    def fit(latent, target):
+        return functa.optimize_latent(
+            lambda z: model.apply({"params": learner.params}, coords, z),
+            latent,
+            target,
+            optimizer=optimizer,
+            num_steps=settings.more_steps,
+        )
+
+    mse = []
+    batch_size = min(settings.batch_size, settings.more_images)
+    for start in range(0, settings.more_images, batch_size):
+        batch = images[start : min(start + batch_size, settings.more_images)]
+        [(latents, first)] = encoding.encode(learner, batch, batch_size=len(batch))
+        with jax.default_matmul_precision("highest"):
+            _, info = fit(latents, data.to_float(batch))
+        mse.append(np.concatenate([first, info.mse[:, 1:]], axis=1))
+    return np.concatenate(mse)
+
+
+def _showcase(learner, dataset, mse, further_psnr, batch_size):
+    """The arrays that the figures are drawn from."""
+    model, params = learner.model, learner.params
+    shape = dataset["test"]["image"].shape[1:3]
+    num_steps = learner.inner["num_steps"]
+
+    def fit(images, num_steps=num_steps):
+        rates = learner.learning_rate
+        shorter = learner._replace(
+            inner=learner.inner | {"num_steps": num_steps},
+            learning_rate=rates[:num_steps] if rates.ndim == 2 else rates,
+        )
+        batches = encoding.encode(shorter, images, batch_size=batch_size)
+        return np.concatenate([latents for latents, _ in batches])
+
+    def draw(latents, shape=shape):
+        return functaset.render(model, params, latents, shape, batch_size=batch_size)
+
+    arrays = {
+        "further_psnr": further_psnr,
+        "num_steps": np.array(num_steps),
+        "test_psnr": np.asarray(functa.psnr(mse["test"][:, -1])),
+    }
+    for split in data.SPLITS:
+        order = np.argsort(mse[split][:, -1])
+        for name, chosen in ("best", order[:4]), ("worst", order[-4:]):
+            images = dataset[split]["image"][chosen]
+            arrays[f"{split}_{name}"] = np.stack(
+                [data.to_float(images), draw(fit(images))]
+            )
+            arrays[f"{split}_{name}_psnr"] = functa.psnr(mse[split][chosen, -1])
+    images = dataset["test"]["image"][:4]
+    steps = [draw(fit(images, n)) for n in range(num_steps + 1)]
+    arrays["over_steps"] = np.stack([*steps, data.to_float(images)])
+    latents = fit(images)
+    weights = np.linspace(0, 1, 9, dtype=np.float32)[:, None]
+    arrays["interpolation"] = draw((1 - weights) * latents[0] + weights * latents[1])
+    arrays["super_resolved"] = draw(latents, tuple(4 * n for n in shape))
+    return arrays
+
+
+if __name__ == "__main__":
+    runtime.launch("meta_learn", train_and_evaluate)

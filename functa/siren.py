@@ -1,0 +1,222 @@
+"""SIREN, and SIREN modulated by a latent: the networks of Functa.
+
+Sources: Sitzmann et al. 2020 (arXiv 2006.09661) for the layer and its
+initialisation; Dupont et al. 2022 (arXiv 2201.12204) for the modulations. Details
+that the papers leave open follow google-deepmind/functa: a modulation acts after the
+linear map and before omega_0 and the sine; omega_0 is the same in every layer; the
+last layer has neither modulation nor sine, and 0.5 is added to its output.
+
+Axes: N points, d coordinates of a point, C channels, W width, L latent size,
+M modulations of all layers.
+"""
+
+import math
+from collections.abc import Sequence
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from functa import sine
+
+
+def coordinate_grid(shape: Sequence[int]) -> np.ndarray:
+    """Cell centres of a regular grid over [0, 1]^d, row-major, first axis first.
+
+    Args:
+      shape: cells along each of the d axes: (T,) sound, (H, W) image, (D, H, W) voxels.
+
+    Returns:
+      float32, shape + (d,). For an image, [..., 0] is the row and [..., 1] the column.
+    """
+    if not shape or any(n < 1 for n in shape):
+        raise ValueError(f"a grid needs positive sizes along each axis, got {shape}.")
+    axes = [(np.arange(n, dtype=np.float64) + 0.5) / n for n in shape]
+    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).astype(np.float32)
+
+
+def siren_first_init(key, shape, dtype=jnp.float32):
+    """U(-1/d, 1/d) for the first kernel (d, W); Sitzmann et al. 2020, section 3.2."""
+    return jax.random.uniform(key, shape, dtype, -1 / shape[0], 1 / shape[0])
+
+
+def siren_init(omega_0: float):
+    """U(-b, b), b = sqrt(6 / fan_in) / omega_0, for every later kernel."""
+
+    def init(key, shape, dtype=jnp.float32):
+        bound = math.sqrt(6 / shape[0]) / omega_0
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Siren(nn.Module):
+    """A SIREN: coords (..., d) -> values (..., C).
+
+    Attributes:
+      width: W, units of each sine layer.
+      depth: number of linear layers: first, hidden ones, last; at least 2.
+      out_channels: C.
+      omega_0: frequency factor inside every sine.
+      fast_sine: polynomial sine (`functa.sine.sin`) in place of `jnp.sin`.
+    """
+
+    width: int
+    depth: int
+    out_channels: int = 3
+    omega_0: float = 30.0
+    fast_sine: bool = False
+
+    @nn.compact
+    def __call__(self, coords: jax.Array) -> jax.Array:
+        return _siren(self, coords, [(None, None)] * (self.depth - 1))
+
+
+class ModulatedSiren(nn.Module):
+    """A SIREN whose sine layers are scaled and shifted (FiLM) by a modulation vector.
+
+    Layer i computes sin(omega_0 * (scale_i * (x W_i + b_i) + shift_i)). The modulation
+    (M,) is laid out layer by layer, each layer's scale (if any) before its shift.
+
+    Attributes:
+      width, depth, out_channels, omega_0, fast_sine: as in `Siren`.
+      modulate_scale, modulate_shift: which of the two are present; at least one.
+    """
+
+    width: int
+    depth: int
+    out_channels: int = 3
+    omega_0: float = 30.0
+    modulate_scale: bool = False
+    modulate_shift: bool = True
+    fast_sine: bool = False
+
+    @property
+    def latent_shape(self) -> tuple[int]:
+        return (num_modulations(self),)
+
+    def initial_latent(self) -> jax.Array:
+        """The modulation (M,) under which this is a plain SIREN: scale 1, shift 0."""
+        parts = [1.0] * self.modulate_scale + [0.0] * self.modulate_shift
+        return jnp.tile(jnp.repeat(jnp.array(parts), self.width), self.depth - 1)
+
+    @nn.compact
+    def __call__(self, coords: jax.Array, modulation: jax.Array) -> jax.Array:
+        """Maps coords (..., d) and one signal's modulation (M,) to (..., C)."""
+        chex.assert_shape(modulation, self.latent_shape)
+        return _siren(self, coords, _split_modulation(self, modulation))
+
+
+class LatentModulatedSiren(nn.Module):
+    """A SIREN modulated through a shared map of a latent vector; the model of Functa.
+
+    The map is linear, or an MLP with ReLU, from the latent (L,) to the modulation
+    (M,), M = (depth - 1) * W * (modulate_scale + modulate_shift). Laid out as in
+    `ModulatedSiren`; 1 is added to every scale, so that a zero output modulates nothing.
+
+    Attributes:
+      width, depth, out_channels, omega_0, fast_sine: as in `Siren`.
+      latent_dim: L.
+      layer_sizes: hidden widths of the latent-to-modulation map; () is linear.
+      modulate_scale, modulate_shift: as in `ModulatedSiren`.
+    """
+
+    width: int
+    depth: int
+    latent_dim: int
+    out_channels: int = 3
+    omega_0: float = 30.0
+    layer_sizes: Sequence[int] = ()
+    modulate_scale: bool = False
+    modulate_shift: bool = True
+    fast_sine: bool = False
+
+    @property
+    def latent_shape(self) -> tuple[int]:
+        return (self.latent_dim,)
+
+    def initial_latent(self) -> jax.Array:
+        """Zeros (L,), where every inner loop starts unless told otherwise."""
+        return jnp.zeros(self.latent_shape)
+
+    @nn.compact
+    def __call__(self, coords: jax.Array, latent: jax.Array) -> jax.Array:
+        """Maps coords (..., d) and one signal's latent (L,) to (..., C)."""
+        chex.assert_shape(latent, self.latent_shape)
+        modulation = _LatentToModulation(
+            (*self.layer_sizes, num_modulations(self)), name="latent_to_modulation"
+        )(latent)
+        layers = [
+            (None if scale is None else 1 + scale, shift)
+            for scale, shift in _split_modulation(self, modulation)
+        ]
+        return _siren(self, coords, layers)
+
+
+def num_modulations(model: ModulatedSiren | LatentModulatedSiren) -> int:
+    """M, the length of the modulation vector of all sine layers."""
+    _check_sizes(model)
+    parts = model.modulate_scale + model.modulate_shift
+    if not parts:
+        raise ValueError(
+            "modulate_scale and modulate_shift are both off: nothing is modulated."
+        )
+    return (model.depth - 1) * model.width * parts
+
+
+def _check_sizes(model):
+    if model.depth < 2 or model.width < 1:
+        raise ValueError(
+            "a SIREN needs depth >= 2 (first and last layer) and width >= 1, "
+            f"got depth {model.depth}, width {model.width}."
+        )
+
+
+class _LatentToModulation(nn.Module):
+    sizes: Sequence[int]
+
+    @nn.compact
+    def __call__(self, x):
+        for i, size in enumerate(self.sizes):
+            if i:
+                x = nn.relu(x)
+            # Haiku's hk.Linear default: a truncated normal without the variance
+            # correction that Flax's lecun_normal makes.
+            init = nn.initializers.truncated_normal(1 / math.sqrt(x.shape[-1]))
+            x = nn.Dense(size, kernel_init=init, name=f"linear_{i}")(x)
+        return x
+
+
+def _split_modulation(model, modulation):
+    """Modulation (M,) -> per sine layer (scale (W,) or None, shift (W,) or None)."""
+    layers = modulation.reshape(model.depth - 1, -1, model.width)
+    return [
+        (
+            layer[0] if model.modulate_scale else None,
+            layer[-1] if model.modulate_shift else None,
+        )
+        for layer in layers
+    ]
+
+
+def _siren(model, coords, modulations):
+    """The body shared by all three models; runs inside their compact `__call__`."""
+    _check_sizes(model)
+    sin = sine.sin if model.fast_sine else jnp.sin
+    x = coords
+    for i, (scale, shift) in enumerate(modulations):
+        init = siren_init(model.omega_0) if i else siren_first_init
+        x = nn.Dense(model.width, kernel_init=init, name=f"layer_{i}")(x)
+        if scale is not None:
+            x = jnp.expand_dims(scale, range(x.ndim - 1)) * x
+        if shift is not None:
+            x = x + jnp.expand_dims(shift, range(x.ndim - 1))
+        x = sin(model.omega_0 * x)
+    last = nn.Dense(
+        model.out_channels,
+        kernel_init=siren_init(model.omega_0),
+        name=f"layer_{model.depth - 1}",
+    )
+    return last(x) + 0.5

@@ -1,0 +1,728 @@
+import collections
+import functools
+import itertools
+import json
+import os
+import pickle
+from pathlib import Path
+
+import chex
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from functa import convert
+from functa.inner_loop import fit_latent
+from functa.metrics import psnr
+from functa.siren import LatentModulatedSiren, ModulatedSiren, coordinate_grid
+
+GOLDENS = sorted(
+    (Path(__file__).resolve().parents[2] / "shared" / "goldens").glob("functa_*.npz")
+)
+
+
+@pytest.fixture(autouse=True)
+def _highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def assert_close(actual, expected, tolerance, name=""):
+    """Largest error relative to the array's largest entry.
+
+    Entrywise relative errors say nothing about entries that cancel to almost zero.
+    """
+    chex.assert_equal_shape([actual, expected])
+    error = np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
+    assert error < tolerance, f"{name} is off by {error:.1e}"
+
+
+# The reference program's own numbers.
+
+
+def load_golden(path):
+    """Returns the file's arrays, its config, its Haiku tree and the imported model."""
+    golden = dict(np.load(path))
+    config = json.loads(str(golden["config"]))
+    tree = golden_tree(golden, "params/")
+    imported = convert.from_haiku(
+        tree,
+        omega_0=config["w0"],
+        modulate_scale=config["modulate_scale"],
+        modulate_shift=config["modulate_shift"],
+    )
+    return golden, config, tree, imported
+
+
+def golden_tree(golden, prefix):
+    tree = {}
+    for key, value in golden.items():
+        if key.startswith(prefix):
+            module, name = key.removeprefix(prefix).rsplit("/", 1)
+            tree.setdefault(module, {})[name] = value
+    return tree
+
+
+needs_goldens = pytest.mark.skipif(
+    not GOLDENS, reason="the reference program's numbers (functa_*.npz) are not here"
+)
+each_golden = pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
+
+
+@needs_goldens
+@each_golden
+def test_forward_matches_reference(path):
+    golden, config, tree, imported = load_golden(path)
+    assert imported.model == LatentModulatedSiren(
+        width=config["width"],
+        depth=config["depth"],
+        latent_dim=config["latent_dim"],
+        out_channels=config["out_channels"],
+        omega_0=config["w0"],
+        layer_sizes=tuple(config["layer_sizes"]),
+        modulate_scale=config["modulate_scale"],
+        modulate_shift=config["modulate_shift"],
+    )
+    chex.assert_trees_all_equal(convert.to_haiku(imported), tree)
+    variables = {"params": imported.params}
+    forward = imported.model.apply(variables, golden["coords"], imported.latent)
+    assert_close(forward, golden["forward"], 1e-5)
+
+
+@needs_goldens
+@each_golden
+def test_inner_loop_and_outer_gradient_match_reference(path):
+    golden, config, _, imported = load_golden(path)
+    rates = imported.learning_rate
+    assert (rates is not None) == config["use_meta_sgd"]
+
+    def outer_loss(params, rates):
+        def fit(image):
+            return fit_latent(
+                lambda z: imported.model.apply({"params": params}, golden["coords"], z),
+                imported.latent,
+                image,
+                num_steps=config["inner_steps"],
+                learning_rate=config["inner_lr"] if rates is None else rates,
+                l2_weight=config["l2_weight"],
+            )
+
+        latents, info = jax.vmap(fit)(golden["images"])
+        return jnp.mean(info.loss[:, -1]), (latents, info)
+
+    value_and_grad = jax.jit(
+        jax.value_and_grad(outer_loss, (0, 1), has_aux=True),
+        # It runs once: compiling faster counts for more than running faster.
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    (loss, (latents, info)), (grads, rate_grads) = value_and_grad(
+        imported.params, rates
+    )
+    assert_close(latents, golden["fitted_latents"], 1e-4, "fitted_latents")
+    assert_close(info.loss, golden["loss_per_step"], 1e-4, "loss_per_step")
+    assert_close(psnr(info.mse), golden["psnr_per_step"], 1e-4, "psnr_per_step")
+    assert_close(loss, golden["outer_loss"], 1e-4, "outer_loss")
+    expected = golden_tree(golden, "outer_grad/")
+    actual = convert.to_haiku(imported._replace(params=grads, learning_rate=rate_grads))
+    # The latent is no weight: it has no outer gradient.
+    del actual["latent_modulated_siren/~/latent_vector"]
+    assert actual.keys() == expected.keys()
+    for module, arrays in expected.items():
+        for name, array in arrays.items():
+            assert_close(actual[module][name], array, 1e-4, f"{module}/{name}")
+
+
+# An independent network in Haiku, whose modules Haiku itself names.
+
+
+class FiLM(hk.Module):
+    def __init__(self, parts):
+        super().__init__()
+        self.parts = parts
+
+    def __call__(self, x):
+        return modulate(
+            {
+                part: hk.get_parameter(part, x.shape[-1:], init=jnp.zeros)
+                for part in self.parts
+            },
+            x,
+        )
+
+
+def modulate(values, x):
+    """scale * x + shift with what is present of the two, (W,) each; x is (N, W)."""
+    scale, shift = values.get("scale"), values.get("shift")
+    x = x if scale is None else jnp.einsum("w,nw->nw", scale, x)
+    return x if shift is None else x + shift[None]
+
+
+class ModulatedSirenLayer(hk.Module):
+    def __call__(self, x, size, modulate, omega_0):
+        z = hk.Linear(size)(x)
+        return z + 0.5 if modulate is None else jnp.sin(omega_0 * modulate(z))
+
+
+class LatentVector(hk.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.value = hk.get_parameter("latent_vector", (size,), init=jnp.zeros)
+
+
+class MetaSGDLrs(hk.Module):
+    def __init__(self, size):
+        super().__init__()
+        hk.get_parameter("meta_sgd_lrs", (size,), init=jnp.zeros)
+
+
+class LatentToModulation(hk.Module):
+    def __init__(self, sizes):
+        super().__init__()
+        self.mlp = hk.nets.MLP(sizes, activation=jax.nn.relu)
+
+
+def siren_body(coords, modulates, *, width, out_channels, omega_0):
+    x = coords.reshape(-1, coords.shape[-1])
+    for modulate in modulates:
+        x = ModulatedSirenLayer()(x, width, modulate, omega_0)
+    x = ModulatedSirenLayer()(x, out_channels, None, omega_0)
+    return x.reshape(*coords.shape[:-1], out_channels)
+
+
+class HaikuSiren(hk.Module):
+    """The direct variant: each layer's scale and shift are parameters."""
+
+    def __init__(self, parts, depth, width, **sizes):
+        super().__init__(name="modulated_siren")
+        self.parts, self.depth, self.sizes = parts, depth, dict(sizes, width=width)
+        MetaSGDLrs((depth - 1) * width * len(parts))
+
+    def __call__(self, coords):
+        # Each layer calls it within itself, so that Haiku names the FiLM after it.
+        modulates = [lambda z: FiLM(self.parts)(z)] * (self.depth - 1)
+        return siren_body(coords, modulates, **self.sizes)
+
+
+class HaikuLatentSiren(hk.Module):
+    """Every layer's scale and shift are computed from a latent vector."""
+
+    def __init__(self, parts, depth, width, latent_dim, layer_sizes, name, **sizes):
+        super().__init__(name=name)
+        self.parts, self.depth, self.sizes = parts, depth, dict(sizes, width=width)
+        MetaSGDLrs(latent_dim)
+        self.latent = LatentVector(latent_dim)
+        out = (depth - 1) * width * len(parts)
+        self.map = LatentToModulation((*layer_sizes, out))
+
+    def __call__(self, coords):
+        modulation = self.map.mlp(self.latent.value)
+        chunks = iter(jnp.split(modulation, (self.depth - 1) * len(self.parts)))
+        layers = [
+            {part: next(chunks) + (part == "scale") for part in self.parts}
+            for _ in range(self.depth - 1)
+        ]
+        modulates = [functools.partial(modulate, values) for values in layers]
+        return siren_body(coords, modulates, **self.sizes)
+
+
+def random_tree(module, coords, **kwargs):
+    """Returns the Haiku apply function and a tree with no entry at zero."""
+
+    def network(x):
+        return module(**kwargs)(x)
+
+    transformed = hk.without_apply_rng(hk.transform(network))
+    shapes = jax.eval_shape(transformed.init, jax.random.key(0), coords)
+    rng = np.random.default_rng(0)
+    tree = {
+        module: {
+            name: rng.normal(0, 0.3, array.shape).astype(np.float32)
+            for name, array in arrays.items()
+        }
+        for module, arrays in shapes.items()
+    }
+    return jax.jit(transformed.apply), tree
+
+
+def assert_inner_step_matches(apply, tree, imported, coords, rates):
+    """Compares the forward pass and one step of the inner loop with Haiku's."""
+    target = np.random.default_rng(1).uniform(size=(*coords.shape[:-1], 3))
+    target = target.astype(np.float32)
+
+    def field(latent):
+        return imported.model.apply({"params": imported.params}, coords, latent)
+
+    assert_close(jax.jit(field)(imported.latent), apply(tree, coords), 1e-5)
+
+    adapted = {k: v for k, v in tree.items() if "fi_lm" in k or "latent_vector" in k}
+    # Sorts the modules by name, as the original does before it applies its rates.
+    flat, unravel = ravel_pytree(adapted)
+
+    def loss_fn(flat):
+        return jnp.mean(jnp.square(apply(tree | unravel(flat), coords) - target))
+
+    step = unravel(flat - rates * jax.grad(loss_fn)(flat))
+    fit = jax.jit(
+        functools.partial(
+            fit_latent, field, num_steps=1, learning_rate=imported.learning_rate
+        )
+    )
+    fitted, _ = fit(imported.latent, target)
+    expected = convert.from_haiku(
+        tree | step,
+        omega_0=imported.model.omega_0,
+        modulate_scale=imported.model.modulate_scale,
+        modulate_shift=imported.model.modulate_shift,
+    ).latent
+    # The gradient alone: the start is common to both and would hide its errors.
+    assert_close(fitted - imported.latent, expected - imported.latent, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("parts", "layer_sizes"),
+    [(["shift"], ()), (["scale", "shift"], ()), (["scale"], (5, 6))],
+    ids=["shift", "scale_shift", "scale_mlp"],
+)
+def test_latent_siren_matches_haiku(parts, layer_sizes):
+    coords = coordinate_grid((5, 6))
+    apply, tree = random_tree(
+        HaikuLatentSiren,
+        coords,
+        parts=parts,
+        depth=4,
+        width=8,
+        latent_dim=7,
+        layer_sizes=layer_sizes,
+        out_channels=3,
+        omega_0=3.0,
+        name="latent_modulated_siren",
+    )
+    imported = convert.from_haiku(
+        tree,
+        omega_0=3.0,
+        modulate_scale="scale" in parts,
+        modulate_shift="shift" in parts,
+    )
+    assert imported.model.layer_sizes == layer_sizes
+    chex.assert_trees_all_equal(convert.to_haiku(imported), tree)
+    rates = tree["latent_modulated_siren/~/meta_sgd_lrs"]["meta_sgd_lrs"]
+    assert_inner_step_matches(apply, tree, imported, coords, rates)
+
+
+@pytest.mark.parametrize("parts", [["shift"], ["scale", "shift"]], ids="_".join)
+def test_direct_siren_matches_haiku_beyond_ten_layers(parts):
+    coords = coordinate_grid((4, 5))
+    apply, tree = random_tree(
+        HaikuSiren,
+        coords,
+        parts=parts,
+        depth=13,
+        width=3,
+        out_channels=3,
+        omega_0=2.0,
+    )
+    imported = convert.from_haiku(tree, omega_0=2.0)
+    assert imported.model == ModulatedSiren(
+        width=3,
+        depth=13,
+        omega_0=2.0,
+        modulate_scale="scale" in parts,
+        modulate_shift=True,
+    )
+    chex.assert_trees_all_equal(convert.to_haiku(imported), tree)
+    layers = imported.latent.reshape(12, len(parts), 3)
+    for i in range(1, 12):
+        film = tree[f"modulated_siren/modulated_siren_layer_{i}/fi_lm"]
+        np.testing.assert_array_equal(layers[i], [film[part] for part in parts])
+    rates = tree["modulated_siren/~/meta_sgd_lrs"]["meta_sgd_lrs"]
+    assert_inner_step_matches(apply, tree, imported, coords, rates)
+
+
+def test_own_model_survives_a_round_trip():
+    model = LatentModulatedSiren(width=4, depth=3, latent_dim=5, omega_0=7.0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones(2), jnp.ones(5))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes["params"]
+    )
+    latent = np.arange(5, dtype=np.float32)
+    imported = convert.Imported(model, params, latent, None)
+    restored = convert.from_haiku(convert.to_haiku(imported), omega_0=7.0)
+    assert restored.model == model and restored.learning_rate is None
+    chex.assert_trees_all_equal(restored[1:], imported[1:])
+
+
+@pytest.fixture
+def small_tree():
+    _, tree = random_tree(
+        HaikuLatentSiren,
+        np.zeros((1, 2), np.float32),
+        parts=["shift"],
+        depth=3,
+        width=4,
+        latent_dim=5,
+        layer_sizes=(),
+        out_channels=3,
+        omega_0=1.0,
+        name="my_field",
+    )
+    return tree
+
+
+def test_root_module_may_have_any_name(small_tree):
+    assert "my_field/~/latent_vector" in small_tree
+    standard = convert.to_haiku(convert.from_haiku(small_tree, omega_0=1.0))
+    renamed = {
+        name.replace("latent_modulated_siren/", "my_field/"): module
+        for name, module in standard.items()
+    }
+    chex.assert_trees_all_equal(renamed, small_tree)
+
+
+@pytest.mark.parametrize(
+    ("module", "change", "match"),
+    [
+        ("~/latent_vector", None, "0 latent_vector"),
+        ("~/latent_to_modulation/~/mlp/~/linear_0", None, "0 mlp"),
+        ("modulated_siren_layer_1/linear", None, "number 1 is missing"),
+        ("~/latent_vector_1", {"latent_vector": np.ones(5)}, "one latent"),
+        ("~/latent_vector", {"latent_vector": "text"}, "has shape"),
+        ("~/batch_norm", {"scale": np.ones(4)}, "unknown modules.*batch_norm"),
+        ("~/latent_vector", {"latent_vector": np.ones(6)}, "linear_0 has shapes"),
+        ("~/latent_vector", {"latent_vector": np.ones((5, 1))}, "rank 1"),
+        ("~/meta_sgd_lrs", {"meta_sgd_lrs": np.ones(4)}, "needs.*5"),
+        ("modulated_siren_layer_1/linear", {"w": np.ones((4, 4))}, "needs.*'b'"),
+        ("modulated_siren_layer_2/fi_lm", {"shift": np.ones(4)}, "number 0"),
+        (
+            "modulated_siren_layer_1/linear",
+            {"w": np.ones((4, 6)), "b": np.ones(6)},
+            r"layer_1/linear has shapes.*\(4, 6\)",
+        ),
+    ],
+)
+def test_tree_that_does_not_fit_is_refused(small_tree, module, change, match):
+    if change is None:
+        del small_tree[f"my_field/{module}"]
+    else:
+        small_tree[f"my_field/{module}"] = change
+    with pytest.raises(ValueError, match=match):
+        convert.from_haiku(small_tree, omega_0=1.0)
+
+
+def test_flags_that_do_not_fit_are_refused(small_tree):
+    with pytest.raises(ValueError, match="8 modulations.*need 16"):
+        convert.from_haiku(small_tree, omega_0=1.0, modulate_scale=True)
+    with pytest.raises(ValueError, match="both off"):
+        convert.from_haiku(small_tree, omega_0=1.0, modulate_shift=False)
+    imported = convert.from_haiku(small_tree, omega_0=1.0)
+    with pytest.raises(ValueError, match=r"learning_rate has shape \(3, 1\)"):
+        convert.to_haiku(imported._replace(learning_rate=jnp.ones((3, 1))))
+
+
+# Files.
+
+
+def checkpoint_config(**model):
+    return {
+        "model": {
+            "type": "latent_modulated_siren",
+            "w0": 30,
+            "width": 4,
+            "depth": 3,
+            "modulate_scale": False,
+            "modulate_shift": True,
+            "l2_weight": 0.5,
+            "noise_std": 0.25,
+            "latent_dim": 5,
+            "layer_sizes": (),
+            "latent_init_scale": 0.01,
+            "use_meta_sgd": True,
+            "meta_sgd_init_range": (0.005, 0.1),
+            **model,
+        },
+        "dataset": {"num_channels": 3, "resolution": 64, "type": "image"},
+        "training": {"inner_steps": 3, "per_device_batch_size": 16},
+        "opt_inner": {"lr": 0.01},
+    }
+
+
+def write(path, contents):
+    path.write_bytes(contents)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["plain", "dill"])
+def test_checkpoint_loads(tmp_path, small_tree, kind):
+    params, config, dumps = small_tree, checkpoint_config(), pickle.dumps
+    if kind == "dill":
+        dill = pytest.importorskip("dill")
+        ml_collections = pytest.importorskip("ml_collections")
+        params = hk.data_structures.to_immutable_dict(jax.tree.map(jnp.asarray, params))
+        config = ml_collections.ConfigDict(config)
+        steps = ml_collections.FieldReference(3)
+        config.training.inner_steps = steps
+        config.training.name = ml_collections.config_dict.placeholder(str)
+        config.lock()
+        dumps = dill.dumps
+    path = write(tmp_path / "p.npz", dumps({"params": params, "config": config}))
+    checkpoint = convert.load_checkpoint(path)
+    expected = convert.from_haiku(small_tree, omega_0=30.0)
+    assert checkpoint.imported.model == expected.model
+    chex.assert_trees_all_equal(checkpoint.imported[1:], expected[1:])
+    chex.assert_trees_all_equal(checkpoint.learning_rate, expected.learning_rate)
+    assert checkpoint.resolution == 64 and checkpoint.num_steps == 3
+    assert checkpoint.l2_weight == 0.5 and checkpoint.noise_std == 0.25
+
+
+def test_checkpoint_without_meta_sgd_has_the_rate_of_its_config(tmp_path, small_tree):
+    del small_tree["my_field/~/meta_sgd_lrs"]
+    config = checkpoint_config()
+    del config["model"]["l2_weight"], config["model"]["noise_std"]
+    contents = {"params": small_tree, "config": config}
+    checkpoint = convert.load_checkpoint(
+        write(tmp_path / "p.npz", pickle.dumps(contents))
+    )
+    assert checkpoint.imported.learning_rate is None
+    assert checkpoint.learning_rate == 0.01
+    assert checkpoint.l2_weight == checkpoint.noise_std == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"w0": "30"}, "p.npz: config needs model.w0, of type Real, got '30'"),
+        ({"modulate_scale": True}, "p.npz: .* modulations"),
+        ({"modulate_shift": None}, "config needs model.modulate_shift"),
+    ],
+)
+def test_config_that_does_not_fit_is_refused(tmp_path, small_tree, change, match):
+    contents = {"params": small_tree, "config": checkpoint_config(**change)}
+    path = write(tmp_path / "p.npz", pickle.dumps(contents))
+    with pytest.raises(ValueError, match=match):
+        convert.load_checkpoint(path)
+
+
+def test_modulation_set_loads(tmp_path):
+    dill = pytest.importorskip("dill")
+    rng = np.random.default_rng(0)
+    sets = {
+        split: {
+            "modulation": rng.normal(size=(n, 3)).astype(np.float32),
+            "psnr": rng.normal(size=n).astype(np.float32),
+        }
+        for split, n in (("train", 5), ("test", 2))
+    }
+    path = write(tmp_path / "celeba_modulations.npz", dill.dumps(sets))
+    loaded = convert.load_modulations(path)
+    chex.assert_trees_all_equal(loaded, sets)
+    chex.assert_trees_all_equal_dtypes(loaded, sets)
+    with pytest.raises(ValueError, match="params and config, got dict with.*'train'"):
+        convert.load_checkpoint(path)
+    sets["test"]["psnr"] = sets["test"]["psnr"][:1]
+    path = write(tmp_path / "celeba_modulations.npz", dill.dumps(sets))
+    with pytest.raises(ValueError, match="holds 'test' with"):
+        convert.load_modulations(path)
+
+
+def reconstruct_device_array():
+    """Stands for the function of that name in the JAX of 2022."""
+
+
+class OldJaxArray:
+    def __init__(self, array):
+        self.array = array
+
+    def __reduce__(self):
+        aval = {"weak_type": False, "named_shape": {}}
+        return reconstruct_device_array, (*self.array.__reduce__(), aval)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_values_are_read_in_every_format(tmp_path, protocol):
+    array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    shared = [1, (2.5, None, b"x")] if protocol > 2 else ["x"]
+    contents = {
+        "c": array,
+        "fortran": array.T,
+        "strided": array.transpose(2, 0, 1)[::2],
+        "big_endian": array.astype(">f4"),
+        "bool": array > 3,
+        "empty": array[:, :0],
+        "scalar": np.float64(0.1),
+        "jax": jnp.asarray(array),
+        "flat": hk.data_structures.to_immutable_dict({"m": {"w": array}}),
+        "ordered": collections.OrderedDict(b=1, a="two"),
+        "shared": [shared, shared],
+    }
+    if protocol == 2:
+        del contents["empty"]  # Python 3 pickles b"" there in a way of its own.
+    if protocol < 4:
+        contents["old_jax"] = OldJaxArray(array)
+    data = pickle.dumps(contents, protocol)
+    if protocol < 4:  # Names are lines of text, and may change their length.
+        data = data.replace(b"cnumpy._core.", b"cnumpy.core.")
+        data = data.replace(f"c{__name__}\n".encode(), b"cjax._src.device_array\n")
+    loaded = convert.load_haiku_file(write(tmp_path / "x.npz", data))
+    assert loaded.keys() == contents.keys()
+    for name in loaded.keys() & {"c", "fortran", "strided", "big_endian", "bool"}:
+        np.testing.assert_array_equal(loaded[name], contents[name])
+        assert type(loaded[name]) is np.ndarray and loaded[name].dtype.isnative
+    for name in loaded.keys() & {"jax", "old_jax"}:
+        np.testing.assert_array_equal(loaded[name], array)
+    np.testing.assert_array_equal(loaded["flat"]["m"]["w"], array)
+    assert loaded["scalar"] == 0.1 and type(loaded["scalar"]) is np.float64
+    assert loaded["ordered"] == {"b": 1, "a": "two"}
+    assert loaded["shared"] == [shared, shared]
+    assert loaded["shared"][0] is loaded["shared"][1]
+
+
+class Call:
+    """Pickles as function(*args)."""
+
+    def __init__(self, function, *args, state=None):
+        self.reduced = function, args, state
+
+    def __reduce__(self):
+        return self.reduced
+
+
+class OddArray(np.ndarray):
+    """Makes a file as soon as NumPy makes the array."""
+
+    def __array_finalize__(self, obj):
+        Path(os.environ["FUNCTA_TEST_MARKER"]).touch()
+
+
+def touches(marker):
+    """Pickles of all kinds that make the file `marker` when pickle loads them."""
+    touch = Call(os.mkdir, marker)
+    reconstruct, (_, *args), state = np.ones(1).__reduce__()
+    jax_reconstruct, (_, _, *jax_state) = jnp.ones(1).__reduce__()
+    objects = np.empty(2, object)
+    objects[0] = touch
+    contents = {
+        "mkdir": touch,
+        "system": Call(os.system, f"mkdir {marker}"),
+        "eval": Call(eval, f"__import__('os').mkdir({marker!r})"),
+        "exec": Call(exec, f"import os; os.mkdir({marker!r})"),
+        "open": Call(open, marker, "w"),
+        "object_array": objects,
+        "odd_array": Call(reconstruct, OddArray, *args),
+        "array_state": Call(reconstruct, np.ndarray, *args, state=(*state[:-1], touch)),
+        "array_shape": Call(reconstruct, np.ndarray, touch, b"b"),
+        "dtype_state": Call(np.dtype, "f4", False, True, state=touch),
+        "jax_function": Call(jax_reconstruct, os.mkdir, (marker,), *jax_state),
+        "ordered_dict": collections.OrderedDict(params=touch),
+        "in_params": {"params": {"m": {"w": [1, ({"x": touch},)]}}, "config": {}},
+    }
+    pickles = {name: pickle.dumps(value) for name, value in contents.items()}
+    quoted = repr(marker).encode()
+    pickles["getattr"] = (
+        b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n(S'os'\ntRS'mkdir'\ntR"
+        b"(S" + quoted + b"\ntR."
+    )
+    pickles["instance"] = b"(S" + quoted + b"\nios\nmkdir\n."
+    pickles["dotted_name"] = (
+        b"\x80\x04\x8c\x06shutil\x8c\x08os.mkdir\x93(S" + quoted + b"\ntR."
+    )
+    return pickles
+
+
+TOUCHES = touches("marker")
+
+
+@pytest.mark.parametrize("name", TOUCHES)
+def test_nothing_that_a_file_asks_for_runs(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FUNCTA_TEST_MARKER", "marker")
+    marker, path = Path("marker"), write(Path("attack.npz"), TOUCHES[name])
+    with pytest.raises(ValueError, match="attack.npz is refused: it asks for"):
+        convert.load_haiku_file(path)
+    with pytest.raises(ValueError, match="attack.npz is refused"):
+        convert.load_checkpoint(path)
+    assert not marker.exists()
+    # The attack is real: a reader that admits everything falls for it.
+    try:
+        result = pickle.loads(TOUCHES[name])
+        if name == "open":
+            result.close()
+    except Exception:
+        pass
+    assert marker.exists()
+
+
+DTYPE = b"cnumpy\ndtype\n(S'f4'\nI00\nI01\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntb"
+ARRAY = b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"cposix\nsystem\n.", "asks for posix.system,"),
+        (b"cbuiltins\neval\n.", "asks for builtins.eval,"),
+        (b"cnumpy\nload\n.", "asks for numpy.load,"),
+        (b"ccollections\nOrderedDict.fromkeys\n.", "OrderedDict.fromkeys,"),
+        (b"cdill._dill\n_create_type\n.", "_create_type,"),
+        (b"cdill._dill\n_load_type\n(S'CodeType'\ntR(tR.", "not callable"),
+        (b"cfunctools\npartial\n.", "asks for functools.partial,"),
+        (b"cnumpy\nndarray\n.", "holds a type"),
+        (ARRAY + b"(I1\n(I1\nt" + DTYPE + b"I00\n(lNatb.", "than plain numbers"),
+        (ARRAY.replace(b"numpy\nndarray", b"builtins\nlist") + b".", "numpy.ndarray"),
+        (DTYPE.replace(b"f4", b"O8") + b".", "holds a type or dtype"),
+        (
+            b"cnumpy._core.multiarray\nscalar\n("
+            + DTYPE.replace(b"f4", b"O8")
+            + b"C\x04aaaatR.",
+            "type <O8, not of numbers",
+        ),
+        # States of what is found by name: nothing can be altered for later readers.
+        (b"cnumpy\nndarray\n}S'build'\nNsb.", "TypeError"),
+        (b"cnumpy\nndarray\n(N}S'build'\nNstb.", "TypeError"),
+        (b"ccollections\nOrderedDict\n(N}S'get'\nNstb.", "TypeError"),
+        (b"cml_collections.config_dict.config_dict\nConfigDict\n)\x81.", "TypeError"),
+        (b"(lp0\ng0\na.", "RecursionError"),
+        (b"Pname\n.", "persistent"),
+        (b"\x82\x01.", "extension"),
+    ],
+    ids=itertools.count(),
+)
+def test_odd_pickles_are_refused(tmp_path, data, match):
+    before = {cls: dict(vars(cls)) for cls in set(convert._ADMITTED.values())}
+    with pytest.raises(ValueError, match=f"odd.npz.*{match}"):
+        convert.load_haiku_file(write(tmp_path / "odd.npz", data))
+    assert before == {cls: dict(vars(cls)) for cls in before}
+
+
+def test_functions_that_dill_writes_are_refused(tmp_path):
+    dill = pytest.importorskip("dill")
+    data = dill.dumps({"params": lambda: None})
+    with pytest.raises(ValueError, match="asks for dill._dill._create_function"):
+        convert.load_haiku_file(write(tmp_path / "x.npz", data))
+
+
+def test_shared_parts_are_read_once(tmp_path):
+    nested = []
+    for _ in range(60):  # 2^60 items if each occurrence were built anew.
+        nested = [nested, nested]
+    path = write(tmp_path / "x.npz", pickle.dumps(nested))
+    assert len(convert.load_haiku_file(path)) == 2
+
+
+def test_damaged_file_gives_one_clear_error(tmp_path):
+    whole = pickle.dumps({"params": {"m": {"w": np.ones(300)}}, "config": {}})
+    for size in (0, 1, 2, 20, len(whole) // 2, len(whole) - 1):
+        with pytest.raises(ValueError, match="cut.npz is truncated, or not a pickle"):
+            convert.load_checkpoint(write(tmp_path / "cut.npz", whole[:size]))
+    with pytest.raises(ValueError, match="page.npz is truncated, or not a pickle"):
+        convert.load_checkpoint(write(tmp_path / "page.npz", b"<!doctype html>"))
+    with pytest.raises(FileNotFoundError):
+        convert.load_checkpoint(tmp_path / "absent.npz")
+
+
+def test_true_npz_is_named_as_such(tmp_path):
+    np.savez(tmp_path / "x.npz", modulation=np.ones(3))
+    with pytest.raises(ValueError, match="x.npz is a true .npz archive"):
+        convert.load_modulations(tmp_path / "x.npz")

@@ -1,0 +1,200 @@
+"""Fitting SIRENs to images: the command, its functaset, its resume and its errors."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import functa
+from experiments import data, fit_image
+from experiments.configs import fit_image as configs
+
+
+def tiny_config(**changes):
+    config = configs.get_config("smoke")
+    config.dataset.name = "digits"
+    config.resolution = (8, 6)
+    config.num_images = (3, 1)
+    config.num_pixels = 20
+    config.model.update({"width": 8, "depth": 3})
+    config.num_steps = (12,)
+    config.snapshot_steps = (4,)
+    config.log_every = 4
+    config.checkpoint_every = 8
+    config.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("digits")
+    return workdir, fit_image.train_and_evaluate(tiny_config(), workdir)
+
+
+def test_run_leaves_everything_and_is_finished(finished):
+    workdir, summary = finished
+    for name in ("psnr", "reconstructions_8x8", "field_6x6"):
+        assert (workdir / "figures" / f"{name}.png").stat().st_size > 1000
+    assert summary["8x8_steps"] == [4, 12]
+    assert summary["8x8_psnr"][1] > summary["8x8_psnr"][0]
+    assert fit_image.train_and_evaluate(tiny_config(), workdir) == summary
+
+
+def test_functaset_gives_the_images_back(finished):
+    workdir, summary = finished
+    written = functa.load_functaset(workdir / "functaset.npz")
+    images = functa.reconstruct(written, {}, 8)[:3]
+    arrays = data.load("digits", "train")
+    mse = np.mean((images - data.to_float(arrays["image"][:3])) ** 2, axis=(1, 2, 3))
+    np.testing.assert_allclose(functa.psnr(mse), written.psnr[:3], rtol=1e-4)
+    np.testing.assert_array_equal(written.label, arrays["label"][[0, 1, 2, 0]])
+    # The last network is that of the second task.
+    assert written.psnr[3] == pytest.approx(summary["6x6_psnr"][-1])
+
+
+def test_resumed_run_ends_like_an_uninterrupted_one(finished, tmp_path, monkeypatch):
+    workdir, whole = finished
+    check, calls = fit_image.runtime.check_finite, []
+
+    # Step 21 is in the second task, after a checkpoint at 20 and before one at 24.
+    def stop_once(losses, *, first_step):
+        calls.append(first_step)
+        if first_step == 21 and calls.count(21) == 1:
+            raise KeyboardInterrupt
+        check(losses, first_step=first_step)
+
+    monkeypatch.setattr(fit_image.runtime, "check_finite", stop_once)
+    with pytest.raises(KeyboardInterrupt):
+        fit_image.train_and_evaluate(tiny_config(), tmp_path)
+    resumed = fit_image.train_and_evaluate(tiny_config(), tmp_path)
+    assert (calls.count(1), calls.count(21)) == (1, 2)
+    assert resumed | {"seconds": 0} == whole | {"seconds": 0}
+    with (
+        np.load(workdir / "arrays.npz") as first,
+        np.load(tmp_path / "arrays.npz") as second,
+    ):
+        chex.assert_trees_all_equal(dict(first), dict(second))
+
+
+def write_image(path, channels):
+    shape = (5, 7, channels)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    Image.fromarray(pixels.squeeze()).save(path)
+    return tiny_config(image=str(path), resolution=(7,), num_images=(1,)), pixels
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_reads_grey_and_colour_files(tmp_path, channels):
+    config, pixels = write_image(tmp_path / "image.png", channels)
+    [task] = fit_image.make_tasks(config)
+    np.testing.assert_array_equal(task.images, pixels[None])
+    assert task.name == "5x7"
+
+
+def test_fits_a_file_of_odd_size(tmp_path):
+    config, pixels = write_image(tmp_path / "image.png", channels=3)
+    fit_image.train_and_evaluate(config, tmp_path / "run")
+    written = functa.load_functaset(tmp_path / "run" / "functaset.npz")
+    assert written.config["model"]["out_channels"] == 3
+    reconstructed = functa.reconstruct(written, {}, (5, 7))
+    mse = np.mean((reconstructed[0] - data.to_float(pixels)) ** 2)
+    np.testing.assert_allclose(functa.psnr(mse), written.psnr[0], rtol=1e-4)
+
+
+def test_longer_side_gets_the_resolution():
+    image = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3)
+    assert fit_image.resize(image, 12).shape == (12, 8, 3)
+    assert fit_image.resize(image[..., :1], 3).shape == (3, 2, 1)
+    np.testing.assert_array_equal(fit_image.resize(image, 6), image)
+    # A long thin image keeps at least one row.
+    assert fit_image.resize(image[:1].repeat(9, axis=1), 2).shape == (1, 2, 3)
+
+
+def test_mosaic_puts_images_side_by_side():
+    config = tiny_config(mosaic=(2,), num_images=(1,), resolution=(8,))
+    [task] = fit_image.make_tasks(config)
+    images = data.load("digits", "train")["image"]
+    rows = [np.hstack(images[:2]), np.hstack(images[2:4])]
+    np.testing.assert_array_equal(task.images, np.vstack(rows)[None])
+    assert task.name == "16x16_mosaic"
+
+
+def test_folded_parameters_are_the_same_field():
+    model = functa.Siren(width=8, depth=3, out_channels=2)
+    grid = jnp.asarray(functa.coordinate_grid((4, 5)))
+    params = model.init(jax.random.key(0), grid)["params"]
+    params["layer_0"]["bias"] = jnp.linspace(-0.1, 0.1, 8)
+    low, high = -1.5, 0.75
+    folded = fit_image.fold_range(params, (low, high))
+    # omega_0 is 30: a rounding of 1e-7 in a first-layer sum becomes 3e-6.
+    chex.assert_trees_all_close(
+        model.apply({"params": folded}, grid),
+        model.apply({"params": params}, low + (high - low) * grid),
+        atol=2e-5,
+    )
+
+
+def test_gradient_magnitude_matches_finite_differences():
+    model = functa.Siren(width=8, depth=3, out_channels=2, omega_0=3.0)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 2)))["params"]
+    stacked = jax.tree.map(lambda x: x[None], params)
+    shape, step = (3, 4), 1e-2
+    grid = jnp.asarray(functa.coordinate_grid(shape))
+    squares = jnp.zeros(shape)
+    for axis, size in enumerate(shape):
+        shift = jnp.full_like(grid, 0).at[..., axis].set(step)
+        values = [model.apply({"params": params}, grid + s * shift) for s in (1, -1)]
+        squares += jnp.sum(jnp.square((values[0] - values[1]) / (2 * step * size)), -1)
+    # Central differences err by step^2 times the third derivative.
+    chex.assert_trees_all_close(
+        fit_image.gradient_magnitude(model, stacked, shape)[0],
+        jnp.sqrt(squares),
+        rtol=1e-2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resolution": (0,)}, "config.resolution needs"),
+        ({"num_steps": (1, 2), "resolution": (8, 7, 6)}, "config.num_steps needs"),
+        (
+            {"num_images": (2,), "resolution": (8,), "dataset": {"name": "photograph"}},
+            "need 2 images",
+        ),
+        ({"resolution": (8, 8)}, "of the same size"),
+        ({"snapshot_steps": (3, 2)}, "snapshot_steps"),
+        ({"coord_range": (1.0, 1.0)}, "coord_range"),
+        ({"optimizer": {"name": "adamm"}}, "no optimizer 'adamm'"),
+        ({"optimizer": {"options": {"b7": 1.0}}}, "optimizer.options"),
+        ({"optimizer": {"schedule": "linear"}}, "neither constant nor cosine"),
+        ({"model": {"type": "ModulatedSiren"}}, "must be Siren"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        fit_image.train_and_evaluate(tiny_config(**changes), tmp_path)
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG but nothing more")
+    config = tiny_config(image=str(broken))
+    with pytest.raises(ValueError, match="broken.png is no readable image"):
+        fit_image.train_and_evaluate(config, tmp_path / "run")
+    config = tiny_config(image=str(tmp_path / "none.png"))
+    with pytest.raises(FileNotFoundError, match="no image file .*none.png"):
+        fit_image.train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("variant", configs.VARIANTS)
+def test_variants_agree_with_themselves(variant):
+    fit_image._check_config(configs.get_config(variant))
+
+
+def test_unknown_variant_is_named():
+    with pytest.raises(ValueError, match="'big' is none of photo"):
+        configs.get_config("big")

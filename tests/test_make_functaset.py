@@ -1,0 +1,310 @@
+"""experiments.encoding, experiments.make_functaset and functa.functaset's files."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import functa
+from experiments import data, encoding, make_functaset, meta_learn, runtime
+from experiments.configs import make_functaset as make_functaset_config
+from experiments.configs import meta_learn as meta_learn_config
+from functa import functaset
+
+SHAPE = (6, 4, 3)
+MODEL = {
+    "type": "LatentModulatedSiren",
+    "width": 7,
+    "depth": 3,
+    "latent_dim": 5,
+    "layer_sizes": [],
+    "omega_0": 10.0,
+    "out_channels": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def learner():
+    model = functaset.make_model(MODEL)
+    latent = model.initial_latent()
+    params = model.init(jax.random.key(0), jnp.zeros((1, 2)), latent)["params"]
+    inner = {"num_steps": 2, "l2_weight": 0.0, "unroll": True}
+    return encoding.Learner(MODEL, params, latent, jnp.full(5, 0.05), inner)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    rng = np.random.default_rng(0)
+
+    def split(num):
+        image = rng.integers(0, 256, (num, *SHAPE), dtype=np.uint8)
+        return {"image": image, "label": np.arange(num, dtype=np.int32)}
+
+    return {"train": split(8), "test": split(4)}
+
+
+def write(path, learner, dataset, **options):
+    return encoding.write_functaset(
+        path,
+        learner,
+        dataset,
+        config={"dataset": "random"},
+        batch_size=2,
+        say=lambda message: None,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory, learner, dataset):
+    path = tmp_path_factory.mktemp("functaset") / "functaset.npz"
+    write(path, learner, dataset)
+    return path
+
+
+def test_file_is_what_its_documentation_says(path, learner, dataset):
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    assert {k: (v.dtype.str, v.shape) for k, v in arrays.items()} == {
+        "latent": ("<f4", (12, 5)),
+        "label": ("<i4", (12,)),
+        "psnr": ("<f4", (12,)),
+        "split": ("<U5", (12,)),
+        "mean": ("<f4", (5,)),
+        "std": ("<f4", (5,)),
+        "config": (arrays["config"].dtype.str, ()),
+        "params_sha256": ("<U64", ()),
+    }
+    assert arrays["split"].tolist() == ["train"] * 8 + ["test"] * 4
+    assert arrays["label"].tolist() == [*range(8), *range(4)]
+    train = arrays["latent"][:8]
+    np.testing.assert_allclose(arrays["mean"], train.mean(0), rtol=1e-5, atol=1e-7)
+    # The variance is summed as mean of squares less square of mean, in float64.
+    np.testing.assert_allclose(arrays["std"], train.std(0), rtol=1e-4)
+    config = json.loads(str(arrays["config"]))
+    assert config["model"] == MODEL and config["inner"]["num_steps"] == 2
+    assert config["dataset"] == "random" and config["copies"] == 1
+    assert str(arrays["params_sha256"]) == functaset.hash_params(learner.params)
+
+
+def test_save_and_load_keep_everything(path, tmp_path):
+    loaded = functa.load_functaset(path)
+    functa.save_functaset(tmp_path / "copy.npz", loaded)
+    copy = functa.load_functaset(tmp_path / "copy.npz")
+    for name, ours, theirs in zip(loaded._fields, loaded, copy, strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=name)
+    normalized = loaded.select("train").normalized()
+    np.testing.assert_allclose(normalized.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(normalized.std(0), 1, rtol=1e-4)
+
+
+def test_two_sittings_write_the_same_file(tmp_path, monkeypatch, learner, dataset):
+    monkeypatch.setattr(encoding, "SHARD_SIZE", 3)
+    whole, resumed = tmp_path / "whole.npz", tmp_path / "resumed.npz"
+    write(whole, learner, dataset, copies=2, flip=True)
+    encode, calls = encoding.encode, []
+
+    def encode_once(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(encoding, "encode", encode_once)
+    with pytest.raises(KeyboardInterrupt):
+        write(resumed, learner, dataset, copies=2, flip=True)
+    assert not resumed.exists()
+    assert len(list(tmp_path.glob("resumed.npz.parts/*.npz"))) == 1
+    write(resumed, learner, dataset, copies=2, flip=True)
+    # Two copies of 8 and 4 others, in shards of 3: of 3 + 3 + 2 shards, one was there.
+    assert len(calls) == 2 + 7
+    assert sorted(os.listdir(tmp_path)) == ["resumed.npz", "whole.npz"]
+    with np.load(whole) as first, np.load(resumed) as second:
+        assert first.files == second.files
+        for name in first.files:
+            assert first[name].tobytes() == second[name].tobytes(), name
+
+
+def test_parts_of_other_latents_are_not_used(tmp_path, monkeypatch, learner, dataset):
+    monkeypatch.setattr(encoding, "SHARD_SIZE", 3)
+    encode = encoding.encode
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "_join", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write(tmp_path / "a.npz", learner, dataset)
+    calls = []
+    monkeypatch.setattr(
+        encoding, "encode", lambda *a, **k: calls.append(a) or encode(*a, **k)
+    )
+    other = learner._replace(params=jax.tree.map(lambda x: 1.5 * x, learner.params))
+    write(tmp_path / "a.npz", other, dataset)
+    assert len(calls) == 5
+
+
+def test_copies_are_of_the_training_split_only(tmp_path, learner, dataset, path):
+    summary = write(tmp_path / "a.npz", learner, dataset, copies=3)
+    copied, plain = (
+        functa.load_functaset(tmp_path / "a.npz"),
+        functa.load_functaset(path),
+    )
+    assert summary["num_signals"] == 3 * 8 + 4
+    assert copied.config["copies"] == 3
+    train = copied.select("train")
+    assert train.label.tolist() == [*range(8)] * 3
+    # The first copy is the images themselves.
+    np.testing.assert_array_equal(train.latent[:8], plain.select("train").latent)
+    # Images this small have four crops, so that single ones may coincide.
+    assert not (train.latent[:8] == train.latent[8:16]).any()
+    assert not np.array_equal(train.latent[8:16], train.latent[16:])
+    np.testing.assert_array_equal(
+        copied.select("test").latent, plain.select("test").latent
+    )
+
+
+def test_augment_crops_the_enlarged_image_and_mirrors_it(dataset):
+    images = np.repeat(dataset["train"]["image"], 4, axis=0)
+    height, width, channels = SHAPE
+    large = np.asarray(
+        jax.image.resize(
+            jnp.float32(images),
+            (len(images), height + height // 4, width + width // 4, channels),
+            "bilinear",
+        )
+    )
+
+    def kinds(augmented):
+        """Which (row, column, mirrored) each image is, by trying all of them."""
+        found = set()
+        for image, source in zip(augmented, large, strict=True):
+            matches = [
+                (row, column, mirrored)
+                for row in range(height // 4 + 1)
+                for column in range(width // 4 + 1)
+                for mirrored in (False, True)
+                if np.abs(
+                    np.float32(image[:, ::-1] if mirrored else image)
+                    - source[row : row + height, column : column + width]
+                ).max()
+                # Rounding to whole numbers.
+                <= 0.51
+            ]
+            assert len(matches) == 1
+            found.add(matches[0])
+        return found
+
+    key = jax.random.key(1)
+    augmented = encoding.augment(key, images, flip=True)
+    assert augmented.dtype == np.uint8 and augmented.shape == images.shape
+    # 32 images, 8 equally likely kinds: all appear.
+    assert len(kinds(augmented)) == 8
+    unflipped = kinds(encoding.augment(jax.random.clone(key), images, flip=False))
+    assert {mirrored for *_, mirrored in unflipped} == {False}
+    flat = np.full((2, *SHAPE), 77, np.uint8)
+    same = encoding.augment(jax.random.key(2), flat, flip=True)
+    np.testing.assert_array_equal(same, flat)
+
+
+def test_reconstruct_at_the_resolution_of_the_images_has_the_stated_psnr(
+    path, learner, dataset
+):
+    loaded = functa.load_functaset(path)
+    for split in data.SPLITS:
+        part = loaded.select(split)
+        images = functa.reconstruct(part, learner.params, SHAPE[:2], batch_size=3)
+        assert images.shape == (len(part.label), *SHAPE)
+        assert images.dtype == np.float32
+        error = images - data.to_float(dataset[split]["image"])
+        psnr = -10 * np.log10(np.square(error).mean((1, 2, 3)))
+        # The file's are measured inside the inner loop, in another order of sums.
+        np.testing.assert_allclose(part.psnr, psnr, atol=1e-3)
+
+
+def test_reconstruct_at_any_resolution(path, learner):
+    part = functa.load_functaset(path).select("test")
+    images = functa.reconstruct(part, learner.params, 9)
+    assert images.shape == (4, 9, 9, 3)
+    # The cell centres of 27 cells contain those of 9: the same field at the same place.
+    large = functa.reconstruct(part, learner.params, 27)
+    np.testing.assert_allclose(large[:, 1::3, 1::3], images, atol=1e-4)
+
+
+def test_reconstruct_refuses_other_weights(path, learner):
+    other = jax.tree.map(lambda x: x + 1e-3, learner.params)
+    with pytest.raises(ValueError, match="not the ones that the latents were fitted"):
+        functa.reconstruct(functa.load_functaset(path), other, 8)
+
+
+def test_damaged_and_foreign_files_are_named(path, tmp_path):
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="cut.npz is no readable .npz"):
+        functa.load_functaset(cut)
+    np.savez(tmp_path / "foreign.npz", latent=np.zeros((2, 3)), label=np.zeros(2))
+    with pytest.raises(ValueError, match="no functaset: it lacks psnr, split, mean"):
+        functa.load_functaset(tmp_path / "foreign.npz")
+    pickled = np.array([{"a": 1}], dtype=object)
+    np.savez(tmp_path / "pickle.npz", latent=pickled)
+    with pytest.raises(ValueError, match="pickle.npz is no readable"):
+        functa.load_functaset(tmp_path / "pickle.npz")
+    with pytest.raises(FileNotFoundError, match="no functaset .*absent"):
+        functa.load_functaset(tmp_path / "absent.npz")
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(tmp_path / "short.npz", **arrays | {"label": arrays["label"][1:]})
+    with pytest.raises(ValueError, match="`label` should be"):
+        functa.load_functaset(tmp_path / "short.npz")
+
+
+@pytest.fixture(scope="module")
+def meta_run(tmp_path_factory):
+    """A run of meta_learn before its first step: a config and a checkpoint."""
+    workdir = tmp_path_factory.mktemp("meta_learn")
+    config = meta_learn_config.get_config("smoke")
+    config.model.out_channels = 1
+    model = functaset.make_model(config.model.to_dict())
+    state = meta_learn.init_state(config, model, meta_learn.make_optimizer(config))
+    with runtime.open_run(workdir, config) as run:
+        run.save(1, state)
+    return workdir
+
+
+def smoke_config(meta_run):
+    config = make_functaset_config.get_config("smoke")
+    config.run = str(meta_run)
+    config.num_images = 6
+    return config
+
+
+def test_command_writes_the_functaset_of_a_run(meta_run, tmp_path):
+    summary = make_functaset.train_and_evaluate(smoke_config(meta_run), tmp_path)
+    assert summary["num_signals"] == 2 * 6 + 6
+    written = functa.load_functaset(tmp_path / "functaset.npz")
+    assert written.config["dataset"] == "digits"
+    digits = data.load("digits", "train")["label"][:6]
+    assert written.select("train").label.tolist() == [*digits, *digits]
+    params = encoding.load_learner(meta_run).params
+    assert functa.reconstruct(written, params, 12).shape == (18, 12, 12, 1)
+    again = make_functaset.train_and_evaluate(smoke_config(meta_run), tmp_path)
+    assert again == summary
+
+
+def test_command_names_the_mistake(meta_run, tmp_path, dataset):
+    def run(**changes):
+        config = smoke_config(meta_run)
+        config.update(changes)
+        make_functaset.train_and_evaluate(config, tmp_path / "out")
+
+    for split in data.SPLITS:
+        np.savez(tmp_path / f"{split}.npz", **dataset[split])
+    with pytest.raises(ValueError, match="npz have 3 channels, but .* have 1"):
+        run(dataset={"name": "npz", "data_dir": str(tmp_path)})
+    with pytest.raises(FileNotFoundError, match="absent holds no run"):
+        run(run=str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match="splits must be some of train, test"):
+        run(splits=("train", "valid"))
+    with pytest.raises(ValueError, match="copies must be at least 1, got 0"):
+        run(copies=0)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,144 @@
+"""experiments.runtime: atomic files, exact bookkeeping, one line for every mistake."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from experiments import runtime
+
+CONFIG = {"experiment": "none", "variant": "x", "a": {"b": 1}, "c": (2.0, None)}
+
+
+def test_files_are_whole_or_not_there(tmp_path):
+    path = tmp_path / "folder" / "a.json"
+    runtime.write_json(path, {"x": np.float32(1.5), "y": jnp.arange(3)})
+    assert runtime.read_json(path) == {"x": 1.5, "y": [0, 1, 2]}
+
+    def fail(file):
+        file.write("half of")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        runtime.write_atomic(path, fail)
+    assert runtime.read_json(path) == {"x": 1.5, "y": [0, 1, 2]}
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_write_beyond_the_disk_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.npz"
+    runtime.write_npz(path, {"x": np.arange(3)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The kernel refuses to grow a file beyond this, as it does on a full disk.
+    # (Python ignores SIGXFSZ and sees an OSError.)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError):
+            noise = np.random.default_rng(0).normal(size=10_000)
+            runtime.write_npz(path, {"x": noise})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    np.testing.assert_array_equal(np.load(path)["x"], np.arange(3))
+
+
+def test_run_resumes_state_and_metrics(tmp_path):
+    config = ConfigDict(CONFIG)
+    state = {"w": jnp.zeros(3), "none": None}
+    with runtime.open_run(tmp_path, config) as run:
+        assert run.restore(state)[0] == 0
+        for step in (1, 2, 3):
+            run.log(step, {"loss": 1.0 / step}, num_steps=4)
+            if step < 3:
+                run.save(step, {**state, "w": jnp.full(3, float(step))})
+    # As a kill leaves it: a line after the last checkpoint, and half a line.
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    with runtime.open_run(tmp_path, config) as run:
+        step, restored = run.restore(state)
+        assert step == 2 and restored["w"].tolist() == [2, 2, 2]
+        assert restored["none"] is None
+        assert run.seconds > 0
+        run.finish({"loss": jnp.float32(0.25), "list": [1.0, 2.0]})
+    lines = runtime.read_metrics(tmp_path / "metrics.jsonl")
+    assert [m["step"] for m in lines] == [1, 2]
+    with runtime.open_run(tmp_path, config) as run:
+        assert run.summary["loss"] == 0.25
+    assert json.loads((tmp_path / "environment.json").read_text())["versions"]["jax"]
+
+
+def test_another_config_names_the_fields(tmp_path):
+    with runtime.open_run(tmp_path, ConfigDict(CONFIG)):
+        pass
+    other = ConfigDict({**CONFIG, "a": {"b": 2}})
+    with (
+        pytest.raises(ValueError, match="a.b is 1 there and 2 here. Choose another"),
+        runtime.open_run(tmp_path, other),
+    ):
+        pass
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    config, state = ConfigDict(CONFIG), {"w": jnp.arange(100.0)}
+    with runtime.open_run(tmp_path, config) as run:
+        run.restore(state)
+        run.save(5, state)
+    for path in (tmp_path / "checkpoints" / "5" / "state").rglob("*"):
+        if path.is_file() and "metadata" not in path.name.lower():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with (
+        pytest.raises(ValueError, match="checkpoint of step 5 .* cannot be read"),
+        runtime.open_run(tmp_path, config) as run,
+    ):
+        run.restore(state)
+
+
+def test_no_run_and_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        runtime.load_checkpoint(tmp_path)
+    with runtime.open_run(tmp_path, ConfigDict(CONFIG)):
+        pass
+    with pytest.raises(FileNotFoundError, match="has no checkpoints"):
+        runtime.load_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text('{"a"')
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        runtime.load_checkpoint(tmp_path)
+
+
+def test_check_finite_names_the_step():
+    runtime.check_finite(np.array([1.0, 2.0]), first_step=8)
+    with pytest.raises(ValueError, match="loss is nan at step 9"):
+        runtime.check_finite(np.array([1.0, np.nan, np.inf]), first_step=8)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--config=experiments/configs/meta_learn.py:digit", "'digit' is none of"),
+        ("--config.num_stepz=3", 'Did you mean "num_steps"'),
+        ("--config.num_steps=many", "many"),
+        ("--confg=x", "Unknown command line flag 'confg'"),
+        ("--config=absent.py", "absent.py"),
+        ("stray", "no option takes: stray"),
+        ("--config.dataset.name=folder", "needs a directory"),
+        ("--config.model.width=0", "width >= 1"),
+    ],
+)
+def test_a_mistake_costs_one_line_and_status_1(tmp_path, option, message):
+    command = [sys.executable, "-m", "experiments.meta_learn", option]
+    ended = subprocess.run(
+        [*command, f"--workdir={tmp_path}"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert ended.returncode == 1
+    [line] = ended.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
