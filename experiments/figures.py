@@ -163,7 +163,6 @@ def _draw_fit_image(folder, arrays, metrics):
         started = logged[-1]["seconds"] if logged else started
     left.set_xscale("symlog", linthresh=10)
     left.set_xlabel("step (line: pixels of the step; dots: all pixels)")
-    right.set_xscale("log")
     right.set_xlabel("seconds, compilation included")
     left.set_ylabel("PSNR, mean over images (dB)")
     left.legend(fontsize=7, title="pixels", title_fontsize=7)

@@ -208,13 +208,20 @@ def init_state(config: ConfigDict, model: functa.Siren, task: Task) -> TaskState
     """The state before the first step: a function of config.seed and the task."""
     num_images, height, width, channels = task.images.shape
     keys = jax.random.split(jax.random.key(config.seed), num_images)
-    params = jax.vmap(lambda key: model.init(key, jnp.zeros((1, 2)))["params"])(keys)
     optimizer = make_optimizer(config.optimizer, task.num_steps)
+
+    @jax.jit
+    @jax.vmap
+    def init(key):
+        params = model.init(key, jnp.zeros((1, 2)))["params"]
+        return params, optimizer.init(params)
+
+    params, opt_state = init(keys)
     num_snapshots = len(task.snapshots)
     num_shown = min(num_images, _NUM_SHOWN)
     return TaskState(
         params,
-        jax.vmap(optimizer.init)(params),
+        opt_state,
         loss=jnp.zeros((task.num_steps, num_images)),
         mse=jnp.zeros((num_snapshots, num_images)),
         shown=jnp.zeros((num_snapshots, num_shown, height, width, channels)),

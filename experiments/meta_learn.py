@@ -41,9 +41,7 @@ class TrainState:
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
-    dataset = {
-        split: data.load(split=split, **config.dataset) for split in data.SPLITS
-    }
+    dataset = {split: data.load(split=split, **config.dataset) for split in data.SPLITS}
     images = dataset["train"]["image"]
     learner = None
     if config.init_from:
@@ -168,7 +166,9 @@ def make_update(
 
         def add_group(grads, batch):
             grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-            (_, info), group_grads = grad_fn(state.weights, state.latent, coords, *batch)
+            (_, info), group_grads = grad_fn(
+                state.weights, state.latent, coords, *batch
+            )
             return jax.tree.map(jnp.add, grads, group_grads), info
 
         groups = jax.tree.map(
@@ -336,7 +336,7 @@ _NUM_TRAIN = 1000
 
 
 def _fit_further(learner, images, settings):
-    """Mean squared errors (B, S + more_steps + 1) of the inner loop and steps beyond."""
+    """Mean squared errors (B, S + more_steps + 1), inner loop and steps beyond it."""
     model = learner.model
     coords = jnp.asarray(functa.coordinate_grid(images.shape[1:3]))
     schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.more_steps)

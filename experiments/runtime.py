@@ -55,20 +55,27 @@ def launch(
             _fail(f"there are arguments that no option takes: {' '.join(argv[1:])}")
         config = config_flag.value
         workdir = Path(workdir_flag.value or f"runs/{name}/{config.variant}")
-        try:
+        with one_line_errors(debug=debug_flag.value):
             train_and_evaluate(config, workdir)
-        except (ValueError, OSError) as error:
-            if debug_flag.value:
-                raise
-            _fail(_one_line(error))
-        except KeyboardInterrupt:
-            _fail("interrupted; the same command resumes from the last checkpoint.")
 
     def parse_flags(argv):
         with _command_line_errors():
             return flags.FLAGS(argv)
 
     app.run(main, flags_parser=parse_flags)
+
+
+@contextlib.contextmanager
+def one_line_errors(*, debug: bool = False) -> Iterator[None]:
+    """Ends the process with one line and status 1 on an error that a user can mend."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        _fail(_one_line(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command resumes from the last checkpoint.")
 
 
 @contextlib.contextmanager
@@ -312,7 +319,7 @@ def load_checkpoint(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
 def _load(checkpointer, step, state, folder):
     try:
         if state is None:
-            state = checkpointer.pytree_metadata(step).metadata
+            state = checkpointer.metadata(step).metadata
         # Onto this machine's devices, whatever those were that it was saved from.
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(

@@ -3,10 +3,10 @@
 from functa import convert as convert
 from functa.functaset import Functaset as Functaset
 from functa.functaset import load_functaset as load_functaset
-from functa.functaset import reconstruct as reconstruct
-from functa.functaset import save_functaset as save_functaset
 from functa.functaset import make_model as make_model
+from functa.functaset import reconstruct as reconstruct
 from functa.functaset import render as render
+from functa.functaset import save_functaset as save_functaset
 from functa.inner_loop import FitInfo as FitInfo
 from functa.inner_loop import fit_batch as fit_batch
 from functa.inner_loop import fit_latent as fit_latent

@@ -84,10 +84,13 @@ def fit_latent(
       The fitted latent (L,) and the losses of every step.
 
     Raises:
-      ValueError: if rates per step are not as many as `num_steps`.
+      ValueError: if `num_steps` is negative, or rates per step are not as many.
     """
     chex.assert_rank(latent, 1)
+    if num_steps < 0:
+        raise ValueError(f"num_steps must not be negative, got {num_steps}.")
     rates = jnp.asarray(learning_rate)
+    chex.assert_rank(rates, {0, 1, 2})
     if rates.ndim == 2 and rates.shape[0] != num_steps:
         raise ValueError(
             f"learning_rate has rates for {rates.shape[0]} steps, num_steps is "
@@ -137,9 +140,12 @@ def optimize_latent(
     latent can express beyond the few steps of the inner loop.
 
     Args:
-      field, latent, target, l2_weight: as in `fit_latent`.
+      field: maps a latent to a prediction shaped like `target`.
+      latent: start of the fit, (L,).
+      target: the signal, any shape.
       optimizer: applied to the latent.
       num_steps: S, a Python int.
+      l2_weight: see `reconstruction_loss`.
 
     Returns:
       The fitted latent (L,) and the losses of every step.
@@ -171,8 +177,8 @@ def fit_batch(
 ) -> tuple[jax.Array, FitInfo]:
     """Runs `fit_latent` on a batch of signals that share their coordinates.
 
-    The outer loss of Functa is `info.loss[:, -1].mean()`, differentiated in `params` and
-    in the learning rate.
+    The outer loss of Functa is `info.loss[:, -1].mean()`, differentiated in `params`
+    and in the learning rate.
 
     Args:
       apply_fn: `model.apply` of a modulated SIREN, or its like.

@@ -31,7 +31,7 @@ def coordinate_grid(shape: Sequence[int]) -> np.ndarray:
     Returns:
       float32, shape + (d,). For an image, [..., 0] is the row and [..., 1] the column.
     """
-    if not shape or any(n < 1 for n in shape):
+    if len(shape) == 0 or min(shape) < 1:
         raise ValueError(f"a grid needs positive sizes along each axis, got {shape}.")
     axes = [(np.arange(n, dtype=np.float64) + 0.5) / n for n in shape]
     return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).astype(np.float32)
@@ -99,6 +99,7 @@ class ModulatedSiren(nn.Module):
 
     def initial_latent(self) -> jax.Array:
         """The modulation (M,) under which this is a plain SIREN: scale 1, shift 0."""
+        num_modulations(self)  # checks the fields
         parts = [1.0] * self.modulate_scale + [0.0] * self.modulate_shift
         return jnp.tile(jnp.repeat(jnp.array(parts), self.width), self.depth - 1)
 
@@ -114,7 +115,7 @@ class LatentModulatedSiren(nn.Module):
 
     The map is linear, or an MLP with ReLU, from the latent (L,) to the modulation
     (M,), M = (depth - 1) * W * (modulate_scale + modulate_shift). Laid out as in
-    `ModulatedSiren`; 1 is added to every scale, so that a zero output modulates nothing.
+    `ModulatedSiren`; 1 is added to every scale: a zero output modulates nothing.
 
     Attributes:
       width, depth, out_channels, omega_0, fast_sine: as in `Siren`.
@@ -167,10 +168,10 @@ def num_modulations(model: ModulatedSiren | LatentModulatedSiren) -> int:
 
 
 def _check_sizes(model):
-    if model.depth < 2 or model.width < 1:
+    if model.depth < 2 or model.width < 1 or model.omega_0 <= 0:
         raise ValueError(
-            "a SIREN needs depth >= 2 (first and last layer) and width >= 1, "
-            f"got depth {model.depth}, width {model.width}."
+            "a SIREN needs depth >= 2 (first and last layer), width >= 1 and omega_0 > "
+            f"0, got {model.depth}, {model.width} and {model.omega_0}."
         )
 
 

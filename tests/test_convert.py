@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from functa import convert
+from functa import convert, pickled
 from functa.inner_loop import fit_latent
 from functa.metrics import psnr
 from functa.siren import LatentModulatedSiren, ModulatedSiren, coordinate_grid
@@ -690,7 +690,7 @@ ARRAY = b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\nt
     ids=itertools.count(),
 )
 def test_odd_pickles_are_refused(tmp_path, data, match):
-    before = {cls: dict(vars(cls)) for cls in set(convert._ADMITTED.values())}
+    before = {cls: dict(vars(cls)) for cls in set(pickled._ADMITTED.values())}
     with pytest.raises(ValueError, match=f"odd.npz.*{match}"):
         convert.load_haiku_file(write(tmp_path / "odd.npz", data))
     assert before == {cls: dict(vars(cls)) for cls in before}

@@ -45,9 +45,9 @@ def get_config(variant: str = "photo") -> ConfigDict:
     config.num_images = (1,)
     # k x k images side by side are one image, k * resolution wide.
     config.mosaic = (1,)
-    config.num_steps = (2500,)
+    config.num_steps = (4000,)
     # Steps after which the reconstruction is kept and measured, besides the last one.
-    config.snapshot_steps = (50, 100, 200, 400, 800, 1600)
+    config.snapshot_steps = (100, 200, 400, 800, 1600)
 
     # The fields of functa.Siren; out_channels is taken from the images.
     config.model = ConfigDict(
@@ -61,10 +61,11 @@ def get_config(variant: str = "photo") -> ConfigDict:
     )
     config.model.out_channels = config_dict.placeholder(int)
     # Training sees the pixel grid, [0, 1] along each axis, mapped to this range; the
-    # wider, the higher the frequencies that the network starts with. Sitzmann et al.
-    # use (-1, 1). Its centre at 0 makes a network without biases an odd function;
-    # (0, 2) has the same frequencies and does not. The map is folded into the first
-    # layer of what a run exports.
+    # wider, the higher the frequencies that the network starts with: pixels are fitted
+    # sooner, and what lies between the pixels of a small image is less smooth.
+    # Sitzmann et al. use (-1, 1). Its centre at 0 makes a network that starts without
+    # biases an odd function; (0, 2) has the same frequencies and does not.
+    # The map is folded into the first layer of what a run exports.
     config.coord_range = (0.0, 2.0)
 
     # `name` is any optimizer of optax or optax.contrib; `options` are its keywords.
@@ -83,12 +84,14 @@ def get_config(variant: str = "photo") -> ConfigDict:
     config.checkpoint_every = 200
 
     if variant == "photo":
-        config.num_pixels = 4096
+        config.num_pixels = 8192
     elif variant == "smoke":
-        config.model.update({"width": 16, "depth": 3})
+        config.model.update({"width": 32, "depth": 3})
+        # The default range holds frequencies that so few pixels cannot show.
+        config.coord_range = (0.0, 0.5)
         config.resolution = (16,)
-        config.num_steps = (40,)
-        config.snapshot_steps = (10, 20)
+        config.num_steps = (100,)
+        config.snapshot_steps = (10, 20, 50)
         config.log_every = 10
         config.checkpoint_every = 20
     elif variant == "report":

@@ -77,12 +77,12 @@ def get_config(variant: str = "digits") -> ConfigDict:
         {
             "name": "adam",
             "options": {},
-            "learning_rate": 2e-3,
+            "learning_rate": 1e-3,
             "schedule": "cosine",
             "warmup_steps": 50,
-            "clip_norm": 0.2,
+            "clip_norm": 0.3,
             # The rates of meta-SGD learn this much faster than the weights.
-            "rate_multiplier": 2.5,
+            "rate_multiplier": 5.0,
             "ema_decay": 0.0,
         }
     )
@@ -130,7 +130,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
         config.dataset.name = "cifar10"
         config.model.latent_dim = 256
         config.batch_size = 16
-        config.num_steps = 9500
+        config.num_steps = 8500
         config.coarse_steps = 6000
         config.log_every = 100
         config.eval.more_steps = 197

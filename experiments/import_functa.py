@@ -1,0 +1,76 @@
+"""Turns a checkpoint of google-deepmind/functa into a run.
+
+    python -m experiments.import_functa celeba_params_128_latents.npz
+
+The run folder (runs/import_functa/<name of the file>, or --workdir) is accepted by
+make_functaset (--config.run) and by meta_learn (--config.init_from): the latter trains
+on from the weights or, with --config.num_steps=0, evaluates them.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+import functa
+from experiments import runtime
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "run folder")
+
+
+def import_checkpoint(path: Path, workdir: Path) -> dict[str, Any]:
+    """Writes the run; returns its summary.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is no checkpoint of google-deepmind/functa.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    checkpoint = functa.convert.load_checkpoint(path)
+    imported = checkpoint.imported
+    model = {
+        field.name: getattr(imported.model, field.name)
+        for field in dataclasses.fields(imported.model)
+        if field.name not in ("parent", "name")
+    }
+    config = ConfigDict(
+        {
+            "experiment": "import_functa",
+            "variant": path.stem,
+            "model": {"type": type(imported.model).__name__, **model},
+            "inner": {
+                "num_steps": checkpoint.num_steps,
+                "l2_weight": checkpoint.l2_weight,
+                "unroll": True,
+                "noise_std": checkpoint.noise_std,
+            },
+            "resolution": checkpoint.resolution,
+        }
+    )
+    weights = {"params": imported.params, "learning_rate": checkpoint.learning_rate}
+    with runtime.open_run(workdir, config) as run:
+        if run.summary is None:
+            run.save(0, {"weights": weights, "latent": imported.latent})
+            sizes = {
+                "resolution": checkpoint.resolution,
+                "latent": imported.latent.size,
+            }
+            run.finish({"model": type(imported.model).__name__, **sizes})
+        return run.summary
+
+
+def main(argv: list[str]) -> None:
+    logging.set_verbosity(logging.ERROR)
+    with runtime.one_line_errors():
+        if len(argv) != 2:
+            raise ValueError("usage: python -m experiments.import_functa PATH")
+        path = Path(argv[1])
+        workdir = Path(_WORKDIR.value or f"runs/import_functa/{path.stem}")
+        import_checkpoint(path, workdir)
+
+
+if __name__ == "__main__":
+    app.run(main)
