@@ -169,7 +169,7 @@ def write_functaset(
     parts = path.with_name(path.name + ".parts")
     identity = {
         "config": config,
-        "params_sha256": params_sha256,
+        "learner": functaset.hash_params(learner[1:4]),
         "num": {split: len(arrays["image"]) for split, arrays in dataset.items()},
     }
     _open_parts(parts, json.loads(json.dumps(identity)))
