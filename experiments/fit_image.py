@@ -176,39 +176,11 @@ def _check_config(config):
         raise ValueError(f"config.model.type must be Siren, got {config.model.type!r}.")
 
 
-def make_optimizer(
-    settings: ConfigDict, num_steps: int
-) -> optax.GradientTransformation:
-    """Any optimizer of optax under a linear warm-up, then a constant or cosine rate.
-
-    Raises:
-      ValueError: if the optimizer, one of its options or the schedule is unknown.
-    """
-    rate, warmup_steps = settings.learning_rate, settings.warmup_steps
-    if settings.schedule == "cosine":
-        decay = optax.cosine_decay_schedule(rate, max(num_steps - warmup_steps, 1))
-    elif settings.schedule == "constant":
-        decay = optax.constant_schedule(rate)
-    else:
-        raise ValueError(
-            f"optimizer.schedule {settings.schedule!r} is neither constant nor cosine."
-        )
-    warmup = optax.linear_schedule(rate / (warmup_steps + 1), rate, warmup_steps)
-    schedule = optax.join_schedules([warmup, decay], [warmup_steps])
-    make = getattr(optax, settings.name, getattr(optax.contrib, settings.name, None))
-    if not callable(make):
-        raise ValueError(f"optax has no optimizer {settings.name!r}.")
-    try:
-        return make(schedule, **settings.options.to_dict())
-    except TypeError as error:
-        raise ValueError(f"optimizer.options: {error}") from None
-
-
 def init_state(config: ConfigDict, model: functa.Siren, task: Task) -> TaskState:
     """The state before the first step: a function of config.seed and the task."""
     num_images, height, width, channels = task.images.shape
     keys = jax.random.split(jax.random.key(config.seed), num_images)
-    optimizer = make_optimizer(config.optimizer, task.num_steps)
+    optimizer = runtime.make_optimizer(config.optimizer, task.num_steps)
 
     @jax.jit
     @jax.vmap
@@ -234,7 +206,7 @@ def make_update(config: ConfigDict, model: functa.Siren, task: Task):
     It does the steps first, ..., last - 1 in one dispatch; their number is traced, so
     that it compiles once.
     """
-    optimizer = make_optimizer(config.optimizer, task.num_steps)
+    optimizer = runtime.make_optimizer(config.optimizer, task.num_steps)
     low, high = config.coord_range
     grid = functa.coordinate_grid(task.images.shape[1:3]).reshape(-1, 2)
     coords = jnp.asarray(low + (high - low) * grid)

@@ -62,47 +62,26 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Global-norm clipping, then any optax optimizer under a learning-rate schedule.
+    """Global-norm clipping, then the optimizer, with a learning rate for each part.
 
     Raises:
-      ValueError: if the optimizer, one of its options or the schedule is unknown.
+      ValueError: as `runtime.make_optimizer`.
     """
     settings = config.optimizer
-    if settings.schedule not in ("constant", "cosine"):
-        raise ValueError(
-            f"optimizer.schedule {settings.schedule!r} is neither constant nor cosine."
-        )
-    make = getattr(optax, settings.name, None)
-    if not callable(make):
-        raise ValueError(f"optax has no optimizer {settings.name!r}.")
-
-    def optimizer(peak):
-        decay = optax.constant_schedule(peak)
-        if settings.schedule == "cosine":
-            steps = max(config.num_steps - settings.warmup_steps, 1)
-            decay = optax.cosine_decay_schedule(peak, steps)
-        warmup = optax.linear_schedule(
-            peak / (settings.warmup_steps + 1), peak, settings.warmup_steps
-        )
-        schedule = optax.join_schedules([warmup, decay], [settings.warmup_steps])
-        try:
-            return make(schedule, **settings.options.to_dict())
-        except TypeError as error:
-            raise ValueError(f"optimizer.options: {error}") from None
-
-    rates = optimizer(settings.learning_rate * settings.rate_multiplier)
-    return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm)
-        if settings.clip_norm
-        else optax.identity(),
-        optax.partition(
-            {
-                "weights": optimizer(settings.learning_rate),
-                "rates": rates if config.inner.meta_sgd else optax.set_to_zero(),
-            },
-            {"params": "weights", "learning_rate": "rates"},
-        ),
-    )
+    rates = settings.copy_and_resolve_references()
+    rates.learning_rate *= settings.rate_multiplier
+    parts = {"weights": settings, "rates": rates}
+    optimizers = {
+        name: runtime.make_optimizer(part, config.num_steps)
+        for name, part in parts.items()
+    }
+    if not config.inner.meta_sgd:
+        optimizers["rates"] = optax.set_to_zero()
+    clip = optax.identity()
+    if settings.clip_norm:
+        clip = optax.clip_by_global_norm(settings.clip_norm)
+    labels = {"params": "weights", "learning_rate": "rates"}
+    return optax.chain(clip, optax.partition(optimizers, labels))
 
 
 def init_state(
@@ -227,6 +206,8 @@ def _complete_config(config, shape):
             f"num_pixels must be between 0 and {height * width}, the pixels of an "
             f"image, got {config.num_pixels}."
         )
+    if not callable(getattr(optax, config.eval.optimizer, None)):
+        raise ValueError(f"optax has no optimizer {config.eval.optimizer!r}.")
     if config.num_steps < 0:
         raise ValueError(f"num_steps must not be negative, got {config.num_steps}.")
     for name in ("checkpoint_every", "log_every"):

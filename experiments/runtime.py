@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -348,6 +349,34 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise ValueError(f"{path}, line {number}, is damaged.") from None
     return metrics
+
+
+def make_optimizer(
+    settings: ConfigDict, num_steps: int
+) -> optax.GradientTransformation:
+    """Any optimizer of optax under a linear warm-up, then a constant or cosine rate.
+
+    Raises:
+      ValueError: if the optimizer, one of its options or the schedule is unknown.
+    """
+    rate, warmup_steps = settings.learning_rate, settings.warmup_steps
+    if settings.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(rate, max(num_steps - warmup_steps, 1))
+    elif settings.schedule == "constant":
+        decay = optax.constant_schedule(rate)
+    else:
+        raise ValueError(
+            f"optimizer.schedule {settings.schedule!r} is neither constant nor cosine."
+        )
+    warmup = optax.linear_schedule(rate / (warmup_steps + 1), rate, warmup_steps)
+    schedule = optax.join_schedules([warmup, decay], [warmup_steps])
+    make = getattr(optax, settings.name, getattr(optax.contrib, settings.name, None))
+    if not callable(make):
+        raise ValueError(f"optax has no optimizer {settings.name!r}.")
+    try:
+        return make(schedule, **settings.options.to_dict())
+    except TypeError as error:
+        raise ValueError(f"optimizer.options: {error}") from None
 
 
 def check_finite(losses: np.ndarray, *, first_step: int) -> None:

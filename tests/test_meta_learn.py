@@ -166,6 +166,7 @@ def test_direct_modulation_without_a_latent():
     ("changes", "message"),
     [
         ({"optimizer__name": "adamm"}, "no optimizer 'adamm'"),
+        ({"eval__optimizer": "adamm"}, "no optimizer 'adamm'"),
         ({"optimizer__options": {"beta": 1}}, "optimizer.options: .*beta"),
         ({"optimizer__schedule": "linear"}, "neither constant nor cosine"),
         ({"model__type": "Sirene"}, "model type 'Sirene'"),

@@ -1,0 +1,47 @@
+"""The README promises nothing that is not there."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = sorted({m.split("/")[0] for m in re.findall(r"results/([\w/.-]+)", README)})
+
+
+def test_variants_in_the_table_of_commands():
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (`\w+`(?:, `\w+`)*) \|$", README, re.M)
+    assert len(rows) >= 4
+    for name, variants in rows:
+        module = importlib.import_module(f"experiments.configs.{name}")
+        assert re.findall(r"\w+", variants) == list(module.VARIANTS), name
+
+
+def test_commands_name_existing_modules_and_variants():
+    for name in re.findall(r"-m experiments\.([a-z]\w+)", README):
+        importlib.import_module(f"experiments.{name}")
+    for name, variant in re.findall(r"configs/([a-z]\w+)\.py:(\w+)", README):
+        module = importlib.import_module(f"experiments.configs.{name}")
+        module.get_config(variant)
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_numbers_have_evidence(name):
+    folder = ROOT / "results" / name
+    for file in ("config.json", "environment.json", "summary.json"):
+        json.loads((folder / file).read_text())
+
+
+def test_pictures_and_linked_files_exist():
+    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_library_example_runs(capsys):
+    code = re.findall(r"```python\n(import jax\n.*?)```", README, re.S)
+    assert len(code) == 1
+    exec(compile(code[0], "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.split()) >= 4
