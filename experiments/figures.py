@@ -138,6 +138,7 @@ def _draw_meta_learn(folder, arrays, metrics):
     right.set_xlabel("latent step")
     right.set_ylabel("test PSNR, mean over images (dB)")
     right.set_xscale("symlog", linthresh=1)
+    right.set_xlim(0, len(further) - 1)
     for axis in (left, right):
         axis.grid(alpha=0.3)
     _save(figure, folder / "psnr.png")

@@ -86,8 +86,8 @@ def get_config(variant: str = "digits") -> ConfigDict:
             "ema_decay": 0.0,
         }
     )
-    config.num_steps = 1500
-    config.batch_size = 64
+    config.num_steps = 1000
+    config.batch_size = 32
     # Points of the images worked through at once; the outer gradient is summed over
     # these groups. On a CPU a group should fit the cache; 0 takes the batch at once.
     config.points_per_group = 2048
@@ -96,7 +96,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
     config.coarse_factor = 2
     # Random pixels of each image that an update sees; 0 means all.
     config.num_pixels = 0
-    config.log_every = 50
+    config.log_every = 100
     config.checkpoint_every = 500
 
     config.eval = ConfigDict(
@@ -108,7 +108,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
             "more_images": 64,
             "more_steps": 200,
             "optimizer": "adam",
-            "learning_rate": 1e-2,
+            "learning_rate": 1e-3,
         }
     )
 
