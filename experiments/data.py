@@ -139,13 +139,17 @@ def _load_folder(root, split):
 
 def read_image(path: str | Path) -> np.ndarray:
     """Reads an image file as uint8 (H, W, C): C is 1 if it is grey, else 3 (RGB)."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
-            grey = image.mode in ("1", "L", "LA", "I;16", "I", "F")
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith(("I", "F")):
+                # Pillow would clip these to 8 bits, not scale them.
+                raise ValueError(f"its pixels are {image.mode}; save it with 8 bits.")
+            grey = image.mode in ("1", "L", "LA")
             array = np.asarray(image.convert("L" if grey else "RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"there is no image file {path}.") from None
         raise ValueError(f"{path} is no readable image: {error}") from None

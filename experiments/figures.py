@@ -122,7 +122,7 @@ def _draw_meta_learn(folder, arrays, metrics):
         folder / "super_resolution.png",
     )
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     if metrics:
         step = [m["step"] for m in metrics]
         psnr = np.array([m["psnr_per_step"] for m in metrics])
@@ -145,7 +145,7 @@ def _draw_meta_learn(folder, arrays, metrics):
 
 
 def _draw_fit_image(folder, arrays, metrics):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     started = 0.0
     for name in arrays["tasks"]:
         curve, steps = arrays[f"{name}_curve"], arrays[f"{name}_steps"]
@@ -218,7 +218,7 @@ def _draw_classify_functa(folder, arrays, metrics):
         "validation": ("tab:orange", "validation part"),
         "test": ("tab:green", "test split"),
     }
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     left.plot(epochs, [m["loss_per_candidate"][chosen] for m in metrics])
     left.set_ylabel("training loss")
     for part, (color, label) in parts.items():

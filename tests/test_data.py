@@ -90,6 +90,9 @@ def test_read_image_keeps_grey_and_rgb(tmp_path):
     grey, rgb = write_images(tmp_path, [(3, 5), (5, 3, 3)])
     np.testing.assert_array_equal(data.read_image(tmp_path / "00.png")[..., 0], grey)
     np.testing.assert_array_equal(data.read_image(tmp_path / "01.png"), rgb)
+    Image.fromarray(np.full((3, 5), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match=r"deep.png is no readable .* 8 bits"):
+        data.read_image(tmp_path / "deep.png")
     with pytest.raises(FileNotFoundError, match="no image file"):
         data.read_image(tmp_path / "absent.png")
 
