@@ -11,7 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict
 
 import functa
@@ -63,7 +63,7 @@ def import_checkpoint(path: Path, workdir: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    logging.set_verbosity(logging.ERROR)
+    runtime.silence_libraries()
     with runtime.one_line_errors():
         if len(argv) != 2:
             raise ValueError("usage: python -m experiments.import_functa PATH")

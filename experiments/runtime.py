@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -50,8 +51,7 @@ def launch(
     debug_flag = flags.DEFINE_bool("debug", False, "show the traceback of an error")
 
     def main(argv):
-        # Orbax reports every file it writes; a run prints its own progress.
-        logging.set_verbosity(logging.ERROR)
+        silence_libraries(debug=debug_flag.value)
         if len(argv) > 1:
             _fail(f"there are arguments that no option takes: {' '.join(argv[1:])}")
         config = config_flag.value
@@ -64,6 +64,14 @@ def launch(
             return flags.FLAGS(argv)
 
     app.run(main, flags_parser=parse_flags)
+
+
+def silence_libraries(*, debug: bool = False) -> None:
+    """Leaves the terminal to the run's own lines.
+
+    Orbax reports every file that it writes, and each of its threads the same error.
+    """
+    logging.set_verbosity(logging.INFO if debug else logging.FATAL)
 
 
 @contextlib.contextmanager
@@ -101,8 +109,10 @@ def _one_line(error):
 
 
 def _fail(message):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Not sys.exit: Orbax's threads, if its writers failed, would print tracebacks.
+    os._exit(1)
 
 
 def write_atomic(path: Path, write: Callable[[Any], None], mode: str = "w") -> None:
@@ -115,8 +125,13 @@ def write_atomic(path: Path, write: Callable[[Any], None], mode: str = "w") -> N
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}. {_GO_ON}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_GO_ON = "Mend that and run the same command again: it resumes."
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -205,16 +220,36 @@ class Run:
     def save(self, step: int, state: Any) -> None:
         """Writes a checkpoint and keeps the two newest ones."""
         checkpointer = self._open_checkpointer()
-        if checkpointer.latest is None or checkpointer.latest.step != step:
+        if checkpointer.latest is not None and checkpointer.latest.step == step:
+            return
+        # Asked before: when Orbax's writers meet a full disk, each prints a traceback.
+        needed = 2**20 + sum(x.nbytes for x in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.workdir).free
+        if free < needed:
+            raise OSError(
+                f"the checkpoint of step {step} needs {needed / 2**20:.1f} MiB in "
+                f"{self.checkpoints}, where {free / 2**20:.1f} are free. {_GO_ON}"
+            )
+        try:
             checkpointer.save(step, state, force=True)
+        # What a full disk raises depends on which of Orbax's writers meets it.
+        except (OSError, ValueError, RuntimeError) as error:
+            raise OSError(
+                f"the checkpoint of step {step} cannot be written to "
+                f"{self.checkpoints}: {_one_line(error)}. {_GO_ON}"
+            ) from error
 
     def log(self, step: int, metrics: Mapping[str, Any], *, num_steps: int) -> None:
         """Appends to metrics.jsonl and prints a line: metrics, rate, time left."""
         metrics = {k: _plain(v) for k, v in metrics.items()}
         seconds = self.seconds
         line = json.dumps({"step": step, "seconds": round(seconds, 3), **metrics})
-        with open(self.workdir / "metrics.jsonl", "a") as file:
-            file.write(line + "\n")
+        path = self.workdir / "metrics.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise OSError(f"{path} cannot be written: {error}. {_GO_ON}") from error
         if self.config.get("tensorboard", False):
             self._write_tensorboard(step, metrics)
         parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}"]
@@ -290,8 +325,12 @@ def open_run(workdir: Path, config: ConfigDict) -> Iterator[Run]:
         run.say(f"{workdir} is finished; delete it or choose another --workdir.")
     try:
         yield run
-    finally:
-        run.close()
+    except BaseException:
+        # What went wrong first is what is reported.
+        with contextlib.suppress(Exception):
+            run.close()
+        raise
+    run.close()
 
 
 def load_checkpoint(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:

@@ -1,8 +1,11 @@
 """experiments.runtime: atomic files, exact bookkeeping, one line for every mistake."""
 
+import contextlib
 import json
 import os
 import resource
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +17,7 @@ from ml_collections import ConfigDict
 
 from experiments import runtime
 
+ROOT = Path(__file__).parents[1]
 CONFIG = {"experiment": "none", "variant": "x", "a": {"b": 1}, "c": (2.0, None)}
 
 
@@ -26,26 +30,63 @@ def test_files_are_whole_or_not_there(tmp_path):
         file.write("half of")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match="a.json cannot be written: disk full"):
         runtime.write_atomic(path, fail)
     assert runtime.read_json(path) == {"x": 1.5, "y": [0, 1, 2]}
     assert os.listdir(path.parent) == ["a.json"]
 
 
+@contextlib.contextmanager
+def full_disk(size):
+    """The kernel refuses to grow a file beyond `size`, as it does on a full disk.
+
+    Python ignores the signal that goes with it and sees an OSError.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_write_beyond_the_disk_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.npz"
     runtime.write_npz(path, {"x": np.arange(3)})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # The kernel refuses to grow a file beyond this, as it does on a full disk.
-    # (Python ignores SIGXFSZ and sees an OSError.)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        with pytest.raises(OSError):
-            noise = np.random.default_rng(0).normal(size=10_000)
-            runtime.write_npz(path, {"x": noise})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    noise = np.random.default_rng(0).normal(size=10_000)
+    with full_disk(4096), pytest.raises(OSError, match="a.npz cannot be written"):
+        runtime.write_npz(path, {"x": noise})
     np.testing.assert_array_equal(np.load(path)["x"], np.arange(3))
+
+
+def test_run_on_a_full_disk_says_so(tmp_path):
+    command = [
+        *(sys.executable, "-m", "experiments.meta_learn"),
+        "--config=experiments/configs/meta_learn.py:smoke",
+        f"--workdir={tmp_path}",
+    ]
+    ended = subprocess.run(
+        ["bash", "-c", "ulimit -f 4; exec " + shlex.join(command)],  # KiB
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert ended.returncode == 1
+    # Before it stand what Orbax's own threads print.
+    line = ended.stderr.splitlines()[-1]
+    assert line.startswith("error: the checkpoint of step 10 cannot be written to")
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        runtime.load_checkpoint(tmp_path)
+
+
+def test_checkpoint_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=500_000))
+    with (
+        pytest.raises(OSError, match=r"step 3 needs 1\.0 MiB in .* 0\.5 are free"),
+        runtime.open_run(tmp_path, ConfigDict(CONFIG)) as run,
+    ):
+        run.save(3, {"w": jnp.zeros(3)})
 
 
 def test_run_resumes_state_and_metrics(tmp_path):
@@ -136,7 +177,7 @@ def test_a_mistake_costs_one_line_and_status_1(tmp_path, option, message):
         [*command, f"--workdir={tmp_path}"],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
     assert ended.returncode == 1
