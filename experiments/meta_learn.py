@@ -289,15 +289,17 @@ def _evaluate(run, learner, dataset):
     arrays = _showcase(learner, dataset, mse, further_psnr, batch_size)
     runtime.write_npz(run.workdir / "arrays.npz", arrays)
     figures.draw(run.workdir)
-    run.say("writing the functaset ...")
-    written = encoding.write_functaset(
-        run.workdir / "functaset.npz",
-        learner,
-        dataset,
-        config={"dataset": config.dataset.name},
-        batch_size=batch_size,
-        say=run.say,
-    )
+    written = {}
+    if config.write_functaset:
+        run.say("writing the functaset ...")
+        written = encoding.write_functaset(
+            run.workdir / "functaset.npz",
+            learner,
+            dataset,
+            config={"dataset": config.dataset.name},
+            batch_size=batch_size,
+            say=run.say,
+        )
     return {
         "test_psnr": functa.mean_psnr(mse["test"][:, -1]),
         "test_psnr_of_mean": functa.psnr_of_mean(mse["test"][:, -1]),
@@ -320,8 +322,12 @@ def _fit_further(learner, images, settings):
     """Mean squared errors (B, S + more_steps + 1), inner loop and steps beyond it."""
     model = learner.model
     coords = jnp.asarray(functa.coordinate_grid(images.shape[1:3]))
-    schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.more_steps)
-    optimizer = getattr(optax, settings.optimizer)(schedule)
+    make = getattr(optax, settings.optimizer)
+    if settings.learning_rate:
+        steps = max(settings.more_steps, 1)
+        optimizer = make(optax.cosine_decay_schedule(settings.learning_rate, steps))
+    else:
+        optimizer = make()
 
     @jax.jit
     @jax.vmap

@@ -9,7 +9,6 @@ Everything here is about one signal and knows no network: a `field` maps a laten
 prediction of the signal, whatever its coordinates. `jax.vmap` makes batches.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -143,7 +142,7 @@ def optimize_latent(
       field: maps a latent to a prediction shaped like `target`.
       latent: start of the fit, (L,).
       target: the signal, any shape.
-      optimizer: applied to the latent.
+      optimizer: applied to the latent; `optax.lbfgs()` with its line search works too.
       num_steps: S, a Python int.
       l2_weight: see `reconstruction_loss`.
 
@@ -151,18 +150,24 @@ def optimize_latent(
       The fitted latent (L,) and the losses of every step.
     """
     chex.assert_rank(latent, 1)
-    loss_fn = functools.partial(reconstruction_loss, field, l2_weight=l2_weight)
-    grad_fn = jax.value_and_grad(lambda z: loss_fn(z, target), has_aux=True)
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def loss_fn(z):
+        return reconstruction_loss(field, z, target, l2_weight=l2_weight)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def step(carry, _):
         z, opt_state = carry
         losses, grad = grad_fn(z)
-        updates, opt_state = optimizer.update(grad, opt_state, z)
+        # What a line search asks for; other optimizers pass it over.
+        search = {"value": losses[0], "grad": grad, "value_fn": lambda z: loss_fn(z)[0]}
+        updates, opt_state = optimizer.update(grad, opt_state, z, **search)
         return (optax.apply_updates(z, updates), opt_state), losses
 
     carry = latent, optimizer.init(latent)
     (latent, _), before = jax.lax.scan(step, carry, length=num_steps)
-    return latent, FitInfo(*map(jnp.append, before, loss_fn(latent, target)))
+    return latent, FitInfo(*map(jnp.append, before, loss_fn(latent)))
 
 
 def fit_batch(

@@ -344,3 +344,12 @@ def test_optimize_latent_keeps_the_state_of_its_optimizer():
         z = z - rate * trace
     np.testing.assert_allclose(fitted, z, rtol=1e-6)
     chex.assert_shape([info.loss, info.mse], (num_steps + 1,))
+
+
+def test_optimize_latent_serves_a_line_search():
+    # L-BFGS with its line search solves a quadratic in a few steps.
+    fitted, info = optimize_latent(
+        identity, START, TARGET, optimizer=optax.lbfgs(), num_steps=4
+    )
+    np.testing.assert_allclose(fitted, TARGET, atol=1e-4)
+    assert info.mse[-1] < 1e-8 < info.mse[0]

@@ -99,16 +99,18 @@ def get_config(variant: str = "digits") -> ConfigDict:
     config.log_every = 100
     config.checkpoint_every = 500
 
+    config.write_functaset = True
     config.eval = ConfigDict(
         {
             "batch_size": 8,
             # Test images (0: all) fitted with the inner loop, and how many of them are
-            # fitted further by `optimizer` for `more_steps` steps.
+            # fitted further by `optimizer` of optax for `more_steps` steps; the
+            # learning rate decays by a cosine, 0 leaves the optimizer its own.
             "num_images": 0,
             "more_images": 64,
-            "more_steps": 200,
-            "optimizer": "adam",
-            "learning_rate": 1e-3,
+            "more_steps": 197,
+            "optimizer": "lbfgs",
+            "learning_rate": 0.0,
         }
     )
 
@@ -133,7 +135,6 @@ def get_config(variant: str = "digits") -> ConfigDict:
         config.num_steps = 8500
         config.coarse_steps = 6000
         config.log_every = 100
-        config.eval.more_steps = 197
     elif variant == "cifar10":
         config.dataset.name = "cifar10"
         config.model.update(
