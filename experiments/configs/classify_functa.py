@@ -97,6 +97,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
         config.log_every = 2
         config.checkpoint_every = 4
     elif variant.startswith("report"):
+        config.functaset = "runs/meta_learn/cifar10_cpu/functaset.npz"
         sizes = (256, 128, 64) if variant == "report_mlp2" else (256, 128)
         config.model.hidden_sizes = sizes
         config.normalize = False

@@ -126,7 +126,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
         config.dataset.name = "mnist"
         config.batch_size = 16
         config.num_steps = 4000
-        config.coarse_steps = 2000
+        config.coarse_steps = 2500
         config.eval.num_images = 1000
     elif variant == "cifar10_cpu":
         config.dataset.name = "cifar10"
@@ -141,6 +141,12 @@ def get_config(variant: str = "digits") -> ConfigDict:
             {"width": 512, "depth": 15, "latent_dim": 512, "omega_0": 30.0}
         )
         config.model.fast_sine = False
+        config.inner.rate_range = (0.005, 0.1)
+        config.inner.rates_per_step = False
+        # The original's constant 3e-6 is for 500,000 steps; this is for a tenth.
+        config.optimizer.update({"learning_rate": 1e-4, "warmup_steps": 1000})
+        config.num_steps = 50_000
+        config.checkpoint_every = 1000
         config.points_per_group = 0
         config.batch_size = 32
         config.eval.batch_size = 250
