@@ -129,8 +129,10 @@ def _draw_meta_learn(folder, arrays, metrics):
         for n in range(psnr.shape[1]):
             left.plot(step, psnr[:, n], label=f"after {n} inner steps")
         left.legend(fontsize=7)
-    left.set_xlabel("outer step")
-    left.set_ylabel("training PSNR (dB)")
+        left.set_xlabel("outer step")
+        left.set_ylabel("training PSNR (dB)")
+    else:
+        left.axis("off")  # the run only evaluated
     further = arrays["further_psnr"]
     right.plot(np.arange(len(further)), further)
     right.axvline(num_steps, color="0.7", linewidth=1)
