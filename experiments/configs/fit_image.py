@@ -109,6 +109,8 @@ def get_config(variant: str = "photo") -> ConfigDict:
         config.optimizer.warmup_steps = 0
     elif variant == "best":
         config.dataset.name = "cifar10"
+        # 1e-3 is quicker at 32x32, but falls by up to 30 dB on its way at 128x128.
+        config.optimizer.learning_rate = 3e-4
         config.resolution = (32, 128)
         config.num_images = (8, 1)
         config.num_steps = (100, 1000)
