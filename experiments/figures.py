@@ -14,7 +14,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from experiments import runtime  # noqa: E402
+from experiments import lbi_figures, runtime  # noqa: E402
 
 
 def draw(workdir: Path) -> None:
@@ -266,6 +266,8 @@ _DRAW = {
     "fit_image": _draw_fit_image,
     "meta_learn": _draw_meta_learn,
     "classify_functa": _draw_classify_functa,
+    "train_lbi": lbi_figures.draw_train_lbi,
+    "prune_lbi": lbi_figures.draw_prune_lbi,
 }
 
 

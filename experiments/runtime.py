@@ -333,8 +333,25 @@ def open_run(workdir: Path, config: ConfigDict) -> Iterator[Run]:
     run.close()
 
 
-def load_checkpoint(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
-    """The configuration and the newest checkpoint of a run: plain nested dicts.
+def load_config(workdir: Path) -> ConfigDict:
+    """The configuration of a run.
+
+    Raises:
+      FileNotFoundError: if `workdir` holds no run.
+      ValueError: if its config.json is damaged.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{workdir} holds no run (there is no config.json).")
+    return ConfigDict(read_json(path))
+
+
+def load_checkpoint(workdir: Path, state: Any = None) -> tuple[ConfigDict, Any]:
+    """The configuration and the newest checkpoint of a run.
+
+    Args:
+      workdir: the run folder.
+      state: what the checkpoint is like; None gives plain nested dicts.
 
     Raises:
       FileNotFoundError: if `workdir` holds no run or no checkpoint.
@@ -342,17 +359,14 @@ def load_checkpoint(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
     """
     from orbax.checkpoint import v1 as ocp
 
-    workdir = Path(workdir)
-    if not (workdir / "config.json").exists():
-        raise FileNotFoundError(f"{workdir} holds no run (there is no config.json).")
-    config = ConfigDict(read_json(workdir / "config.json"))
-    folder = workdir / "checkpoints"
+    config = load_config(workdir)
+    folder = Path(workdir) / "checkpoints"
     if not folder.is_dir():
         raise FileNotFoundError(f"the run {workdir} has no checkpoints.")
     with ocp.training.Checkpointer(folder.absolute()) as checkpointer:
         if checkpointer.latest is None:
             raise FileNotFoundError(f"{folder} holds no complete checkpoint.")
-        state = _load(checkpointer, checkpointer.latest.step, None, folder)
+        state = _load(checkpointer, checkpointer.latest.step, state, folder)
     return config, state
 
 
@@ -390,13 +404,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return metrics
 
 
-def make_optimizer(
-    settings: ConfigDict, num_steps: int
-) -> optax.GradientTransformation:
-    """Any optimizer of optax under a linear warm-up, then a constant or cosine rate.
+def make_schedule(settings: ConfigDict, num_steps: int) -> optax.Schedule:
+    """A linear warm-up, then a constant or a cosine rate.
 
     Raises:
-      ValueError: if the optimizer, one of its options or the schedule is unknown.
+      ValueError: if the schedule is unknown.
     """
     rate, warmup_steps = settings.learning_rate, settings.warmup_steps
     if settings.schedule == "cosine":
@@ -408,7 +420,18 @@ def make_optimizer(
             f"optimizer.schedule {settings.schedule!r} is neither constant nor cosine."
         )
     warmup = optax.linear_schedule(rate / (warmup_steps + 1), rate, warmup_steps)
-    schedule = optax.join_schedules([warmup, decay], [warmup_steps])
+    return optax.join_schedules([warmup, decay], [warmup_steps])
+
+
+def make_optimizer(
+    settings: ConfigDict, num_steps: int
+) -> optax.GradientTransformation:
+    """Any optimizer of optax under the schedule of `make_schedule`.
+
+    Raises:
+      ValueError: if the optimizer, one of its options or the schedule is unknown.
+    """
+    schedule = make_schedule(settings, num_steps)
     make = getattr(optax, settings.name, getattr(optax.contrib, settings.name, None))
     if not callable(make):
         raise ValueError(f"optax has no optimizer {settings.name!r}.")

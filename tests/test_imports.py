@@ -13,7 +13,10 @@ CORES = [
     name for name in ("functa", "vit", "landscape", "lbi") if (ROOT / name).is_dir()
 ]
 CORE_DEPENDENCIES = {"jax", "flax", "optax", "chex", "numpy"}
-SHARED_BY_EXPERIMENTS = {"data", "encoding", "runtime", "figures", "configs"}
+SHARED_BY_EXPERIMENTS = {
+    *("data", "encoding", "runtime", "figures", "configs", "image_classifier"),
+    "lbi_figures",
+}
 # absl is missing here because chex and flax load it; the source check below forbids it.
 NEVER_LOADED_BY_CORES = {
     "ml_collections",

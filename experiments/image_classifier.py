@@ -1,0 +1,430 @@
+"""Training and evaluation of image classifiers, as several commands need them.
+
+The images lie on the device as uint8 and are normalised, and augmented if asked, inside
+the jitted step. Axes: N images, B of a batch, S steps.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax import struct
+from ml_collections import ConfigDict
+
+import lbi
+from experiments import data, runtime
+from landscape import vgg
+from landscape.convolution import matmul_conv
+from landscape.vgg import VGG
+from lbi import lenet
+from lbi.lenet import LeNet
+
+_EVALUATED_AT_ONCE = 500
+
+
+class Images(NamedTuple):
+    """A data set as a network sees it.
+
+    Attributes:
+      train: uint8 (N, H, W, C) and labels (N,).
+      test: likewise.
+      mean: of each channel of the training images in [0, 1], (1, 1, 1, C).
+      std: likewise; the network's inputs are (image - mean) / std.
+      num_classes: K.
+    """
+
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+    mean: np.ndarray
+    std: np.ndarray
+    num_classes: int
+
+
+@struct.dataclass
+class TrainState:
+    """State and record of a training.
+
+    Attributes:
+      params: weights.
+      batch_stats: running statistics of batch normalisations; {} without.
+      opt_state: of the optimizer.
+      loss: of each step's batch, (S,); zero where training has not been.
+      accuracy: likewise, of the batch before the step.
+    """
+
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+    loss: jax.Array
+    accuracy: jax.Array
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def make_model(settings: dict[str, Any], num_classes: int) -> nn.Module:
+    """The network that config.model asks for: LeNet or VGG, with its other fields."""
+    settings = dict(settings)
+    kind = settings.pop("type")
+    if kind not in ("LeNet", "VGG"):
+        raise ValueError(f"config.model.type {kind!r} is neither LeNet nor VGG.")
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu and kind == "LeNet":
+        settings["conv"] = matmul_conv
+    if "stages" in settings:
+        settings["stages"] = tuple(map(tuple, settings["stages"]))
+    make = {"LeNet": LeNet, "VGG": VGG}[kind]
+    try:
+        return make(num_classes=num_classes, **settings)
+    except TypeError as error:
+        raise ValueError(f"config.model: {error}") from None
+
+
+def load_images(config: ConfigDict) -> Images:
+    """Loads config.dataset, its sides enlarged and padded to config.image_size."""
+    splits = {}
+    for split in data.SPLITS:
+        arrays = data.load(split=split, **config.dataset)
+        if arrays["label"].min() < 0:
+            raise ValueError(f"data set {config.dataset.name!r} has no labels.")
+        limit = config.num_train if split == "train" else config.num_test
+        kept = slice(limit or None)
+        images = _enlarge(arrays["image"][kept], config.image_size)
+        splits[split] = images, arrays["label"][kept]
+    pixels = data.to_float(splits["train"][0])
+    axes = (0, 1, 2)
+    return Images(
+        **splits,
+        mean=pixels.mean(axes, keepdims=True, dtype=np.float64).astype(np.float32),
+        std=pixels.std(axes, keepdims=True, dtype=np.float64).astype(np.float32),
+        num_classes=1 + int(max(labels.max() for _, labels in splits.values())),
+    )
+
+
+def _enlarge(images, side):
+    """Repeats pixels by a whole factor, then pads with zeros to (side, side)."""
+    height, width = images.shape[1:3]
+    factor = side // max(height, width)
+    if factor < 1:
+        raise ValueError(
+            f"the network takes {side}x{side} pixels, the images have {height}x{width}."
+        )
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    pads = [((side - n) // 2, side - n - (side - n) // 2) for n in images.shape[1:3]]
+    return np.pad(images, ((0, 0), *pads, (0, 0)))
+
+
+def make_optimizer(
+    config: ConfigDict, method: str, params: Any, num_steps: int
+) -> optax.GradientTransformation:
+    """The optimizer config.optimizer[method]; `params` are those before training.
+
+    Raises:
+      ValueError: if the optimizer, one of its options or the schedule is unknown.
+    """
+    settings = config.optimizer[method]
+    if settings.name == "adam":
+        return runtime.make_optimizer(settings, num_steps)
+    makers = {
+        "dessilbi": lbi.dessilbi,
+        "dessilbi_adam": lbi.dessilbi_adam,
+        "adam_then_dessilbi": adam_then_dessilbi,
+    }
+    if settings.name not in makers:
+        raise ValueError(
+            f"optimizer.{method}.name {settings.name!r} is none of adam, "
+            f"{', '.join(makers)}."
+        )
+    options = settings.options.to_dict() | {
+        "penalty": make_penalty(config, method, params, num_steps),
+        "record_entry": True,
+    }
+    try:
+        schedule = runtime.make_schedule(settings, num_steps)
+        return makers[settings.name](schedule, **options)
+    except TypeError as error:
+        raise ValueError(f"optimizer.{method}.options: {error}") from None
+
+
+def make_penalty(
+    config: ConfigDict, method: str, params: Any, num_steps: int
+) -> lbi.penalty.Rules:
+    """What config.penalty asks for: "auto", or "suggested" for these parameters."""
+    if config.penalty != "suggested":
+        return config.penalty
+    settings = config.optimizer[method]
+    return lbi.suggest_lambda(
+        params,
+        runtime.make_schedule(settings, num_steps),
+        settings.options.nu,
+        num_steps,
+        enter_at=config.enter_at,
+    )
+
+
+def adam_then_dessilbi(
+    learning_rate: optax.Schedule, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The report's DessiLBI+Adam: a whole step of Adam, then a whole one of DessiLBI.
+
+    Both take the same gradient; the coupling and the dual see the weights in between.
+    It is no discretisation of DessiLBI and is here to repeat the report's numbers.
+    """
+    adam = optax.adam(learning_rate)
+    dessilbi = lbi.dessilbi(learning_rate, **options)
+
+    def init_fn(params):
+        return adam.init(params), dessilbi.init(params)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        first, adam_state = adam.update(updates, state[0], params)
+        between = optax.apply_updates(params, first)
+        second, dessilbi_state = dessilbi.update(updates, state[1], between)
+        total = jax.tree.map(lambda a, b: a + b, first, second)
+        return total, (adam_state, dessilbi_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def count_steps(images: Images, batch_size: int) -> int:
+    """Steps of an epoch; the remainder that does not fill a batch is dropped."""
+    num_examples = len(images.train[0])
+    if not 0 < batch_size <= num_examples:
+        raise ValueError(
+            f"batch_size must be between 1 and the {num_examples} training images, "
+            f"got {batch_size}."
+        )
+    return num_examples // batch_size
+
+
+def init_variables(model: nn.Module, images: Images, seed: int) -> dict[str, Any]:
+    """Parameters and batch statistics ({} without) before the first step."""
+    shape = (1, *images.train[0].shape[1:])
+    variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros(shape))
+    return {
+        "params": variables["params"],
+        "batch_stats": variables.get("batch_stats", {}),
+    }
+
+
+def init_state(
+    variables: dict[str, Any],
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+) -> TrainState:
+    """The state before the first of `num_steps` steps."""
+    return TrainState(
+        **variables,
+        opt_state=jax.jit(optimizer.init)(variables["params"]),
+        loss=jnp.zeros(num_steps),
+        accuracy=jnp.zeros(num_steps),
+    )
+
+
+def make_update(
+    model: nn.Module,
+    images: Images,
+    optimizer: optax.GradientTransformation,
+    *,
+    batch_size: int,
+    augmented: bool,
+    seed: int,
+) -> Callable[[TrainState, int, int], TrainState]:
+    """The training: (state, first, last) -> state after steps first, ..., last - 1.
+
+    They are one dispatch, must lie in one epoch, and their number is traced, so that it
+    compiles once. The state's buffers are donated.
+    """
+    num_examples = len(images.train[0])
+    steps_per_epoch = count_steps(images, batch_size)
+    train_images, train_labels = jax.device_put(images.train)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state, train_images, train_labels, order, first, last, offset):
+        def body(step, state):
+            indices = jax.lax.dynamic_slice_in_dim(
+                order, (step - offset) * batch_size, batch_size
+            )
+            batch = train_images[indices]
+            if augmented:
+                batch = augment(jax.random.fold_in(jax.random.key(seed), step), batch)
+            batch, labels = normalise(images, batch), train_labels[indices]
+
+            def loss_fn(params):
+                logits, updated = model.apply(
+                    {"params": params, "batch_stats": state.batch_stats},
+                    batch,
+                    train=True,
+                    mutable=["batch_stats"],
+                )
+                loss = optax.losses.softmax_cross_entropy_with_integer_labels(
+                    logits, labels
+                ).mean()
+                accuracy = jnp.mean(logits.argmax(-1) == labels)
+                return loss, (updated.get("batch_stats", {}), accuracy)
+
+            (loss, (batch_stats, accuracy)), grads = jax.value_and_grad(
+                loss_fn, has_aux=True
+            )(state.params)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            return TrainState(
+                params=optax.apply_updates(state.params, updates),
+                batch_stats=batch_stats,
+                opt_state=opt_state,
+                loss=state.loss.at[step].set(loss),
+                accuracy=state.accuracy.at[step].set(accuracy),
+            )
+
+        return jax.lax.fori_loop(first, last, body, state)
+
+    def run(state, first, last):
+        epoch = first // steps_per_epoch
+        offset = epoch * steps_per_epoch
+        if last > offset + steps_per_epoch:
+            raise ValueError(f"steps {first} to {last} do not lie in one epoch.")
+        order = data.batch_indices(
+            seed, epoch, num_examples=num_examples, batch_size=num_examples
+        )
+        return update(
+            state, train_images, train_labels, jnp.asarray(order), first, last, offset
+        )
+
+    return run
+
+
+def augment(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Random crops of images padded by 4 pixels, and flips: (B, H, W, C) likewise."""
+    num_images, height, width, channels = images.shape
+    key_flip, key_crop = jax.random.split(key)
+    flips = jax.random.bernoulli(key_flip, shape=(num_images, 1, 1, 1))
+    images = jnp.where(flips, images[:, :, ::-1], images)
+    padded = jnp.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
+    corners = jax.random.randint(key_crop, (num_images, 2), 0, 9)
+
+    def crop(image, corner):
+        start = (corner[0], corner[1], jnp.zeros_like(corner[0]))
+        return jax.lax.dynamic_slice(image, start, (height, width, channels))
+
+    return jax.vmap(crop)(padded, corners)
+
+
+def normalise(images: Images, batch: jax.Array) -> jax.Array:
+    """uint8 (B, H, W, C) -> what the network takes, float32."""
+    # A channel that is constant over the data set stays finite.
+    std = jnp.maximum(images.std, 1e-6)
+    return (batch.astype(jnp.float32) / 255 - images.mean) / std
+
+
+def make_predict(
+    model: nn.Module, images: Images
+) -> Callable[[dict[str, Any], np.ndarray], np.ndarray]:
+    """Evaluation by running statistics: (variables, uint8 (N, ...)) -> logits."""
+
+    @jax.jit
+    def predict(variables, batches):
+        return jax.lax.map(
+            lambda batch: model.apply(variables, normalise(images, batch)), batches
+        )
+
+    def run(variables, pixels):
+        num_images = len(pixels)
+        size = min(_EVALUATED_AT_ONCE, num_images)
+        missing = -num_images % size
+        padded = np.concatenate([pixels, pixels[:missing]])
+        batches = padded.reshape(-1, size, *pixels.shape[1:])
+        logits = np.asarray(predict(variables, batches))
+        return logits.reshape(-1, logits.shape[-1])[:num_images]
+
+    return run
+
+
+def recalibrate(
+    model: nn.Module,
+    images: Images,
+    variables: dict[str, Any],
+    *,
+    num_batches: int,
+    batch_size: int = _EVALUATED_AT_ONCE,
+) -> dict[str, Any]:
+    """Sets the running statistics to means over batches of the training images.
+
+    After pruning they are those of a network that is no more. A network without batch
+    normalisation is returned as it is.
+    """
+    if not jax.tree.leaves(variables["batch_stats"]):
+        return variables
+    fresh = model.clone(bn_momentum=0.0)
+
+    @jax.jit
+    def statistics(variables, batch):
+        _, updated = fresh.apply(
+            variables, normalise(images, batch), train=True, mutable=["batch_stats"]
+        )
+        return updated["batch_stats"]
+
+    pixels = images.train[0]
+    batch_size = min(batch_size, len(pixels))
+    num_batches = min(num_batches, len(pixels) // batch_size)
+    total = None
+    for i in range(num_batches):
+        batch = pixels[i * batch_size : (i + 1) * batch_size]
+        stats = statistics(variables, batch)
+        total = stats if total is None else jax.tree.map(jnp.add, total, stats)
+    mean = jax.tree.map(lambda x: x / num_batches, total)
+    return variables | {"batch_stats": mean}
+
+
+def thin_model(model: nn.Module, keep: dict[str, np.ndarray]) -> nn.Module:
+    """The same kind of network with the channels that `keep` leaves in each layer."""
+
+    def width(layer, full):
+        return int(np.sum(keep[layer])) if layer in keep else full
+
+    if isinstance(model, LeNet):
+        features = [width(f"conv{i + 1}", n) for i, n in enumerate(model.features)]
+        return model.clone(features=tuple(features), hidden=width("fc1", model.hidden))
+    numbers = itertools.count(1)
+    stages = [
+        tuple(width(f"conv{next(numbers)}", n) for n in stage) for stage in model.stages
+    ]
+    hidden = [width(f"fc{i + 1}", n) for i, n in enumerate(model.hidden)]
+    return model.clone(stages=tuple(stages), hidden=tuple(hidden))
+
+
+def channel_map(model: nn.Module) -> lbi.pruning.ChannelMap:
+    """What goes with a channel of each hidden layer; see `lbi.pruning`."""
+    if isinstance(model, LeNet):
+        return lenet.channel_map()
+    return vgg.channel_map(model)
+
+
+def count_multiply_adds(
+    model: nn.Module, variables: dict[str, Any], image_shape: tuple[int, ...]
+) -> int:
+    """Multiply-adds of the convolutions and dense layers for one image, closed form."""
+    _, captured = jax.eval_shape(
+        lambda v, x: model.apply(v, x, capture_intermediates=True),
+        variables,
+        jnp.zeros((1, *image_shape)),
+    )
+    outputs = captured["intermediates"]
+    # Each weight of a kernel is used once for each position of the layer's output.
+    return sum(
+        math.prod(outputs[name]["__call__"][0].shape[1:-1]) * layer["kernel"].size
+        for name, layer in variables["params"].items()
+        if "kernel" in layer
+    )
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Share of the labels (N,) that have the largest of the logits (N, K)."""
+    return float(np.mean(logits.argmax(-1) == labels))

@@ -1,0 +1,753 @@
+"""Pruning against brute force, the authors' own scores, and smaller networks."""
+
+import collections
+import functools
+import itertools
+import math
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax import lax
+
+import lbi
+from landscape import vgg
+from lbi import lenet, penalty, pruning
+
+GOLDENS = sorted(
+    (Path(__file__).resolve().parents[2] / "shared" / "goldens").glob("dessilbi_*.npz")
+)
+# Updates between two of the authors' scores, which they call an epoch.
+EPOCH = 50
+NEVER = 2000
+
+
+@pytest.fixture(autouse=True)
+def _highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def run(function, *arguments):
+    """Compiled for one run: compiling faster counts for more than running faster."""
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(function, compiler_options=options)(*arguments)
+
+
+def random_params(seed=0):
+    """A convolution of 5 filters, a dense layer of 6 weights, two biases."""
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "conv": {"kernel": (3, 2, 4, 5), "bias": (5,)},
+        "dense": {"kernel": (3, 2), "bias": (2,)},
+    }
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def with_entry_steps(params, conv, dense):
+    """A state in which the groups entered at these steps."""
+    state = lbi.structural_coupling(0.1, 10.0, record_entry=True).init(params)
+    first_entry = {
+        "conv": state.first_entry["conv"] | {"kernel": jnp.asarray(conv, jnp.int32)},
+        "dense": state.first_entry["dense"] | {"kernel": jnp.asarray(dense, jnp.int32)},
+    }
+    return state._replace(first_entry=first_entry)
+
+
+# How many are kept.
+
+SPARSITIES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+COUNTS = {
+    6: (6, 5, 4, 2, 1, 0),
+    16: (16, 13, 10, 6, 3, 0),
+    64: (64, 51, 38, 26, 13, 0),
+    120: (120, 96, 72, 48, 24, 0),
+    512: (512, 410, 307, 205, 102, 0),
+}
+
+
+@pytest.mark.parametrize(("num_groups", "counts"), COUNTS.items(), ids=str)
+@pytest.mark.parametrize("min_keep", [0, 1, 4, 9])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_counts_are_exact(num_groups, counts, min_keep, scope):
+    importance = {"layer": np.random.default_rng(0).normal(size=num_groups)}
+    for sparsity, count in zip(SPARSITIES, counts, strict=True):
+        masks = pruning.keep_masks(importance, sparsity, scope=scope, min_keep=min_keep)
+        assert masks["layer"].dtype == bool
+        expected = max(count, min(min_keep, num_groups))
+        assert masks["layer"].sum() == expected
+        kept, removed = (
+            importance["layer"][m] for m in (masks["layer"], ~masks["layer"])
+        )
+        assert not len(kept) or not len(removed) or kept.min() > removed.max()
+
+
+def best_left(importance, masks, names):
+    """The largest that is not kept yet, the first among equals; one by one."""
+    best = None
+    for name in names:
+        for index in np.ndindex(importance[name].shape):
+            value = importance[name][index]
+            if not masks[name][index] and (best is None or value > best[0]):
+                best = value, name, index
+    return best[1:]
+
+
+def brute_force_masks(importance, sparsity, scope, min_keep):
+    masks = {name: np.zeros(values.shape, bool) for name, values in importance.items()}
+    for name, values in importance.items():
+        count = min(min_keep, values.size)
+        if scope == "layer":
+            count = max(count, round((1 - sparsity) * values.size))
+        for _ in range(count):
+            _, index = best_left(importance, masks, [name])
+            masks[name][index] = True
+    if scope == "global":
+        target = round((1 - sparsity) * sum(v.size for v in importance.values()))
+        while sum(mask.sum() for mask in masks.values()) < target:
+            name, index = best_left(importance, masks, importance)
+            masks[name][index] = True
+    return masks
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("min_keep", [0, 1, 3])
+@pytest.mark.parametrize("num_values", [1, 3, 1000], ids=["equal", "ties", "distinct"])
+def test_masks_match_brute_force(scope, min_keep, num_values):
+    rng = np.random.default_rng(0)
+    shapes = {"a": (6,), "b": (4, 5), "c": (2,), "d": (16,)}
+    importance = {
+        name: rng.integers(num_values, size=shape) - 0.5
+        for name, shape in shapes.items()
+    }
+    importance["c"] -= 2000.0  # without a guard it would go as a whole
+    for sparsity in (0.0, 0.15, 0.4, 0.5, 0.8, 0.95, 1.0):
+        masks = pruning.keep_masks(importance, sparsity, scope=scope, min_keep=min_keep)
+        expected = brute_force_masks(importance, sparsity, scope, min_keep)
+        chex.assert_trees_all_equal(masks, expected)
+
+
+def test_guards_of_a_global_count_are_paid_by_the_other_layers():
+    importance = {"weak": np.array([1.0, 3.0, 2.0]), "strong": np.arange(10.0, 17.0)}
+    free = pruning.keep_masks(importance, 0.5, scope="global", min_keep=0)
+    assert not free["weak"].any() and free["strong"].sum() == 5
+    guarded = pruning.keep_masks(importance, 0.5, scope="global", min_keep=2)
+    np.testing.assert_array_equal(guarded["weak"], [False, True, True])
+    np.testing.assert_array_equal(guarded["strong"], np.arange(7) >= 4)
+    # More guards than the share allows: they stay all the same.
+    guarded = pruning.keep_masks(importance, 0.9, scope="global", min_keep=2)
+    assert [mask.sum() for mask in guarded.values()] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": -0.1}, r"sparsity must be in \[0, 1\], got -0.1"),
+        ({"sparsity": 80}, r"sparsity must be in \[0, 1\], got 80"),
+        ({"sparsity": float("nan")}, r"sparsity must be in \[0, 1\], got nan"),
+        ({"sparsity": 0.5, "min_keep": -1}, "min_keep must be >= 0, got -1"),
+        ({"sparsity": 0.5, "scope": "network"}, "scope must be .* got 'network'"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pruning.keep_masks({"a": np.arange(3.0)}, **arguments)
+
+
+# What is important.
+
+
+def test_order_of_entry_comes_before_any_norm():
+    params = random_params()
+    # Norms far beyond 1, the largest ones last in the order of entry or never in.
+    factors = np.float32([1, 5e3, 30, 1, 1e4])
+    params["conv"]["kernel"] = np.asarray(params["conv"]["kernel"]) * factors
+    steps = {
+        "conv/kernel": np.array([3, 1201, 7, 3, -1]),
+        "dense/kernel": np.array([[7, 1], [-1, 3], [1200, -1]]),
+    }
+    state = with_entry_steps(params, *steps.values())
+    importance = pruning.entry_importance(params, state)
+
+    groups = []
+    for name, entered in steps.items():
+        kernel = np.float64(penalty.named_leaves(params)[name])
+        for index in np.ndindex(entered.shape):
+            norm = math.sqrt(np.sum(kernel[(..., *index)] ** 2))
+            step = entered[index] if entered[index] > 0 else math.inf
+            groups.append(((step, -norm), name, index))
+    ordered = sorted(groups)
+    assert len({key for key, *_ in groups}) == len(groups) == 11
+    places = [importance[name][index] for _, name, index in ordered]
+    # From the most important to the least, without equals.
+    assert all(earlier > later for earlier, later in itertools.pairwise(places))
+    assert ordered[0][1:] == ("dense/kernel", (0, 1))
+    # The authors' score would move the filter of norm 5e3 up by epochs.
+    official = pruning.official_importance(params, state, 10)["conv/kernel"]
+    assert official[1] > official[2] > official[0]
+    assert importance["conv/kernel"][1] < importance["conv/kernel"][2]
+
+
+def test_equals_in_entry_and_norm_stand_in_their_order():
+    params = jax.tree.map(jnp.ones_like, random_params())
+    # A filter of 24 ones has the norm of a weight of sqrt(24).
+    params["dense"]["kernel"] = jnp.full((3, 2), jnp.sqrt(24.0))
+    state = with_entry_steps(params, np.full(5, 4), np.full((3, 2), 4))
+    importance = pruning.entry_importance(params, state)
+    flat = np.concatenate([values.ravel() for values in importance.values()])
+    assert list(importance) == ["conv/kernel", "dense/kernel"]
+    assert np.all(np.diff(flat) < 0)
+
+
+def test_magnitude_is_the_norm_of_each_group():
+    params = random_params()
+    importance = pruning.magnitude_importance(params)
+    kernels = {name: np.float64(layer["kernel"]) for name, layer in params.items()}
+    expected = {
+        "conv/kernel": [
+            math.sqrt(sum(w**2 for w in kernels["conv"][..., i].ravel()))
+            for i in range(5)
+        ],
+        "dense/kernel": np.abs(kernels["dense"]),
+    }
+    chex.assert_trees_all_close(
+        importance, jax.tree.map(np.asarray, expected, is_leaf=is_list), rtol=1e-6
+    )
+    columns = pruning.magnitude_importance(params, lbi.GroupL2(group_axes=-1))
+    expected = np.sqrt(np.sum(kernels["dense"] ** 2, axis=0))
+    np.testing.assert_allclose(columns["dense/kernel"], expected, rtol=1e-6)
+
+
+def is_list(node):
+    return isinstance(node, list)
+
+
+def test_random_orders_are_uniform():
+    params = {"a": jnp.ones((1, 2)), "b": jnp.ones((1, 1, 1, 1))}
+    num_draws = 120
+    counts = collections.Counter()
+    for key in jax.random.split(jax.random.key(0), num_draws):
+        importance = pruning.random_importance(key, params)
+        assert [values.shape for values in importance.values()] == [(1, 2), (1,)]
+        counts[tuple(np.concatenate([v.ravel() for v in importance.values()]))] += 1
+    orders = set(itertools.permutations(range(3)))
+    assert set(counts) <= orders
+    # Chi-square with 5 degrees of freedom: above 20.5 once in a thousand.
+    expected = num_draws / len(orders)
+    assert sum((counts[o] - expected) ** 2 / expected for o in orders) < 20.5
+
+
+def test_random_order_depends_on_the_key_alone():
+    params = random_params()
+    first, again, other = (
+        pruning.random_importance(jax.random.key(seed), values)["conv/kernel"]
+        for seed, values in [(0, params), (0, random_params(seed=5)), (1, params)]
+    )
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_an_order_that_was_not_recorded_is_refused():
+    params = random_params()
+    state = lbi.structural_coupling(0.1, 10.0).init(params)
+    with pytest.raises(ValueError, match="record_entry=True"):
+        pruning.entry_importance(params, state)
+    with pytest.raises(ValueError, match="record_entry=True"):
+        pruning.official_importance(params, state, 10)
+
+
+# The authors' own rules.
+
+
+@pytest.mark.parametrize(("num_groups", "num_removed"), [(6, 4), (16, 12), (120, 96)])
+def test_counts_of_the_authors_at_80_percent(num_groups, num_removed):
+    scores = {"conv": np.random.default_rng(0).normal(size=num_groups)}
+    mask = pruning.percentile_masks(scores, 80, {"conv": 4})["conv"]
+    assert np.sum(~mask) == num_removed
+    assert scores["conv"][mask].min() > scores["conv"][~mask].max()
+
+
+def linear_percentile(values, percent):
+    ordered = sorted(values.ravel().tolist())
+    position = percent / 100 * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+@pytest.mark.parametrize("percent", [0, 20, 50, 80, 100])
+def test_percentile_masks_keep_the_threshold_in_convolutions_only(percent):
+    rng = np.random.default_rng(0)
+    # Integers, among them ties: the threshold is often one of them.
+    scores = {
+        "conv": rng.integers(4, size=21) - 0.0,
+        "dense": rng.integers(4, size=(3, 7)),
+    }
+    masks = pruning.percentile_masks(scores, percent, {"conv": 4, "dense": 2})
+    for name, values in scores.items():
+        threshold = linear_percentile(values, percent)
+        for index in np.ndindex(values.shape):
+            above = values[index] > threshold
+            kept = above or (name == "conv" and values[index] == threshold)
+            assert masks[name][index] == kept
+
+
+@pytest.mark.parametrize("percent", [-1, 101])
+def test_percent_out_of_range_is_refused(percent):
+    with pytest.raises(ValueError, match=rf"percent .* \[0, 100\], got {percent}"):
+        pruning.percentile_masks({"conv": np.arange(3.0)}, percent, {"conv": 4})
+
+
+def to_flax(name, array):
+    """From torch's layout, over any leading axes."""
+    if name == "conv":
+        return np.moveaxis(array, (-4, -3, -2, -1), (-1, -2, -4, -3))
+    return np.swapaxes(array, -1, -2) if name == "fc" else array
+
+
+def replay(golden):
+    """Params and state after each of the golden steps, along the golden gradients."""
+    meta = dict(zip(golden["meta_names"], golden["meta"], strict=True))
+    drop = int(meta["lr_divided_by_10_at_step"])
+    rate = meta["learning_rate"]
+    optimizer = lbi.dessilbi(
+        optax.piecewise_constant_schedule(rate, {drop: 0.1}) if drop else rate,
+        nu=meta["mu"],
+        kappa=meta["kappa"],
+        momentum=meta["momentum"],
+        weight_decay=meta["weight_decay"],
+        record_entry=True,
+    )
+    names = ("conv", "conv_bias", "fc", "fc_bias")
+    params = {
+        name: jnp.asarray(to_flax(name, golden[f"init/{name}"])) for name in names
+    }
+    grads = {
+        name: jnp.asarray(to_flax(name, golden[f"grads/{name}"])) for name in names
+    }
+
+    def step(carry, grads):
+        params, state = carry
+        updates, state = optimizer.update(grads, state, params)
+        carry = optax.apply_updates(params, updates), state
+        return carry, carry
+
+    carry = params, optimizer.init(params)
+    return run(lambda carry, grads: lax.scan(step, carry, grads)[1], carry, grads)
+
+
+@pytest.mark.skipif(
+    not GOLDENS, reason="the authors' own numbers (dessilbi_*.npz) are not here"
+)
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
+def test_scores_match_the_authors(path):
+    golden = dict(np.load(path))
+    states = replay(golden)
+    for name in ("conv", "fc"):
+        params = to_flax(name, golden[f"params/{name}"])
+        # Rounding of 300 float32 steps; without the right rule they part at once.
+        np.testing.assert_allclose(states[0][name], params, rtol=1e-4, atol=1e-4)
+        gamma = to_flax(name, golden[f"gamma/{name}"])
+        inside = np.any(gamma != 0, axis=(1, 2, 3)) if name == "conv" else gamma != 0
+        entered = np.where(inside.any(0), inside.argmax(0) + 1, -1)
+        last = jax.tree.map(lambda x: x[-1], states[1])
+        np.testing.assert_array_equal(lbi.entry_steps(last)[name], entered)
+        for epoch, scores in enumerate(golden[f"prune_order/{name}"]):
+            at_end = slice(EPOCH - 1, EPOCH * (epoch + 1), EPOCH)
+            seen = inside[at_end]
+            first_seen = np.where(seen.any(0), seen.argmax(0), NEVER)
+            during = inside[: EPOCH * (epoch + 1)]
+            first = np.where(during.any(0), during.argmax(0) // EPOCH, NEVER)
+            # Where a group left again before the end of an epoch, theirs saw nothing.
+            same = first == first_seen
+            assert np.mean(same) > 0.9
+            now = jax.tree.map(lambda x, t=EPOCH * (epoch + 1) - 1: x[t], states)
+            ours = pruning.official_importance(*now, EPOCH)[name]
+            assert ours.dtype == np.float32
+            scores = scores.T
+            # Beyond 1024 float32 has steps of 1.2e-4, and norms are rounded to one.
+            tolerance = np.where(first == NEVER, 1.3e-4, 2e-5)
+            assert np.all((np.abs(ours - scores) < tolerance)[same])
+
+
+def test_epochs_end_with_their_last_step():
+    params = random_params()
+    conv, dense = [1, 10, 11, 20, 21], [[-1, 1], [10, 11], [2001, -1]]
+    state = with_entry_steps(params, conv, dense)
+    scores = pruning.official_importance(params, state, 10)
+    norms = pruning.magnitude_importance(params)
+    expected = {
+        "conv/kernel": [0, 0, 1, 1, 2],
+        "dense/kernel": [[2000, 0], [0, 1], [200, 2000]],
+    }
+    for name, epochs in expected.items():
+        np.testing.assert_allclose(norms[name] - scores[name], epochs, atol=1.3e-4)
+
+
+# Masks of parameters.
+
+
+def test_spread_masks_fill_the_parameters():
+    params = random_params()
+    masks = {
+        "conv/kernel": np.array([True, False, True, True, False]),
+        "dense/kernel": np.array([[True, False], [False, True], [True, True]]),
+    }
+    spread = pruning.spread_masks(masks, params)
+    chex.assert_trees_all_equal_shapes(spread, params)
+    for index in np.ndindex(3, 2, 4, 5):
+        assert spread["conv"]["kernel"][index] == masks["conv/kernel"][index[-1]]
+    np.testing.assert_array_equal(spread["dense"]["kernel"], masks["dense/kernel"])
+    assert spread["conv"]["bias"].all() and spread["dense"]["bias"].all()
+
+    masked = pruning.apply_masks(params, spread)
+    expected = jax.tree.map(lambda p, m: np.asarray(p) * np.asarray(m), params, spread)
+    chex.assert_trees_all_equal(masked, expected)
+
+    some = pruning.spread_masks({"conv/kernel": masks["conv/kernel"]}, params)
+    assert some["dense"]["kernel"].all()
+    chex.assert_trees_all_equal(some["conv"], spread["conv"])
+
+
+def test_spread_masks_follow_the_penalty():
+    params = random_params()
+    rules = {
+        "conv/kernel": lbi.GroupL2(group_axes=2),
+        "dense/kernel": lbi.GroupL2(group_axes=0),
+    }
+    conv, dense = np.array([True, False, False, True]), np.array([False, True, True])
+    masks = {"conv/kernel": conv, "dense/kernel": dense}
+    spread = pruning.spread_masks(masks, params, rules)
+    for index in np.ndindex(3, 2, 4, 5):
+        assert spread["conv"]["kernel"][index] == conv[index[2]]
+    for index in np.ndindex(3, 2):
+        assert spread["dense"]["kernel"][index] == dense[index[0]]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_apply_masks_removes_what_is_not_finite_too(dtype):
+    tree = {"a": jnp.array([1.5, jnp.inf, jnp.nan, -2.0], dtype)}
+    masked = pruning.apply_masks(tree, {"a": np.array([True, False, False, True])})
+    assert masked["a"].dtype == dtype
+    np.testing.assert_array_equal(np.float32(masked["a"]), [1.5, 0, 0, -2])
+
+
+@pytest.mark.parametrize("layer", ["conv/bias", "conv3/kernel"])
+def test_spread_masks_of_an_unknown_layer_are_refused(layer):
+    message = f"no layer {layer}; the layers are conv/kernel, dense/kernel"
+    with pytest.raises(ValueError, match=message):
+        pruning.spread_masks({layer: np.ones(5, bool)}, random_params())
+
+
+@pytest.mark.parametrize("layer", ["conv/kernel", "dense/kernel"])
+def test_spread_masks_of_another_shape_are_refused(layer):
+    # (2,) would broadcast over the dense kernel, (1,) over the filters.
+    mask = np.ones(1 if layer == "conv/kernel" else 2, bool)
+    with pytest.raises(ValueError, match=layer):
+        pruning.spread_masks({layer: mask}, random_params())
+
+
+DECAY = 0.1
+OPTIMIZERS = {
+    "sgd": [optax.add_decayed_weights(DECAY), optax.sgd(0.05)],
+    "momentum": [
+        optax.add_decayed_weights(DECAY),
+        optax.sgd(0.05, momentum=0.9, nesterov=True),
+    ],
+    "adam": [optax.adamw(0.05, weight_decay=DECAY)],
+    "dessilbi": [lbi.dessilbi(0.05, nu=2.0, weight_decay=DECAY)],
+}
+
+
+@pytest.mark.parametrize("links", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_removed_parameters_stay_zero_in_training(links):
+    rng = np.random.default_rng(0)
+    start = {"kernel": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)}
+    start["bias"] = jnp.asarray(rng.normal(size=3), jnp.float32)
+    masks = {"kernel": rng.uniform(size=(4, 3)) < 0.5, "bias": np.array([1, 0, 1]) > 0}
+    inputs = jnp.asarray(rng.normal(size=(7, 4)), jnp.float32)
+
+    def loss_fn(params):
+        outputs = inputs @ params["kernel"] + params["bias"][None]
+        return jnp.mean(jnp.square(outputs - 3))
+
+    def train(optimizer):
+        def step(carry, _):
+            params, state = carry
+            grads = jax.grad(loss_fn)(params)
+            updates, state = optimizer.update(grads, state, params)
+            carry = optax.apply_updates(params, updates), state
+            return carry, carry[0]
+
+        params = pruning.apply_masks(start, masks)
+        carry = params, optimizer.init(params)
+        path = run(lambda carry: lax.scan(step, carry, length=5)[1], carry)
+        return jax.tree.map(lambda p, ps: np.stack([p, *ps]), params, path)
+
+    masked = train(optax.chain(*links, pruning.keep_zero(masks)))
+    for name, path in masked.items():
+        assert np.all(path[:, ~masks[name]] == 0)
+        assert np.all(np.diff(path, axis=0)[:, masks[name]] != 0)
+    # Without it they leave zero at once.
+    for name, path in train(optax.chain(*links)).items():
+        assert np.all(path[1:, ~masks[name]] != 0)
+
+
+# Whole channels, and smaller networks.
+
+
+class Positions(nn.Module):
+    """A convolution whose 2x3 pixels are flattened, and f(0) = 1/2."""
+
+    features: int = 4
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.Conv(self.features, (3, 3), padding="VALID", name="conv")(images)
+        x = nn.sigmoid(x)
+        x = x.reshape(len(x), -1)  # (B, 6 C): channels last
+        return nn.Dense(5, name="dense")(x)
+
+
+POSITIONS_MAP = {
+    "conv": (
+        ("params/conv/kernel", 3),
+        ("params/conv/bias", 0),
+        ("params/dense/kernel", 0),
+    )
+}
+
+
+def make_vgg(channels, batch_norm, stages=(1, 1, 1, 1, 1), num_hidden=1):
+    """A VGG whose layers have these channels in turn."""
+    channels = iter(channels)
+    stages = tuple(tuple(next(channels) for _ in range(n)) for n in stages)
+    hidden = tuple(next(channels) for _ in range(num_hidden))
+    return vgg.VGG(stages=stages, hidden=hidden, num_classes=7, batch_norm=batch_norm)
+
+
+def make_lenet(channels):
+    *features, hidden = channels
+    return lenet.LeNet(features=tuple(features), hidden=hidden, num_classes=7)
+
+
+# name: (network from channels, its channels, its map, shape of the images)
+NETWORKS = {
+    "lenet": (make_lenet, (4, 5, 6, 8), lenet.channel_map(), (3, 28, 28, 1)),
+    "vgg_bn": (
+        lambda channels: make_vgg(channels, True),
+        (4, 5, 6, 7, 5, 8),
+        vgg.channel_map(make_vgg((4, 5, 6, 7, 5, 8), True)),
+        (3, 32, 32, 3),
+    ),
+    "vgg": (
+        lambda channels: make_vgg(channels, False),
+        (4, 5, 6, 7, 5, 8),
+        vgg.channel_map(make_vgg((4, 5, 6, 7, 5, 8), False)),
+        (3, 32, 32, 3),
+    ),
+    "vgg_bn_positions": (
+        lambda channels: make_vgg(channels, True, (2, 1), 1),
+        (7, 5, 4, 6),
+        vgg.channel_map(make_vgg((7, 5, 4, 6), True, (2, 1), 1)),
+        (3, 8, 12, 2),
+    ),
+    "positions": (
+        lambda channels: Positions(*channels),
+        (4,),
+        POSITIONS_MAP,
+        (3, 4, 5, 2),
+    ),
+}
+networks = pytest.mark.parametrize("name", NETWORKS)
+
+
+@functools.cache
+def compiled(model):
+    """`model.apply`, shared by the tests: compiling is most of their time."""
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(model.apply, compiler_options=options)
+
+
+@functools.cache
+def set_up(name):
+    """(model, its variables, images, random masks, its map, the thinner model)."""
+    make, channels, channel_map, image_shape = NETWORKS[name]
+    rng = np.random.default_rng(0)
+    model = make(channels)
+    images = jnp.asarray(rng.normal(size=image_shape), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+
+    def draw(path, leaf):
+        if path[-1].key in ("scale", "var"):
+            return jnp.asarray(rng.uniform(0.5, 2, leaf.shape), jnp.float32)
+        stddev = (2 / math.prod(leaf.shape[:-1])) ** 0.5 if leaf.ndim > 1 else 0.5
+        return jnp.asarray(rng.normal(0, stddev, leaf.shape), jnp.float32)
+
+    variables = jax.tree_util.tree_map_with_path(draw, shapes)
+    keep = {
+        layer: rng.permutation(count) < max(round(0.6 * count), 1)
+        for layer, count in zip(channel_map, channels, strict=True)
+    }
+    thinner = make(tuple(int(mask.sum()) for mask in keep.values()))
+    return model, variables, images, keep, channel_map, thinner
+
+
+def relative_error(actual, expected):
+    """Largest error relative to the largest entry."""
+    return np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
+
+
+# Float32 rounding of the same sums in another order.
+THIN_TOLERANCE = 1e-5
+
+
+@networks
+def test_masked_network_equals_the_thinner_one(name):
+    model, variables, images, keep, channel_map, thinner = set_up(name)
+    masks = pruning.channel_masks(keep, channel_map, variables)
+    masked = compiled(model)(pruning.apply_masks(variables, masks), images)
+    thinned = pruning.thin(variables, keep, channel_map)
+    shapes = jax.eval_shape(thinner.init, jax.random.key(0), images)
+    chex.assert_trees_all_equal_shapes_and_dtypes(thinned, shapes)
+    assert relative_error(compiled(thinner)(thinned, images), masked) < THIN_TOLERANCE
+    # Something was removed.
+    assert relative_error(compiled(model)(variables, images), masked) > 0.01
+
+
+@networks
+def test_zeroed_filters_and_biases_are_not_enough_for_every_network(name):
+    model, variables, images, keep, channel_map, thinner = set_up(name)
+    own = {layer: places[:2] for layer, places in channel_map.items()}
+    masks = pruning.channel_masks(keep, own, variables)
+    naive = compiled(model)(pruning.apply_masks(variables, masks), images)
+    thinned = pruning.thin(variables, keep, channel_map)
+    error = relative_error(compiled(thinner)(thinned, images), naive)
+    if name in ("lenet", "vgg"):
+        assert error < THIN_TOLERANCE  # relu(0) = 0, and nothing between
+    else:
+        # Batch normalisation makes a constant of zero, and so does the sigmoid.
+        assert error > 0.01
+
+
+@pytest.mark.parametrize("name", ["lenet", "vgg_bn_positions", "positions"])
+def test_gradients_of_the_masked_network_are_those_of_the_thinner_one(name):
+    model, variables, images, keep, channel_map, thinner = set_up(name)
+    masks = pruning.channel_masks(keep, channel_map, variables)
+
+    def loss_fn(variables, model):
+        logits = model.apply(variables, images)
+        return jnp.mean(jnp.square(logits - jnp.arange(logits.shape[-1])[None]))
+
+    def masked_loss(variables):
+        return loss_fn(pruning.apply_masks(variables, masks), model)
+
+    grads = jax.jit(jax.grad(masked_loss))(variables)
+    thinned = pruning.thin(variables, keep, channel_map)
+    thin_grads = jax.jit(jax.grad(lambda v: loss_fn(v, thinner)))(thinned)
+    for grad, mask in zip(*map(jax.tree.leaves, (grads, masks)), strict=True):
+        assert not np.any(np.asarray(grad)[~np.asarray(mask)])
+    ours = pruning.thin(grads, keep, channel_map)
+    for grad, expected in zip(*map(jax.tree.leaves, (ours, thin_grads)), strict=True):
+        assert relative_error(grad, expected) < 1e-4  # sums that cancel, backwards
+
+
+def test_masked_and_thinner_networks_train_alike():
+    model, variables, images, keep, channel_map, thinner = set_up("vgg_bn_positions")
+    masks = pruning.channel_masks(keep, channel_map, variables)
+
+    def train(model, variables):
+        apply = lambda v: model.apply(v, images, train=True, mutable=["batch_stats"])  # noqa: E731
+        logits, updated = run(apply, variables)
+        return logits, updated["batch_stats"]
+
+    masked_logits, masked_stats = train(model, pruning.apply_masks(variables, masks))
+    thinned = pruning.thin(variables, keep, channel_map)
+    logits, stats = train(thinner, thinned)
+    assert relative_error(logits, masked_logits) < THIN_TOLERANCE
+    in_map = {
+        layer: [p for p in places if p[0].startswith("batch_stats")]
+        for layer, places in channel_map.items()
+    }
+    ours = pruning.thin({"batch_stats": masked_stats}, keep, in_map)["batch_stats"]
+    chex.assert_trees_all_close(ours, stats, rtol=1e-5, atol=1e-6)
+
+
+def test_channel_masks_match_a_loop():
+    _, variables, _, keep, channel_map, _ = set_up("positions")
+    masks = pruning.channel_masks(keep, channel_map, variables)["params"]
+    kept = keep["conv"]
+    assert 0 < kept.sum() < 4
+    for index in np.ndindex(3, 3, 2, 4):
+        assert masks["conv"]["kernel"][index] == kept[index[3]]
+    for position, channel, unit in np.ndindex(6, 4, 5):
+        row = position * 4 + channel
+        assert masks["dense"]["kernel"][row, unit] == kept[channel]
+    np.testing.assert_array_equal(masks["conv"]["bias"], kept)
+    assert masks["dense"]["bias"].all()
+
+
+def test_channel_masks_of_two_layers_meet_in_one_kernel():
+    _, variables, _, keep, channel_map, _ = set_up("lenet")
+    masks = pruning.channel_masks(keep, channel_map, variables)["params"]
+    expected = np.ones((5, 5, 4, 5), bool)
+    expected[:, :, ~keep["conv1"]] = False
+    expected[:, :, :, ~keep["conv2"]] = False
+    np.testing.assert_array_equal(masks["conv2"]["kernel"], expected)
+    # The network's outputs are no channels to remove.
+    assert masks["fc2"]["bias"].all()
+
+
+def test_layers_that_are_not_named_keep_all():
+    _, variables, _, keep, channel_map, _ = set_up("lenet")
+    only = {"conv2": keep["conv2"]}
+    thinned = pruning.thin(variables, only, channel_map)["params"]
+    count = keep["conv2"].sum()
+    assert thinned["conv2"]["kernel"].shape == (5, 5, 4, count)
+    assert thinned["conv3"]["kernel"].shape == (5, 5, count, 6)
+    chex.assert_trees_all_equal(thinned["conv1"], variables["params"]["conv1"])
+    np.testing.assert_array_equal(
+        thinned["conv2"]["kernel"],
+        np.asarray(variables["params"]["conv2"]["kernel"])[..., keep["conv2"]],
+    )
+
+
+@pytest.mark.parametrize(
+    ("keep", "channel_map", "message"),
+    [
+        ({"conv": [False] * 4}, POSITIONS_MAP, "conv would lose all its channels"),
+        ({"fc": [True]}, POSITIONS_MAP, "no layer fc; the layers are conv"),
+        (
+            {"conv": [True] * 4},
+            {"conv": (("params/conv2/kernel", 3),)},
+            "conv: the variables have no params/conv2/kernel",
+        ),
+        (
+            {"conv": [True] * 3},
+            POSITIONS_MAP,
+            r"conv: a mask \(3,\) does not fit axis 3 of params/conv/kernel, .* 4\.",
+        ),
+        ({"conv": [True] * 8}, POSITIONS_MAP, r"a mask \(8,\) does not fit axis 3"),
+        ({"conv": [[True] * 4]}, POSITIONS_MAP, r"a mask \(1, 4\) does not fit axis 3"),
+        # Half as many as there are channels: not positions of a flattened image.
+        ({"conv": [True, False]}, POSITIONS_MAP, r"a mask \(2,\) does not fit axis 3"),
+        ({"conv": [True]}, POSITIONS_MAP, r"a mask \(1,\) does not fit axis 3"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(keep, channel_map, message):
+    _, variables, *_ = set_up("positions")
+    keep = {name: np.array(mask) for name, mask in keep.items()}
+    with pytest.raises(ValueError, match=message):
+        pruning.thin(variables, keep, channel_map)
+    if any(mask.any() for mask in keep.values()):
+        with pytest.raises(ValueError, match=message):
+            pruning.channel_masks(keep, channel_map, variables)
