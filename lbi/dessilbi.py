@@ -112,7 +112,7 @@ def structural_coupling(
         a penalty, or a mapping of path patterns; see `lbi.penalty.assign`. Parameters
         without a penalty are left alone.
       record_entry: also keeps the update at which each group entered, one int32 each;
-        `lbi.entry_importance` needs it.
+        `lbi.pruning.entry_importance` needs it.
 
     Returns:
       A transformation; its update needs `params`.
