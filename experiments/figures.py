@@ -14,7 +14,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from experiments import lbi_figures, runtime  # noqa: E402
+from experiments import landscape_figures, lbi_figures, runtime  # noqa: E402
 
 
 def draw(workdir: Path) -> None:
@@ -268,6 +268,7 @@ _DRAW = {
     "classify_functa": _draw_classify_functa,
     "train_lbi": lbi_figures.draw_train_lbi,
     "prune_lbi": lbi_figures.draw_prune_lbi,
+    "probe_landscape": landscape_figures.draw_probe_landscape,
 }
 
 

@@ -22,10 +22,13 @@ import lbi
 from experiments import data, runtime
 from landscape import vgg
 from landscape.convolution import matmul_conv
+from landscape.deep_linear import DeepLinear
 from landscape.vgg import VGG
 from lbi import lenet
 from lbi.lenet import LeNet
 
+BN_MODES = ("batch", "frozen", "recalibrated")
+_MODELS = {"LeNet": LeNet, "VGG": VGG, "DeepLinear": DeepLinear}
 _EVALUATED_AT_ONCE = 500
 
 
@@ -71,19 +74,18 @@ class TrainState:
 
 
 def make_model(settings: dict[str, Any], num_classes: int) -> nn.Module:
-    """The network that config.model asks for: LeNet or VGG, with its other fields."""
+    """The network that config.model.type names, with the other fields."""
     settings = dict(settings)
     kind = settings.pop("type")
-    if kind not in ("LeNet", "VGG"):
-        raise ValueError(f"config.model.type {kind!r} is neither LeNet nor VGG.")
+    if kind not in _MODELS:
+        raise ValueError(f"config.model.type {kind!r} is none of {', '.join(_MODELS)}.")
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu and kind == "LeNet":
         settings["conv"] = matmul_conv
     if "stages" in settings:
         settings["stages"] = tuple(map(tuple, settings["stages"]))
-    make = {"LeNet": LeNet, "VGG": VGG}[kind]
     try:
-        return make(num_classes=num_classes, **settings)
+        return _MODELS[kind](num_classes=num_classes, **settings)
     except TypeError as error:
         raise ValueError(f"config.model: {error}") from None
 
@@ -381,6 +383,40 @@ def recalibrate(
         total = stats if total is None else jax.tree.map(jnp.add, total, stats)
     mean = jax.tree.map(lambda x: x / num_batches, total)
     return variables | {"batch_stats": mean}
+
+
+def make_loss(model: nn.Module, bn_mode: str) -> Callable[[Any, Any], jax.Array]:
+    """The mean cross-entropy as a function of the parameters alone.
+
+    Args:
+      model: the network.
+      bn_mode: what a batch normalisation takes: "batch", the statistics of the batch,
+        as in training; "frozen", the running ones; "recalibrated", those of other
+        images at these very parameters. None of them changes any statistics.
+
+    Returns:
+      loss_fn(params, batch) -> (), with {"inputs": (B, H, W, C), "labels": (B,),
+      "batch_stats": ...} and for "recalibrated" also "calibration", (M, H, W, C).
+    """
+    if bn_mode not in BN_MODES:
+        raise ValueError(f"bn_mode {bn_mode!r} is none of {', '.join(BN_MODES)}.")
+
+    def loss_fn(params, batch):
+        def apply(model, inputs, batch_stats, train):
+            variables = {"params": params, "batch_stats": batch_stats}
+            return model.apply(variables, inputs, train=train, mutable=["batch_stats"])
+
+        batch_stats = batch["batch_stats"]
+        if bn_mode == "recalibrated":
+            fresh = model.clone(bn_momentum=0.0)
+            _, updated = apply(fresh, batch["calibration"], batch_stats, True)
+            batch_stats = updated.get("batch_stats", {})
+        logits, _ = apply(model, batch["inputs"], batch_stats, bn_mode == "batch")
+        return optax.losses.softmax_cross_entropy_with_integer_labels(
+            logits, batch["labels"]
+        ).mean()
+
+    return loss_fn
 
 
 def thin_model(model: nn.Module, keep: dict[str, np.ndarray]) -> nn.Module:

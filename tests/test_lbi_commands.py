@@ -189,7 +189,7 @@ def test_prune_refuses_bad_settings(trained, tmp_path, changes, message):
         ({"methods": ("lars",)}, "methods .* must be some of adam"),
         ({"penalty": "lasso"}, "neither auto nor suggested"),
         ({"batch_size": 1000}, "batch_size must be between 1 and the 256"),
-        ({"model": {"type": "ResNet"}}, "neither LeNet nor VGG"),
+        ({"model": {"type": "ResNet"}}, "is none of LeNet, VGG"),
         ({"model": {"type": "LeNet", "depth": 3}}, "config.model"),
         ({"image_size": 4}, "the network takes 4x4 pixels"),
         ({"optimizer": {"dessilbi": {"options": {"mu": 2.0}}}}, "dessilbi.options"),

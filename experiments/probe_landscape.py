@@ -1,0 +1,506 @@
+"""Measures the landscape that a network trains on (report, 3.1 and 3.2).
+
+    python -m experiments.probe_landscape \
+        --config=experiments/configs/probe_landscape.py:digits
+
+A network with and without batch normalisation is trained at several learning rates.
+Along the way: loss and gradient along the gradient (Santurkar et al. 2018), gradients
+of consecutive steps (the report's curves), the largest eigenvalues of the Hessian; at
+the end a surface around the network. Each training has a run folder of its own inside
+that of the run, `NETWORK_rateR_seedN`; the outer folder has the table and the figures.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from experiments import data, figures, image_classifier, runtime
+from experiments.image_classifier import Images, TrainState
+from landscape import curvature, probes, surface
+
+NETWORKS = ("bn", "plain")
+# Points of a surface between two writes of its file.
+_PIECE = 25
+
+
+class ChangesState(NamedTuple):
+    """State of `record_changes`.
+
+    Attributes:
+      count: number of updates, (), int32.
+      params: those of the last update.
+      grads: those of the last update.
+      changes: {name: `probes.ConsecutiveChange` of (S,)}; the first entry has no step
+        before it and means nothing.
+    """
+
+    count: jax.Array
+    params: Any
+    grads: Any
+    changes: dict[str, probes.ConsecutiveChange]
+
+
+def record_changes(
+    num_steps: int, patterns: dict[str, str | None]
+) -> optax.GradientTransformation:
+    """First link of a chain: notes how gradients change from step to step.
+
+    Args:
+      num_steps: S.
+      patterns: {name: of `probes.consecutive_change`}.
+
+    Returns:
+      A transformation that leaves the updates alone; it needs the parameters.
+    """
+
+    def init_fn(params):
+        empty = probes.ConsecutiveChange(*[jnp.zeros(num_steps)] * 3)
+        return ChangesState(
+            count=jnp.zeros([], jnp.int32),
+            # Copies: the state's buffers are donated, each once.
+            params=jax.tree.map(jnp.copy, params),
+            grads=jax.tree.map(jnp.zeros_like, params),
+            changes={name: jax.tree.map(jnp.copy, empty) for name in patterns},
+        )
+
+    def update_fn(updates, state, params=None):
+        changes = {}
+        for name, pattern in patterns.items():
+            change = probes.consecutive_change(
+                state.params, state.grads, params, updates, pattern=pattern
+            )
+            changes[name] = jax.tree.map(
+                lambda record, value: record.at[state.count].set(value),
+                state.changes[name],
+                change,
+            )
+        count = optax.safe_increment(state.count)
+        return updates, ChangesState(count, params, updates, changes)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+class Tools(NamedTuple):
+    """What the trainings of one network with one seed share, compiled once.
+
+    Attributes:
+      init: rate -> the state before the first step.
+      update: of `image_classifier.make_update`.
+      predict: of `image_classifier.make_predict`.
+      probe: (state, indices of training images) -> `probes.GradientProbe`.
+      eigenvalues: (key, state) -> `curvature.Eigenpairs`.
+      surface_losses: (state, directions, points) -> losses.
+    """
+
+    init: Callable[..., TrainState]
+    update: Callable[..., TrainState]
+    predict: Callable[..., np.ndarray]
+    probe: Callable[..., probes.GradientProbe]
+    eigenvalues: Callable[..., curvature.Eigenpairs]
+    surface_losses: Callable[..., jax.Array]
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Runs or resumes one experiment; returns its summary."""
+    _check_config(config)
+    images = image_classifier.load_images(config)
+    with runtime.open_run(workdir, config) as run:
+        if run.summary is not None:
+            return run.show_summary()
+        runs = {}
+        for network in config.networks:
+            for seed in config.seeds:
+                tools = make_tools(config, images, network, seed)
+                for rate in config.learning_rates:
+                    name = f"{network}_rate{rate:g}_seed{seed}"
+                    run.say(f"--- {name}")
+                    single = ConfigDict(config)
+                    single.networks, single.seeds = (network,), (seed,)
+                    single.learning_rates = (rate,)
+                    with_surface = (
+                        config.surface.size > 0
+                        and rate == config.surface.learning_rate
+                        and seed == config.seeds[0]
+                    )
+                    folder = run.workdir / name
+                    runs[name] = _train_one(
+                        single, folder, images, tools, with_surface=with_surface
+                    )
+        arrays = _collect(config, run.workdir)
+        runtime.write_npz(run.workdir / "arrays.npz", arrays)
+        figures.draw(run.workdir)
+        return run.finish(make_table(config, arrays, images.num_classes, runs))
+
+
+def make_tools(config: ConfigDict, images: Images, network: str, seed: int) -> Tools:
+    """The functions of one network and seed; the learning rate is in the state."""
+    settings = config.model.to_dict() | {"batch_norm": network == "bn"}
+    model = image_classifier.make_model(settings, images.num_classes)
+    steps_per_epoch = image_classifier.count_steps(images, config.batch_size)
+    num_steps = config.num_epochs * steps_per_epoch
+    optimizer = optax.chain(
+        record_changes(
+            num_steps, {"last_layer": config.last_layer, "all_layers": None}
+        ),
+        _make_optimizer(config.optimizer),
+    )
+
+    variables = image_classifier.init_variables(model, images, seed)
+
+    def init(rate):
+        # Copies: the state's buffers are donated.
+        fresh = jax.tree.map(jnp.copy, variables)
+        state = image_classifier.init_state(fresh, optimizer, num_steps)
+        opt_state = optax.tree.set(state.opt_state, learning_rate=jnp.float32(rate))
+        return state.replace(opt_state=opt_state)
+
+    update = image_classifier.make_update(
+        model,
+        images,
+        optimizer,
+        batch_size=config.batch_size,
+        augmented=False,
+        seed=seed,
+    )
+    return Tools(
+        init=init,
+        update=update,
+        predict=image_classifier.make_predict(model, images),
+        probe=_make_probe(config, model, images),
+        eigenvalues=_make_eigenvalues(config, model, images),
+        surface_losses=_make_surface(config, model, images),
+    )
+
+
+def _make_optimizer(settings):
+    make = getattr(optax, settings.name, None)
+    if not callable(make):
+        raise ValueError(f"optax has no optimizer {settings.name!r}.")
+    try:
+        injected = optax.inject_hyperparams(make)
+        return injected(learning_rate=1.0, **settings.options.to_dict())
+    except TypeError as error:
+        raise ValueError(f"optimizer.options: {error}") from None
+
+
+def _as_batch(images, pixels, labels, batch_stats, calibration):
+    return {
+        "inputs": image_classifier.normalise(images, pixels),
+        "labels": labels,
+        "batch_stats": batch_stats,
+        "calibration": image_classifier.normalise(images, calibration),
+    }
+
+
+def _make_probe(config, model, images):
+    loss_fn = image_classifier.make_loss(model, config.bn_mode)
+    pixels, labels = images.train
+    calibration = pixels[: config.sharpness.num_images]
+
+    @jax.jit
+    def probe(params, batch_stats, pixels, labels, calibration):
+        batch = _as_batch(images, pixels, labels, batch_stats, calibration)
+        step_sizes = jnp.array(config.step_sizes)
+        return probes.probe_gradient(loss_fn, params, batch, step_sizes)
+
+    return lambda state, indices: probe(
+        state.params, state.batch_stats, pixels[indices], labels[indices], calibration
+    )
+
+
+def _make_eigenvalues(config, model, images):
+    loss_fn = image_classifier.make_loss(model, config.bn_mode)
+    settings = config.sharpness
+    pixels, labels = (x[: settings.num_images] for x in images.train)
+
+    @jax.jit
+    def eigenvalues(key, params, batch_stats, pixels, labels):
+        batch = _as_batch(images, pixels, labels, batch_stats, pixels)
+        matvec = functools.partial(
+            curvature.hessian_vector_product, loss_fn, params, batch
+        )
+        return curvature.leading_eigenvalues(
+            key,
+            matvec,
+            params,
+            num=settings.num_eigenvalues,
+            num_smallest=1,
+            num_steps=settings.num_steps,
+        )
+
+    return lambda key, state: eigenvalues(
+        key, state.params, state.batch_stats, pixels, labels
+    )
+
+
+def _make_surface(config, model, images):
+    # Away from the trained weights their running statistics say nothing.
+    loss_fn = image_classifier.make_loss(model, "batch")
+    settings = config.surface
+    chunk_size = min(settings.chunk_size, len(images.train[0]))
+    num_chunks = min(settings.num_images, len(images.train[0])) // chunk_size
+
+    @jax.jit
+    def losses(params, batch_stats, directions, points, pixels, labels):
+        def loss_of_chunks(params, chunks):
+            return curvature.mean_over_batches(
+                lambda chunk: loss_fn(
+                    params, _as_batch(images, *chunk, batch_stats, chunk[0])
+                ),
+                chunks,
+            )
+
+        return surface.loss_surface(
+            loss_of_chunks, params, (pixels, labels), directions, points
+        )
+
+    chunks = [
+        x[: num_chunks * chunk_size].reshape(num_chunks, chunk_size, *x.shape[1:])
+        for x in images.train
+    ]
+    return lambda state, directions, points: losses(
+        state.params, state.batch_stats, directions, points, *chunks
+    )
+
+
+def _train_one(config, workdir, images, tools, *, with_surface):
+    [seed], [rate] = config.seeds, config.learning_rates
+    steps_per_epoch = image_classifier.count_steps(images, config.batch_size)
+    num_steps = config.num_epochs * steps_per_epoch
+    intervals = [config.probe_every, config.checkpoint_every, steps_per_epoch]
+    if config.sharpness.every:
+        intervals.append(config.sharpness.every)
+    with runtime.open_run(workdir, config) as run:
+        if run.summary is not None:
+            return run.show_summary()
+        step, state = run.restore(tools.init(rate))
+        if step == 0:
+            run.log(0, _measure(config, images, tools, state, 0), num_steps=num_steps)
+        while step < num_steps:
+            start = step
+            step = min((start // every + 1) * every for every in intervals)
+            state = tools.update(state, start, step)
+            # A run that breaks down is a finding here: it goes on, and is flagged.
+            metrics = {"loss": float(state.loss[start:step].mean())}
+            metrics |= _measure(config, images, tools, state, step)
+            run.log(step, metrics, num_steps=num_steps)
+            if step % config.checkpoint_every == 0 or step == num_steps:
+                run.save(step, state)
+        changes = optax.tree.get(state.opt_state, "changes")
+        metrics = runtime.read_metrics(run.workdir / "metrics.jsonl")
+        arrays = _arrays_of_run(state, changes, metrics)
+        if with_surface:
+            key = jax.random.fold_in(jax.random.key(seed), num_steps + 1)
+            arrays["surface"] = _measure_surface(run, tools, state, key)
+        runtime.write_npz(run.workdir / "arrays.npz", arrays)
+        return run.finish(
+            {
+                "test_accuracy": metrics[-1]["test_accuracy"],
+                "is_dead": bool(probes.is_dead(state.loss, images.num_classes)),
+                "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
+            }
+        )
+
+
+def _measure(config, images, tools, state, step):
+    """What is due at this step: lists are kept in the log, numbers also shown."""
+    num_train = len(images.train[0])
+    steps_per_epoch = image_classifier.count_steps(images, config.batch_size)
+    metrics = {}
+    if step % steps_per_epoch == 0:
+        logits = tools.predict(state.variables, images.test[0])
+        metrics["test_accuracy"] = image_classifier.accuracy(logits, images.test[1])
+    if step % config.probe_every == 0:
+        indices = data.batch_indices(
+            config.seeds[0], step, num_examples=num_train, batch_size=config.batch_size
+        )
+        probe = tools.probe(state, indices)
+        metrics["probe"] = probe._asdict()
+    if config.sharpness.every and step % config.sharpness.every == 0:
+        key = jax.random.fold_in(jax.random.key(config.seeds[0]), step)
+        found = tools.eigenvalues(key, state)
+        metrics["eigenvalues"] = found.values
+        metrics["residuals"] = found.residuals
+        metrics["sharpness"] = float(found.values[0])
+    return metrics
+
+
+def _measure_surface(run, tools, state, key):
+    """Losses (size, size), written piece by piece: a kill costs one piece."""
+    settings = run.config.surface
+    draw = jax.jit(surface.filter_normalised_direction)
+    keys = jax.random.split(key)
+    first = draw(keys[0], state.params)
+    second = draw(keys[1], state.params, orthogonal_to=first)
+    axis = np.linspace(-settings.span, settings.span, settings.size)
+    points = surface.grid(axis, axis)
+    path = run.workdir / "surface.npz"
+    known = np.full(len(points), np.nan, np.float32)
+    if path.exists():
+        with np.load(path) as file:
+            known = file["losses"]
+    run.say(f"surface: {int(np.isnan(known).sum())} points to do")
+    losses = known
+    for losses in surface.fill_missing(
+        lambda piece: tools.surface_losses(state, [first, second], piece),
+        points,
+        known,
+        piece=_PIECE,
+    ):
+        runtime.write_npz(path, {"losses": losses})
+    return losses.reshape(settings.size, settings.size)
+
+
+def _arrays_of_run(state, changes, metrics):
+    """Curves of one run for the figures; P probes, E measurements of eigenvalues."""
+    arrays = {"loss": state.loss, "accuracy": state.accuracy}
+    for name, change in changes.items():
+        for key, values in change._asdict().items():
+            # The first step has none before it.
+            arrays[f"{name}_{key}"] = values[1:]
+    probed = [m for m in metrics if "probe" in m]
+    arrays["probe_step"] = [m["step"] for m in probed]
+    for key in probes.GradientProbe._fields:
+        arrays[f"probe_{key}"] = [m["probe"][key] for m in probed]
+    curved = [m for m in metrics if "eigenvalues" in m]
+    if curved:
+        arrays["eigenvalue_step"] = [m["step"] for m in curved]
+        arrays["eigenvalues"] = [m["eigenvalues"] for m in curved]
+    tested = [m for m in metrics if "test_accuracy" in m]
+    arrays["test_accuracy"] = [m["test_accuracy"] for m in tested]
+    return {key: np.asarray(value) for key, value in arrays.items()}
+
+
+def _collect(config, workdir):
+    """Stacks the curves of all runs: {NETWORK/NAME: (rates, seeds, ...)}."""
+    arrays = {
+        "learning_rates": np.array(config.learning_rates),
+        "step_sizes": np.array(config.step_sizes),
+        "span": np.array(config.surface.span),
+    }
+    for network in config.networks:
+        rows = []
+        for rate in config.learning_rates:
+            row = []
+            for seed in config.seeds:
+                path = workdir / f"{network}_rate{rate:g}_seed{seed}" / "arrays.npz"
+                with np.load(path) as file:
+                    row.append(dict(file))
+            rows.append(row)
+        for key in rows[0][0]:
+            if key != "surface":
+                values = [[single[key] for single in row] for row in rows]
+                arrays[f"{network}/{key}"] = np.array(values)
+        for single in (single for row in rows for single in row):
+            if "surface" in single:
+                arrays[f"{network}/surface"] = single["surface"]
+        num_steps = rows[0][0]["loss"].size
+        arrays["steps_per_epoch"] = np.array(num_steps // config.num_epochs)
+    return arrays
+
+
+def make_table(
+    config: ConfigDict,
+    arrays: dict[str, np.ndarray],
+    num_classes: int,
+    runs: dict[str, Any],
+) -> dict[str, Any]:
+    """Numbers with and without batch normalisation, mean and deviation over seeds.
+
+    Probes are averaged from the end of the first epoch on; the widths of the envelope
+    over the learning rates, over all steps, with and without dead runs.
+    """
+    table = {}
+    for network in config.networks:
+        curves = {
+            key.removeprefix(f"{network}/"): values
+            for key, values in arrays.items()
+            if key.startswith(f"{network}/")
+        }
+        losses = curves["loss"]  # (rates, seeds, S)
+        dead = np.asarray(probes.is_dead(losses, num_classes))
+        finite = np.where(np.isfinite(losses), losses, np.log(num_classes))
+        widths, widths_alive = [], []
+        for number in range(len(config.seeds)):
+            low, high = probes.envelope(finite[:, number])
+            widths.append(np.mean(high - low))
+            if not dead[:, number].all():
+                low, high = probes.envelope(finite[:, number], dead[:, number])
+                widths_alive.append(np.mean(high - low))
+        table |= _mean_and_std(f"{network}.envelope_width", widths)
+        table |= _mean_and_std(f"{network}.envelope_width_without_dead", widths_alive)
+        table[f"{network}.dead_runs"] = int(dead.sum())
+        later = curves["probe_step"][0, 0] >= arrays["steps_per_epoch"]
+        measures = {
+            "gradient_predictiveness": curves["probe_grad_distances"].max(-1),
+            "relative_gradient_predictiveness": curves[
+                "probe_relative_grad_distances"
+            ].max(-1),
+            "effective_beta": curves["probe_betas"].max(-1),
+            "grad_norm": curves["probe_grad_norm"],
+        }
+        changes = {
+            f"consecutive_{key}_{layers}": curves[f"{layers}_{key}"]
+            for layers in ("last_layer", "all_layers")
+            for key in ("grad_distance", "beta")
+        }
+        for i, rate in enumerate(config.learning_rates):
+            at = f"{network}.rate{rate:g}"
+            table |= _mean_and_std(
+                f"{at}.test_accuracy", curves["test_accuracy"][i, :, -1]
+            )
+            for key, values in measures.items():
+                table |= _mean_and_std(f"{at}.{key}", values[i][:, later].mean(-1))
+            for key, values in changes.items():
+                first = int(arrays["steps_per_epoch"])
+                table |= _mean_and_std(f"{at}.{key}", values[i][:, first:].mean(-1))
+            if "eigenvalues" in curves:
+                largest = curves["eigenvalues"][i, :, -1, 0]
+                table |= _mean_and_std(f"{at}.largest_eigenvalue_at_the_end", largest)
+    if set(config.networks) == set(NETWORKS):
+        for suffix in ("", "_without_dead"):
+            plain, bn = (table[f"{n}.envelope_width{suffix}"] for n in ("plain", "bn"))
+            alive = plain is not None and bn is not None
+            table[f"envelope_width_ratio{suffix}"] = plain / bn if alive else None
+    return table | {"runs": runs}
+
+
+def _mean_and_std(name, values):
+    # Of one seed there is no deviation; of none no mean.
+    found = {name: float(np.mean(values)) if len(values) else None}
+    if len(values) > 1:
+        found[f"{name}_std"] = float(np.std(values, ddof=1))
+    return found
+
+
+def _check_config(config):
+    for name in ("num_epochs", "checkpoint_every", "probe_every"):
+        if config[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {config[name]}.")
+    unknown = set(config.networks) - set(NETWORKS)
+    if unknown or not config.networks:
+        raise ValueError(
+            f"networks {config.networks} must be some of {', '.join(NETWORKS)}."
+        )
+    if not config.seeds or not config.learning_rates:
+        raise ValueError("seeds and learning_rates must name at least one.")
+    for name in ("learning_rates", "step_sizes"):
+        if not all(value > 0 for value in config[name]) or not config[name]:
+            raise ValueError(f"{name} must be positive, got {config[name]}.")
+    sizes = config.surface
+    if sizes.size and not 0 < sizes.chunk_size <= sizes.num_images:
+        raise ValueError(
+            f"surface.chunk_size must be between 1 and surface.num_images "
+            f"({sizes.num_images}), got {sizes.chunk_size}."
+        )
+
+
+if __name__ == "__main__":
+    runtime.launch("probe_landscape", train_and_evaluate)

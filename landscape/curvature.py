@@ -1,0 +1,475 @@
+"""Curvature of a loss: Hessian products, eigenvalues, trace, spectral density.
+
+All but the products take `matvec`, which multiplies a tree like the parameters by a
+symmetric matrix; the loss is any `loss_fn(params, batch)`. Sharpness while training:
+
+    @jax.jit
+    def sharpness(key, params, batch, start):
+        matvec = functools.partial(hessian_vector_product, loss_fn, params, batch)
+        found = leading_eigenvalues(key, matvec, params, num_steps=10, start=start)
+        return found.values[0], jax.tree.map(lambda x: x[0], found.vectors)
+
+The second result is the next `start`. Gradient descent is stable where the learning
+rate times the first is below 2. The parameters are an argument of the jitted function:
+closed over they would be constants, and XLA spend minutes on folding them. Data too
+large for one batch go through `mean_over_batches`:
+
+    matvec = lambda v: mean_over_batches(
+        lambda batch: hessian_vector_product(loss_fn, params, batch, v), batches
+    )
+
+Axes: n parameters in all, S Lanczos steps, R random vectors, K batches.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
+
+LossFn = Callable[[Any, Any], Array]
+Matvec = Callable[[Any], Any]
+
+
+def hessian_vector_product(
+    loss_fn: LossFn, params: Any, batch: Any, vector: Any
+) -> Any:
+    """H v, forward over reverse: about the cost of three gradients (Pearlmutter 1994).
+
+    Args:
+      loss_fn: maps (params, batch) to a scalar.
+      params: where the Hessian is taken.
+      batch: handed to `loss_fn`.
+      vector: v, a tree like `params`.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      ValueError: if the loss is not a scalar, or `vector` no tree like `params`.
+    """
+    vector = _cast_like("vector", vector, params)
+    with jax.default_matmul_precision("highest"):
+        gradient = jax.grad(lambda p: scalar_loss(loss_fn, p, batch))
+        return jax.jvp(gradient, (params,), (vector,))[1]
+
+
+def gauss_newton_vector_product(
+    outputs_fn: Callable[[Any, Any], Any],
+    loss_of_outputs: LossFn,
+    params: Any,
+    batch: Any,
+    vector: Any,
+) -> Any:
+    """J^T H_L J v of a loss L(f(params)), J the Jacobian of f (Schraudolph 2002).
+
+    The Hessian without the curvature of f: positive semi-definite for a convex L, and
+    the Fisher information where L is the cross-entropy of f's logits.
+
+    Args:
+      outputs_fn: f, maps (params, batch) to outputs of any structure.
+      loss_of_outputs: L, maps (outputs, batch) to a scalar.
+      params: where the matrix is taken.
+      batch: handed to both.
+      vector: v, a tree like `params`.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      ValueError: if the loss is not a scalar, or `vector` no tree like `params`.
+    """
+    vector = _cast_like("vector", vector, params)
+    with jax.default_matmul_precision("highest"):
+        outputs, forward = jax.linearize(lambda p: outputs_fn(p, batch), params)
+        gradient = jax.grad(lambda o: scalar_loss(loss_of_outputs, o, batch))
+        curved = jax.jvp(gradient, (outputs,), (forward(vector),))[1]
+        return jax.linear_transpose(forward, params)(curved)[0]
+
+
+class Eigenpairs(NamedTuple):
+    """What `leading_eigenvalues` finds; k = num + num_smallest.
+
+    Attributes:
+      values: (k,), descending.
+      vectors: a tree like the parameters, each leaf with an axis k in front; of norm 1.
+      residuals: |A v - value v|, (k,): some eigenvalue is at most that far away.
+    """
+
+    values: Array
+    vectors: Any
+    residuals: Array
+
+
+def leading_eigenvalues(
+    key: Array,
+    matvec: Matvec,
+    params: Any,
+    *,
+    num: int = 1,
+    num_smallest: int = 0,
+    num_steps: int = 30,
+    start: Any = None,
+) -> Eigenpairs:
+    """The algebraically largest eigenvalues, and the smallest, by Lanczos' method.
+
+    The matrix may be indefinite: the sharpness is the largest, whatever the size of a
+    negative one. The largest are never overestimated, and judged by `residuals`. Copies
+    of a repeated eigenvalue appear only when the steps go on after its convergence.
+
+    Args:
+      key: draws the first vector, and a new one wherever the Krylov space closes.
+      matvec: product with a symmetric matrix. If it is not finite, neither are values.
+      params: a tree of the shapes and dtypes that `matvec` takes.
+      num: eigenvalues from the upper end, >= 0.
+      num_smallest: eigenvalues from the lower end, >= 0; they cost nothing more.
+      num_steps: S, products; the basis takes S times the memory of the parameters.
+      start: a tree like `params` to begin with, of any norm, in place of a random one:
+        the eigenvector of an earlier step of training, or the sum of several.
+
+    Returns:
+      Eigenpairs, the `num` largest and then the `num_smallest` smallest.
+
+    Raises:
+      ValueError: if a number is out of range, or a tree not like `params`.
+    """
+    product, size, dtype, unravel = _flatten(matvec, params)
+    _check_steps(num_steps, size)
+    if min(num, num_smallest) < 0 or not 1 <= num + num_smallest <= num_steps:
+        raise ValueError(
+            "num and num_smallest must be >= 0 and together between 1 and num_steps "
+            f"({num_steps}), got {num} and {num_smallest}."
+        )
+    key, start_key = jax.random.split(key)
+    if start is None:
+        first = jax.random.normal(start_key, (size,), dtype)
+    else:
+        first = ravel_pytree(_cast_like("start", start, params))[0].astype(dtype)
+    with jax.default_matmul_precision("highest"):
+        basis, tridiagonal, remainder = _lanczos(key, product, first, num_steps)
+        values, rotation = jnp.linalg.eigh(tridiagonal)
+        places = [num_steps - 1 - i for i in range(num)]
+        places += [num_smallest - 1 - i for i in range(num_smallest)]
+        rotation = rotation[:, jnp.array(places)]
+        return Eigenpairs(
+            values=values[jnp.array(places)],
+            vectors=jax.vmap(unravel)(rotation.T @ basis),
+            residuals=remainder * jnp.abs(rotation[-1]),
+        )
+
+
+class Estimate(NamedTuple):
+    """A mean over random vectors, (), and its standard error, ()."""
+
+    mean: Array
+    standard_error: Array
+
+
+def trace(
+    key: Array,
+    matvec: Matvec,
+    params: Any,
+    *,
+    num_matvecs: int,
+    method: Literal["hutchinson", "hutch++"] = "hutchinson",
+) -> Estimate:
+    """Trace from products with random signs.
+
+    Hutchinson 1989 is the mean of z^T A z, exact for a diagonal A. Hutch++ (Meyer et
+    al. 2021, arXiv 2010.09649, algorithm 1) takes a third of the products to find an
+    orthonormal Q that spans what A does mostly, a third for tr(Q^T A Q) and the rest
+    for Hutchinson's estimate of what Q leaves. It is better where few eigenvalues make
+    up most of the trace, and exact when they all fit in; it holds Q, a third of
+    `num_matvecs` times the parameters.
+
+    Args:
+      key: draws the signs.
+      matvec: product with a symmetric matrix.
+      params: a tree of the shapes and dtypes that `matvec` takes.
+      num_matvecs: products in all; hutchinson needs 2, hutch++ 4.
+      method: hutchinson or hutch++.
+
+    Returns:
+      The estimate, unbiased. Its standard error is that of Hutchinson's mean; under
+      Hutch++ of the last part, the only random one once Q is drawn.
+
+    Raises:
+      ValueError: if `num_matvecs` is too small, or `method` unknown.
+    """
+    if method not in ("hutchinson", "hutch++"):
+        raise ValueError(f"method must be hutchinson or hutch++, got {method!r}.")
+    least = 2 if method == "hutchinson" else 4
+    if num_matvecs < least:
+        raise ValueError(
+            f"{method} needs num_matvecs >= {least} for a standard error, got "
+            f"{num_matvecs}."
+        )
+    product, size, dtype, _ = _flatten(matvec, params)
+    num_sketched = 0 if method == "hutchinson" else num_matvecs // 3
+    sketch_key, key = jax.random.split(key)
+
+    def signs(key):
+        return jax.random.rademacher(key, (size,), dtype)
+
+    with jax.default_matmul_precision("highest"):
+        known, project = 0.0, lambda vector: vector
+        if num_sketched:
+            sketch = _map_keys(lambda k: product(signs(k)), sketch_key, num_sketched)
+            q = jnp.linalg.qr(sketch.T)[0].T  # (R, n)
+            known = jnp.sum(lax.map(lambda row: row @ product(row), q))
+            project = lambda vector: vector - (q @ vector) @ q  # noqa: E731
+
+        def quadratic_form(key):
+            vector = project(signs(key))
+            return vector @ product(vector)
+
+        samples = _map_keys(quadratic_form, key, num_matvecs - 2 * num_sketched)
+        error = jnp.std(samples, ddof=1) / jnp.sqrt(jnp.asarray(samples.size, dtype))
+        return Estimate(known + jnp.mean(samples), error)
+
+
+class Quadrature(NamedTuple):
+    """The spectrum as points: the mean of f over it is about sum(weights * f(nodes)).
+
+    Attributes:
+      nodes: eigenvalues, (R, S).
+      weights: (R, S), >= 0; all together sum to 1.
+    """
+
+    nodes: Array
+    weights: Array
+
+
+def lanczos_quadrature(
+    key: Array,
+    matvec: Matvec,
+    params: Any,
+    *,
+    num_samples: int = 10,
+    num_steps: int = 80,
+) -> Quadrature:
+    """The distribution of all eigenvalues (stochastic Lanczos quadrature).
+
+    Golub & Welsch 1969; Ghorbani et al. 2019 (arXiv 1901.10159), here with random signs
+    in place of Gaussian vectors. From z / sqrt(n) the tridiagonal matrix T has
+    eigenvalues (nodes) and squared first entries of eigenvectors (weights) that give
+    z^T f(A) z / n exactly for polynomials f of degree up to 2 S - 1.
+
+    Args:
+      key: draws the vectors.
+      matvec: product with a symmetric matrix.
+      params: a tree of the shapes and dtypes that `matvec` takes.
+      num_samples: R, vectors, one after the other. 10 with 80 steps give a quick look.
+      num_steps: S, products for each vector.
+
+    Returns:
+      Nodes and weights; `spectral_density` smooths them.
+
+    Raises:
+      ValueError: if a number is out of range.
+    """
+    product, size, dtype, _ = _flatten(matvec, params)
+    _check_steps(num_steps, size)
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be >= 1, got {num_samples}.")
+
+    def one_sample(key):
+        key, signs_key = jax.random.split(key)
+        signs = jax.random.rademacher(signs_key, (size,), dtype)
+        _, tridiagonal, _ = _lanczos(key, product, signs, num_steps)
+        nodes, rotation = jnp.linalg.eigh(tridiagonal)
+        return nodes, jnp.square(rotation[0])
+
+    with jax.default_matmul_precision("highest"):
+        nodes, weights = _map_keys(one_sample, key, num_samples)
+    return Quadrature(nodes, weights / jnp.sum(weights))
+
+
+def spectral_density(quadrature: Quadrature, grid: Array, *, sigma: float) -> Array:
+    """The quadrature as a density: each node a Gaussian that integrates to its weight.
+
+    Args:
+      quadrature: of `lanczos_quadrature`.
+      grid: eigenvalues at which to evaluate, (G,).
+      sigma: width of the Gaussians, > 0, in the unit of the eigenvalues; 1% of their
+        range is usual.
+
+    Returns:
+      Density for each unit of eigenvalue, (G,); its integral over the line is 1.
+
+    Raises:
+      ValueError: if sigma is not positive.
+    """
+    if not sigma > 0:
+        raise ValueError(f"sigma must be > 0, got {sigma}.")
+    nodes, weights = quadrature.nodes.ravel(), quadrature.weights.ravel()
+    grid = jnp.asarray(grid, nodes.dtype)
+    bells = jax.scipy.stats.norm.pdf(
+        grid[:, None], loc=nodes[None, :], scale=jnp.full((1, 1), sigma, nodes.dtype)
+    )
+    return jnp.sum(bells * weights[None, :], axis=1)
+
+
+def sam_sharpness(loss_fn: LossFn, params: Any, batch: Any, radius: float) -> Array:
+    """How much the loss rises one step of length `radius` up its gradient.
+
+    L(w + radius g / |g|) - L(w), the first-order answer to the worst loss in a ball of
+    sharpness-aware minimisation (Foret et al. 2021, arXiv 2010.01412, equation 2).
+
+    Args:
+      loss_fn: maps (params, batch) to a scalar.
+      params: w.
+      batch: handed to `loss_fn`.
+      radius: Euclidean length over all parameters together, > 0.
+
+    Returns:
+      (); 0 where the gradient is zero.
+
+    Raises:
+      ValueError: if the loss is not a scalar.
+    """
+    with jax.default_matmul_precision("highest"):
+        loss, grads = jax.value_and_grad(lambda p: scalar_loss(loss_fn, p, batch))(
+            params
+        )
+        squares = sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))
+        scale = radius / jnp.sqrt(jnp.where(squares == 0, 1, squares))
+        uphill = jax.tree.map(lambda p, g: p + scale.astype(p.dtype) * g, params, grads)
+        return scalar_loss(loss_fn, uphill, batch) - loss
+
+
+def mean_over_batches(function: Callable[[Any], Any], batches: Any) -> Any:
+    """Mean of function(batch), one batch after the other: the memory of one.
+
+    Args:
+      function: maps a batch to arrays of any structure: a loss, a gradient, H v.
+      batches: K batches of one size, a tree of leaves (K, B, ...).
+
+    Returns:
+      What `function` returns, averaged.
+    """
+    count = jax.tree.leaves(batches)[0].shape[0]
+    one = jax.eval_shape(function, jax.tree.map(lambda x: x[0], batches))
+
+    def add(total, batch):
+        return jax.tree.map(jnp.add, total, function(batch)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
+    total, _ = lax.scan(add, zeros, batches)
+    return jax.tree.map(lambda x: x / jnp.asarray(count, x.dtype), total)
+
+
+def scalar_loss(loss_fn: LossFn, params: Any, batch: Any) -> Array:
+    """loss_fn(params, batch); ValueError if that is not a scalar."""
+    loss = loss_fn(params, batch)
+    if jnp.shape(loss) != ():
+        raise ValueError(f"the loss must be a scalar, got shape {jnp.shape(loss)}.")
+    return loss
+
+
+def check_like(name: str, tree: Any, params: Any) -> None:
+    """Raises ValueError unless `tree` has the structure and the shapes of `params`."""
+    expected, found = (jax.tree.structure(x) for x in (params, tree))
+    if expected != found:
+        raise ValueError(
+            f"{name} must have the structure of params, {expected}, got {found}."
+        )
+    shapes = zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(tree), strict=True
+    )
+    for (path, param), leaf in shapes:
+        if jnp.shape(param) != jnp.shape(leaf):
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} must have the shape "
+                f"{jnp.shape(param)} of params, got {jnp.shape(leaf)}."
+            )
+
+
+def _cast_like(name, tree, params):
+    check_like(name, tree, params)
+    return jax.tree.map(lambda x, p: jnp.asarray(x, p.dtype), tree, params)
+
+
+def _check_steps(num_steps, size):
+    if not 1 <= num_steps <= size:
+        raise ValueError(
+            f"num_steps must be between 1 and the number of parameters ({size}), got "
+            f"{num_steps}."
+        )
+
+
+def _map_keys(function, key, num):
+    """function(key) of `num` keys, one after the other, stacked."""
+    # Under vmap a loop over an array of keys counts as their reuse.
+    return lax.map(lambda i: function(jax.random.fold_in(key, i)), jnp.arange(num))
+
+
+def _flatten(matvec, params):
+    """`matvec` on vectors (n,), n, their dtype, and vector -> tree."""
+    flat, unravel_flat = ravel_pytree(params)
+    # The recurrence needs float32 though the parameters have less.
+    dtype = jnp.promote_types(flat.dtype, jnp.float32)
+
+    def unravel(vector):
+        return unravel_flat(vector.astype(flat.dtype))
+
+    def product(vector):
+        result = matvec(unravel(vector))
+        check_like("the result of matvec", result, params)
+        return ravel_pytree(result)[0].astype(dtype)
+
+    return product, flat.size, dtype, unravel
+
+
+# matfree has a Lanczos recurrence too, but it divides by zero where the Krylov space
+# closes, as it does from a converged eigenvector; what would be left to take from it is
+# shorter than its calls.
+def _lanczos(key, product, start, num_steps):
+    """Lanczos' recurrence, every vector orthogonalised against all before it.
+
+    Returns:
+      The basis (S, n), the tridiagonal matrix (S, S) and the norm of what is left, ().
+      Where the space closes it goes on from a random vector, uncoupled to the others:
+      new directions, no weight for the first vector's quadrature.
+    """
+    eps = jnp.finfo(start.dtype).eps
+
+    def orthogonalise(vector, basis):
+        # In floating point once is not enough, twice is (Parlett 1998, section 6.9).
+        for _ in range(2):
+            vector = vector - (basis @ vector) @ basis
+        return vector
+
+    def coupling(vector, scale):
+        # Below rounding it is no direction, and no eigenvalue moves by more than it.
+        norm = jnp.linalg.norm(vector)
+        return jnp.where(norm <= 10 * eps * scale, 0, norm)
+
+    def step(carry, index):
+        basis, left, scale = carry
+        beta = coupling(left, scale)
+
+        # Drawn whether needed or not: under vmap both branches run, and a key in one
+        # of them counts as reused. It is cheap beside the product.
+        step_key = jax.random.fold_in(key, index)
+        fresh = jax.random.normal(step_key, left.shape, left.dtype)
+
+        def begin_again():
+            direction = orthogonalise(fresh, basis)
+            return direction / jnp.linalg.norm(direction)
+
+        vector = lax.cond(beta == 0, begin_again, lambda: left / beta)
+        basis = basis.at[index].set(vector)
+        image = product(vector)
+        scale = jnp.maximum(scale, jnp.linalg.norm(image))
+        return (basis, orthogonalise(image, basis), scale), (vector @ image, beta)
+
+    basis = jnp.zeros((num_steps, start.size), start.dtype)
+    carry = basis, start, jnp.zeros([], start.dtype)
+    indices = jnp.arange(num_steps)
+    (basis, left, scale), (diagonal, betas) = lax.scan(step, carry, indices)
+    beside = jnp.diag(betas[1:], 1)
+    tridiagonal = jnp.diag(diagonal) + beside + beside.T
+    return basis, tridiagonal, coupling(left, scale)

@@ -1,0 +1,464 @@
+"""How loss and gradient change along the gradient, and between steps of training.
+
+Santurkar et al. 2018 (arXiv 1805.11604), section 3.1: at parameters w with gradient g
+of a batch, look at w - eta g for a range of step sizes eta, on the same batch and with
+respect to all parameters. `probe_gradient` measures the whole profile over eta; the
+three quantities of the paper are ranges of it:
+
+    loss variation             min and max over eta of  L(w - eta g)
+    gradient predictiveness    min and max over eta of  ||grad L(w - eta g) - g||
+    effective beta-smoothness  max over eta of  ||grad L(w - eta g) - g|| / (eta ||g||)
+
+Two readings that go by the same names elsewhere have names of their own here:
+`consecutive_change` compares the gradients of two steps of training, on two batches,
+and `envelope` is the band of the losses of runs with different learning rates.
+
+A `loss_fn(params, batch)` that returns a scalar is all that is asked for. What else the
+loss depends on is said there, first of all the mode of a batch normalisation:
+
+    def batch_mode(params, batch):  # as in training; the new statistics are dropped
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, _ = model.apply(
+            variables, batch["image"], train=True, mutable=["batch_stats"]
+        )
+        return cross_entropy(logits, batch["label"])
+
+    def frozen_mode(params, batch):  # the running statistics, a constant
+        variables = {"params": params, "batch_stats": batch_stats}
+        return cross_entropy(model.apply(variables, batch["image"]), batch["label"])
+
+    def recalibrated_mode(params, batch):  # statistics of other images, at each w
+        variables = {"params": params, "batch_stats": batch_stats}
+        _, fresh = model.apply(  # a model with bn_momentum=0
+            variables, calibration_images, train=True, mutable=["batch_stats"]
+        )
+        variables = {"params": params, **fresh}
+        return cross_entropy(model.apply(variables, batch["image"]), batch["label"])
+
+The paper's mode is that of training; the frozen one hides how the normalisation couples
+the examples. A loss that draws, as dropout does, takes its key from the batch, for all
+points to see the same draw.
+
+Axes: S step sizes, R runs, T steps of training.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+class GradientProbe(NamedTuple):
+    """Loss and gradient along the gradient; probes stack along leading axes.
+
+    All are float32, or wider where the parameters are. Norms are of all parameters
+    together, g is the gradient at w, and g' that at w - eta g.
+
+    Where g is zero no step moves: distances and betas are 0 and cosines 1. The cosine
+    is 0 where only g' is zero.
+
+    Attributes:
+      loss: L(w), ().
+      grad_norm: ||g||, ().
+      step_sizes: eta, (S,).
+      losses: L(w - eta g), (S,).
+      grad_distances: ||g' - g||, (S,).
+      relative_grad_distances: ||g' - g|| / ||g||, (S,).
+      cosines: of the angle between g' and g, (S,).
+      betas: ||g' - g|| / (eta ||g||), (S,). Tends to ||H g|| / ||g|| with the Hessian H
+        as eta tends to 0.
+      filter_distances: size of the step relative to the weights, (S,): the root mean
+        square over the filters f of ||eta g_f|| / ||w_f||. The filters are the indices
+        of the last axis of every parameter of rank 2 or more; those with zero norm are
+        left out, and the distance is 0 if none remains.
+    """
+
+    loss: Array
+    grad_norm: Array
+    step_sizes: Array
+    losses: Array
+    grad_distances: Array
+    relative_grad_distances: Array
+    cosines: Array
+    betas: Array
+    filter_distances: Array
+
+
+class ConsecutiveChange(NamedTuple):
+    """Change between two steps of training.
+
+    Attributes:
+      grad_distance: ||g_next - g||, ().
+      step_norm: ||w_next - w||, ().
+      beta: ||g_next - g|| / ||w_next - w||, (); 0 where neither changed, inf where only
+        the gradient did.
+    """
+
+    grad_distance: Array
+    step_norm: Array
+    beta: Array
+
+
+def probe_gradient(
+    loss_fn: Callable[[Any, Any], Array],
+    params: Any,
+    batch: Any,
+    step_sizes: Array,
+) -> GradientProbe:
+    """Measures loss and gradient at w - eta g for every step size eta.
+
+    It costs 1 + S gradients, one after the other, and the memory of one step of
+    gradient descent and one more gradient. Matrix products run at the highest
+    precision, unless `loss_fn` sets its own: differences of gradients drown in the
+    rounding of less. Compile it once and call it throughout training:
+
+        probe = jax.jit(functools.partial(probe_gradient, loss_fn))
+        result = probe(params, batch, step_sizes)
+
+    Rectifiers make beta jump with eta, so that the largest says as much about the
+    range of step sizes as about the loss. Where a normalisation makes the loss
+    invariant to the scale c of a weight, the gradient scales as 1 / c and beta as
+    1 / c^2; compare such networks by the relative measures and at equal filter
+    distances.
+
+    Args:
+      loss_fn: maps parameters and batch to a scalar.
+      params: tree of floating-point arrays; what is narrower than float32 reaches
+        `loss_fn` as float32.
+      batch: what `loss_fn` takes; every point sees the same.
+      step_sizes: eta > 0, (S,). The values are checked unless they are traced.
+
+    Returns:
+      The profile. Under a transformation it may hold values that are not finite: give
+      what comes out of it to `check_finite`.
+
+    Raises:
+      ValueError: if the loss is not a scalar, a step size not positive, a parameter
+        not of floating point, or, outside of transformations, a result not finite.
+    """
+    _check_floating(params)
+    step_sizes = _checked_step_sizes(step_sizes)
+    params = jax.tree.map(_widen, params)
+
+    @jax.value_and_grad
+    def loss_and_grads(params):
+        loss = loss_fn(params, batch)
+        _check_scalar(loss)
+        return _widen(loss)
+
+    with jax.default_matmul_precision("highest"):
+        loss, grads = loss_and_grads(params)
+        grad_norm = _norm(grads)
+
+        def measure(step_size):
+            moved = jax.tree.map(
+                lambda p, g: p - step_size.astype(p.dtype) * g, params, grads
+            )
+            moved_loss, moved_grads = loss_and_grads(moved)
+            distance = _norm(jax.tree.map(jnp.subtract, moved_grads, grads))
+            cosine = _divide(
+                _dot(moved_grads, grads),
+                _norm(moved_grads) * grad_norm,
+                otherwise=jnp.where(grad_norm == 0, 1, 0),
+            )
+            return moved_loss, distance, jnp.clip(cosine, -1, 1)
+
+        losses, grad_distances, cosines = jax.lax.map(measure, step_sizes)
+        relative = _divide(grad_distances, grad_norm, otherwise=0)
+        probe = GradientProbe(
+            loss=loss,
+            grad_norm=grad_norm,
+            step_sizes=step_sizes,
+            losses=losses,
+            grad_distances=grad_distances,
+            relative_grad_distances=relative,
+            cosines=cosines,
+            betas=relative / step_sizes,
+            filter_distances=step_sizes * _filter_ratio(grads, params),
+        )
+    if _is_known(probe):
+        check_finite(probe)
+    return probe
+
+
+def check_finite(probe: GradientProbe) -> None:
+    """Raises ValueError if a probe, or one of a stack, holds nan or inf.
+
+    The message names the quantity, the step size and, in a stack, the index.
+    """
+    rank = np.ndim(probe.loss)
+    for name, values in probe._asdict().items():
+        values = np.asarray(values)
+        bad = np.argwhere(~np.isfinite(values))
+        if not len(bad):
+            continue
+        index = tuple(bad[0].tolist())
+        where = "before any step"
+        if len(index) > rank:
+            step_sizes = np.broadcast_to(np.asarray(probe.step_sizes), values.shape)
+            where = f"at step size {step_sizes[index]:g}"
+        if rank:
+            where += f" of probe {index[0] if rank == 1 else index[:rank]}"
+        raise ValueError(f"not finite: {name} is {values[index]} {where}.")
+
+
+def loss_variation(probe: GradientProbe) -> tuple[Array, Array]:
+    """Smallest and largest loss over the step sizes, (), (); leading axes stay.
+
+    As in the paper the range is that of the steps: `probe.loss`, where no step is
+    taken, does not belong to it.
+    """
+    return jnp.min(probe.losses, axis=-1), jnp.max(probe.losses, axis=-1)
+
+
+def gradient_predictiveness(probe: GradientProbe) -> tuple[Array, Array]:
+    """Smallest and largest ||g' - g|| over the step sizes, (), (); leading axes stay.
+
+    Small is predictive, but scales with the gradient: a dead run (`is_dead`), whose
+    gradient is nearly zero, looks excellent. Read it beside `probe.grad_norm` or take
+    the range of `probe.relative_grad_distances`.
+    """
+    distances = probe.grad_distances
+    return jnp.min(distances, axis=-1), jnp.max(distances, axis=-1)
+
+
+def effective_beta(probe: GradientProbe) -> Array:
+    """Largest ||g' - g|| / (eta ||g||) over the step sizes, (); leading axes stay."""
+    return jnp.max(probe.betas, axis=-1)
+
+
+def consecutive_change(
+    params: Any,
+    grads: Any,
+    next_params: Any,
+    next_grads: Any,
+    *,
+    pattern: str | None = None,
+) -> ConsecutiveChange:
+    """Compares the gradients of two consecutive steps of training.
+
+    No measure of Santurkar et al.: the two gradients are of different batches, so their
+    distance holds the noise of the batches beside the curvature; and the step is the
+    optimizer's, not one along the gradient.
+
+    Args:
+      params: w, a tree of floating-point arrays.
+      grads: g, the gradient at w on the batch of the step; a tree like w.
+      next_params: w after the step.
+      next_grads: the gradient there on the next batch.
+      pattern: chooses the parameters whose path "block/layer/kernel" `re.search` finds
+        it in, for example those of the last layer; None takes all.
+
+    Returns:
+      The two distances and their ratio.
+
+    Raises:
+      ValueError: if the trees do not match, a parameter is not of floating point, or
+        no path matches.
+    """
+    _check_floating(params)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    others = {"grads": grads, "next_params": next_params, "next_grads": next_grads}
+    flat = {"params": [leaf for _, leaf in leaves]}
+    for name, tree in others.items():
+        flat[name], structure = jax.tree.flatten(tree)
+        if structure != treedef:
+            raise ValueError(
+                f"{name} must be a tree like params, {treedef}, got {structure}."
+            )
+        for (path, leaf), other in zip(leaves, flat[name], strict=True):
+            if jnp.shape(other) != jnp.shape(leaf):
+                raise ValueError(
+                    f"{name} must have the shapes of params, got {jnp.shape(other)} "
+                    f"for {jnp.shape(leaf)} at {_path_name(path)}."
+                )
+    paths = [_path_name(path) for path, _ in leaves]
+    chosen = [
+        i for i, p in enumerate(paths) if pattern is None or re.search(pattern, p)
+    ]
+    if not chosen:
+        raise ValueError(f"no parameter matches {pattern!r}; there are {paths}.")
+
+    def distance(name, next_name):
+        pairs = [(flat[name][i], flat[next_name][i]) for i in chosen]
+        return _norm([_widen(later) - _widen(earlier) for earlier, later in pairs])
+
+    grad_distance = distance("grads", "next_grads")
+    step_norm = distance("params", "next_params")
+    still = jnp.where(grad_distance == 0, 0, jnp.inf)
+    return ConsecutiveChange(
+        grad_distance=grad_distance,
+        step_norm=step_norm,
+        beta=_divide(grad_distance, step_norm, otherwise=still),
+    )
+
+
+def envelope(losses: Array, is_dead: Array | None = None) -> tuple[Array, Array]:
+    """The band that the losses of several runs fill, step by step.
+
+    No slice of a loss landscape: runs with different learning rates are at different
+    points. How wide it is says how much the learning rate matters; one dead run, of
+    `is_dead`, can make up all of it.
+
+    Args:
+      losses: of R runs over T steps, (R, T).
+      is_dead: runs to leave out, bool (R,); None leaves out none.
+
+    Returns:
+      The smallest and the largest loss at each step, (T,) and (T,).
+
+    Raises:
+      ValueError: if the shapes do not fit; and, unless traced, if all runs are dead or
+        one that is not has a loss that is not finite.
+    """
+    losses = jnp.asarray(losses)
+    if losses.ndim != 2:
+        raise ValueError(f"losses must be (R, T), got shape {losses.shape}.")
+    num_runs = losses.shape[0]
+    dead = jnp.zeros(num_runs, bool) if is_dead is None else jnp.asarray(is_dead)
+    if dead.shape != (num_runs,) or dead.dtype != bool:
+        raise ValueError(
+            f"is_dead must be bool ({num_runs},), got {dead.dtype} {dead.shape}."
+        )
+    dead = dead[:, None]  # (R, 1)
+    if _is_known(dead) and np.all(dead):
+        raise ValueError(f"all of the {num_runs} runs are dead: no envelope is left.")
+    if _is_known((losses, dead)):
+        bad = np.argwhere(~np.isfinite(losses) & ~np.asarray(dead))
+        if len(bad):
+            run, step = bad[0].tolist()
+            raise ValueError(
+                f"the loss of run {run} is {losses[run, step]} at step {step}: leave "
+                "it out with is_dead."
+            )
+    low = jnp.min(jnp.where(dead, jnp.inf, losses), axis=0)
+    high = jnp.max(jnp.where(dead, -jnp.inf, losses), axis=0)
+    return low, high
+
+
+def is_dead(
+    losses: Array, num_classes: int, *, num_last: int = 20, tolerance: float = 0.02
+) -> Array:
+    """Whether a run has ended as a constant classifier, or broken down.
+
+    Dead is a run whose last training losses have a mean of at least
+    log(num_classes) - tolerance, or that has any loss that is not finite. The outputs
+    of such a network no longer depend on its inputs and its gradient is nearly zero,
+    so that its loss variation and gradient predictiveness look better than those of
+    any network that learns.
+
+    A run that has not yet begun to learn is flagged too: ask at the end. Classes are
+    taken to be equally frequent; elsewhere chance is the entropy of their frequencies,
+    below log(num_classes).
+
+    Args:
+      losses: cross-entropies of training in nats, (..., T).
+      num_classes: K >= 2.
+      num_last: how many losses at the end to average, >= 1; of all if T is smaller.
+      tolerance: in nats, >= 0.
+
+    Returns:
+      bool (...).
+
+    Raises:
+      ValueError: if there are no losses or a number is out of range.
+    """
+    losses = jnp.asarray(losses)
+    if losses.ndim == 0 or losses.shape[-1] == 0:
+        raise ValueError(f"losses must be (..., T), T > 0, got shape {losses.shape}.")
+    for name, number, smallest in (
+        ("num_classes", num_classes, 2),
+        ("num_last", num_last, 1),
+        ("tolerance", tolerance, 0),
+    ):
+        if not number >= smallest:
+            raise ValueError(f"{name} must be at least {smallest}, got {number}.")
+    end = jnp.mean(_widen(losses[..., -num_last:]), axis=-1)
+    is_finite = jnp.all(jnp.isfinite(losses), axis=-1)
+    return ~is_finite | (end >= math.log(num_classes) - tolerance)
+
+
+def _check_floating(params):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("params holds no arrays.")
+    for path, leaf in leaves:
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"params must be floating point to have gradients, got {dtype} at "
+                f"{_path_name(path)!r}."
+            )
+
+
+def _check_scalar(loss):
+    if not jax.tree_util.all_leaves([loss]):
+        got = f"a {type(loss).__name__}"
+    elif jnp.shape(loss) or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        got = f"{jnp.result_type(loss)} of shape {jnp.shape(loss)}"
+    else:
+        return
+    raise ValueError(f"loss_fn must return a floating-point scalar, got {got}.")
+
+
+def _checked_step_sizes(step_sizes):
+    """As an array (S,) of floats."""
+    array = jnp.asarray(step_sizes, float)
+    if array.ndim != 1 or not array.size:
+        raise ValueError(f"step_sizes must be (S,), S > 0, got shape {array.shape}.")
+    if _is_known(step_sizes):
+        # As they are used: what rounds to zero is no step.
+        values = np.asarray(step_sizes).astype(array.dtype)
+        if not np.all((values > 0) & np.isfinite(values)):
+            raise ValueError(
+                f"step_sizes must be positive and finite, got {values.tolist()}."
+            )
+    return array
+
+
+def _is_known(tree):
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def _path_name(path):
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _widen(array):
+    array = jnp.asarray(array)
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def _norm(tree):
+    return jnp.sqrt(_dot(tree, tree))
+
+
+def _dot(left, right):
+    return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), left, right)))
+
+
+def _divide(numerator, denominator, *, otherwise):
+    """Their ratio, or `otherwise` where the denominator is zero; nan stays nan."""
+    is_zero = denominator == 0
+    return jnp.where(is_zero, otherwise, numerator / jnp.where(is_zero, 1, denominator))
+
+
+def _filter_ratio(grads, params):
+    """Root mean square over the filters of ||g_f|| / ||w_f||, ()."""
+    total, count = 0.0, 0
+    for grad, param in zip(
+        jax.tree.leaves(grads), jax.tree.leaves(params), strict=True
+    ):
+        if param.ndim < 2:
+            continue
+        axes = tuple(range(param.ndim - 1))
+        weights = jnp.sum(jnp.square(param), axis=axes)
+        ratios = _divide(jnp.sum(jnp.square(grad), axis=axes), weights, otherwise=0)
+        total += jnp.sum(ratios)
+        count += jnp.sum(weights != 0)
+    return jnp.sqrt(total / jnp.maximum(count, 1))

@@ -1,0 +1,265 @@
+"""Loss along a line or over a plane through the parameters, and the directions of it.
+
+Li et al. 2018 (arXiv 1712.09913). A plane of two filter-normalised directions:
+
+    first_key, second_key = jax.random.split(key)
+    first = filter_normalised_direction(first_key, params)
+    second = filter_normalised_direction(second_key, params, orthogonal_to=first)
+    points = grid(np.linspace(-1, 1, 51), np.linspace(-1, 1, 51))
+    scan = jax.jit(functools.partial(loss_surface, loss_fn))
+    losses = scan(params, batch, [first, second], points).reshape(51, 51)
+
+From one network (0) to another (1): the direction is their difference,
+`jax.tree.map(jnp.subtract, other, params)`, the points are `grid(fractions)`. The path
+of a training run: the directions of `trajectory_pca`, its `origin` as `params`.
+
+Axes: N points, D directions, T steps of a trajectory, K batches.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from landscape.curvature import LossFn, check_like, scalar_loss
+
+
+def filter_normalised_direction(
+    key: Array, params: Any, *, orthogonal_to: Any = None
+) -> Any:
+    """A random direction, each filter as long as that of the weights.
+
+    d_f <- d_f / |d_f| |w_f| of a Gaussian d (Li et al. 2018, section 4), so that
+    scaling a filter before a normalisation leaves the surface as it is. A filter is
+    what makes one output: leaf[..., f]. Biases and normalisations (leaves with fewer
+    than two axes) stay where they are: zero.
+
+    Args:
+      key: draws the direction.
+      params: the weights, with output channels last.
+      orthogonal_to: a direction, a tree like `params`. Each filter is first made
+        orthogonal to its counterpart there and then scaled, so that its length is that
+        of the weights and the directions are orthogonal, both exactly. A filter of one
+        entry has no orthogonal direction and is zero.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      ValueError: if `orthogonal_to` is not like `params`.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    others = [None] * len(leaves)
+    if orthogonal_to is not None:
+        check_like("orthogonal_to", orthogonal_to, params)
+        others = jax.tree.leaves(orthogonal_to)
+    directions = [
+        _direction_of_leaf(*each)
+        for each in zip(jax.random.split(key, len(leaves)), leaves, others, strict=True)
+    ]
+    return jax.tree.unflatten(structure, directions)
+
+
+def grid(*axes: Any) -> np.ndarray:
+    """All points with coordinates from D axes, (N, D), the last axis fastest.
+
+    A surface over it is `losses.reshape([len(axis) for axis in axes])`.
+    """
+    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(axes))
+
+
+def loss_surface(
+    loss_fn: LossFn,
+    params: Any,
+    batch: Any,
+    directions: Sequence[Any],
+    coordinates: Any,
+    *,
+    batch_size: int | None = None,
+) -> Array:
+    """Losses at params + sum_d coordinates[:, d] directions[d].
+
+    The parameters of a point exist only while it is worked on: memory does not grow
+    with the number of points. For a data set in K batches let `loss_fn` be
+    `lambda p, batches: mean_over_batches(lambda b: loss(p, b), batches)`, of
+    `landscape.curvature`.
+
+    Args:
+      loss_fn: maps (params, batch) to a scalar.
+      params: the origin.
+      batch: handed to `loss_fn`.
+      directions: D trees like `params`.
+      coordinates: (N, D).
+      batch_size: points worked on at once; None is one by one. More use a GPU better
+        where the network is small, and take as many times the memory.
+
+    Returns:
+      (N,). Far from the origin losses may overflow to inf or NaN.
+
+    Raises:
+      ValueError: if the loss is not a scalar, a direction is not like `params`, or
+        `coordinates` do not fit the directions.
+    """
+    for i, direction in enumerate(directions):
+        check_like(f"directions[{i}]", direction, params)
+    coordinates = jnp.asarray(coordinates)
+    if coordinates.ndim != 2 or coordinates.shape[1] != len(directions):
+        raise ValueError(
+            f"coordinates must be (N, {len(directions)}), one column for each "
+            f"direction, got {coordinates.shape}."
+        )
+
+    def loss_at(point):
+        def shift(param, *steps):
+            point_like = point.astype(param.dtype)
+            return param + sum(
+                a * step.astype(param.dtype)
+                for a, step in zip(point_like, steps, strict=True)
+            )
+
+        shifted = jax.tree.map(shift, params, *directions)
+        return scalar_loss(loss_fn, shifted, batch)
+
+    with jax.default_matmul_precision("highest"):
+        return lax.map(loss_at, coordinates, batch_size=batch_size)
+
+
+def fill_missing(
+    evaluate: Callable[[np.ndarray], Any],
+    coordinates: np.ndarray,
+    losses: np.ndarray,
+    *,
+    piece: int,
+) -> Iterator[np.ndarray]:
+    """Works through the points of a surface that are NaN, some at a time.
+
+    Whoever saves each array it yields can stop and go on from the last, with the same
+    numbers in the end:
+
+        losses = np.full(len(points), np.nan, np.float32)  # or an array saved before
+        for losses in fill_missing(evaluate, points, losses, piece=25):
+            save(losses)
+
+    Args:
+      evaluate: maps points (piece, D) to losses (piece,): a jitted `loss_surface`.
+        Every call has that shape, so that it compiles once.
+      coordinates: (N, D).
+      losses: (N,), NaN where not yet known.
+      piece: points in each call, >= 1.
+
+    Yields:
+      A new array (N,) after each piece. A loss that is NaN itself is written as inf: it
+      is known, and not a number that a plot could show either.
+
+    Raises:
+      ValueError: if the shapes do not fit or a coordinate is not finite.
+    """
+    coordinates, losses = np.asarray(coordinates), np.array(losses)
+    if coordinates.ndim != 2 or losses.shape != coordinates.shape[:1]:
+        raise ValueError(
+            "coordinates must be (N, D) and losses (N,), got "
+            f"{coordinates.shape} and {losses.shape}."
+        )
+    if not np.isfinite(coordinates).all():
+        raise ValueError("coordinates must be finite.")
+    if piece < 1:
+        raise ValueError(f"piece must be >= 1, got {piece}.")
+    missing = np.flatnonzero(np.isnan(losses))
+    for start in range(0, len(missing), piece):
+        places = missing[start : start + piece]
+        # The last piece is filled up by its own last point.
+        padded = np.pad(places, (0, piece - len(places)), mode="edge")
+        found = np.asarray(evaluate(coordinates[padded]))[: len(places)]
+        losses[places] = np.where(np.isnan(found), np.inf, found)
+        yield losses.copy()
+
+
+class TrajectoryPlane(NamedTuple):
+    """The plane of `trajectory_pca`.
+
+    Attributes:
+      directions: two trees like the parameters, orthogonal and of norm 1; zero where
+        the trajectory has no such direction.
+      coordinates: the trajectory in the plane, (T, 2).
+      explained: share of the squared distances from the origin within each, (2,).
+    """
+
+    directions: tuple[Any, Any]
+    coordinates: Array
+    explained: Array
+
+
+def trajectory_pca(trajectory: Any, origin: Any) -> TrajectoryPlane:
+    """The plane through `origin` that is nearest to a trajectory.
+
+    Li et al. 2018, section 7.2, on the matrix X of theta_t - origin, with the last
+    parameters as origin. X is not centred, which the authors' code does: the plane
+    passes through the origin, where its surface is drawn. The mean as origin gives the
+    usual PCA. X has few rows and many columns, so its T x T Gram matrix is decomposed.
+
+    Args:
+      trajectory: parameters of T >= 2 steps stacked, a tree of leaves (T, ...).
+      origin: a tree like those of one step.
+
+    Returns:
+      The plane. A direction has the sign that makes its largest coordinate positive.
+
+    Raises:
+      ValueError: if the trees do not fit.
+    """
+    steps = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(trajectory)}
+    if len(steps) != 1 or () in steps or steps.pop()[0] < 2:
+        raise ValueError("trajectory must have leaves (T, ...) with one T >= 2.")
+    check_like("trajectory[0]", jax.tree.map(lambda x: x[0], trajectory), origin)
+    moves = jax.tree.map(lambda x, o: x - o[None], trajectory, origin)
+    with jax.default_matmul_precision("highest"):
+        rows = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(moves)]
+        gram = sum(row @ row.T for row in rows)
+        values, vectors = jnp.linalg.eigh(gram)
+        values, vectors = values[:-3:-1], vectors[:, :-3:-1]
+        largest = jnp.argmax(jnp.abs(vectors), axis=0)
+        vectors = vectors * jnp.sign(vectors[largest, jnp.arange(2)])[None, :]
+        total = jnp.trace(gram)
+        # What is left of a direction that is not there is rounding.
+        real = values > len(gram) * jnp.finfo(gram.dtype).eps * total
+        lengths = jnp.sqrt(jnp.where(real, values, 1))
+        weights = jnp.where(real, 1 / lengths, 0)[None, :] * vectors  # (T, 2)
+        directions = tuple(
+            jax.tree.map(lambda x, w=weight: jnp.tensordot(w, x, axes=1), moves)
+            for weight in weights.T
+        )
+    return TrajectoryPlane(
+        directions=directions,
+        coordinates=jnp.where(real, lengths, 0)[None, :] * vectors,
+        explained=jnp.where(real, values / jnp.where(total > 0, total, 1), 0),
+    )
+
+
+def _direction_of_leaf(key, param, other):
+    if param.ndim < 2 or (other is not None and param[..., 0].size == 1):
+        return jnp.zeros_like(param)
+    direction = jax.random.normal(key, param.shape, param.dtype)
+    if other is not None:
+        other = _unit_filters(jnp.asarray(other, param.dtype))
+        # The second time for the rounding of the first.
+        for _ in range(2):
+            along = jnp.sum(direction * other, axis=_filter_axes(param), keepdims=True)
+            direction = direction - along * other
+    return _unit_filters(direction) * _filter_norms(param)
+
+
+def _unit_filters(leaf):
+    norms = _filter_norms(leaf)
+    return leaf / jnp.where(norms > 0, norms, 1)
+
+
+def _filter_norms(leaf):
+    squares = jnp.sum(jnp.square(leaf), axis=_filter_axes(leaf), keepdims=True)
+    return jnp.sqrt(squares)
+
+
+def _filter_axes(leaf):
+    return tuple(range(leaf.ndim - 1))
