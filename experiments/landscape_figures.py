@@ -241,8 +241,14 @@ def _draw_surfaces(folder, arrays, networks):
         axis.set_title(NETWORKS[name][1], fontsize=10)
         axis.set_xlabel("first direction (filter norms)")
         axis.set_ylabel("second direction (filter norms)")
-        ticks = matplotlib.ticker.LogLocator(subs=(1, 2, 5))
-        figure.colorbar(filled, ax=axis, label="loss (nats)", ticks=ticks, shrink=0.8)
+        figure.colorbar(
+            filled,
+            ax=axis,
+            label="loss (nats)",
+            ticks=matplotlib.ticker.LogLocator(subs=(1, 2, 5)),
+            format=matplotlib.ticker.StrMethodFormatter("{x:g}"),
+            shrink=0.8,
+        )
         axis = figure.add_subplot(
             2, len(networks), len(networks) + number + 1, projection="3d"
         )

@@ -49,9 +49,19 @@ def test_functa_example_runs(capsys):
 
 
 def test_dessilbi_example_runs(capsys):
-    [code] = EXAMPLES[1:]
-    exec(compile(code, "README.md", "exec"), {"__name__": "example"})
+    exec(compile(EXAMPLES[1], "README.md", "exec"), {"__name__": "example"})
     dense, _, thin = capsys.readouterr().out.splitlines()
     # 96.7 and 96.0 % on the machine of the README; another may round otherwise.
     for line in (dense, thin):
         assert float(re.search(r"([\d.]+) %", line)[1]) > 93
+
+
+def test_landscape_example_runs(capsys):
+    [code] = EXAMPLES[2:]
+    exec(compile(code, "README.md", "exec"), {"__name__": "example"})
+    plain, normalised = capsys.readouterr().out.splitlines()
+    for line, name in ((plain, "False"), (normalised, "True")):
+        assert line.startswith(f"batch norm {name}")
+        low, high, beta, sharpness = map(float, re.findall(r"\d+\.\d+", line))
+        # The gradient moves more the further one goes; all four are positive.
+        assert 0 < low < high and beta > 0 and sharpness > 0
