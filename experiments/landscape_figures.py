@@ -184,31 +184,43 @@ def _draw_profile(folder, arrays):
 
 
 def _draw_eigenvalues(folder, arrays):
+    """The largest eigenvalues of the Hessian, and the learning rate times the first."""
     rates = arrays["learning_rates"]
     figure, axes = plt.subplots(
-        1, len(rates), figsize=(2.7 * len(rates) + 0.8, 3), sharey=True, squeeze=False
+        2,
+        len(rates),
+        figsize=(2.7 * len(rates) + 0.8, 5),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
     )
-    for i, axis in enumerate(axes[0]):
+    for i, (top, bottom) in enumerate(axes.T):
         for name in _networks(arrays):
             color, label = NETWORKS[name]
             steps = _epochs(arrays, arrays[f"{name}/eigenvalue_step"][i, 0])
             values = arrays[f"{name}/eigenvalues"][i].mean(0)  # (E, k)
-            num_leading = values.shape[1] - 1
-            for number in range(num_leading):
-                axis.plot(
+            # The last one is the smallest.
+            for number in range(values.shape[1] - 1):
+                top.plot(
                     steps,
                     values[:, number],
                     color=color,
-                    linewidth=1.4 - 0.7 * number / num_leading,
                     linestyle="-" if number == 0 else "--",
-                    label=label if number == 0 else None,
+                    linewidth=1.4 if number == 0 else 0.9,
+                    label=label if number == 0 else f"{label}, next",
                 )
-        axis.set_yscale("symlog", linthresh=1)
-        axis.set_title(f"learning rate {rates[i]:g}", fontsize=9)
-        axis.set_xlabel("epoch")
-        axis.grid(alpha=0.3)
+            bottom.plot(steps, rates[i] * values[:, 0], color=color)
+        bottom.axhline(2, color="black", linewidth=0.8, linestyle=":")
+        top.set_title(f"learning rate {rates[i]:g}", fontsize=9)
+        bottom.set_xlabel("epoch")
+        for axis in (top, bottom):
+            axis.set_yscale("symlog", linthresh=1e-3)
+            axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("largest eigenvalues\nof the Hessian", fontsize=9)
-    axes[0, 0].legend(fontsize=8)
+    axes[1, 0].set_ylabel(
+        "learning rate x largest\n(dotted: bound of gradient descent)", fontsize=8
+    )
+    axes[0, 0].legend(fontsize=7)
     _save(figure, folder / "eigenvalues.png")
 
 
@@ -266,6 +278,8 @@ def _draw_surfaces(folder, arrays, networks):
         axis.set_zlim(np.log10(low), np.log10(high))
         axis.set_zlabel("log10 of the loss", fontsize=8)
         axis.tick_params(labelsize=7)
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_locator(matplotlib.ticker.MaxNLocator(4))
     _save(figure, folder / "surfaces.png")
 
 

@@ -108,7 +108,9 @@ def _draw_path(folder, arrays, metrics):
     )
     for axis in axes.flat[len(convs) :]:
         axis.axis("off")
-    scale = plt.cm.ScalarMappable(plt.Normalize(0, num_epochs), "viridis")
+    # Under batch normalisation all enter early: the scale ends with the last of them.
+    last = max(arrays[f"entry_{layer}"].max() for layer in convs) / steps_per_epoch
+    scale = plt.cm.ScalarMappable(plt.Normalize(0, max(last, 1e-3)), "viridis")
     for axis, layer in zip(axes.flat, convs, strict=False):
         norms, steps = arrays[f"norm_{layer}"], arrays[f"entry_{layer}"]
         order = np.argsort(-norms)
