@@ -11,6 +11,7 @@ that of the run, `NETWORK_rateR_seedN`; the outer folder has the table and the f
 """
 
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -296,17 +297,19 @@ def _train_one(config, workdir, images, tools, *, with_surface):
         changes = optax.tree.get(state.opt_state, "changes")
         metrics = runtime.read_metrics(run.workdir / "metrics.jsonl")
         arrays = _arrays_of_run(state, changes, metrics)
+        summary = {
+            "test_accuracy": metrics[-1]["test_accuracy"],
+            "is_dead": bool(probes.is_dead(state.loss, images.num_classes)),
+            "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
+        }
         if with_surface:
+            started = time.monotonic()
             key = jax.random.fold_in(jax.random.key(seed), num_steps + 1)
             arrays["surface"] = _measure_surface(run, tools, state, key)
+            # With compilation, and of this sitting alone.
+            summary["surface_seconds"] = round(time.monotonic() - started, 1)
         runtime.write_npz(run.workdir / "arrays.npz", arrays)
-        return run.finish(
-            {
-                "test_accuracy": metrics[-1]["test_accuracy"],
-                "is_dead": bool(probes.is_dead(state.loss, images.num_classes)),
-                "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
-            }
-        )
+        return run.finish(summary)
 
 
 def _measure(config, images, tools, state, step):
