@@ -97,6 +97,10 @@ def load_images(config: ConfigDict) -> Images:
         arrays = data.load(split=split, **config.dataset)
         if arrays["label"].min() < 0:
             raise ValueError(f"data set {config.dataset.name!r} has no labels.")
+        if config.dataset.name in ("folder", "npz"):
+            # A user's images are sorted by class; here the first ones stand for all.
+            order = np.random.default_rng(0).permutation(len(arrays["label"]))
+            arrays = {name: values[order] for name, values in arrays.items()}
         limit = config.num_train if split == "train" else config.num_test
         kept = slice(limit or None)
         images = _enlarge(arrays["image"][kept], config.image_size)

@@ -218,7 +218,7 @@ def _draw_eigenvalues(folder, arrays):
             axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("largest eigenvalues\nof the Hessian", fontsize=9)
     axes[1, 0].set_ylabel(
-        "learning rate x largest\n(dotted: bound of gradient descent)", fontsize=8
+        "learning rate x largest\n(dotted: plain gradient descent's bound)", fontsize=8
     )
     axes[0, 0].legend(fontsize=7)
     _save(figure, folder / "eigenvalues.png")

@@ -282,7 +282,8 @@ def _train_one(config, workdir, images, tools, *, with_surface):
         if run.summary is not None:
             return run.show_summary()
         step, state = run.restore(tools.init(rate))
-        if step == 0:
+        # A run that was stopped before its first checkpoint has that line already.
+        if not runtime.read_metrics(run.workdir / "metrics.jsonl"):
             run.log(0, _measure(config, images, tools, state, 0), num_steps=num_steps)
         while step < num_steps:
             start = step
@@ -316,17 +317,19 @@ def _measure(config, images, tools, state, step):
     """What is due at this step: lists are kept in the log, numbers also shown."""
     num_train = len(images.train[0])
     steps_per_epoch = image_classifier.count_steps(images, config.batch_size)
+    is_last = step == config.num_epochs * steps_per_epoch
     metrics = {}
     if step % steps_per_epoch == 0:
         logits = tools.predict(state.variables, images.test[0])
         metrics["test_accuracy"] = image_classifier.accuracy(logits, images.test[1])
-    if step % config.probe_every == 0:
+    if step % config.probe_every == 0 or is_last:
         indices = data.batch_indices(
             config.seeds[0], step, num_examples=num_train, batch_size=config.batch_size
         )
         probe = tools.probe(state, indices)
         metrics["probe"] = probe._asdict()
-    if config.sharpness.every and step % config.sharpness.every == 0:
+    every = config.sharpness.every
+    if every and (step % every == 0 or is_last):
         key = jax.random.fold_in(jax.random.key(config.seeds[0]), step)
         found = tools.eigenvalues(key, state)
         metrics["eigenvalues"] = found.values
@@ -462,7 +465,8 @@ def make_table(
             for key, values in measures.items():
                 table |= _mean_and_std(f"{at}.{key}", values[i][:, later].mean(-1))
             for key, values in changes.items():
-                first = int(arrays["steps_per_epoch"])
+                # Of a single epoch the last change.
+                first = min(int(arrays["steps_per_epoch"]), values.shape[-1] - 1)
                 table |= _mean_and_std(f"{at}.{key}", values[i][:, first:].mean(-1))
             if "eigenvalues" in curves:
                 largest = curves["eigenvalues"][i, :, -1, 0]
@@ -470,8 +474,9 @@ def make_table(
     if set(config.networks) == set(NETWORKS):
         for suffix in ("", "_without_dead"):
             plain, bn = (table[f"{n}.envelope_width{suffix}"] for n in ("plain", "bn"))
-            alive = plain is not None and bn is not None
-            table[f"envelope_width_ratio{suffix}"] = plain / bn if alive else None
+            # A single run has no width.
+            is_known = plain is not None and bn
+            table[f"envelope_width_ratio{suffix}"] = plain / bn if is_known else None
     return table | {"runs": runs}
 
 
@@ -498,6 +503,11 @@ def _check_config(config):
         if not all(value > 0 for value in config[name]) or not config[name]:
             raise ValueError(f"{name} must be positive, got {config[name]}.")
     sizes = config.surface
+    if sizes.size and sizes.learning_rate not in config.learning_rates:
+        raise ValueError(
+            f"surface.learning_rate {sizes.learning_rate:g} is none of learning_rates "
+            f"{config.learning_rates}; surface.size=0 leaves the surface out."
+        )
     if sizes.size and not 0 < sizes.chunk_size <= sizes.num_images:
         raise ValueError(
             f"surface.chunk_size must be between 1 and surface.num_images "

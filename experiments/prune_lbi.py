@@ -62,12 +62,13 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             run.say(f"--- {folder}")
             trained = load_trained(folder, images)
             _check_layers(config, trained.model)
-            row, own = prune_one(run, trained)
-            rows.append(row)
-            runtime.write_json(run.workdir / f"{folder.name}.json", row)
+            path = run.workdir / f"{folder.name}.json"
+            if not path.exists():
+                runtime.write_json(path, prune_one(run, trained))
+            rows.append(runtime.read_json(path))
             # The pictures show the first run, the curves the mean over all.
             if number == 0:
-                arrays = own
+                arrays = make_pictures(config, trained)
         for key, values in _curves(rows).items():
             arrays[key] = values
         runtime.write_npz(run.workdir / "arrays.npz", arrays)
@@ -131,8 +132,8 @@ def load_trained(folder: Path, images: Images) -> Trained:
     )
 
 
-def prune_one(run: runtime.Run, trained: Trained) -> tuple[dict[str, Any], dict]:
-    """All measurements of one network: nested numbers, and arrays for the figures."""
+def prune_one(run: runtime.Run, trained: Trained) -> dict[str, Any]:
+    """All measurements of one network: nested numbers."""
     config = run.config
     started = time.monotonic()
     importances = make_importances(config, trained)
@@ -172,7 +173,7 @@ def prune_one(run: runtime.Run, trained: Trained) -> tuple[dict[str, Any], dict]
         row["finetuned"] = _finetune_layer(run, trained, importances)
     row["compressed"] = _compress(run, trained, importances["entry"])
     row["seconds"] = time.monotonic() - started
-    return row, _pictures(config, trained, importances["entry"])
+    return row
 
 
 def make_importances(config: ConfigDict, trained: Trained) -> dict[str, Any]:
@@ -414,8 +415,11 @@ def _kernel(trained, layer):
     return trained.variables["params"][layer]["kernel"]
 
 
-def _pictures(config, trained, importance):
+def make_pictures(config: ConfigDict, trained: Trained) -> dict[str, np.ndarray]:
     """Arrays for the figures of one network."""
+    importance = pruning.entry_importance(
+        trained.variables["params"], trained.opt_state
+    )
     path = f"{config.layer}/kernel"
     kernel = np.asarray(_kernel(trained, config.layer))
     keep = pruning.keep_masks({path: importance[path]}, config.sparsities[-1])[path]

@@ -145,7 +145,9 @@ def _forecast(run, method, params, num_steps):
     clocked = schedule, settings.options.nu, num_steps
     penalty = image_classifier.make_penalty(config, method, params, num_steps)
     expected = lbi.forecast_entries(params, *clocked, penalty)
-    fading = lbi.forecast_entries(params, *clocked, penalty, decaying=True)
+    fading = lbi.forecast_entries(
+        params, *clocked, penalty, decaying=True, kappa=settings.options.kappa
+    )
     run.say(
         f"clock at the end {lbi.final_clock(*clocked):.3g}; groups that enter if "
         "their norms stay (if the coupling alone moves them): "
@@ -215,6 +217,8 @@ def _check_config(config):
             f"methods {config.methods} must be some of {', '.join(config.optimizer)}, "
             "and seeds at least one."
         )
+    if config.model.type == "DeepLinear":
+        raise ValueError("config.model.type must be LeNet or VGG, got 'DeepLinear'.")
     if config.penalty not in ("auto", "suggested"):
         raise ValueError(f"penalty {config.penalty!r} is neither auto nor suggested.")
 

@@ -29,6 +29,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
+from landscape.probes import check_floating, check_scalar
+
 LossFn = Callable[[Any, Any], Array]
 Matvec = Callable[[Any], Any]
 
@@ -328,8 +330,10 @@ def sam_sharpness(loss_fn: LossFn, params: Any, batch: Any, radius: float) -> Ar
       (); 0 where the gradient is zero.
 
     Raises:
-      ValueError: if the loss is not a scalar.
+      ValueError: if the loss is not a scalar, or the radius not positive.
     """
+    if not isinstance(radius, jax.core.Tracer) and not radius > 0:
+        raise ValueError(f"radius must be > 0, got {radius}.")
     with jax.default_matmul_precision("highest"):
         loss, grads = jax.value_and_grad(lambda p: scalar_loss(loss_fn, p, batch))(
             params
@@ -364,8 +368,7 @@ def mean_over_batches(function: Callable[[Any], Any], batches: Any) -> Any:
 def scalar_loss(loss_fn: LossFn, params: Any, batch: Any) -> Array:
     """loss_fn(params, batch); ValueError if that is not a scalar."""
     loss = loss_fn(params, batch)
-    if jnp.shape(loss) != ():
-        raise ValueError(f"the loss must be a scalar, got shape {jnp.shape(loss)}.")
+    check_scalar(loss)
     return loss
 
 
@@ -388,6 +391,7 @@ def check_like(name: str, tree: Any, params: Any) -> None:
 
 
 def _cast_like(name, tree, params):
+    check_floating(params)
     check_like(name, tree, params)
     return jax.tree.map(lambda x, p: jnp.asarray(x, p.dtype), tree, params)
 

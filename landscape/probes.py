@@ -141,14 +141,14 @@ def probe_gradient(
       ValueError: if the loss is not a scalar, a step size not positive, a parameter
         not of floating point, or, outside of transformations, a result not finite.
     """
-    _check_floating(params)
+    check_floating(params)
     step_sizes = _checked_step_sizes(step_sizes)
     params = jax.tree.map(_widen, params)
 
     @jax.value_and_grad
     def loss_and_grads(params):
         loss = loss_fn(params, batch)
-        _check_scalar(loss)
+        check_scalar(loss)
         return _widen(loss)
 
     with jax.default_matmul_precision("highest"):
@@ -261,7 +261,7 @@ def consecutive_change(
       ValueError: if the trees do not match, a parameter is not of floating point, or
         no path matches.
     """
-    _check_floating(params)
+    check_floating(params)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     others = {"grads": grads, "next_params": next_params, "next_grads": next_grads}
     flat = {"params": [leaf for _, leaf in leaves]}
@@ -383,7 +383,8 @@ def is_dead(
     return ~is_finite | (end >= math.log(num_classes) - tolerance)
 
 
-def _check_floating(params):
+def check_floating(params: Any) -> None:
+    """Raises ValueError if a parameter has no gradient: not of floating point."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
         raise ValueError("params holds no arrays.")
@@ -396,7 +397,8 @@ def _check_floating(params):
             )
 
 
-def _check_scalar(loss):
+def check_scalar(loss: Any) -> None:
+    """Raises ValueError if a loss is not a floating-point scalar."""
     if not jax.tree_util.all_leaves([loss]):
         got = f"a {type(loss).__name__}"
     elif jnp.shape(loss) or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):

@@ -25,6 +25,7 @@ import numpy as np
 from jax import Array, lax
 
 from landscape.curvature import LossFn, check_like, scalar_loss
+from landscape.probes import check_floating
 
 
 def filter_normalised_direction(
@@ -49,8 +50,10 @@ def filter_normalised_direction(
       A tree like `params`.
 
     Raises:
-      ValueError: if `orthogonal_to` is not like `params`.
+      ValueError: if a parameter is not of floating point, or `orthogonal_to` is no tree
+        like `params`.
     """
+    check_floating(params)
     leaves, structure = jax.tree.flatten(params)
     others = [None] * len(leaves)
     if orthogonal_to is not None:

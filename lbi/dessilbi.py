@@ -37,6 +37,11 @@ class Rules:
 
     @classmethod
     def make(cls, rules: penalties.Rules) -> "Rules":
+        if isinstance(rules, tuple | list):
+            raise ValueError(
+                "a penalty for several parameters is a mapping of patterns, got "
+                f"{rules!r}."
+            )
         if isinstance(rules, Mapping):
             return cls(tuple((p, cls.make(rule)) for p, rule in rules.items()))
         return cls(rules)
@@ -131,6 +136,12 @@ def structural_coupling(
 
     def init_fn(params):
         assigned = rules.assign(params)
+        paths = list(penalties.named_leaves(params))
+        if isinstance(penalty, Mapping) and paths and not assigned:
+            raise ValueError(
+                f"no pattern of the penalty is found in any path: {', '.join(penalty)} "
+                f"in {', '.join(paths)}."
+            )
 
         def groups(path, dual):
             # Without a penalty there are no groups, but the place stays filled.

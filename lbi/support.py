@@ -1,7 +1,8 @@
 """What the structure parameter says: support, order of entry, clock, lambda.
 
 All of it is read from the state of any optax chain that contains
-`lbi.structural_coupling`. Layers are named by path, "block/layer/kernel".
+`lbi.structural_coupling`. Layers are named by path, "block/layer/kernel". Of a state
+that `jax.vmap` has stacked, say over seeds, take `jax.vmap(lbi.gamma)(opt_state)`.
 """
 
 import math
@@ -113,7 +114,10 @@ def entry_steps(opt_state: Any) -> dict[str, np.ndarray]:
 
 
 def clock(opt_state: Any) -> Array:
-    """T = sum of alpha / nu so far, (): no mean norm below lambda / T has entered."""
+    """T = sum of alpha / nu so far, (): no mean norm below lambda / T has entered.
+
+    Under `optax.partition` that of the first coupling.
+    """
     return _require_states(opt_state)[0].clock
 
 
@@ -132,6 +136,7 @@ def forecast_entries(
     penalty: penalties.Rules = "auto",
     *,
     decaying: bool = False,
+    kappa: float = 1.0,
 ) -> dict[str, float]:
     """Share of each layer's groups that would enter if their norms stayed.
 
@@ -140,9 +145,9 @@ def forecast_entries(
     lower lambda (see `suggest_lambda`) or nu, or train longer or at a higher rate.
 
     Norms do not stay where the gradient does not hold them against the coupling: a
-    group without gradient shrinks as exp(-T) (with kappa 1), and its dual ends at
-    (1 - exp(-T)) ||W_g||. Filters before a batch normalisation are near that, their
-    gradient being orthogonal to them.
+    group without gradient shrinks as exp(-kappa T), and its dual ends at
+    (1 - exp(-kappa T)) ||W_g|| / kappa. Filters before a batch normalisation are near
+    that, their gradient being orthogonal to them.
 
     Args:
       params: the parameters, at the start or at any time.
@@ -151,13 +156,15 @@ def forecast_entries(
       num_steps: length of the run.
       penalty: as of `structural_coupling`.
       decaying: forecasts for groups without gradient instead.
+      kappa: damping; matters to `decaying` alone.
 
     Returns:
       {layer: share in [0, 1]}.
     """
     total = final_clock(learning_rate, nu, num_steps)
     if decaying:
-        total = 1 - math.exp(-total)
+        check_positive(kappa=kappa)
+        total = -math.expm1(-kappa * total) / kappa
     leaves = penalties.named_leaves(params)
     return {
         path: float(
@@ -196,12 +203,17 @@ def suggest_lambda(
       A mapping of patterns for `structural_coupling(penalty=...)`.
 
     Raises:
-      ValueError: if `enter_at` is out of range or the median of a layer is zero.
+      ValueError: if `enter_at` is out of range, the rate is zero up to then, or the
+        median of a layer is zero.
     """
     if not 0 < enter_at <= 1:
         raise ValueError(f"enter_at must be in (0, 1], got {enter_at}.")
     path_of_clock = _clock_path(learning_rate, nu, num_steps)
     total = path_of_clock[max(round(enter_at * num_steps), 1) - 1]
+    if total == 0:
+        raise ValueError(
+            f"the learning rate is zero up to enter_at={enter_at}: nothing can enter."
+        )
     leaves = penalties.named_leaves(params)
     suggested = {}
     for path, chosen in Rules.make(penalty).assign(params).items():

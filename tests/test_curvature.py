@@ -475,7 +475,9 @@ def test_sam_sharpness_of_a_quadratic():
 
 def test_loss_that_is_no_scalar_is_refused():
     params, batch = random_tree(MLP_SHAPES), mlp_batch()
-    message = re.escape("the loss must be a scalar, got shape (5, 2)")
+    message = re.escape(
+        "must return a floating-point scalar, got float32 of shape (5, 2)"
+    )
     with pytest.raises(ValueError, match=message):
         hessian_vector_product(mlp_logits, params, batch, params)
     with pytest.raises(ValueError, match=message):

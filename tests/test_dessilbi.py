@@ -1144,3 +1144,18 @@ def test_unknown_penalty_is_refused(make):
 def test_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="decoupled or coupled, got 'both'"):
         lbi.dessilbi_adam(0.1, mode="both")
+
+
+def test_patterns_that_find_nothing_are_refused():
+    params = {"conv": {"kernel": jnp.ones((2, 3))}}
+    optimizer = lbi.structural_coupling(0.1, 2.0, penalty={"kernl": L1()})
+    with pytest.raises(ValueError, match="no pattern .* kernl in conv/kernel"):
+        optimizer.init(params)
+    # A mask may leave nothing to a coupling.
+    masked = optax.masked(optimizer, {"conv": {"kernel": False}})
+    assert lbi.find_states(masked.init(params))
+
+
+def test_several_penalties_without_patterns_are_refused():
+    with pytest.raises(ValueError, match="is a mapping of patterns"):
+        lbi.structural_coupling(0.1, 2.0, penalty=(L1(),))

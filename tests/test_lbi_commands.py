@@ -153,6 +153,34 @@ def test_pruning(trained, tmp_path):
         assert (tmp_path / "pruned" / "figures" / name).exists()
 
 
+def test_what_was_pruned_before_a_stop_is_not_pruned_again(
+    trained, tmp_path, monkeypatch
+):
+    config = prune_config(run=str(trained[0]))
+    row = {"dense": 0.5, "curves": {"one_layer_entry": [0.5, 0.4]}, "seconds": 1.0}
+    runtime.write_json(tmp_path / "dessilbi_seed0.json", row)
+    monkeypatch.setattr(prune_lbi.figures, "draw", lambda workdir: None)
+    summary = prune_lbi.train_and_evaluate(config, tmp_path)
+    assert summary["dense"] == 0.5 and summary["curves.one_layer_entry"] == [0.5, 0.4]
+
+
+def test_own_images_are_mixed_before_the_first_ones_are_taken(tmp_path):
+    pixels = np.zeros((40, 28, 28, 1), np.uint8)
+    labels = np.repeat(np.arange(2, dtype=np.int32), 20)
+    pixels[20:] = 255
+    for split in data.SPLITS:
+        np.savez(tmp_path / f"{split}.npz", image=pixels, label=labels)
+    config = train_config(
+        dataset={"name": "npz", "data_dir": str(tmp_path)}, num_train=20, num_test=0
+    )
+    images = image_classifier.load_images(config)
+    kept, kept_labels = images.train
+    assert 5 < kept_labels.sum() < 15
+    # Each image keeps its label.
+    np.testing.assert_array_equal(kept[:, 0, 0, 0] == 255, kept_labels == 1)
+    assert len(images.test[0]) == 40
+
+
 def test_finds_the_runs_of_a_method(trained, tmp_path):
     workdir = trained[0]
     folders = prune_lbi.find_runs(prune_config(run=str(workdir)))
@@ -191,6 +219,7 @@ def test_prune_refuses_bad_settings(trained, tmp_path, changes, message):
         ({"batch_size": 1000}, "batch_size must be between 1 and the 256"),
         ({"model": {"type": "ResNet"}}, "is none of LeNet, VGG"),
         ({"model": {"type": "LeNet", "depth": 3}}, "config.model"),
+        ({"model": {"type": "DeepLinear"}}, "must be LeNet or VGG"),
         ({"image_size": 4}, "the network takes 4x4 pixels"),
         ({"optimizer": {"dessilbi": {"options": {"mu": 2.0}}}}, "dessilbi.options"),
         ({"optimizer": {"dessilbi": {"name": "sgd"}}}, "is none of adam"),

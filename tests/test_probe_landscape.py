@@ -213,6 +213,28 @@ def test_resumed_run_ends_like_an_uninterrupted_one(finished, tmp_path, monkeypa
     assert without_time[0] == without_time[1]
 
 
+def test_a_run_stopped_before_its_first_checkpoint_starts_anew(tmp_path, monkeypatch):
+    config = tiny_config()
+    config.surface.size = 0
+    config.checkpoint_every = 100
+    log = runtime.Run.log
+
+    def stop(self, step, metrics, *, num_steps):
+        if step == 4:
+            raise KeyboardInterrupt
+        log(self, step, metrics, num_steps=num_steps)
+
+    monkeypatch.setattr(runtime.Run, "log", stop)
+    with pytest.raises(KeyboardInterrupt):
+        probe_landscape.train_and_evaluate(config, tmp_path)
+    monkeypatch.setattr(runtime.Run, "log", log)
+    summary = probe_landscape.train_and_evaluate(config, tmp_path)
+    steps = load(tmp_path / "arrays.npz")["bn/probe_step"]
+    assert steps.tolist() == [[[0, 2, 4, 6, 8]]]
+    # One learning rate has a band of no width, and no ratio to another.
+    assert summary["bn.envelope_width"] == 0
+
+
 def test_half_a_surface_is_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(probe_landscape, "_PIECE", 2)
     asked = []
@@ -362,6 +384,7 @@ def test_modes_agree_where_they_must():
         ({"model": {"type": "ResNet"}}, "'ResNet' is none of LeNet, VGG"),
         ({"last_layer": "^head$"}, "no parameter matches"),
         ({"surface": {"chunk_size": 0}}, "surface.chunk_size must be between 1"),
+        ({"surface": {"learning_rate": 0.5}}, "0.5 is none of learning_rates"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, changes, message):

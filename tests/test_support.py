@@ -314,14 +314,17 @@ def test_forecast_is_what_frozen_weights_do(learning_rate, nu, rates, nus):
     chex.assert_trees_all_close(forecast, observed, rtol=1e-12)
 
 
-def test_forecast_of_decaying_weights_is_what_they_do():
+@pytest.mark.parametrize("kappa", [1.0, 0.7])
+def test_forecast_of_decaying_weights_is_what_they_do(kappa):
     params, num_steps, rate, nu = tensors(2), 200, 0.02, 2.0
     rules = {"conv": GroupL2(2.0), "fc/kernel": L1(0.8)}
     forecasts = [
-        lbi.forecast_entries(params, rate, nu, num_steps, rules, decaying=decaying)
+        lbi.forecast_entries(
+            params, rate, nu, num_steps, rules, decaying=decaying, kappa=kappa
+        )
         for decaying in (False, True)
     ]
-    optimizer = coupled(rules, rate, nu, kappa=1.0, record_entry=True)
+    optimizer = coupled(rules, rate, nu, kappa=kappa, record_entry=True)
 
     @jax.jit
     def decay(params):
@@ -336,7 +339,7 @@ def test_forecast_of_decaying_weights_is_what_they_do():
 
     steps = lbi.entry_steps(decay(params))
     observed = {path: np.mean(first > 0) for path, first in steps.items()}
-    # T = 2: duals end at 0.865 ||W||, in steps at 1 - 0.99^200 = 0.866 of it.
+    # T = 2: with kappa 1 duals end at 0.865 ||W||, in steps at 1 - 0.99^200 = 0.866.
     assert all(0 < share < 1 for share in observed.values()), observed
     chex.assert_trees_all_close(forecasts[1], observed, rtol=1e-12)
     assert all(forecasts[0][path] > share for path, share in observed.items())
@@ -415,6 +418,12 @@ def test_time_of_entry_out_of_range_is_refused(enter_at):
     message = re.escape(f"enter_at must be in (0, 1], got {enter_at}")
     with pytest.raises(ValueError, match=message):
         lbi.suggest_lambda(tensors(), RATE, NU, 10, enter_at=enter_at)
+
+
+def test_rate_of_zero_is_refused():
+    warmup = optax.linear_schedule(0.0, 1.0, 100)
+    with pytest.raises(ValueError, match="the learning rate is zero up to"):
+        lbi.suggest_lambda(tensors(1), warmup, 2.0, 100, enter_at=0.01)
 
 
 def test_median_of_zero_is_refused():

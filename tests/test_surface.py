@@ -372,7 +372,9 @@ def test_scans_that_do_not_fit_are_refused():
     message = re.escape("must be (N, 1), one column for each direction, got (2, 2)")
     with pytest.raises(ValueError, match=message):
         scan([direction], np.zeros((2, 2)))
-    with pytest.raises(ValueError, match=re.escape("scalar, got shape (6,)")):
+    with pytest.raises(
+        ValueError, match=re.escape("scalar, got float32 of shape (6,)")
+    ):
         loss_surface(
             lambda p, batch: p["bias"], params, target, [direction], np.zeros((2, 1))
         )
