@@ -91,7 +91,10 @@ def make_model(settings: dict[str, Any], num_classes: int) -> nn.Module:
 
 
 def load_images(config: ConfigDict) -> Images:
-    """Loads config.dataset, its sides enlarged and padded to config.image_size."""
+    """Loads config.dataset, its sides enlarged and padded to config.image_size.
+
+    An image_size of 0 leaves them as they are.
+    """
     splits = {}
     for split in data.SPLITS:
         arrays = data.load(split=split, **config.dataset)
@@ -118,6 +121,8 @@ def load_images(config: ConfigDict) -> Images:
 def _enlarge(images, side):
     """Repeats pixels by a whole factor, then pads with zeros to (side, side)."""
     height, width = images.shape[1:3]
+    if not side:
+        return images
     factor = side // max(height, width)
     if factor < 1:
         raise ValueError(

@@ -1,0 +1,434 @@
+"""Random augmentation of batches of images, inside the jitted training step.
+
+Whatever differs between images is an index or a coefficient, never a branch: all images
+go through the same few passes. `crop_flip` and the geometric operations each are one
+gather; the operations on grey levels are one table for each image and channel.
+
+What an image undergoes depends on the key and on its index in the batch, not on the
+other images; only `mix` looks at those.
+
+Axes: B images, H W rows and columns, C channels, K classes, G grey levels (256).
+"""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+
+OPERATIONS = (
+    *("identity", "autocontrast", "equalize", "rotate", "solarize", "color"),
+    *("posterize", "contrast", "brightness", "sharpness"),
+    *("shear_x", "shear_y", "translate_x", "translate_y"),
+)
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, of red, green and blue
+_FILL = 128  # where a warped image shows what lay outside of it
+
+
+def crop_flip(
+    key: jax.Array, images: jax.Array, *, padding: int = 4, flip: bool = True
+) -> jax.Array:
+    """Random windows of the zero-padded images, half of them mirrored left to right.
+
+    Args:
+      key: PRNG key.
+      images: (B, H, W, C), of any dtype.
+      padding: pixels added at each side; 0 does not crop.
+      flip: whether to mirror.
+
+    Returns:
+      Images, likewise.
+
+    Raises:
+      ValueError: if `padding` is negative.
+    """
+    chex.assert_rank(images, 4)
+    if padding < 0:
+        raise ValueError(f"padding must be >= 0, got {padding}.")
+    num_images, height, width, _ = images.shape
+    key_crop, key_flip = jax.random.split(key)
+    corners = jax.random.randint(key_crop, (num_images, 2), -padding, padding + 1)
+    flipped = jax.random.bernoulli(key_flip, 0.5 if flip else 0.0, (num_images, 1))
+    rows = jnp.arange(height)[None]
+    columns = jnp.arange(width)[None]
+    columns = jnp.where(flipped, columns[:, ::-1], columns)
+    rows, columns = rows + corners[:, :1], columns + corners[:, 1:]
+    return _gather(images, rows[:, :, None], columns[:, None, :], fill=0)
+
+
+def rand_augment(
+    key: jax.Array, images: jax.Array, *, num_ops: int = 2, magnitude: float = 0.3
+) -> jax.Array:
+    """RandAugment: each image undergoes operations drawn uniformly from OPERATIONS.
+
+    Source: Cubuk et al. 2020, arXiv 1909.13719, whose magnitude M is 10 x `magnitude`;
+    see `apply_operations` for the operations. Those with a direction have either with
+    probability 1/2.
+
+    Args:
+      key: PRNG key.
+      images: uint8 (B, H, W, C).
+      num_ops: operations of each image, drawn with replacement.
+      magnitude: in [0, 1]; 0 leaves only autocontrast and equalize, which have none.
+
+    Returns:
+      Images, likewise.
+
+    Raises:
+      ValueError: if the images are not uint8 or a number is out of its range.
+    """
+    if num_ops < 0:
+        raise ValueError(f"num_ops must be >= 0, got {num_ops}.")
+    _check_fraction("magnitude", magnitude)
+    key_operation, key_sign = jax.random.split(key)
+    shape = (len(images), num_ops)
+    operations = jax.random.randint(key_operation, shape, 0, len(OPERATIONS))
+    signs = jax.random.rademacher(key_sign, shape, jnp.float32)
+    return apply_operations(images, operations, magnitude * signs)
+
+
+def apply_operations(
+    images: jax.Array, operations: jax.Array, strengths: jax.Array
+) -> jax.Array:
+    """Applies given operations, the deterministic part of `rand_augment`.
+
+    At strength s, where the sign matters only to the operations marked +-:
+
+        autocontrast     stretches each channel to 0..255, whatever s
+        equalize         makes each channel's histogram flat, whatever s
+        brightness +-    x + 0.9 s (x - 0)
+        color +-         x + 0.9 s (x - luma)
+        contrast +-      x + 0.9 s (x - mean luma of the image)
+        sharpness +-     x + 0.9 s (x - smoothed x), but for the border's pixels
+        posterize        drops the lowest round(4 |s|) bits
+        solarize         inverts the levels from 256 (1 - |s|) up
+        rotate +-        by 30 s degrees
+        shear_* +-       by 0.3 s pixels for each pixel from the centre
+        translate_* +-   by 150/331 s of the side
+
+    Definitions are Pillow's, with these differences: results are rounded, not
+    truncated; equalize divides exactly, where Pillow's integer step saturates small
+    images; shears leave the centre in place. An image's geometric operations are
+    composed to one map and applied after those on colours, so that pixels are sampled
+    (the nearest) only once, and what they uncover is a constant grey.
+
+    Args:
+      images: uint8 (B, H, W, C). Operations on colours are meant for RGB or grey; with
+        other C, luma is the mean of the channels.
+      operations: indices into OPERATIONS, (B, S), applied from the first to the last.
+      strengths: s of each in [-1, 1], (B, S).
+
+    Returns:
+      Images, likewise.
+
+    Raises:
+      ValueError: if the images are not uint8.
+    """
+    if images.dtype != jnp.uint8:
+        raise ValueError(f"images must be uint8, got {images.dtype}.")
+    chex.assert_rank([images, operations], [4, 2])
+    chex.assert_equal_shape([operations, strengths])
+    chex.assert_equal_shape_prefix([images, operations], 1)
+    steps = list(zip(operations.T, strengths.T, strict=True))
+    for operation, strength in steps:
+        images = _map_levels(images, operation, strength)
+        images = _blend(images, operation, strength)
+    return _warp(images, steps)
+
+
+def mix(
+    key: jax.Array,
+    images: jax.Array,
+    targets: jax.Array,
+    *,
+    mixup_alpha: float,
+    cutmix_alpha: float,
+    probability: float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Mixup or CutMix of the batch: each image and target with its predecessor's.
+
+    images w + roll(images) (1 - w), targets l + roll(targets) (1 - l), l = mean(w):
+
+        Mixup   w = l everywhere (Zhang et al. 2018, arXiv 1710.09412)
+        CutMix  w = 0 in a box, 1 outside (Yun et al. 2019, arXiv 1905.04899)
+
+    where l ~ Beta(alpha, alpha), and CutMix's box has the area 1 - l before what sticks
+    out of the image is cut off. The whole batch takes the same method, l and box; with
+    both alphas positive, either method with probability 1/2.
+
+    Args:
+      key: PRNG key.
+      images: floating (B, H, W, C).
+      targets: probabilities of the classes, (B, K).
+      mixup_alpha: of Mixup; 0 is without it.
+      cutmix_alpha: of CutMix; 0 is without it.
+      probability: of mixing the batch at all.
+
+    Returns:
+      Images and targets, likewise.
+
+    Raises:
+      ValueError: if images or targets are not floating, or a number is out of its
+        range.
+    """
+    for name, values in (("images", images), ("targets", targets)):
+        if not jnp.issubdtype(values.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating, got {values.dtype}.")
+    chex.assert_rank([images, targets], [4, 2])
+    chex.assert_equal_shape_prefix([images, targets], 1)
+    for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
+        if not 0 <= alpha < math.inf:
+            raise ValueError(f"{name} must be >= 0 and finite, got {alpha}.")
+    _check_fraction("probability", probability)
+    if mixup_alpha == cutmix_alpha == 0:
+        return images, targets
+
+    _, height, width, _ = images.shape
+    keys = jax.random.split(key, 4)
+    cutmix_share = 0.5 if mixup_alpha and cutmix_alpha else float(cutmix_alpha > 0)
+    is_cutmix = jax.random.bernoulli(keys[0], cutmix_share)
+    alpha = jnp.where(is_cutmix, cutmix_alpha, mixup_alpha)
+    ratio = jax.random.beta(keys[1], alpha, alpha)
+
+    sides = jnp.sqrt(1 - ratio)
+    corner = jax.random.uniform(keys[2], (2,)) - sides / 2
+    outside = ~_box(height, width, corner[0], corner[1], sides, sides)
+    weights = jnp.where(is_cutmix, outside, ratio)  # (H, W)
+    weights = jnp.where(jax.random.bernoulli(keys[3], probability), weights, 1.0)
+
+    def mixed(values, weights):
+        weights = weights.astype(values.dtype)
+        return values * weights + jnp.roll(values, 1, axis=0) * (1 - weights)
+
+    return mixed(images, weights[None, :, :, None]), mixed(targets, weights.mean())
+
+
+def erase(key: jax.Array, images: jax.Array, *, probability: float = 0.25) -> jax.Array:
+    """Random erasing: zeros in a rectangle of some of the images.
+
+    Source: Zhong et al. 2020, arXiv 1708.04896: 2 to 33 % of the area, uniformly, and
+    an aspect ratio between 0.3 and 1/0.3, here log-uniformly and relative to the
+    image's. Only ratios at which the rectangle fits are drawn: nothing is rejected.
+
+    Args:
+      key: PRNG key.
+      images: (B, H, W, C), normalised, so that zero is the mean.
+      probability: that an image loses a rectangle.
+
+    Returns:
+      Images, likewise.
+
+    Raises:
+      ValueError: if `probability` is out of its range.
+    """
+    chex.assert_rank(images, 4)
+    _check_fraction("probability", probability)
+    num_images, height, width, _ = images.shape
+    keys = jax.random.split(key, 4)
+    area = jax.random.uniform(keys[0], (num_images,), minval=0.02, maxval=0.33)
+    longest = -jnp.log(jnp.maximum(area, 0.3))
+    aspect = jax.random.uniform(keys[1], (num_images,), minval=-longest, maxval=longest)
+    sides = jnp.sqrt(jnp.stack([area * jnp.exp(aspect), area * jnp.exp(-aspect)]))
+    corner = jax.random.uniform(keys[2], (num_images, 2)).T * (1 - sides)
+    box = jax.vmap(lambda *edges: _box(height, width, *edges))(*corner, *sides)
+    chosen = jax.random.bernoulli(keys[3], probability, (num_images, 1, 1))
+    return jnp.where((box & chosen)[..., None], jnp.zeros_like(images), images)
+
+
+def resized_crop(
+    key: jax.Array, images: jax.Array, *, size: int, min_area: float = 0.05
+) -> jax.Array:
+    """A random part of each image, resized: the crop of Inception (arXiv 1409.4842).
+
+    Its area is uniform, its aspect ratio log-uniform in [3/4, 4/3]. Of a square image,
+    only ratios at which the part fits are drawn: nothing is rejected, and areas stay
+    uniform. Of others, a side that is too long is shortened. Corners are not rounded to
+    pixels.
+
+    Args:
+      key: PRNG key.
+      images: (B, H, W, C).
+      size: height and width of the results.
+      min_area: smallest area, as a fraction of the image's, in (0, 1].
+
+    Returns:
+      Images, floating, (B, size, size, C): bilinear, without antialiasing.
+
+    Raises:
+      ValueError: if `size` or `min_area` is out of its range.
+    """
+    chex.assert_rank(images, 4)
+    _check_size(size)
+    if not 0 < min_area <= 1:
+        raise ValueError(f"min_area must be in (0, 1], got {min_area}.")
+    num_images, height, width, channels = images.shape
+    keys = jax.random.split(key, 3)
+    area = jax.random.uniform(keys[0], (num_images,), minval=min_area, maxval=1.0)
+    widest = jnp.minimum(math.log(4 / 3), -jnp.log(area))
+    aspect = jax.random.uniform(keys[1], (num_images,), minval=-widest, maxval=widest)
+    image_sides = jnp.array([[height], [width]], jnp.float32)
+    sides = jnp.sqrt(area * height * width * jnp.exp(jnp.stack([-aspect, aspect])))
+    sides = jnp.minimum(sides, image_sides)
+    corner = jax.random.uniform(keys[2], (num_images, 2)).T * (image_sides - sides)
+
+    def crop(image, corner, sides):
+        return jax.image.scale_and_translate(
+            image,
+            (size, size, channels),
+            spatial_dims=(0, 1),
+            scale=size / sides,
+            translation=-corner * size / sides,
+            method="linear",
+            antialias=False,
+        )
+
+    return jax.vmap(crop, in_axes=(0, 1, 1))(images, corner, sides)
+
+
+def resize(images: jax.Array, size: int) -> jax.Array:
+    """Bilinear, without antialiasing: (B, H, W, C) -> floating (B, size, size, C)."""
+    chex.assert_rank(images, 4)
+    _check_size(size)
+    shape = (len(images), size, size, images.shape[-1])
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        images = images.astype(jnp.float32)
+    return jax.image.resize(images, shape, method="linear", antialias=False)
+
+
+def _blend(images, operation, strength):
+    """Color and sharpness, uint8 (B, H, W, C)."""
+    _, height, width, channels = images.shape
+    by_color = 0.9 * _where(operation, "color", strength)[..., None]
+    by_sharpness = 0.9 * _where(operation, "sharpness", strength)[..., None]
+
+    def blended(images):
+        # As sums of slices, all of this is one pass on the CPU; a reduction over the
+        # channels, or slices of the inside only, made it ten times slower.
+        pixels = images.astype(jnp.float32)
+        weights = _luma_weights(channels)
+        luma = sum(
+            weights[channel] * pixels[..., channel] for channel in range(channels)
+        )
+        # Pillow's SMOOTH: the mean of 3x3 pixels, the middle one counted five times.
+        padded = jnp.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        block = sum(padded[:, row : row + height] for row in range(3))
+        block = sum(block[:, :, column : column + width] for column in range(3))
+        smooth = (block + 4 * pixels) / 13
+        inside = jnp.zeros((1, height, width, 1)).at[:, 1:-1, 1:-1].set(1)
+        pixels += by_color * (pixels - luma[..., None])
+        pixels += by_sharpness * inside * (pixels - smooth)
+        return _to_uint8(pixels)
+
+    # The branch is hardly ever skipped, but it keeps XLA from fusing the pass into all
+    # that reads the result, where it was computed anew for twice the time.
+    needed = jnp.any(by_color) | jnp.any(by_sharpness)
+    return jax.lax.cond(needed, blended, lambda images: images, images)
+
+
+def _map_levels(images, operation, strength):
+    """The operations on grey levels, by tables: uint8 (B, H, W, C)."""
+    num_images, _, _, channels = images.shape
+    pixels = images.reshape(num_images, -1, channels).astype(jnp.int32)  # (B, HW, C)
+    image = jnp.arange(num_images)[:, None, None]
+    channel = jnp.arange(channels)[None, None, :]
+    histogram = jnp.zeros((num_images, 256, channels), jnp.int32)
+    histogram = histogram.at[image, pixels, channel].add(1)
+    tables = _level_tables(histogram, operation, strength)
+    mapped = jnp.take_along_axis(tables, pixels, axis=1, mode="clip")
+    return mapped.reshape(images.shape)
+
+
+def _level_tables(histogram, operation, strength):
+    """What becomes of each grey level: counts (B, G, C) -> uint8 likewise."""
+    levels = jnp.arange(256)[None, :, None]
+    up_to = jnp.cumsum(histogram, axis=1)
+    num_pixels = up_to[:, -1:]
+    means = jnp.sum(levels * histogram, axis=1, keepdims=True) / num_pixels
+    weights = jnp.array(_luma_weights(histogram.shape[-1]))[None, None, :]
+    mean = jnp.sum(weights * means, axis=2, keepdims=True)
+    low = jnp.sum(up_to == 0, axis=1, keepdims=True)
+    high = jnp.sum(up_to < num_pixels, axis=1, keepdims=True)
+    below_high = jnp.max(up_to * (up_to < num_pixels), axis=1, keepdims=True)
+    several = high > low  # a channel of one level stays as it is
+    strength = strength[:, None, None]
+    size = jnp.abs(strength)
+    bits = jnp.round(4 * size).astype(jnp.int32)
+    results = {
+        "autocontrast": (levels - low) * 255 / jnp.maximum(high - low, 1),
+        "equalize": (up_to - histogram) * 255 / jnp.maximum(below_high, 1),
+        "brightness": levels + 0.9 * strength * levels,
+        "contrast": levels + 0.9 * strength * (levels - mean),
+        "posterize": levels >> bits << bits,
+        "solarize": jnp.where(levels < 256 * (1 - size), levels, 255 - levels),
+    }
+    tables = levels
+    for name, result in results.items():
+        chosen = _is(operation, name)
+        if name in ("autocontrast", "equalize"):
+            chosen &= several
+        tables = jnp.where(chosen, result, tables)
+    return jnp.broadcast_to(_to_uint8(tables), histogram.shape)
+
+
+def _warp(images, steps):
+    """The geometric operations, last to first from a pixel to where it was taken."""
+    _, height, width, _ = images.shape
+    x = (jnp.arange(width) + 0.5 - width / 2)[None, None, :]
+    y = (jnp.arange(height) + 0.5 - height / 2)[None, :, None]
+    for operation, strength in reversed(steps):
+        angle = math.radians(30) * _where(operation, "rotate", strength)
+        shear_x = 0.3 * _where(operation, "shear_x", strength)
+        shear_y = 0.3 * _where(operation, "shear_y", strength)
+        shift_x = 150 / 331 * width * _where(operation, "translate_x", strength)
+        shift_y = 150 / 331 * height * _where(operation, "translate_y", strength)
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        x, y = (
+            cos * x + (shear_x - sin) * y + shift_x,
+            (shear_y + sin) * x + cos * y + shift_y,
+        )
+    rows = jnp.floor(y + height / 2).astype(jnp.int32)
+    columns = jnp.floor(x + width / 2).astype(jnp.int32)
+    return _gather(images, rows, columns, fill=_FILL)
+
+
+def _gather(images, rows, columns, *, fill):
+    """Pixels at (B, H, 1) or (B, H, W) rows and (B, 1, W) or (B, H, W) columns."""
+    image = jnp.arange(len(images))[:, None, None]
+    pixels = images.at[image, rows, columns]
+    return pixels.get(mode="fill", fill_value=fill, wrap_negative_indices=False)
+
+
+def _is(operation, name):
+    """Which images undergo the operation: indices (B,) -> bool (B, 1, 1)."""
+    return (operation == OPERATIONS.index(name))[:, None, None]
+
+
+def _where(operation, name, strength):
+    """`strength` of the images that undergo the operation, else 0: (B, 1, 1)."""
+    return jnp.where(_is(operation, name), strength[:, None, None], 0.0)
+
+
+def _luma_weights(channels):
+    """Of the C channels of a colour; their sum is 1."""
+    return _LUMA if channels == 3 else (1 / channels,) * channels
+
+
+def _to_uint8(values):
+    return jnp.clip(jnp.round(values), 0, 255).astype(jnp.uint8)
+
+
+def _box(height, width, top, left, tall, wide):
+    """Pixels whose centre is in a box given in fractions of the image: bool (H, W)."""
+    rows = (jnp.arange(height)[:, None] + 0.5) / height - top
+    columns = (jnp.arange(width)[None, :] + 0.5) / width - left
+    return (rows >= 0) & (rows < tall) & (columns >= 0) & (columns < wide)
+
+
+def _check_fraction(name, value):
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}.")
+
+
+def _check_size(size):
+    if size < 1:
+        raise ValueError(f"size must be >= 1, got {size}.")

@@ -1,0 +1,79 @@
+"""Trains a Vision Transformer, from scratch or from a checkpoint file (report, 2.4).
+
+python -m experiments.train_vit --config=experiments/configs/train_vit.py:smoke
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+import vit
+from experiments import image_classifier, runtime, vit_training
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Runs or resumes one experiment; returns its summary."""
+    _check_config(config)
+    images = vit_training.load_images(config)
+    model, params = make_model(config, images)
+    with runtime.open_run(workdir, config) as run:
+        if run.summary is not None:
+            return run.show_summary()
+        predict = vit_training.make_predict(model, images, config.image_size)
+
+        def evaluate(state):
+            pixels, labels = images.test
+            logits = predict(state.average, pixels)
+            return {"test_accuracy": image_classifier.accuracy(logits, labels)}
+
+        state = vit_training.train(run, model, images, params, evaluate=evaluate)
+        vit.save_checkpoint(run.workdir / "model.npz", model, state.average)
+        metrics = runtime.read_metrics(run.workdir / "metrics.jsonl")
+        accuracies = [m["test_accuracy"] for m in metrics if "test_accuracy" in m]
+        summary = evaluate(state) | {
+            "best_test_accuracy": max(accuracies),
+            "train_accuracy": metrics[-1]["train_accuracy"],
+            "num_params": sum(x.size for x in jax.tree.leaves(params)),
+        }
+        return run.finish(summary)
+
+
+def make_model(config, images):
+    """The model of config.model and where its training starts: (model, params)."""
+    options = config.model.to_dict()
+    dtype = jnp.dtype(options.pop("dtype"))
+    if config.checkpoint:
+        model, params = vit.load_checkpoint(
+            config.checkpoint,
+            image_size=config.image_size,
+            num_classes=images.num_classes,
+        )
+        # The file says what the rest is.
+        rates = {k: v for k, v in options.items() if k.endswith("_rate")}
+        return model.clone(dtype=dtype, **rates), params
+    try:
+        model = vit.make(num_classes=images.num_classes, dtype=dtype, **options)
+    except TypeError as error:
+        raise ValueError(f"config.model: {error}") from None
+    channels = images.train[0].shape[-1]
+    shape = (1, config.image_size, config.image_size, channels)
+    variables = jax.jit(model.init)(jax.random.key(config.seed), jnp.zeros(shape))
+    return model, variables["params"]
+
+
+def _check_config(config):
+    for name in ("num_epochs", "log_every", "checkpoint_every", "evaluate_every"):
+        if config[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {config[name]}.")
+    if not config.patch_dropout or config.patch_dropout[0][0] != 0:
+        raise ValueError(
+            "patch_dropout must be ((0.0, keep), (from, keep), ...), got "
+            f"{config.patch_dropout}."
+        )
+
+
+if __name__ == "__main__":
+    runtime.launch("train_vit", train_and_evaluate)

@@ -1,0 +1,321 @@
+"""Training and evaluation of Vision Transformers, for train_vit and prune_vit.
+
+Axes: B images, H W C of an image, K classes, S steps.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax import struct
+from ml_collections import ConfigDict
+
+from experiments import augmentation, data, image_classifier, runtime
+from experiments.image_classifier import Images
+from vit.cascade import Cascade
+
+
+@struct.dataclass
+class TrainState:
+    """State and record of a training.
+
+    Attributes:
+      params: weights, float32.
+      average: their exponential moving average, which is what is evaluated.
+      opt_state: of the optimizer.
+      loss: of each step's batch, (S,); zero where training has not been.
+      accuracy: likewise, of the batch before the step; of a mixed one, by the label
+        that is more of it.
+    """
+
+    params: Any
+    average: Any
+    opt_state: optax.OptState
+    loss: jax.Array
+    accuracy: jax.Array
+
+
+def load_images(config: ConfigDict) -> Images:
+    """Loads config.dataset; with config.normalisation "google", mean and std are 0.5.
+
+    Raises:
+      ValueError: if the normalisation is neither google nor dataset.
+    """
+    settings = ConfigDict(config)
+    # The device resizes, if it must.
+    settings.image_size = 0
+    images = image_classifier.load_images(settings)
+    if config.normalisation == "google":
+        half = np.full_like(images.mean, 0.5)
+        return images._replace(mean=half, std=half)
+    if config.normalisation != "dataset":
+        raise ValueError(
+            f"normalisation {config.normalisation!r} is neither google nor dataset."
+        )
+    return images
+
+
+def make_optimizer(
+    settings: ConfigDict, num_steps: int
+) -> optax.GradientTransformation:
+    """config.optimizer: any of optax's, behind a clip of the gradient's global norm.
+
+    Muon (Jordan et al. 2024) takes the matrices of the blocks, with heads and their
+    width as one axis, and AdamW the rest, the head and the embeddings.
+
+    Raises:
+      ValueError: if the optimizer or one of its options is unknown.
+    """
+    settings = ConfigDict(settings)
+    if settings.name == "muon":
+        # A field of a ConfigDict cannot be a function.
+        options = settings.options.to_dict()
+        schedule = runtime.make_schedule(settings, num_steps)
+        try:
+            optimizer = optax.contrib.muon(
+                schedule, muon_weight_dimension_numbers=_matrices, **options
+            )
+        except TypeError as error:
+            raise ValueError(f"optimizer.options: {error}") from None
+    else:
+        optimizer = runtime.make_optimizer(settings, num_steps)
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
+
+
+def _matrices(params):
+    """Which parameters are matrices, and which of their axes are inputs and outputs."""
+
+    def axes(path, x):
+        names = [entry.key for entry in path]
+        if names[-1] != "kernel" or "Transformer" not in names:
+            return None
+        num_inputs = 2 if names[-2] == "out" else 1
+        return optax.contrib.MuonDimensionNumbers(
+            tuple(range(num_inputs)), tuple(range(num_inputs, x.ndim))
+        )
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, num_steps: int
+) -> TrainState:
+    """The state before the first of `num_steps` steps."""
+    return TrainState(
+        params=params,
+        average=jax.tree.map(jnp.copy, params),
+        opt_state=jax.jit(optimizer.init)(params),
+        loss=jnp.zeros(num_steps),
+        accuracy=jnp.zeros(num_steps),
+    )
+
+
+def patch_dropout(model: nn.Module, num_patches: int, keep: float) -> nn.Module:
+    """`model` on a random share of each image's patches, anew at every step.
+
+    PatchDropout (Liu et al. 2023, arXiv 2208.07220): a cascade before the first layer.
+    A model that has a cascade of its own is returned as it is.
+
+    Raises:
+      ValueError: if the share is outside (0, 1].
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"patch_dropout keeps a share in (0, 1], got {keep}.")
+    if keep == 1 or model.cascade is not None:
+        return model
+    count = max(round(keep * num_patches), 1)
+    return model.clone(
+        cascade=Cascade(keep=(count,) * model.num_layers, score="random")
+    )
+
+
+def make_update(
+    model: nn.Module,
+    images: Images,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+) -> Callable[[TrainState, int, int], TrainState]:
+    """The training: (state, first, last) -> state after steps first, ..., last - 1.
+
+    They are one dispatch and must lie in one epoch; the state's buffers are donated.
+    """
+    batch_size, seed = config.batch_size, config.seed
+    num_examples = len(images.train[0])
+    steps_per_epoch = image_classifier.count_steps(images, batch_size)
+    train_images, train_labels = jax.device_put(images.train)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state, train_images, train_labels, order, first, last, offset):
+        def body(step, state):
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 4)
+            indices = jax.lax.dynamic_slice_in_dim(
+                order, (step - offset) * batch_size, batch_size
+            )
+            targets = jax.nn.one_hot(train_labels[indices], images.num_classes)
+            pixels = augment(keys[0], train_images[indices], images, config)
+            pixels, targets = augmentation.mix(
+                keys[1],
+                pixels,
+                targets,
+                mixup_alpha=config.augment.mixup,
+                cutmix_alpha=config.augment.cutmix,
+            )
+            rngs = {"dropout": keys[2], "cascade": keys[3]}
+
+            def loss_fn(params):
+                logits = model.apply({"params": params}, pixels, train=True, rngs=rngs)
+                smooth = optax.losses.smooth_labels(targets, config.label_smoothing)
+                loss = optax.losses.softmax_cross_entropy(logits, smooth).mean()
+                return loss, jnp.mean(logits.argmax(-1) == targets.argmax(-1))
+
+            (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                state.params
+            )
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            # The start's weight fades as 1 / step first.
+            decay = jnp.minimum(config.average_decay, (1 + step) / (10 + step))
+            return TrainState(
+                params=params,
+                average=optax.incremental_update(params, state.average, 1 - decay),
+                opt_state=opt_state,
+                loss=state.loss.at[step].set(loss),
+                accuracy=state.accuracy.at[step].set(accuracy),
+            )
+
+        return jax.lax.fori_loop(first, last, body, state)
+
+    def run(state, first, last):
+        epoch = first // steps_per_epoch
+        offset = epoch * steps_per_epoch
+        if last > offset + steps_per_epoch:
+            raise ValueError(f"steps {first} to {last} do not lie in one epoch.")
+        order = data.batch_indices(
+            seed, epoch, num_examples=num_examples, batch_size=num_examples
+        )
+        return update(
+            state, train_images, train_labels, jnp.asarray(order), first, last, offset
+        )
+
+    return run
+
+
+def augment(
+    key: jax.Array, pixels: jax.Array, images: Images, config: ConfigDict
+) -> jax.Array:
+    """What config.augment says, of one batch: uint8 (B, H, W, C) -> normalised float32.
+
+    Images of another size than config.image_size are resized to it: as random parts
+    if augment.min_area is below one (Google's fine-tuning), else whole.
+    """
+    settings = config.augment
+    keys = jax.random.split(key, 4)
+    if settings.crop_padding or settings.flip:
+        pixels = augmentation.crop_flip(
+            keys[0], pixels, padding=settings.crop_padding, flip=settings.flip
+        )
+    if settings.num_ops:
+        pixels = augmentation.rand_augment(
+            keys[1], pixels, num_ops=settings.num_ops, magnitude=settings.magnitude
+        )
+    if settings.min_area < 1:
+        pixels = augmentation.resized_crop(
+            keys[2], pixels, size=config.image_size, min_area=settings.min_area
+        )
+    pixels = prepare(images, pixels, config.image_size)
+    if settings.erase:
+        pixels = augmentation.erase(keys[3], pixels, probability=settings.erase)
+    return pixels
+
+
+def prepare(images: Images, pixels: jax.Array, image_size: int) -> jax.Array:
+    """Resizes (B, H, W, C) to the model's size if need be, and normalises."""
+    if pixels.shape[1:3] != (image_size, image_size):
+        pixels = augmentation.resize(pixels, image_size)
+    return image_classifier.normalise(images, pixels)
+
+
+def make_predict(
+    model: nn.Module, images: Images, image_size: int, *, batch_size: int = 250
+) -> Callable[[Any, np.ndarray], np.ndarray]:
+    """Evaluation: (params, uint8 (N, H, W, C)) -> logits (N, K)."""
+
+    @jax.jit
+    def predict(params, batches):
+        return jax.lax.map(
+            lambda batch: model.apply(
+                {"params": params}, prepare(images, batch, image_size)
+            ),
+            batches,
+        )
+
+    def run(params, pixels):
+        size = min(batch_size, len(pixels))
+        missing = -len(pixels) % size
+        padded = np.concatenate([pixels, pixels[:missing]])
+        batches = padded.reshape(-1, size, *pixels.shape[1:])
+        logits = np.asarray(predict(params, batches))
+        return logits.reshape(-1, logits.shape[-1])[: len(pixels)]
+
+    return run
+
+
+def train(
+    run: runtime.Run,
+    model: nn.Module,
+    images: Images,
+    params: Any,
+    *,
+    evaluate: Callable[[TrainState], dict[str, float]],
+) -> TrainState:
+    """Trains `model` from `params` as run.config says; resumes from a checkpoint.
+
+    Patch dropout changes at the shares of the training that config.patch_dropout
+    names: ((from, keep), ...).
+    """
+    config = run.config
+    steps_per_epoch = image_classifier.count_steps(images, config.batch_size)
+    num_steps = config.num_epochs * steps_per_epoch
+    optimizer = make_optimizer(config.optimizer, num_steps)
+    state = init_state(params, optimizer, num_steps)
+    step, state = run.restore(state)
+    updates: dict[float, Any] = {}
+    while step < num_steps:
+        keep = _current(
+            config.patch_dropout, step // steps_per_epoch, config.num_epochs
+        )
+        if keep not in updates:
+            run.say(f"compiling; {100 * keep:.0f} % of the patches ...")
+            num_patches = (config.image_size // model.patch_size) ** 2
+            trained = patch_dropout(model, num_patches, keep)
+            updates = {keep: make_update(trained, images, optimizer, config)}
+        start = step
+        step = min(
+            (start // every + 1) * every
+            for every in (config.log_every, config.checkpoint_every, steps_per_epoch)
+        )
+        state = updates[keep](state, start, step)
+        losses = np.asarray(state.loss[start:step])
+        runtime.check_finite(losses, first_step=start + 1)
+        metrics = {"loss": float(losses.mean())}
+        epoch, rest = divmod(step, steps_per_epoch)
+        if not rest:
+            metrics["train_accuracy"] = float(
+                state.accuracy[step - steps_per_epoch : step].mean()
+            )
+            if epoch % config.evaluate_every == 0 or step == num_steps:
+                metrics |= evaluate(state)
+        run.log(step, metrics, num_steps=num_steps)
+        if step % config.checkpoint_every == 0 or step == num_steps:
+            run.save(step, state)
+    return state
+
+
+def _current(stages: Sequence[Sequence[float]], epoch: int, num_epochs: int) -> float:
+    """The last value of ((from, value), ...) whose share of the epochs has begun."""
+    return [value for start, value in stages if epoch >= start * num_epochs][-1]

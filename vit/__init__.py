@@ -1,0 +1,16 @@
+"""Vision Transformers with cascade pruning of patches and heads."""
+
+from vit import cascade, importance
+from vit.cascade import Cascade
+from vit.checkpoint import load_checkpoint, save_checkpoint
+from vit.model import ViT, make
+
+__all__ = [
+    "Cascade",
+    "ViT",
+    "cascade",
+    "importance",
+    "load_checkpoint",
+    "make",
+    "save_checkpoint",
+]
