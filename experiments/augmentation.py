@@ -129,11 +129,13 @@ def apply_operations(
     chex.assert_rank([images, operations], [4, 2])
     chex.assert_equal_shape([operations, strengths])
     chex.assert_equal_shape_prefix([images, operations], 1)
-    steps = list(zip(operations.T, strengths.T, strict=True))
-    for operation, strength in steps:
-        images = _map_levels(images, operation, strength)
-        images = _blend(images, operation, strength)
-    return _warp(images, steps)
+    steps = (operations.T, strengths.T)  # (S, B)
+
+    def recolour(images, step):
+        return _blend(_map_levels(images, *step), *step), None
+
+    images, _ = jax.lax.scan(recolour, images, steps)
+    return _warp(images, *steps)
 
 
 def mix(
@@ -190,9 +192,9 @@ def mix(
     alpha = jnp.where(is_cutmix, cutmix_alpha, mixup_alpha)
     ratio = jax.random.beta(keys[1], alpha, alpha)
 
-    sides = jnp.sqrt(1 - ratio)
+    sides = jnp.full(2, jnp.sqrt(1 - ratio))
     corner = jax.random.uniform(keys[2], (2,)) - sides / 2
-    outside = ~_box(height, width, corner[0], corner[1], sides, sides)
+    outside = ~_box(height, width, corner, sides)
     weights = jnp.where(is_cutmix, outside, ratio)  # (H, W)
     weights = jnp.where(jax.random.bernoulli(keys[3], probability), weights, 1.0)
 
@@ -223,27 +225,31 @@ def erase(key: jax.Array, images: jax.Array, *, probability: float = 0.25) -> ja
     """
     chex.assert_rank(images, 4)
     _check_fraction("probability", probability)
-    num_images, height, width, _ = images.shape
-    keys = jax.random.split(key, 4)
-    area = jax.random.uniform(keys[0], (num_images,), minval=0.02, maxval=0.33)
-    longest = -jnp.log(jnp.maximum(area, 0.3))
-    aspect = jax.random.uniform(keys[1], (num_images,), minval=-longest, maxval=longest)
-    sides = jnp.sqrt(jnp.stack([area * jnp.exp(aspect), area * jnp.exp(-aspect)]))
-    corner = jax.random.uniform(keys[2], (num_images, 2)).T * (1 - sides)
-    box = jax.vmap(lambda *edges: _box(height, width, *edges))(*corner, *sides)
-    chosen = jax.random.bernoulli(keys[3], probability, (num_images, 1, 1))
-    return jnp.where((box & chosen)[..., None], jnp.zeros_like(images), images)
+    _, height, width, _ = images.shape
+
+    def erased(key, image):
+        keys = jax.random.split(key, 4)
+        area = jax.random.uniform(keys[0], minval=0.02, maxval=0.33)
+        longest = -jnp.log(jnp.maximum(area, 0.3))
+        aspect = jax.random.uniform(keys[1], minval=-longest, maxval=longest)
+        sides = jnp.sqrt(area) * jnp.exp(jnp.stack([-aspect, aspect]) / 2)
+        corner = jax.random.uniform(keys[2], (2,)) * (1 - sides)
+        box = _box(height, width, corner, sides)
+        box &= jax.random.bernoulli(keys[3], probability)
+        return jnp.where(box[:, :, None], jnp.zeros_like(image), image)
+
+    return jax.vmap(erased)(jax.random.split(key, len(images)), images)
 
 
 def resized_crop(
     key: jax.Array, images: jax.Array, *, size: int, min_area: float = 0.05
 ) -> jax.Array:
-    """A random part of each image, resized: the crop of Inception (arXiv 1409.4842).
+    """A random part of each image, resized: the crop of Inception.
 
-    Its area is uniform, its aspect ratio log-uniform in [3/4, 4/3]. Of a square image,
-    only ratios at which the part fits are drawn: nothing is rejected, and areas stay
-    uniform. Of others, a side that is too long is shortened. Corners are not rounded to
-    pixels.
+    Source: Szegedy et al. 2014, arXiv 1409.4842. The part's area is uniform, its
+    aspect ratio log-uniform in [3/4, 4/3]. Of a square image, only ratios at which the
+    part fits are drawn: nothing is rejected, and areas stay uniform. Of others, a side
+    that is too long is shortened. Corners are not rounded to pixels.
 
     Args:
       key: PRNG key.
@@ -261,28 +267,31 @@ def resized_crop(
     _check_size(size)
     if not 0 < min_area <= 1:
         raise ValueError(f"min_area must be in (0, 1], got {min_area}.")
-    num_images, height, width, channels = images.shape
-    keys = jax.random.split(key, 3)
-    area = jax.random.uniform(keys[0], (num_images,), minval=min_area, maxval=1.0)
-    widest = jnp.minimum(math.log(4 / 3), -jnp.log(area))
-    aspect = jax.random.uniform(keys[1], (num_images,), minval=-widest, maxval=widest)
-    image_sides = jnp.array([[height], [width]], jnp.float32)
-    sides = jnp.sqrt(area * height * width * jnp.exp(jnp.stack([-aspect, aspect])))
-    sides = jnp.minimum(sides, image_sides)
-    corner = jax.random.uniform(keys[2], (num_images, 2)).T * (image_sides - sides)
+    _, height, width, channels = images.shape
 
-    def crop(image, corner, sides):
+    def crop(key, image):
+        keys = jax.random.split(key, 3)
+        area = jax.random.uniform(keys[0], minval=min_area, maxval=1.0)
+        widest = jnp.minimum(math.log(4 / 3), -jnp.log(area))
+        aspect = jax.random.uniform(keys[1], minval=-widest, maxval=widest)
+        sides = jnp.sqrt(area * height * width) * jnp.exp(
+            jnp.stack([-aspect, aspect]) / 2
+        )
+        image_sides = jnp.array([height, width], jnp.float32)
+        sides = jnp.minimum(sides, image_sides)
+        corner = jax.random.uniform(keys[2], (2,)) * (image_sides - sides)
+        scale = size / sides
         return jax.image.scale_and_translate(
             image,
             (size, size, channels),
             spatial_dims=(0, 1),
-            scale=size / sides,
-            translation=-corner * size / sides,
+            scale=scale,
+            translation=-corner * scale,
             method="linear",
             antialias=False,
         )
 
-    return jax.vmap(crop, in_axes=(0, 1, 1))(images, corner, sides)
+    return jax.vmap(crop)(jax.random.split(key, len(images)), images)
 
 
 def resize(images: jax.Array, size: int) -> jax.Array:
@@ -305,10 +314,8 @@ def _blend(images, operation, strength):
         # As sums of slices, all of this is one pass on the CPU; a reduction over the
         # channels, or slices of the inside only, made it ten times slower.
         pixels = images.astype(jnp.float32)
-        weights = _luma_weights(channels)
-        luma = sum(
-            weights[channel] * pixels[..., channel] for channel in range(channels)
-        )
+        weights = enumerate(_luma_weights(channels))
+        luma = sum(weight * pixels[..., channel] for channel, weight in weights)
         # Pillow's SMOOTH: the mean of 3x3 pixels, the middle one counted five times.
         padded = jnp.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)))
         block = sum(padded[:, row : row + height] for row in range(3))
@@ -349,33 +356,32 @@ def _level_tables(histogram, operation, strength):
     low = jnp.sum(up_to == 0, axis=1, keepdims=True)
     high = jnp.sum(up_to < num_pixels, axis=1, keepdims=True)
     below_high = jnp.max(up_to * (up_to < num_pixels), axis=1, keepdims=True)
+    stretched = (levels - low) * 255 / jnp.maximum(high - low, 1)
+    equalized = (up_to - histogram) * 255 / jnp.maximum(below_high, 1)
     several = high > low  # a channel of one level stays as it is
     strength = strength[:, None, None]
-    size = jnp.abs(strength)
-    bits = jnp.round(4 * size).astype(jnp.int32)
+    amount = jnp.abs(strength)
+    bits = jnp.round(4 * amount).astype(jnp.int32)
     results = {
-        "autocontrast": (levels - low) * 255 / jnp.maximum(high - low, 1),
-        "equalize": (up_to - histogram) * 255 / jnp.maximum(below_high, 1),
+        "autocontrast": jnp.where(several, stretched, levels),
+        "equalize": jnp.where(several, equalized, levels),
         "brightness": levels + 0.9 * strength * levels,
         "contrast": levels + 0.9 * strength * (levels - mean),
         "posterize": levels >> bits << bits,
-        "solarize": jnp.where(levels < 256 * (1 - size), levels, 255 - levels),
+        "solarize": jnp.where(levels < 256 * (1 - amount), levels, 255 - levels),
     }
-    tables = levels
+    tables = jnp.broadcast_to(levels, histogram.shape)
     for name, result in results.items():
-        chosen = _is(operation, name)
-        if name in ("autocontrast", "equalize"):
-            chosen &= several
-        tables = jnp.where(chosen, result, tables)
-    return jnp.broadcast_to(_to_uint8(tables), histogram.shape)
+        tables = jnp.where(_is(operation, name), result, tables)
+    return _to_uint8(tables)
 
 
-def _warp(images, steps):
+def _warp(images, operations, strengths):
     """The geometric operations, last to first from a pixel to where it was taken."""
     _, height, width, _ = images.shape
     x = (jnp.arange(width) + 0.5 - width / 2)[None, None, :]
     y = (jnp.arange(height) + 0.5 - height / 2)[None, :, None]
-    for operation, strength in reversed(steps):
+    for operation, strength in zip(operations[::-1], strengths[::-1], strict=True):
         angle = math.radians(30) * _where(operation, "rotate", strength)
         shear_x = 0.3 * _where(operation, "shear_x", strength)
         shear_y = 0.3 * _where(operation, "shear_y", strength)
@@ -394,7 +400,7 @@ def _warp(images, steps):
 def _gather(images, rows, columns, *, fill):
     """Pixels at (B, H, 1) or (B, H, W) rows and (B, 1, W) or (B, H, W) columns."""
     image = jnp.arange(len(images))[:, None, None]
-    pixels = images.at[image, rows, columns]
+    pixels = jnp.asarray(images).at[image, rows, columns]
     return pixels.get(mode="fill", fill_value=fill, wrap_negative_indices=False)
 
 
@@ -417,11 +423,11 @@ def _to_uint8(values):
     return jnp.clip(jnp.round(values), 0, 255).astype(jnp.uint8)
 
 
-def _box(height, width, top, left, tall, wide):
-    """Pixels whose centre is in a box given in fractions of the image: bool (H, W)."""
-    rows = (jnp.arange(height)[:, None] + 0.5) / height - top
-    columns = (jnp.arange(width)[None, :] + 0.5) / width - left
-    return (rows >= 0) & (rows < tall) & (columns >= 0) & (columns < wide)
+def _box(height, width, corner, sides):
+    """Pixels with their centre in a box, in fractions of the image: bool (H, W)."""
+    rows = (jnp.arange(height)[:, None] + 0.5) / height - corner[0]
+    columns = (jnp.arange(width)[None, :] + 0.5) / width - corner[1]
+    return (rows >= 0) & (rows < sides[0]) & (columns >= 0) & (columns < sides[1])
 
 
 def _check_fraction(name, value):

@@ -15,7 +15,7 @@ CORES = [
 CORE_DEPENDENCIES = {"jax", "flax", "optax", "chex", "numpy"}
 SHARED_BY_EXPERIMENTS = {
     *("data", "encoding", "runtime", "figures", "configs", "image_classifier"),
-    *("lbi_figures", "landscape_figures"),
+    *("augmentation", "lbi_figures", "landscape_figures"),
 }
 # absl is missing here because chex and flax load it; the source check below forbids it.
 NEVER_LOADED_BY_CORES = {

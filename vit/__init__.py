@@ -1,6 +1,6 @@
 """Vision Transformers with cascade pruning of patches and heads."""
 
-from vit import cascade, importance
+from vit import cascade, cost, importance, slicing
 from vit.cascade import Cascade
 from vit.checkpoint import load_checkpoint, save_checkpoint
 from vit.model import ViT, make
@@ -9,8 +9,10 @@ __all__ = [
     "Cascade",
     "ViT",
     "cascade",
+    "cost",
     "importance",
     "load_checkpoint",
     "make",
     "save_checkpoint",
+    "slicing",
 ]

@@ -320,7 +320,7 @@ def _from_foreign(arrays: Arrays, path: Path, num_heads: int | None):
             arrays = {name.removeprefix(prefix): arrays[name] for name in inside}
     for pattern, what in _UNSUPPORTED.items():
         if found := [name for name in arrays if re.search(pattern, name)]:
-            raise ValueError(f"{what} is not supported: {_first(found)}.")
+            raise ValueError(f"not supported: {what}, {_first(found)}.")
 
     parts = [part for item in arrays.items() for part in _split(*item)]
     known = {
@@ -408,8 +408,8 @@ def _add_cls_row(arrays, sources):
         return
     if "cls" not in arrays:
         raise ValueError(
-            f"there are {shape[1]} positions and no CLS token: pooling by average "
-            "(GAP) is not supported."
+            f"not supported: pooling by average (GAP), {shape[1]} positions and no CLS "
+            "token."
         )
     if sources[_POSITIONS] in _WITHOUT_CLS_ROW:
         positions = _float32(_POSITIONS, arrays[_POSITIONS])
@@ -488,8 +488,8 @@ def _architecture(arrays: Arrays) -> dict[str, Any]:
     mlp_dim = [shape[1] for shape in first]
     if mlp_dim == [2 * shape[0] for shape in second]:
         raise ValueError(
-            f"{_MLP}/Dense_0 is twice as wide as Dense_1 takes: a gated MLP (SwiGLU) "
-            "is not supported."
+            "not supported: a gated MLP (SwiGLU), Dense_0 is twice as wide as Dense_1 "
+            "takes."
         )
     num_heads = _once([shape[1] for shape in queries])
     head_dim = queries[0][2]
@@ -551,12 +551,12 @@ def _replace_head(arrays, fields, num_classes):
 
 def _check_fits(model, arrays):
     """Raises ValueError unless the arrays are the model's, by name and shape."""
-    num_patches = np.shape(arrays.get(_POSITIONS))[1:2] or (2,)
-    channels = np.shape(arrays.get("embedding/kernel"))[2:3] or (3,)
-    side = model.patch_size
-    images = jax.ShapeDtypeStruct(
-        (1, max(num_patches[0] - 1, 1) * side, side, *channels), jnp.float32
-    )
+    num_patches, channels, side = 1, 1, model.patch_size
+    if _POSITIONS in arrays:
+        num_patches = max(_shape(arrays, _POSITIONS, "(1, 1 + P, D)")[1] - 1, 1)
+    if "embedding/kernel" in arrays:
+        channels = _shape(arrays, "embedding/kernel", "(p, p, C, D)")[2]
+    images = jax.ShapeDtypeStruct((1, num_patches * side, side, channels), jnp.float32)
     init = model.clone(cascade=None).init
     expected = jax.eval_shape(init, jax.random.key(0), images)["params"]
     expected = traverse_util.flatten_dict(expected, sep="/")

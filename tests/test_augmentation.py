@@ -1,0 +1,441 @@
+"""Augmentation against Pillow, NumPy and what its distributions must be."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+
+from experiments import augmentation
+from experiments.augmentation import OPERATIONS
+
+apply_operations = jax.jit(augmentation.apply_operations)
+# Of a function of a key and images, each with the type that it is meant for.
+RANDOM = {
+    "crop_flip": (augmentation.crop_flip, np.uint8),
+    "rand_augment": (augmentation.rand_augment, np.uint8),
+    "erase": (functools.partial(augmentation.erase, probability=0.9), np.float32),
+    "resized_crop": (functools.partial(augmentation.resized_crop, size=9), np.uint8),
+}
+
+
+def noise(*shape, dtype=np.uint8, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(dtype)
+
+
+def operate(images, *steps):
+    """All images undergo the steps (name, strengths of each image)."""
+    operations = [np.full(len(images), OPERATIONS.index(name)) for name, _ in steps]
+    strengths = [np.broadcast_to(s, len(images)) for _, s in steps]
+    operations, strengths = np.stack(operations, 1), np.stack(strengths, 1)
+    return np.asarray(apply_operations(images, operations, strengths.astype("f")))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_crop_flip_takes_windows_of_the_padded_image(dtype):
+    height, width, padding = 4, 5, 2
+    images = 1 + noise(300, height, width, 3, dtype=dtype) % 255
+    crops = augmentation.crop_flip(jax.random.key(0), images, padding=padding)
+    assert crops.dtype == dtype
+    sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    padded = np.pad(images, sides)
+    found = np.zeros((2, 2 * padding + 1, 2 * padding + 1, len(images)), bool)
+    for flipped, row, column in np.ndindex(found.shape[:-1]):
+        window = padded[:, row : row + height, column : column + width]
+        window = window[:, :, ::-1] if flipped else window
+        found[flipped, row, column] = (crops == window).all(axis=(1, 2, 3))
+    assert (found.sum(axis=(0, 1, 2)) == 1).all()
+    counts = found.sum(axis=-1)
+    # 25 corners, 12 images each, and 150 flips of 300: five standard deviations.
+    assert counts.sum(axis=0).min() > 0
+    assert abs(counts.sum(axis=0) - 12).max() < 5 * math.sqrt(12)
+    assert abs(counts[1].sum() - 150) < 5 * math.sqrt(75)
+
+
+def test_crop_flip_may_leave_either_out():
+    images = noise(20, 4, 5, 3)
+    key, key_flip = jax.random.split(jax.random.key(0))
+    same = augmentation.crop_flip(key, images, padding=0, flip=False)
+    np.testing.assert_array_equal(same, images)
+    flips = augmentation.crop_flip(key_flip, images, padding=0)
+    same = (flips == images).all(axis=(1, 2, 3))
+    mirrored = (flips == images[:, :, ::-1]).all(axis=(1, 2, 3))
+    assert (same ^ mirrored).all() and same.any() and mirrored.any()
+
+
+def enhance(enhancer):
+    return lambda image, s: enhancer(image).enhance(1 + 0.9 * s)
+
+
+# The oracle, and how far from it a level may be: Pillow truncates what is rounded here.
+COLOUR_ORACLES = {
+    "identity": (lambda image, s: image, 0),
+    "autocontrast": (lambda image, s: ImageOps.autocontrast(image), 1),
+    "equalize": (lambda image, s: ImageOps.equalize(image), 0),
+    "brightness": (enhance(ImageEnhance.Brightness), 1),
+    "color": (enhance(ImageEnhance.Color), 1),
+    "contrast": (enhance(ImageEnhance.Contrast), 1),
+    "sharpness": (enhance(ImageEnhance.Sharpness), 1),
+    "posterize": (lambda image, s: ImageOps.posterize(image, 8 - round(4 * abs(s))), 0),
+    "solarize": (lambda image, s: ImageOps.solarize(image, 256 * (1 - abs(s))), 0),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", COLOUR_ORACLES)
+def test_colours_are_pillow_s(name, channels):
+    strengths = [-1.0, -0.45, 0.0, 0.3, 1.0]
+    # 256 pixels, one of them the brightest: Pillow's equalize divides by 255 // 255.
+    images = 20 + noise(5, 8, 32, channels) % 180
+    images[:, 3, 4] = 220
+    oracle, tolerance = COLOUR_ORACLES[name]
+    expected = [
+        np.asarray(oracle(Image.fromarray(image.squeeze()), s))
+        for image, s in zip(images, strengths, strict=True)
+    ]
+    expected = np.stack(expected).reshape(images.shape)
+    result = operate(images, (name, strengths))
+    assert result.dtype == np.uint8
+    assert abs(result.astype(int) - expected).max() <= tolerance
+    if name in ("autocontrast", "equalize"):
+        assert (result.min(axis=(1, 2)) == 0).all()
+        assert (result.max(axis=(1, 2)) == 255).all()
+
+
+def geometry(name, s, height, width):
+    """From a pixel, relative to the centre, to its source: (3, 3) of (x, y, 1)."""
+    matrix = np.eye(3)
+    if name == "rotate":
+        angle = math.radians(30 * s)
+        matrix[0, :2] = math.cos(angle), -math.sin(angle)
+        matrix[1, :2] = math.sin(angle), math.cos(angle)
+    else:
+        row, column, size = {
+            "shear_x": (0, 1, 0.3),
+            "shear_y": (1, 0, 0.3),
+            "translate_x": (0, 2, 150 / 331 * width),
+            "translate_y": (1, 2, 150 / 331 * height),
+        }[name]
+        matrix[row, column] = size * s
+    return matrix
+
+
+def pillow_warp(image, matrix):
+    height, width, channels = image.shape
+    centre = np.array([width / 2, height / 2])
+    offset = matrix[:2, 2] + centre - matrix[:2, :2] @ centre
+    warped = Image.fromarray(image.squeeze()).transform(
+        (width, height),
+        Image.Transform.AFFINE,
+        np.column_stack([matrix[:2, :2], offset]).ravel().tolist(),
+        Image.Resampling.NEAREST,
+        fillcolor=(128,) * channels if channels > 1 else 128,
+    )
+    return np.asarray(warped).reshape(image.shape)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "names",
+    [
+        *(["rotate"], ["shear_x"], ["shear_y"], ["translate_x"], ["translate_y"]),
+        *(["translate_x", "rotate"], ["rotate", "shear_x", "translate_y"]),
+    ],
+)
+def test_geometry_is_pillow_s(names, channels):
+    # Not 1: a shear by 0.3 takes every fifth line from between two pixels.
+    strengths = [-0.98, -0.47, 0.0, 0.3, 0.97]
+    images = noise(5, 18, 23, channels)
+    result = operate(images, *((name, strengths) for name in names))
+    for image, warped, s in zip(images, result, strengths, strict=True):
+        matrix = np.eye(3)
+        for name in names:
+            matrix = matrix @ geometry(name, s, 18, 23)
+        # Pillow counts in 2^-16 pixels: sources at the very edge of a pixel may differ.
+        same = (warped == pillow_warp(image, matrix)).all(axis=-1)
+        assert same.mean() > 0.99
+    assert (result == 128).all(axis=-1).any()
+
+
+def test_rotation_turns_as_pillow_s():
+    image = noise(18, 23, 3)
+    expected = Image.fromarray(image).rotate(
+        12, Image.Resampling.NEAREST, fillcolor=(128, 128, 128)
+    )
+    result = operate(image[None], ("rotate", 0.4))[0]
+    assert (result == np.asarray(expected)).all(axis=-1).mean() > 0.99
+
+
+def test_colours_come_in_order_and_before_geometry():
+    images = noise(4, 7, 9, 3)
+    solarize, color, shear = ("solarize", 0.6), ("color", 0.5), ("shear_y", 1.0)
+    expected = operate(operate(operate(images, solarize), color), shear)
+    other_order = operate(operate(operate(images, color), solarize), shear)
+    result = operate(images, shear, solarize, color)
+    np.testing.assert_array_equal(result, expected)
+    assert (result != other_order).any()
+
+
+def test_images_of_one_level_or_of_one_pixel_stay():
+    for shape in [(2, 5, 6, 3), (2, 1, 1, 1)]:
+        images = np.full(shape, 77, np.uint8)
+        for name in ("autocontrast", "equalize", "contrast", "color", "sharpness"):
+            np.testing.assert_array_equal(operate(images, (name, 1.0)), images)
+
+
+def test_operations_and_signs_are_equally_frequent():
+    num_images = 2800
+    image = noise(12, 16, 3)  # large enough for any shear to show
+    names = np.repeat(OPERATIONS, 2)
+    operations = np.repeat(np.arange(len(OPERATIONS)), 2)[:, None]
+    strengths = np.tile(np.float32([0.5, -0.5]), len(OPERATIONS))[:, None]
+    candidates = np.broadcast_to(image, (len(names), *image.shape))
+    candidates = np.asarray(apply_operations(candidates, operations, strengths))
+    images = np.broadcast_to(image, (num_images, *image.shape))
+    rand_augment = functools.partial(
+        augmentation.rand_augment, num_ops=1, magnitude=0.5
+    )
+    results = np.asarray(jax.jit(rand_augment)(jax.random.key(1), images))
+    equal = (results[:, None] == candidates).all(axis=(2, 3, 4))
+    assert equal.any(axis=1).all()
+    num_drawn = dict.fromkeys(OPERATIONS, 0)
+    for name, (count, opposite) in zip(
+        OPERATIONS, equal.sum(axis=0).reshape(-1, 2), strict=True
+    ):
+        directed = (equal[:, names == name].sum(axis=1) < 2).all()
+        num_drawn[name] = count + opposite if directed else count
+        # Half of 200: five standard deviations.
+        assert not directed or abs(count - opposite) < 5 * math.sqrt(200)
+    assert sum(num_drawn.values()) == num_images
+    assert max(abs(n - 200) for n in num_drawn.values()) < 5 * math.sqrt(200)
+
+
+def test_magnitude_zero_is_the_identity():
+    # Each channel has each level once: it is equalized and has full contrast already.
+    ramp = np.random.default_rng(0).permuted(np.tile(np.arange(256), (120, 1)), axis=1)
+    images = ramp.reshape(40, 3, 8, 32).transpose(0, 2, 3, 1).astype(np.uint8)
+    rand_augment = functools.partial(augmentation.rand_augment, magnitude=0)
+    result = jax.jit(rand_augment)(jax.random.key(0), images)
+    np.testing.assert_array_equal(result, images)
+    images = noise(5, 7, 9, 3)
+    for name in set(OPERATIONS) - {"autocontrast", "equalize"}:
+        np.testing.assert_array_equal(operate(images, (name, 0.0)), images)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", RANDOM)
+def test_an_image_s_draw_depends_on_key_and_index_alone(name, channels):
+    function, dtype = RANDOM[name]
+    function = jax.jit(function)
+    images = noise(8, 10, 12, channels, dtype=dtype)
+    result = function(jax.random.key(3), images)
+    np.testing.assert_array_equal(function(jax.random.key(3), images), result)
+    assert (function(jax.random.key(4), images) != result).any()
+    others = np.concatenate([images[:5], noise(3, 10, 12, channels, seed=1)])
+    others = function(jax.random.key(3), others.astype(dtype))
+    np.testing.assert_array_equal(others[:5], result[:5])
+    # XLA may order the sums of an interpolation by the size of the batch: 1e-4 of 255.
+    fewer = function(jax.random.key(3), images[:5])
+    np.testing.assert_allclose(fewer, result[:5], atol=1e-4)
+
+
+def mixes(num_draws, *, num_images=3, size=16, **settings):
+    """Many mixes of a batch: images of 0, 1, 2, ... and one-hot targets."""
+    images = jnp.broadcast_to(
+        jnp.arange(float(num_images))[:, None, None, None],
+        (num_images, size, size + 1, 1),
+    )
+    targets = jnp.eye(num_images)
+    mix = jax.jit(
+        jax.vmap(lambda key: augmentation.mix(key, images, targets, **settings))
+    )
+    images_out, targets_out = mix(jax.random.split(jax.random.key(0), num_draws))
+    targets_out = np.asarray(targets_out)
+    np.testing.assert_allclose(targets_out.sum(axis=-1), 1, rtol=1e-6)
+    # Image 1 is mixed with image 0, so that its pixels are the weights themselves.
+    weights = np.asarray(images_out)[:, 1, :, :, 0]
+    ratios = targets_out[:, 1, 1]
+    own, previous = np.asarray(images), np.roll(images, 1, axis=0)
+    w = weights[:, None, :, :, None]
+    np.testing.assert_allclose(images_out, own * w + previous * (1 - w), atol=1e-6)
+    own, previous = np.eye(num_images), np.roll(np.eye(num_images), 1, axis=0)
+    w = ratios[:, None, None]
+    expected = own * w + previous * (1 - w)
+    np.testing.assert_allclose(targets_out, expected, atol=1e-6)
+    # The weight of a target is what share of the pixels, or of each, is the image's.
+    np.testing.assert_allclose(ratios, weights.mean(axis=(1, 2)), atol=1e-6)
+    return weights, ratios
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
+def test_mixup_ratios_are_beta(alpha):
+    weights, ratios = mixes(2000, size=2, mixup_alpha=alpha, cutmix_alpha=0.0)
+    np.testing.assert_allclose(
+        weights, np.broadcast_to(ratios[:, None, None], weights.shape), atol=1e-6
+    )
+    # Of 2000 draws, the mean and variance are within 0.04 and 0.03 at any alpha.
+    assert abs(ratios.mean() - 0.5) < 0.04
+    assert abs(ratios.var() - 1 / (4 * (2 * alpha + 1))) < 0.03
+
+
+def test_cutmix_pastes_a_clipped_box():
+    weights, ratios = mixes(2000, mixup_alpha=0.0, cutmix_alpha=1.0)
+    pasted = weights == 0
+    assert (pasted | (weights == 1)).all()
+    rows, columns = pasted.any(axis=2), pasted.any(axis=1)
+    np.testing.assert_array_equal(pasted, rows[:, :, None] & columns[:, None, :])
+    for marked in (rows, columns):  # contiguous: at most one end
+        assert (np.diff(np.pad(marked, ((0, 0), (1, 1))).astype(int)) == 1).sum(
+            1
+        ).max() == 1
+    # A side r with its centre uniform in [0, 1] keeps r - r^2 / 4 of itself on average;
+    # r^2 is uniform, so that the area is E[u - u^1.5 / 2 + u^2 / 16] = 0.3208.
+    # The mean of 2000 has a standard deviation of 0.006.
+    assert abs((1 - ratios).mean() - (1 / 2 - 1 / 5 + 1 / 48)) < 0.03
+
+
+def test_mix_takes_either_method_with_probability():
+    weights, ratios = mixes(2000, mixup_alpha=1.0, cutmix_alpha=1.0, probability=0.6)
+    is_cutmix = ((weights == 0) | (weights == 1)).all(axis=(1, 2)) & (ratios < 1)
+    is_mixup = (weights == weights[:, :1, :1]).all(axis=(1, 2)) & (ratios < 1)
+    # A twentieth of the boxes is too small to hold a pixel's centre.
+    assert abs(is_mixup.mean() - 0.3) < 0.05
+    assert abs(is_cutmix.mean() - 0.3) < 0.05
+    assert abs((ratios == 1).mean() - 0.4) < 0.05
+
+
+def test_mix_without_either_is_the_identity():
+    images, targets = noise(4, 5, 6, 3, dtype=np.float32), np.eye(4, dtype=np.float32)
+    mix = functools.partial(augmentation.mix, jax.random.key(0), images, targets)
+    for settings in [
+        {"mixup_alpha": 0.0, "cutmix_alpha": 0.0},
+        {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "probability": 0.0},
+    ]:
+        images_out, targets_out = mix(**settings)
+        np.testing.assert_array_equal(images_out, images)
+        np.testing.assert_array_equal(targets_out, targets)
+
+
+def test_erase_zeroes_rectangles():
+    num_images, height, width = 2000, 20, 24
+    images = 1 + noise(num_images, height, width, 2, dtype=np.float32)
+    erase = jax.jit(augmentation.erase)
+    result = np.asarray(erase(jax.random.key(0), images))
+    erased = (result == 0).all(axis=-1)
+    np.testing.assert_array_equal(result, np.where(erased[..., None], 0, images))
+    chosen = erased.any(axis=(1, 2))
+    # 5 standard deviations of 2000 draws.
+    assert abs(chosen.mean() - 0.25) < 0.05
+    erased = erased[chosen]
+    rows, columns = erased.any(axis=2), erased.any(axis=1)
+    np.testing.assert_array_equal(erased, rows[:, :, None] & columns[:, None, :])
+    tall, wide = rows.sum(axis=1), columns.sum(axis=1)
+    # Pixels count by their centres, so that a side is rounded up or down.
+    assert ((tall + 1) * (wide + 1) > 0.02 * height * width).all()
+    assert ((tall - 1) * (wide - 1) < 0.33 * height * width).all()
+    tall, wide = tall / height, wide / width
+    assert ((tall - 1 / height) * 0.3 < wide + 1 / width).all()
+    assert ((wide - 1 / width) * 0.3 < tall + 1 / height).all()
+    # Uniform in [0.02, 0.33]: of 500, standard deviation 0.004.
+    assert abs((tall * wide).mean() - 0.175) < 0.02
+    # Anywhere: each border is touched, and the middle of the image is erased most.
+    assert erased[:, 0].any() and erased[:, -1].any()
+    assert erased[:, :, 0].any() and erased[:, :, -1].any()
+    always = augmentation.erase(jax.random.key(0), images[:50], probability=1.0)
+    assert (always == 0).any(axis=(1, 2, 3)).all()
+
+
+@pytest.mark.parametrize("height, width", [(20, 20), (15, 24)])
+def test_resized_crop_samples_boxes(height, width):
+    num_images, size, min_area = 1000, 8, 0.2
+    # The image of its own coordinates shows where each sample was taken.
+    coordinates = np.stack(np.mgrid[:height, :width], axis=-1).astype(np.float32)
+    images = jnp.broadcast_to(coordinates, (num_images, height, width, 2))
+    crop = functools.partial(augmentation.resized_crop, size=size, min_area=min_area)
+    result = np.asarray(jax.jit(crop)(jax.random.key(0), images))
+    assert result.shape == (num_images, size, size, 2)
+    rows, columns = result[:, :, 0, 0], result[:, 0, :, 1]
+    middle = size // 2  # never where coordinates are clipped to the image's border
+    sides, corners = [], []
+    for samples, image_side in ((rows, height), (columns, width)):
+        step = samples[:, middle] - samples[:, middle - 1]
+        corner = samples[:, middle] + 0.5 - (middle + 0.5) * step
+        expected = corner[:, None] + (np.arange(size) + 0.5) * step[:, None] - 0.5
+        # Coordinates up to 24 in float32 give corners to about 1e-5.
+        np.testing.assert_allclose(samples, expected.clip(0, image_side - 1), atol=1e-4)
+        sides.append(step * size)
+        corners.append(corner)
+        assert corner.min() > -1e-4 and (corner + step * size).max() < image_side + 1e-4
+    np.testing.assert_allclose(
+        result[..., 0], np.broadcast_to(rows[:, :, None], result.shape[:3]), atol=1e-4
+    )
+    np.testing.assert_allclose(
+        result[..., 1], np.broadcast_to(columns[:, None], result.shape[:3]), atol=1e-4
+    )
+    area = sides[0] * sides[1] / (height * width)
+    aspect = sides[1] / sides[0]
+    assert area.max() < 1 + 1e-4 and corners[0].max() > 1 and corners[1].max() > 1
+    if height == width:
+        assert area.min() > min_area - 1e-4
+        assert aspect.min() > 3 / 4 - 1e-3 and aspect.max() < 4 / 3 + 1e-3
+        # Areas are uniform: deciles of 1000 draws, five standard deviations.
+        counts, _ = np.histogram(area, np.linspace(min_area - 1e-3, 1 + 1e-3, 11))
+        assert abs(counts - 100).max() < 50
+
+
+def test_resize_is_pillow_s_bilinear():
+    images = noise(2, 5, 7, 3)
+    result = np.asarray(augmentation.resize(images, 16))
+    assert result.dtype == np.float32
+    for image, resized in zip(images, result, strict=True):
+        for channel in range(3):
+            expected = Image.fromarray(image[..., channel].astype(np.float32))
+            expected = expected.resize((16, 16), Image.Resampling.BILINEAR)
+            # Levels up to 255 in float32.
+            np.testing.assert_allclose(resized[..., channel], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        ("crop_flip", {"padding": -1}, "padding must be >= 0, got -1"),
+        ("rand_augment", {"num_ops": -2}, "num_ops must be >= 0, got -2"),
+        ("rand_augment", {"magnitude": 9}, r"magnitude must be in \[0, 1\], got 9"),
+        ("erase", {"probability": 1.5}, r"probability must be in \[0, 1\], got 1.5"),
+        ("resized_crop", {"size": 0}, "size must be >= 1, got 0"),
+        (
+            *("resized_crop", {"size": 8, "min_area": 0}),
+            r"min_area must be in \(0, 1\], got 0",
+        ),
+    ],
+)
+def test_bad_settings_are_refused(name, settings, message):
+    function = getattr(augmentation, name)
+    with pytest.raises(ValueError, match=message):
+        function(jax.random.key(0), noise(2, 5, 6, 3), **settings)
+
+
+def test_bad_settings_of_mix_and_types_are_refused():
+    key, images, targets = jax.random.key(0), jnp.ones((2, 5, 6, 3)), jnp.eye(2)
+
+    def mix(images=images, targets=targets, **settings):
+        settings = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, **settings}
+        augmentation.mix(key, images, targets, **settings)
+
+    with pytest.raises(ValueError, match="mixup_alpha must be >= 0 .* got -1"):
+        mix(mixup_alpha=-1)
+    with pytest.raises(ValueError, match="cutmix_alpha must be >= 0 .* got inf"):
+        mix(cutmix_alpha=math.inf)
+    with pytest.raises(ValueError, match=r"probability must be in \[0, 1\], got 2"):
+        mix(probability=2)
+    with pytest.raises(ValueError, match="images must be floating, got uint8"):
+        mix(images=images.astype(jnp.uint8))
+    with pytest.raises(ValueError, match="targets must be floating, got int32"):
+        mix(targets=targets.astype(jnp.int32))
+    with pytest.raises(ValueError, match="images must be uint8, got float32"):
+        augmentation.rand_augment(key, images)
+    with pytest.raises(ValueError, match="size must be >= 1, got 0"):
+        augmentation.resize(images, 0)

@@ -1,0 +1,1021 @@
+import json
+import math
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import scipy.ndimage
+from flax import traverse_util
+
+from vit.checkpoint import load_checkpoint, resize_positions, save_checkpoint
+from vit.model import ViT
+
+GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens"
+POSITIONS = "Transformer/posembed_input/pos_embedding"
+
+
+def apply(model, params, images):
+    run = jax.jit(
+        lambda params: model.apply({"params": params}, images),
+        # It runs once: compiling faster counts for more than running faster.
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(run(params))
+
+
+def flat(params):
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+# The reference program's own numbers.
+
+
+@pytest.mark.skipif(
+    not (GOLDENS / "vit_official_logits.npz").exists(),
+    reason="the reference program's numbers (vit_official_*.npz) are not here",
+)
+def test_model_gives_the_logits_of_the_reference_program():
+    layout = GOLDENS / "vit_official_layout.npz"
+    golden = np.load(GOLDENS / "vit_official_logits.npz")
+    config = json.loads(str(golden["config"]))
+    image_size = config.pop("image_size")
+    model, params = load_checkpoint(layout)
+    assert model == ViT(**config)
+    assert flat(params).keys() == set(np.load(layout).files)
+    logits = apply(model, params, golden["images"])
+    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-4)
+    chex.assert_trees_all_equal(load_checkpoint(layout, image_size)[1], params)
+
+
+# A network in NumPy, and its files in every layout. Matrices are (out, in).
+
+
+def network(  # Sizes all differ.
+    seed=0,
+    *,
+    size=3,
+    channels=2,
+    width=12,
+    heads=3,
+    hidden=20,
+    layers=2,
+    grid=4,
+    classes=5,
+    representation=None,
+):
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape, scale=1.0):
+        return rng.normal(0, scale, shape).astype(np.float32)
+
+    def linear(out, inputs, gain=1.0):
+        return normal(out, inputs, scale=gain / inputs**0.5), normal(out, scale=0.3)
+
+    def norm():
+        return 1 + normal(width, scale=0.3), normal(width, scale=0.3)
+
+    def block():
+        return {
+            "norm1": norm(),
+            # Sharp attention and a hidden layer far from zero: nothing averages out.
+            "query": linear(width, width, 2),
+            "key": linear(width, width, 2),
+            "value": linear(width, width),
+            "out": linear(width, width),
+            "norm2": norm(),
+            "fc1": linear(hidden, width, 2),
+            "fc2": linear(width, hidden),
+        }
+
+    net = {
+        "heads": heads,
+        "cls": normal(width),
+        "positions": normal(1 + grid**2, width),
+        "patch": (normal(width, channels, size, size, scale=0.3), normal(width)),
+        "blocks": [block() for _ in range(layers)],
+        "norm": norm(),
+    }
+    if representation:
+        net["pre_logits"] = linear(representation, width)
+    if classes:
+        net["head"] = linear(classes, representation or width)
+    return net
+
+
+def images_of(net, grid=4, num=2):
+    _, channels, size, _ = net["patch"][0].shape
+    shape = num, grid * size, grid * size, channels
+    return np.random.default_rng(9).uniform(-1, 1, shape).astype(np.float32)
+
+
+def forward(net, images, gelu, eps):
+    return np.stack([forward_one(net, image, gelu, eps) for image in images])
+
+
+def forward_one(net, image, gelu, eps):
+    """Dosovitskiy et al. 2021, equations 1 to 4, one image (H, W, C), in float64."""
+    kernel, bias = net["patch"]
+    size = kernel.shape[-1]
+    tokens = [net["cls"]]
+    for top in range(0, image.shape[0], size):
+        for left in range(0, image.shape[1], size):
+            patch = image[top : top + size, left : left + size].transpose(2, 0, 1)
+            tokens.append([np.sum(filter_ * patch) for filter_ in kernel] + bias)
+    z = np.array(tokens, np.float64) + net["positions"]
+    for block in net["blocks"]:
+        z = z + attention(layer_norm(z, block["norm1"], eps), block, net["heads"])
+        hidden = affine(layer_norm(z, block["norm2"], eps), block["fc1"])
+        z = z + affine(np.vectorize(GELU[gelu])(hidden), block["fc2"])
+    y = layer_norm(z, net["norm"], eps)[0]
+    if "pre_logits" in net:
+        y = np.tanh(affine(y, net["pre_logits"]))
+    return affine(y, net["head"]) if "head" in net else y
+
+
+def affine(x, linear):
+    return x @ linear[0].astype(np.float64).T + linear[1]
+
+
+def layer_norm(x, norm, eps):
+    mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(var + eps) * norm[0] + norm[1]
+
+
+GELU = {
+    "erf": lambda x: x * 0.5 * (1 + math.erf(x / math.sqrt(2))),
+    "tanh": lambda x: (
+        x * 0.5 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    ),
+}
+
+
+def attention(x, block, heads):
+    query, key, value = (affine(x, block[k]) for k in ("query", "key", "value"))
+    rows = []
+    for i in range(len(x)):
+        row = []
+        for part in np.split(np.arange(query.shape[1]), heads):
+            logits = key[:, part] @ query[i, part] / math.sqrt(len(part))
+            weights = np.exp(logits - logits.max())
+            row.append(weights / weights.sum() @ value[:, part])
+        rows.append(np.concatenate(row))
+    return affine(np.array(rows), block["out"])
+
+
+def linen(net):
+    """The file of google-research/vision_transformer."""
+
+    def by_head(matrix):
+        parts = np.split(matrix, net["heads"])
+        return np.stack([part.T for part in parts], axis=1)  # (D, H, d)
+
+    arrays = {
+        "cls": net["cls"][None, None],
+        POSITIONS: net["positions"][None],
+        "embedding/kernel": np.moveaxis(net["patch"][0], (0, 1), (3, 2)),
+        "embedding/bias": net["patch"][1],
+        "Transformer/encoder_norm/scale": net["norm"][0],
+        "Transformer/encoder_norm/bias": net["norm"][1],
+    }
+    for i, block in enumerate(net["blocks"]):
+        start = f"Transformer/encoderblock_{i}"
+        for name in ("query", "key", "value"):
+            module = f"{start}/MultiHeadDotProductAttention_0/{name}"
+            kernel, bias = block[name]
+            arrays[f"{module}/kernel"] = by_head(kernel)
+            arrays[f"{module}/bias"] = np.stack(np.split(bias, net["heads"]))
+        module = f"{start}/MultiHeadDotProductAttention_0/out"
+        parts = np.split(block["out"][0], net["heads"], axis=1)
+        arrays[f"{module}/kernel"] = np.stack([part.T for part in parts])  # (H, d, D)
+        arrays[f"{module}/bias"] = block["out"][1]
+        for i, name in enumerate(("norm1", "norm2")):
+            arrays[f"{start}/LayerNorm_{i}/scale"] = block[name][0]
+            arrays[f"{start}/LayerNorm_{i}/bias"] = block[name][1]
+        for i, name in enumerate(("fc1", "fc2")):
+            arrays[f"{start}/MlpBlock_0/Dense_{i}/kernel"] = block[name][0].T
+            arrays[f"{start}/MlpBlock_0/Dense_{i}/bias"] = block[name][1]
+    for name in net.keys() & {"pre_logits", "head"}:
+        arrays[f"{name}/kernel"] = net[name][0].T
+        arrays[f"{name}/bias"] = net[name][1]
+    return arrays
+
+
+def pre_linen(net):
+    return {
+        name.replace("/LayerNorm_1/", "/LayerNorm_2/")
+        .replace("MultiHeadDotProductAttention_0", "MultiHeadDotProductAttention_1")
+        .replace("MlpBlock_0", "MlpBlock_3"): value
+        for name, value in linen(net).items()
+    }
+
+
+def opt_target(net):
+    arrays = {f"opt/target/{name}": value for name, value in pre_linen(net).items()}
+    return arrays | {"opt/state/step": np.int64(3), "extra/seen": np.arange(2)}
+
+
+def big_vision(net):
+    arrays = linen(net)
+    positions = arrays.pop(POSITIONS)
+    arrays["cls"] = arrays["cls"] + positions[:, :1]
+    arrays["pos_embedding"] = positions[:, 1:]
+    arrays = {f"params/{name}": value for name, value in arrays.items()}
+    return arrays | {"opt/0/mu/cls": np.zeros(3, np.float32)}
+
+
+def big_vision_stacked(net):
+    arrays = big_vision(net)
+    start = "params/Transformer/encoderblock"
+    for name in [name for name in arrays if name.startswith(f"{start}_0")]:
+        leaf = name.removeprefix(f"{start}_0/")
+        layers = [arrays.pop(f"{start}_{i}/{leaf}") for i in range(len(net["blocks"]))]
+        arrays[f"{start}/{leaf}"] = np.stack(layers)
+    return arrays
+
+
+def big_vision_old(net):
+    """From before its CLS token left the position embedding."""
+    arrays = linen(net)
+    arrays["Transformer/pos_embedding"] = arrays.pop(POSITIONS)
+    return arrays
+
+
+def torch_file(net, names):
+    """{theirs.weight, theirs.bias} of {(block or None, ours): theirs}."""
+    arrays = {}
+    modules = {(None, name): value for name, value in net.items()}
+    for i, block in enumerate(net["blocks"]):
+        modules |= {(i, name): value for name, value in block.items()}
+    for (i, name), theirs in names.items():
+        for block in [None] if i is None else range(len(net["blocks"])):
+            if (block, name) in modules:
+                module = theirs.format(block)
+                weight, bias = modules[block, name]
+                arrays |= {f"{module}.weight": weight, f"{module}.bias": bias}
+    return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+
+
+def timm(net):
+    blocks = [
+        {
+            **block,
+            "qkv": [
+                np.concatenate([block[name][i] for name in ("query", "key", "value")])
+                for i in (0, 1)
+            ],
+        }
+        for block in net["blocks"]
+    ]
+    names = {
+        (None, "patch"): "patch_embed.proj",
+        (0, "norm1"): "blocks.{}.norm1",
+        (0, "qkv"): "blocks.{}.attn.qkv",
+        (0, "out"): "blocks.{}.attn.proj",
+        (0, "norm2"): "blocks.{}.norm2",
+        (0, "fc1"): "blocks.{}.mlp.fc1",
+        (0, "fc2"): "blocks.{}.mlp.fc2",
+        (None, "norm"): "norm",
+        (None, "pre_logits"): "pre_logits.fc",
+        (None, "head"): "head",
+    }
+    return torch_file(net | {"blocks": blocks}, names) | {
+        "cls_token": net["cls"][None, None],
+        "pos_embed": net["positions"][None],
+    }
+
+
+def timm_without_cls_row(net):
+    arrays = timm(net)
+    arrays["cls_token"] = arrays["cls_token"] + arrays["pos_embed"][:, :1]
+    arrays["pos_embed"] = np.ascontiguousarray(arrays["pos_embed"][:, 1:])
+    return arrays
+
+
+def hugging_face(net, prefix="vit."):
+    layer = f"{prefix}encoder.layer.{{}}"
+    names = {
+        (None, "patch"): f"{prefix}embeddings.patch_embeddings.projection",
+        (0, "norm1"): f"{layer}.layernorm_before",
+        (0, "query"): f"{layer}.attention.attention.query",
+        (0, "key"): f"{layer}.attention.attention.key",
+        (0, "value"): f"{layer}.attention.attention.value",
+        (0, "out"): f"{layer}.attention.output.dense",
+        (0, "norm2"): f"{layer}.layernorm_after",
+        (0, "fc1"): f"{layer}.intermediate.dense",
+        (0, "fc2"): f"{layer}.output.dense",
+        (None, "norm"): f"{prefix}layernorm",
+        (None, "head"): "classifier",
+    }
+    return torch_file(net, names) | {
+        f"{prefix}embeddings.cls_token": net["cls"][None, None],
+        f"{prefix}embeddings.position_embeddings": net["positions"][None],
+    }
+
+
+def hugging_face_encoder(net):
+    pooler = {
+        "pooler.dense.weight": np.ones((12, 12), np.float32),
+        "pooler.dense.bias": np.ones(12, np.float32),
+    }
+    return hugging_face(net, prefix="") | pooler
+
+
+TORCH = (timm, timm_without_cls_row, hugging_face, hugging_face_encoder)
+GOOGLE = (
+    *(linen, pre_linen, opt_target),
+    *(big_vision, big_vision_stacked, big_vision_old),
+)
+EPSILON = {hugging_face: 1e-12, hugging_face_encoder: 1e-12}
+
+
+def write(folder, layout, net, arrays=None):
+    arrays = layout(net) if arrays is None else arrays
+    if layout in TORCH:
+        path = folder / "model.safetensors"
+        safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
+    else:
+        path = folder / "model.npz"
+        np.savez(path, **arrays)
+    return path
+
+
+def load(path, layout, net, **kwargs):
+    heads = net["heads"] if layout in TORCH else None
+    return load_checkpoint(path, num_heads=heads, **kwargs)
+
+
+@pytest.mark.parametrize("layout", [*GOOGLE, *TORCH])
+def test_logits_are_those_of_the_equations(tmp_path, layout):
+    has_head = layout is not hugging_face_encoder
+    net = network(classes=5 if has_head else 0)
+    model, params = load(write(tmp_path, layout, net), layout, net)
+    gelu, other = ("erf", "tanh") if layout in TORCH else ("tanh", "erf")
+    assert model == ViT(
+        num_classes=5 if has_head else 0,
+        patch_size=3,
+        hidden_size=12,
+        num_layers=2,
+        num_heads=3,
+        mlp_dim=20,
+        gelu=gelu,
+        ln_eps=EPSILON.get(layout, 1e-6),
+    )
+    images = images_of(net)
+    logits = apply(model, params, images)
+    expected = forward(net, images, gelu, 1e-6)
+    # float32 against float64: 1e-6 each for a few dozen operations in a row.
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+    assert np.max(np.abs(forward(net, images, other, 1e-6) - expected)) > 1e-4
+
+
+@pytest.mark.parametrize("layout", [pre_linen, big_vision_stacked, timm])
+def test_layer_before_the_head_belongs_to_it(tmp_path, layout):
+    net = network(
+        *(1,),
+        **dict(size=2, channels=1, width=10, heads=2, hidden=7, layers=1, grid=3),
+        **dict(classes=4, representation=6),
+    )
+    path = write(tmp_path, layout, net)
+    model, params = load(path, layout, net)
+    assert model.representation_size == 6 and model.num_layers == 1
+    images = images_of(net, grid=3)
+    expected = forward(net, images, model.gelu, 1e-6)
+    np.testing.assert_allclose(apply(model, params, images), expected, atol=2e-5)
+
+    same, kept = load(path, layout, net, num_classes=4)
+    assert same == model
+    chex.assert_trees_all_equal(kept, params)
+
+    tuned, reset = load(path, layout, net, num_classes=8)
+    assert tuned == model.clone(num_classes=8, representation_size=None)
+    head = reset.pop("head")
+    chex.assert_trees_all_equal(
+        head, {"kernel": np.zeros((10, 8), np.float32), "bias": np.zeros(8, np.float32)}
+    )
+    chex.assert_trees_all_equal_dtypes(head, kept["head"])
+    body = {k: v for k, v in params.items() if k not in ("head", "pre_logits")}
+    chex.assert_trees_all_equal(reset, body)
+    bare, without = load(path, layout, net, num_classes=0)
+    assert bare == tuned.clone(num_classes=0)
+    chex.assert_trees_all_equal(without, body)
+
+
+@pytest.mark.parametrize("layout", [linen, timm, hugging_face])
+def test_headless_file(tmp_path, layout):
+    net = network(classes=0)
+    if layout is not hugging_face:  # Without a head its layer is of no use.
+        net["pre_logits"] = np.ones((6, 12), np.float32), np.ones(6, np.float32)
+    path = write(tmp_path, layout, net)
+    model, params = load(path, layout, net)
+    assert model.num_classes == 0 and model.representation_size is None
+    assert params.keys() == {"cls", "embedding", "Transformer"}
+    images = images_of(net, num=1)
+    expected = forward_one(
+        {k: v for k, v in net.items() if k != "pre_logits"},
+        images[0],
+        model.gelu,
+        1e-6,
+    )
+    np.testing.assert_allclose(apply(model, params, images)[0], expected, atol=2e-5)
+    tuned, params = load(path, layout, net, num_classes=3)
+    assert tuned == model.clone(num_classes=3)
+    assert params["head"]["kernel"].shape == (12, 3)
+
+
+@pytest.mark.parametrize("layout", [*GOOGLE, *TORCH[:3]])
+def test_layouts_of_one_network_give_the_same_bits(tmp_path, layout):
+    net = network(2)
+    expected = linen(net)
+    _, params = load(write(tmp_path, layout, net), layout, net)
+    params = flat(params)
+    if layout in (big_vision, big_vision_stacked, timm_without_cls_row):
+        row = expected[POSITIONS][:, :1]
+        expected["cls"] = expected["cls"] + row
+        expected[POSITIONS] = np.concatenate([0 * row, expected[POSITIONS][:, 1:]], 1)
+    chex.assert_trees_all_equal(params, expected)
+    assert all(isinstance(v, jax.Array) for v in params.values())
+    assert {v.dtype.name for v in params.values()} == {"float32"}
+
+
+def test_more_than_ten_layers_stay_in_order(tmp_path):
+    net = network(3, layers=11, hidden=4, width=2, heads=1)
+    for layout in (timm, big_vision_stacked):
+        _, params = load(write(tmp_path, layout, net), layout, net)
+        for i, block in enumerate(net["blocks"]):
+            bias = params["Transformer"][f"encoderblock_{i}"]["LayerNorm_1"]["bias"]
+            np.testing.assert_array_equal(bias, block["norm2"][1])
+
+
+def test_parameters_carry_the_names_of_the_reference_program(tmp_path):
+    net = network(layers=1, representation=6)
+    _, params = load_checkpoint(write(tmp_path, pre_linen, net))
+    block = "Transformer/encoderblock_0"
+    attention = f"{block}/MultiHeadDotProductAttention_0"
+    shapes = {name: value.shape for name, value in flat(params).items()}
+    assert shapes == {
+        "cls": (1, 1, 12),
+        "embedding/kernel": (3, 3, 2, 12),
+        "embedding/bias": (12,),
+        "Transformer/posembed_input/pos_embedding": (1, 17, 12),
+        f"{block}/LayerNorm_0/scale": (12,),
+        f"{block}/LayerNorm_0/bias": (12,),
+        f"{attention}/query/kernel": (12, 3, 4),
+        f"{attention}/query/bias": (3, 4),
+        f"{attention}/key/kernel": (12, 3, 4),
+        f"{attention}/key/bias": (3, 4),
+        f"{attention}/value/kernel": (12, 3, 4),
+        f"{attention}/value/bias": (3, 4),
+        f"{attention}/out/kernel": (3, 4, 12),
+        f"{attention}/out/bias": (12,),
+        f"{block}/LayerNorm_1/scale": (12,),
+        f"{block}/LayerNorm_1/bias": (12,),
+        f"{block}/MlpBlock_0/Dense_0/kernel": (12, 20),
+        f"{block}/MlpBlock_0/Dense_0/bias": (20,),
+        f"{block}/MlpBlock_0/Dense_1/kernel": (20, 12),
+        f"{block}/MlpBlock_0/Dense_1/bias": (12,),
+        "Transformer/encoder_norm/scale": (12,),
+        "Transformer/encoder_norm/bias": (12,),
+        "pre_logits/kernel": (12, 6),
+        "pre_logits/bias": (6,),
+        "head/kernel": (6, 5),
+        "head/bias": (5,),
+    }
+
+
+# What the shapes of PyTorch's files do not tell.
+
+
+def test_heads_are_64_wide_unless_told_otherwise(tmp_path):
+    net = network(width=128, heads=2, hidden=3, layers=1, size=1, channels=1, grid=1)
+    for layout in (timm, hugging_face):
+        path = write(tmp_path, layout, net)
+        model, params = load_checkpoint(path)
+        assert model.num_heads == 2 and model.head_dim is None
+        chex.assert_trees_all_equal(flat(params), linen(net))
+        assert load_checkpoint(path, num_heads=4)[0].num_heads == 4
+
+
+def test_hugging_face_config_is_read(tmp_path):
+    net = network()
+    path = write(tmp_path, hugging_face, net)
+    config = {
+        "num_attention_heads": 3,
+        "layer_norm_eps": 0.05,
+        "hidden_act": "gelu_new",
+        "hidden_size": 12,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, params = load_checkpoint(path)
+    assert (model.num_heads, model.ln_eps, model.gelu) == (3, 0.05, "tanh")
+    images = images_of(net)
+    expected = forward(net, images, "tanh", 0.05)
+    np.testing.assert_allclose(apply(model, params, images), expected, atol=2e-5)
+    assert load_checkpoint(path, num_heads=6)[0].num_heads == 6
+    (tmp_path / "config.json").write_text('{"hidden_act": "gelu"}')
+    model, _ = load_checkpoint(path, num_heads=3)
+    assert (model.ln_eps, model.gelu) == (1e-12, "erf")
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ('{"num_attention_heads":', "config.json is no JSON"),
+        ("\xff", "config.json is no JSON"),
+        ("[1]", r"holds \[1\]"),
+        ('{"hidden_act": "relu"}', "'relu' of config.json is none of gelu, gelu_new"),
+        ('{"hidden_act": "tanh"}', "'tanh' of config.json is none of"),
+        ('{"hidden_act": ["gelu"]}', "is none of"),
+        ('{"num_attention_heads": "3"}', "config.json gives '3' for num_heads"),
+        ('{"num_attention_heads": 0}', "config.json gives 0 for num_heads"),
+        ('{"num_attention_heads": 5}', "num_heads must divide .* 12, got 5"),
+        ('{"layer_norm_eps": null}', "config.json gives None for ln_eps"),
+        ('{"layer_norm_eps": NaN}', "config.json gives nan for ln_eps"),
+        ("{}", "12 does not divide into heads of 64: give num_heads"),
+    ],
+)
+def test_config_that_does_not_fit_is_refused(tmp_path, text, match):
+    path = write(tmp_path, hugging_face, network())
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"model.safetensors: .*{match}"):
+        load_checkpoint(path)
+
+
+# The position embedding.
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(3, 5), (5, 3), (4, 7), (7, 4), (3, 1), (1, 4), (6, 6), (14, 24)]
+)
+def test_positions_are_resized_as_by_scipy(old, new):
+    rng = np.random.default_rng(old)
+    positions = rng.normal(size=(1, 1 + old**2, 5)).astype(np.float32)
+    grid = positions[0, 1:].reshape(old, old, 5)
+    expected = scipy.ndimage.zoom(grid, (new / old, new / old, 1), order=1)
+    resized = resize_positions(positions, new)
+    chex.assert_shape(resized, (1, 1 + new**2, 5))
+    assert resized.dtype == np.float32
+    np.testing.assert_array_equal(resized[:, :1], positions[:, :1])
+    # One unit in the last place: both compute in float64.
+    np.testing.assert_allclose(
+        resized[0, 1:].reshape(new, new, 5), expected, rtol=2e-7, atol=1e-7
+    )
+    if old == new:
+        np.testing.assert_array_equal(resized, positions)
+
+
+@pytest.mark.parametrize("layout", [pre_linen, big_vision, timm])
+def test_other_image_size(tmp_path, layout):
+    net = network()  # 4 x 4 patches of 3 pixels
+    path = write(tmp_path, layout, net)
+    model, params = load(path, layout, net, image_size=21)
+    images = images_of(net, grid=7)
+    grid = net["positions"][1:].reshape(4, 4, 12)
+    grid = scipy.ndimage.zoom(grid, (7 / 4, 7 / 4, 1), order=1)
+    positions = np.concatenate([net["positions"][:1], grid.reshape(49, 12)])
+    expected = forward(net | {"positions": positions}, images, model.gelu, 1e-6)
+    np.testing.assert_allclose(apply(model, params, images), expected, atol=2e-5)
+    same = load(path, layout, net, image_size=12)
+    chex.assert_trees_all_equal(same, load(path, layout, net))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"image_size": 10}, "image_size must be a multiple of .* 3, got 10"),
+        ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"num_classes": -1}, "num_classes must be at least 0, got -1"),
+        ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
+        ({"num_heads": 4}, "num_heads is 3 in this file, got 4"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(tmp_path, kwargs, match):
+    path = write(tmp_path, linen, network())
+    with pytest.raises(ValueError, match=f"model.npz: {match}"):
+        load_checkpoint(path, **kwargs)
+
+
+@pytest.mark.parametrize("num_heads", [5, 24])
+def test_heads_that_do_not_divide_the_width_are_refused(tmp_path, num_heads):
+    path = write(tmp_path, timm, network())
+    with pytest.raises(ValueError, match=f"must divide .* 12, got {num_heads}"):
+        load_checkpoint(path, num_heads=num_heads)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "num_positions"),
+    [(linen, POSITIONS, 16), (linen, POSITIONS, 15)]
+    + [(timm, "pos_embed", 18), (big_vision, "params/pos_embedding", 6)]
+    + [(hugging_face, "vit.embeddings.position_embeddings", 9)],
+)
+def test_positions_that_form_no_square_are_refused(
+    tmp_path, layout, name, num_positions
+):
+    net = network()
+    arrays = layout(net) | {name: np.ones((1, num_positions, 12), np.float32)}
+    path = write(tmp_path, layout, net, arrays)
+    for image_size in (None, 12):
+        with pytest.raises(ValueError, match="allowed are squares: 1, 4, 9"):
+            load(path, layout, net, image_size=image_size)
+    with pytest.raises(ValueError, match="allowed are squares: 1, 4, 9"):
+        resize_positions(np.ones((1, 6, 2)), 3)
+
+
+# Our own files.
+
+
+def random_params(model, images_shape=(1, 12, 12, 2)):
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(images_shape))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes["params"]
+    )
+
+
+SIZES = dict(patch_size=3, hidden_size=12, num_layers=2, num_heads=3, mlp_dim=20)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"gelu": "erf", "ln_eps": 1e-3},
+        {"num_heads": (3, 1), "mlp_dim": (20, 7), "head_dim": 4},
+        {"num_heads": 2, "head_dim": 4},
+        {"representation_size": 6},
+        {"num_classes": 0},
+        {"num_classes": 0, "representation_size": 6},
+    ],
+    ids=str,
+)
+def test_saved_file_loads_bitwise(tmp_path, fields):
+    model = ViT(**{"num_classes": 5, **SIZES, **fields})
+    params = random_params(model)
+    path = tmp_path / "mine.npz"
+    save_checkpoint(path, model, params)
+    loaded, restored = load_checkpoint(str(path))
+    assert loaded == model
+    chex.assert_trees_all_equal(restored, params)
+    assert os.listdir(tmp_path) == ["mine.npz"]
+
+    save_checkpoint(path, model, params, dtype="float16")
+    loaded, restored = load_checkpoint(path)
+    assert loaded == model
+    rounded = jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), params)
+    chex.assert_trees_all_equal(restored, rounded)
+    chex.assert_trees_all_equal_dtypes(restored, params)
+    with np.load(path) as file:
+        assert {file[name].dtype.name for name in file.files if name != "meta"} == {
+            "float16"
+        }
+
+
+def test_oblong_grid_survives_but_is_not_resized(tmp_path):
+    model = ViT(num_classes=5, **SIZES)
+    params = random_params(model, (1, 9, 15, 2))  # 15 patches, with CLS a square.
+    save_checkpoint(tmp_path / "mine.npz", model, params)
+    loaded, restored = load_checkpoint(tmp_path / "mine.npz")
+    assert loaded == model
+    chex.assert_trees_all_equal(restored, params)
+    with pytest.raises(ValueError, match="has 15 positions .* allowed are squares"):
+        load_checkpoint(tmp_path / "mine.npz", image_size=12)
+
+
+def test_saved_file_is_one_of_the_reference_program(tmp_path):
+    net = network(4)
+    model, params = load_checkpoint(write(tmp_path, linen, net))
+    save_checkpoint(tmp_path / "mine.npz", model, params)
+    with np.load(tmp_path / "mine.npz", allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    assert json.loads(str(arrays.pop("meta"))) == {"gelu": "tanh", "ln_eps": 1e-6}
+    chex.assert_trees_all_equal(arrays, linen(net))
+
+
+def test_settings_of_a_run_are_not_saved(tmp_path):
+    model = ViT(num_classes=5, dropout_rate=0.1, dtype=jnp.bfloat16, **SIZES)
+    params = random_params(model)
+    halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    save_checkpoint(tmp_path / "mine.npz", model, halves)
+    loaded, restored = load_checkpoint(tmp_path / "mine.npz")
+    assert loaded == ViT(num_classes=5, **SIZES)
+    chex.assert_trees_all_equal(
+        restored, jax.tree.map(lambda x: x.astype(np.float32), halves)
+    )
+
+
+def test_what_can_not_be_saved_is_refused(tmp_path):
+    model = ViT(num_classes=5, **SIZES)
+    params = random_params(model)
+    path = tmp_path / "mine.npz"
+    with pytest.raises(ValueError, match=r"must end in .npz, got .*mine\.ckpt"):
+        save_checkpoint(tmp_path / "mine.ckpt", model, params)
+    with pytest.raises(ValueError, match="float32 or float16, got 'bfloat16'"):
+        save_checkpoint(path, model, params, dtype="bfloat16")
+    with pytest.raises(ValueError, match="2 missing: head/bias, head/kernel"):
+        save_checkpoint(path, model, {k: v for k, v in params.items() if k != "head"})
+    with pytest.raises(ValueError, match=r"1 misshapen: cls \(3,\) instead of"):
+        save_checkpoint(path, model, params | {"cls": np.ones(3)})
+    with pytest.raises(ValueError, match="1 missing: embedding/kernel; 1 unexpected"):
+        save_checkpoint(
+            path, model, params | {"embedding": {"bias": np.ones(12), "x": np.ones(1)}}
+        )
+    large = params | {"cls": np.full((1, 1, 12), -7e4)}
+    with pytest.raises(ValueError, match="cls holds 70000.0, too large for float16"):
+        save_checkpoint(path, model, large, dtype="float16")
+    with pytest.raises(ValueError, match="cls is of int32, not of floats"):
+        save_checkpoint(path, model, params | {"cls": np.ones((1, 1, 12), np.int32)})
+    assert not os.listdir(tmp_path)
+
+
+def test_failed_save_leaves_the_older_file_whole(tmp_path, monkeypatch):
+    model = ViT(num_classes=5, **SIZES)
+    params = random_params(model)
+    path = tmp_path / "mine.npz"
+    save_checkpoint(path, model, params)
+
+    def savez(file, **arrays):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez", savez)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(path, model, jax.tree.map(np.zeros_like, params))
+    assert os.listdir(tmp_path) == ["mine.npz"]
+    chex.assert_trees_all_equal(load_checkpoint(path)[1], params)
+
+
+@pytest.mark.parametrize(
+    ("meta", "match"),
+    [
+        ("{", "meta is no JSON"),
+        ("[" * 100_000, "meta is no JSON"),
+        ("3", "meta must hold a JSON object, holds 3"),
+        ("{}", "meta gives None for gelu"),
+        ('{"gelu": "relu", "ln_eps": 1e-6}', "meta gives 'relu' for gelu"),
+        ('{"gelu": "erf", "ln_eps": "x"}', "meta gives 'x' for ln_eps"),
+    ],
+    ids=range(6),
+)
+def test_damaged_settings_are_refused(tmp_path, meta, match):
+    path = write(tmp_path, linen, None, linen(network()) | {"meta": meta})
+    with pytest.raises(ValueError, match=f"model.npz: {match}"):
+        load_checkpoint(path)
+
+
+# Files that are something else.
+
+
+def test_misfits_are_listed_by_name(tmp_path):
+    arrays = linen(network())
+    block = "Transformer/encoderblock_1"
+    del arrays["cls"], arrays[f"{block}/LayerNorm_0/bias"]
+    arrays["extra/kernel"] = np.ones(3, np.float32)
+    key = f"{block}/MultiHeadDotProductAttention_0/key/bias"
+    arrays[key] = np.ones((4, 3), np.float32)
+    path = write(tmp_path, linen, None, arrays)
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(path)
+    assert str(error.value) == (
+        f"{path}: the parameters do not fit a ViT: 2 missing: "
+        f"{block}/LayerNorm_0/bias, cls; 1 unexpected: extra/kernel; 1 misshapen: {key} "
+        "(4, 3) instead of (3, 4)."
+    )
+
+
+def test_long_lists_are_cut(tmp_path):
+    arrays = linen(network(layers=3))
+    gap = {k: v for k, v in arrays.items() if "encoderblock_1/" not in k}
+    with pytest.raises(ValueError, match=r"16 missing: (\S+, ){5}\.\.\.; 16 unexpect"):
+        load_checkpoint(write(tmp_path, linen, None, gap))
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "value", "match"),
+    [
+        (
+            linen,
+            "embedding/kernel",
+            None,
+            r"embedding/kernel \(p, p, C, D\) is missing",
+        ),
+        (linen, "embedding/kernel", (3, 2, 12), r"\(3, 2, 12\), needs \(p, p, C, D\)"),
+        (linen, "embedding/kernel", (3, 4, 2, 12), r"1 misshapen: embedding/kernel"),
+        (linen, "embedding/kernel", (0, 0, 2, 12), "patch_size must be at least 1"),
+        (linen, "head/kernel", None, "head/kernel .* is missing"),
+        (linen, "head/bias", None, "1 missing: head/bias"),
+        (linen, "head/bias", (), r"misshapen: head/bias \(\) instead of \(5,\)"),
+        (linen, POSITIONS, None, "1 missing: .*pos_embedding"),
+        (linen, POSITIONS, (17, 12), r"\(17, 12\), needs \(1, 1 \+ P, D\)"),
+        (linen, POSITIONS, (2, 17, 12), "1 misshapen"),
+        (linen, POSITIONS, (1, 1, 12), r"\(1, 1, 12\) instead of \(1, 2, 12\)"),
+        (linen, "Transformer/encoderblock_7/LayerNorm_9/scale", (2,), "1 unexpected"),
+        (linen, "MAPHead_0/probe", (1, 1, 12), r"pooling by attention \(MAP\)"),
+        (linen, "conv_root/kernel", (7, 7, 3, 12), "convolutional stem"),
+        (big_vision, "params/cls", None, "average .GAP., 16 positions and no CLS"),
+        (big_vision_stacked, "params/Transformer/encoderblock/x", (), "1 unexpected"),
+        (timm, "cls_token", None, "1 missing: cls"),
+        (timm, "patch_embed.proj.weight", (12, 18), r"\(18, 12\), needs \(p, p, C, D"),
+        (timm, "blocks.0.attn.qkv.weight", (37, 12), "query/kernel .* is missing"),
+        (timm, "blocks.1.attn.qkv.bias", (37,), "3 missing.*unexpected: blocks.1.attn"),
+        (timm, "blocks.1.attn.qkv.bias", (), "3 missing.*1 unexpected"),
+        (timm, "blocks.1.attn.qkv.bias", None, "3 missing"),
+        (timm, "blocks.1.attn.proj.weight", (12, 13), r"misshapen: .*out/kernel"),
+        (timm, "blocks.1.attn.proj.weight", (), r"misshapen: .*out/kernel \(\)"),
+        (timm, "blocks.1.mlp.fc1.weight", (40, 12), "misshapen"),
+        (timm, "dist_token", (1, 1, 12), r"a distillation token \(DeiT\), dist_token"),
+        (timm, "head_dist.weight", (5, 12), "distillation token"),
+        (timm, "blocks.0.ls1.gamma", (12,), "layer scale, blocks.0.ls1.gamma"),
+        (timm, "blocks.0.gamma_1", (12,), "layer scale"),
+        (timm, "blocks.0.attn.q_norm.weight", (4,), "qk-norm"),
+        (timm, "reg_token", (1, 4, 12), "register tokens"),
+        (timm, "blocks.0.mlp.fc1_g.weight", (20, 12), "SwiGLU"),
+        (timm, "blocks.0.mlp.w12.weight", (40, 12), "SwiGLU"),
+        (timm, "fc_norm.weight", (12,), "GAP"),
+        (timm, "norm_pre.weight", (12,), "a normalisation before the blocks"),
+        (hugging_face, "classifier.bias", (6,), r"misshapen: head/bias \(6,\)"),
+        (
+            *(hugging_face, "deit.embeddings.distillation_token", (1, 1, 12)),
+            "distillation token",
+        ),
+        (
+            *(hugging_face, "vit.encoder.layer.0.layer_scale1.lambda1", (12,)),
+            "layer scale",
+        ),
+        (
+            *(hugging_face, "vit.encoder.layer.0.mlp.weights_in.weight", (40, 12)),
+            "SwiGLU",
+        ),
+    ],
+)
+def test_file_that_is_no_such_network_is_refused(tmp_path, layout, name, value, match):
+    net = network()
+    arrays = layout(net)
+    if value is None:
+        del arrays[name]
+    else:
+        arrays[name] = np.ones(value, np.float32)
+    path = write(tmp_path, layout, net, arrays)
+    with pytest.raises(ValueError, match=f"{path.name}: .*{match}"):
+        load(path, layout, net)
+
+
+def test_packed_gated_mlp_is_refused(tmp_path):
+    net = network()
+    for block in net["blocks"]:
+        block["fc1"] = np.ones((40, 12), np.float32), np.ones(40, np.float32)
+    with pytest.raises(ValueError, match="SwiGLU"):
+        load(write(tmp_path, timm, net), timm, net)
+
+
+def test_other_contents_are_refused(tmp_path):
+    net = network()
+    resnet = {"layer1.0.conv1.weight": np.ones(3, np.float32)}
+    with pytest.raises(ValueError, match="no parameters of a Vision .*: layer1.0.conv"):
+        load_checkpoint(write(tmp_path, timm, net, resnet))
+    with pytest.raises(ValueError, match="no parameters of a Vision"):
+        load_checkpoint(write(tmp_path, linen, net, {}))
+    with pytest.raises(ValueError, match="needs|missing"):
+        load_checkpoint(write(tmp_path, linen, net, {"cls": np.ones(3)}))
+    twice = linen(net) | pre_linen(net)
+    with pytest.raises(ValueError, match=r"\S+ and \S+ are the same parameter"):
+        load_checkpoint(write(tmp_path, linen, net, twice))
+    integers = linen(net) | {"embedding/bias": np.arange(12)}
+    with pytest.raises(ValueError, match="embedding/bias is of int64, not of floats"):
+        load_checkpoint(write(tmp_path, linen, net, integers))
+    text = linen(net) | {"embedding/bias": np.array(["x"] * 12)}
+    with pytest.raises(ValueError, match="embedding/bias is of <U1, not of floats"):
+        load_checkpoint(write(tmp_path, linen, net, text))
+
+
+def test_paths_that_are_no_checkpoint_are_refused(tmp_path):
+    allowed = "ends in .npz or .safetensors, got"
+    (tmp_path / "x.npz").mkdir()
+    for name in (".", "x.npz"):
+        with pytest.raises(ValueError, match=f"{allowed} the directory "):
+            load_checkpoint(tmp_path / name)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=rf"{allowed} .*pytorch_model\.bin"):
+        load_checkpoint(tmp_path / "pytorch_model.bin")
+    for name in ("absent.npz", "absent.safetensors", "absent.bin"):
+        with pytest.raises(FileNotFoundError, match=name):
+            load_checkpoint(tmp_path / name)
+
+
+# The formats.
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float64, ">f4"])
+def test_every_precision_is_read(tmp_path, dtype):
+    net = network()
+    expected = {
+        name: value.astype(dtype).astype(np.float32)
+        for name, value in linen(net).items()
+    }
+    for layout in (timm, linen, big_vision):
+        if layout is timm and dtype == ">f4":
+            continue  # That format is little-endian.
+        # NumPy writes bfloat16 as two bytes of no type, as big_vision's files have it.
+        arrays = {k: v.astype(dtype) for k, v in layout(net).items()}
+        _, params = load(write(tmp_path, layout, net, arrays), layout, net)
+        params = flat(params)
+        assert {v.dtype.name for v in params.values()} == {"float32"}
+        if layout is not big_vision:
+            chex.assert_trees_all_equal(params, expected)
+
+
+def safetensors_bytes(header, buffer=b""):
+    if not isinstance(header, bytes):
+        header = json.dumps(header).encode()
+    return len(header).to_bytes(8, "little") + header + buffer
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"x": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"", "JSONDecodeError"),
+        (b"\x02\0\0", "JSONDecodeError"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "header would have .* bytes"),
+        (b"\xff" * 40, "header would have 18446744073709551615 bytes"),
+        (safetensors_bytes(b'{"x": '), "JSONDecodeError"),
+        (safetensors_bytes(b"\xff{}"), "UnicodeDecodeError"),
+        (safetensors_bytes(b"[" * 100_000), "RecursionError"),
+        (safetensors_bytes([1]), "TypeError"),
+        (safetensors_bytes({"x": 3}), "TypeError"),
+        (safetensors_bytes({"x": {"dtype": "F32"}}), "KeyError: 'shape'"),
+        (safetensors_bytes(entry("I64"), bytes(8)), "of I64; read are F32, F16, BF16"),
+        (safetensors_bytes(entry(["F32"]), bytes(8)), "TypeError"),
+        (safetensors_bytes(entry(), bytes(7)), "x .2. lies at bytes 0 to 8 of 7"),
+        (safetensors_bytes(entry(offsets=(4, 12)), bytes(8)), "4 to 12 of 8"),
+        (safetensors_bytes(entry(offsets=(-8, 0)), bytes(8)), "-8 to 0 of 8"),
+        (safetensors_bytes(entry(offsets=(8, 0)), bytes(8)), "8 to 0 of 8"),
+        (safetensors_bytes(entry(shape=(3,)), bytes(8)), "x .3. lies"),
+        (safetensors_bytes(entry(shape=(-1, -2)), bytes(8)), "ValueError"),
+        (safetensors_bytes(entry(shape=("2",)), bytes(8)), "Error"),
+        (safetensors_bytes(entry(offsets=(0, 8, 9)), bytes(8)), "ValueError"),
+    ],
+    ids=range(20),
+)
+def test_damaged_safetensors_gives_one_clear_error(tmp_path, data, match):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+    start = r"x.safetensors is damaged, or no .safetensors file of arrays \("
+    with pytest.raises(ValueError, match=f"{start}.*{match}"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("layout", [linen, timm])
+def test_truncated_file_gives_one_clear_error(tmp_path, layout):
+    path = write(tmp_path, layout, network(layers=1))
+    whole = path.read_bytes()
+    for size in (0, 1, 7, 8, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="is damaged, or no "):
+            load_checkpoint(path)
+
+
+def test_damaged_npz_gives_one_clear_error(tmp_path):
+    net = network(layers=1)
+    path = write(tmp_path, linen, net)
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(net["cls"].tobytes())] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="model.npz is damaged.*CRC"):
+        load_checkpoint(path)
+    path.write_text("<!doctype html>")
+    with pytest.raises(ValueError, match="model.npz is damaged.*no zip archive"):
+        load_checkpoint(path)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", b"not an array")
+    with pytest.raises(ValueError, match="model.npz is damaged.*data.pkl is no array"):
+        load_checkpoint(path)
+
+
+class Touch:
+    def __reduce__(self):
+        return os.mkdir, ("marker",)
+
+
+def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    objects = np.empty(1, object)
+    objects[0] = Touch()
+    np.savez("objects.npz", cls=objects)
+    Path("pickle.npz").write_bytes(pickle.dumps(Touch()))
+    Path("pickle.safetensors").write_bytes(pickle.dumps(Touch()))
+    for name in ("objects.npz", "pickle.npz", "pickle.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} is damaged, or no"):
+            load_checkpoint(name)
+    assert not Path("marker").exists()
+    np.load("objects.npz", allow_pickle=True)["cls"]
+    assert Path("marker").exists()  # The attack is real.
