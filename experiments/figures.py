@@ -14,7 +14,12 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from experiments import landscape_figures, lbi_figures, runtime  # noqa: E402
+from experiments import (  # noqa: E402
+    landscape_figures,
+    lbi_figures,
+    runtime,
+    vit_figures,
+)
 
 
 def draw(workdir: Path) -> None:
@@ -269,6 +274,8 @@ _DRAW = {
     "train_lbi": lbi_figures.draw_train_lbi,
     "prune_lbi": lbi_figures.draw_prune_lbi,
     "probe_landscape": landscape_figures.draw_probe_landscape,
+    "train_vit": vit_figures.draw_train_vit,
+    "prune_vit": vit_figures.draw_prune_vit,
 }
 
 

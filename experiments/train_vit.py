@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 import vit
-from experiments import image_classifier, runtime, vit_training
+from experiments import figures, image_classifier, runtime, vit_training
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -38,6 +39,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             "train_accuracy": metrics[-1]["train_accuracy"],
             "num_params": sum(x.size for x in jax.tree.leaves(params)),
         }
+        steps_per_epoch = image_classifier.count_steps(images, config.batch_size)
+        arrays = {"steps_per_epoch": np.array(steps_per_epoch)}
+        runtime.write_npz(run.workdir / "arrays.npz", arrays)
+        figures.draw(run.workdir)
         return run.finish(summary)
 
 

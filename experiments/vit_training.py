@@ -271,17 +271,27 @@ def train(
     images: Images,
     params: Any,
     *,
-    evaluate: Callable[[TrainState], dict[str, float]],
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> TrainState:
     """Trains `model` from `params` as run.config says; resumes from a checkpoint.
 
     Patch dropout changes at the shares of the training that config.patch_dropout
     names: ((from, keep), ...).
+
+    Args:
+      run: the open run folder.
+      model: the network, pruned or not.
+      images: the data set.
+      params: where to start.
+      evaluate: what to measure and log every config.evaluate_every epochs.
+      optimizer: instead of config.optimizer.
     """
     config = run.config
     steps_per_epoch = image_classifier.count_steps(images, config.batch_size)
     num_steps = config.num_epochs * steps_per_epoch
-    optimizer = make_optimizer(config.optimizer, num_steps)
+    if optimizer is None:
+        optimizer = make_optimizer(config.optimizer, num_steps)
     state = init_state(params, optimizer, num_steps)
     step, state = run.restore(state)
     updates: dict[float, Any] = {}
@@ -308,7 +318,8 @@ def train(
             metrics["train_accuracy"] = float(
                 state.accuracy[step - steps_per_epoch : step].mean()
             )
-            if epoch % config.evaluate_every == 0 or step == num_steps:
+            due = epoch % config.evaluate_every == 0 or step == num_steps
+            if evaluate is not None and due:
                 metrics |= evaluate(state)
         run.log(step, metrics, num_steps=num_steps)
         if step % config.checkpoint_every == 0 or step == num_steps:

@@ -15,10 +15,16 @@ from experiments.augmentation import OPERATIONS
 apply_operations = jax.jit(augmentation.apply_operations)
 # Of a function of a key and images, each with the type that it is meant for.
 RANDOM = {
-    "crop_flip": (augmentation.crop_flip, np.uint8),
-    "rand_augment": (augmentation.rand_augment, np.uint8),
-    "erase": (functools.partial(augmentation.erase, probability=0.9), np.float32),
-    "resized_crop": (functools.partial(augmentation.resized_crop, size=9), np.uint8),
+    "crop_flip": (jax.jit(augmentation.crop_flip), np.uint8),
+    "rand_augment": (jax.jit(augmentation.rand_augment), np.uint8),
+    "erase": (
+        jax.jit(functools.partial(augmentation.erase, probability=0.9)),
+        np.float32,
+    ),
+    "resized_crop": (
+        jax.jit(functools.partial(augmentation.resized_crop, size=9)),
+        np.uint8,
+    ),
 }
 
 
@@ -170,7 +176,7 @@ def test_rotation_turns_as_pillow_s():
 
 
 def test_colours_come_in_order_and_before_geometry():
-    images = noise(4, 7, 9, 3)
+    images = noise(5, 8, 32, 3)
     solarize, color, shear = ("solarize", 0.6), ("color", 0.5), ("shear_y", 1.0)
     expected = operate(operate(operate(images, solarize), color), shear)
     other_order = operate(operate(operate(images, color), solarize), shear)
@@ -180,7 +186,7 @@ def test_colours_come_in_order_and_before_geometry():
 
 
 def test_images_of_one_level_or_of_one_pixel_stay():
-    for shape in [(2, 5, 6, 3), (2, 1, 1, 1)]:
+    for shape in [(5, 8, 32, 3), (5, 1, 1, 1)]:
         images = np.full(shape, 77, np.uint8)
         for name in ("autocontrast", "equalize", "contrast", "color", "sharpness"):
             np.testing.assert_array_equal(operate(images, (name, 1.0)), images)
@@ -220,35 +226,40 @@ def test_magnitude_zero_is_the_identity():
     rand_augment = functools.partial(augmentation.rand_augment, magnitude=0)
     result = jax.jit(rand_augment)(jax.random.key(0), images)
     np.testing.assert_array_equal(result, images)
-    images = noise(5, 7, 9, 3)
+    images = noise(5, 8, 32, 3)
     for name in set(OPERATIONS) - {"autocontrast", "equalize"}:
         np.testing.assert_array_equal(operate(images, (name, 0.0)), images)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", RANDOM)
-def test_an_image_s_draw_depends_on_key_and_index_alone(name, channels):
+def test_an_image_s_draw_depends_on_the_key_and_not_on_the_others(name):
     function, dtype = RANDOM[name]
-    function = jax.jit(function)
-    images = noise(8, 10, 12, channels, dtype=dtype)
-    result = function(jax.random.key(3), images)
+    images = noise(8, 10, 12, 3, dtype=dtype)
+    result = np.asarray(function(jax.random.key(3), images))
     np.testing.assert_array_equal(function(jax.random.key(3), images), result)
-    assert (function(jax.random.key(4), images) != result).any()
-    others = np.concatenate([images[:5], noise(3, 10, 12, channels, seed=1)])
-    others = function(jax.random.key(3), others.astype(dtype))
+    assert (np.asarray(function(jax.random.key(4), images)) != result).any()
+    images[5:] = noise(3, 10, 12, 3, seed=1)
+    others = np.asarray(function(jax.random.key(3), images))
     np.testing.assert_array_equal(others[:5], result[:5])
-    # XLA may order the sums of an interpolation by the size of the batch: 1e-4 of 255.
+    assert (others[5:] != result[5:]).any()
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_an_image_s_draw_does_not_depend_on_the_batch_size(name):
+    function, dtype = RANDOM[name]
+    images = noise(8, 10, 12, 3, dtype=dtype)
+    result = function(jax.random.key(3), images)
     fewer = function(jax.random.key(3), images[:5])
-    np.testing.assert_allclose(fewer, result[:5], atol=1e-4)
+    # XLA may order the sums of an interpolation by the size of the batch: 1e-4 of 255.
+    np.testing.assert_allclose(fewer, np.asarray(result)[:5], atol=1e-4)
 
 
 def mixes(num_draws, *, num_images=3, size=16, **settings):
     """Many mixes of a batch: images of 0, 1, 2, ... and one-hot targets."""
-    images = jnp.broadcast_to(
-        jnp.arange(float(num_images))[:, None, None, None],
-        (num_images, size, size + 1, 1),
-    )
-    targets = jnp.eye(num_images)
+    shape = (num_images, size, size + 1, 1)
+    images = np.broadcast_to(np.arange(num_images)[:, None, None, None], shape)
+    images = images.astype(np.float32)
+    targets = np.eye(num_images, dtype=np.float32)
     mix = jax.jit(
         jax.vmap(lambda key: augmentation.mix(key, images, targets, **settings))
     )
@@ -258,10 +269,10 @@ def mixes(num_draws, *, num_images=3, size=16, **settings):
     # Image 1 is mixed with image 0, so that its pixels are the weights themselves.
     weights = np.asarray(images_out)[:, 1, :, :, 0]
     ratios = targets_out[:, 1, 1]
-    own, previous = np.asarray(images), np.roll(images, 1, axis=0)
+    own, previous = images, np.roll(images, 1, axis=0)
     w = weights[:, None, :, :, None]
     np.testing.assert_allclose(images_out, own * w + previous * (1 - w), atol=1e-6)
-    own, previous = np.eye(num_images), np.roll(np.eye(num_images), 1, axis=0)
+    own, previous = targets, np.roll(targets, 1, axis=0)
     w = ratios[:, None, None]
     expected = own * w + previous * (1 - w)
     np.testing.assert_allclose(targets_out, expected, atol=1e-6)
@@ -270,15 +281,16 @@ def mixes(num_draws, *, num_images=3, size=16, **settings):
     return weights, ratios
 
 
-@pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
-def test_mixup_ratios_are_beta(alpha):
+def test_mixup_ratios_are_beta():
+    alpha = 0.2
     weights, ratios = mixes(2000, size=2, mixup_alpha=alpha, cutmix_alpha=0.0)
     np.testing.assert_allclose(
         weights, np.broadcast_to(ratios[:, None, None], weights.shape), atol=1e-6
     )
-    # Of 2000 draws, the mean and variance are within 0.04 and 0.03 at any alpha.
-    assert abs(ratios.mean() - 0.5) < 0.04
-    assert abs(ratios.var() - 1 / (4 * (2 * alpha + 1))) < 0.03
+    # Of 2000 draws, the mean and the variance have standard deviations of 0.01 and
+    # 0.002. At alpha 1 the variance would be 0.083, here it is 0.179.
+    assert abs(ratios.mean() - 0.5) < 0.05
+    assert abs(ratios.var() - 1 / (4 * (2 * alpha + 1))) < 0.01
 
 
 def test_cutmix_pastes_a_clipped_box():
@@ -310,13 +322,9 @@ def test_mix_takes_either_method_with_probability():
 def test_mix_without_either_is_the_identity():
     images, targets = noise(4, 5, 6, 3, dtype=np.float32), np.eye(4, dtype=np.float32)
     mix = functools.partial(augmentation.mix, jax.random.key(0), images, targets)
-    for settings in [
-        {"mixup_alpha": 0.0, "cutmix_alpha": 0.0},
-        {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "probability": 0.0},
-    ]:
-        images_out, targets_out = mix(**settings)
-        np.testing.assert_array_equal(images_out, images)
-        np.testing.assert_array_equal(targets_out, targets)
+    images_out, targets_out = mix(mixup_alpha=0.0, cutmix_alpha=0.0)
+    np.testing.assert_array_equal(images_out, images)
+    np.testing.assert_array_equal(targets_out, targets)
 
 
 def test_erase_zeroes_rectangles():
@@ -344,8 +352,6 @@ def test_erase_zeroes_rectangles():
     # Anywhere: each border is touched, and the middle of the image is erased most.
     assert erased[:, 0].any() and erased[:, -1].any()
     assert erased[:, :, 0].any() and erased[:, :, -1].any()
-    always = augmentation.erase(jax.random.key(0), images[:50], probability=1.0)
-    assert (always == 0).any(axis=(1, 2, 3)).all()
 
 
 @pytest.mark.parametrize("height, width", [(20, 20), (15, 24)])

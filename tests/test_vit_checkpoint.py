@@ -329,10 +329,7 @@ def hugging_face_encoder(net):
 
 
 TORCH = (timm, timm_without_cls_row, hugging_face, hugging_face_encoder)
-GOOGLE = (
-    *(linen, pre_linen, opt_target),
-    *(big_vision, big_vision_stacked, big_vision_old),
-)
+GOOGLE = (linen, pre_linen, opt_target, big_vision, big_vision_stacked, big_vision_old)
 EPSILON = {hugging_face: 1e-12, hugging_face_encoder: 1e-12}
 
 
@@ -378,11 +375,8 @@ def test_logits_are_those_of_the_equations(tmp_path, layout):
 
 @pytest.mark.parametrize("layout", [pre_linen, big_vision_stacked, timm])
 def test_layer_before_the_head_belongs_to_it(tmp_path, layout):
-    net = network(
-        *(1,),
-        **dict(size=2, channels=1, width=10, heads=2, hidden=7, layers=1, grid=3),
-        **dict(classes=4, representation=6),
-    )
+    sizes = dict(size=2, channels=1, width=10, heads=2, hidden=7, layers=1, grid=3)
+    net = network(1, **sizes, classes=4, representation=6)
     path = write(tmp_path, layout, net)
     model, params = load(path, layout, net)
     assert model.representation_size == 6 and model.num_layers == 1
@@ -783,9 +777,10 @@ def test_misfits_are_listed_by_name(tmp_path):
     with pytest.raises(ValueError) as error:
         load_checkpoint(path)
     assert str(error.value) == (
-        f"{path}: the parameters do not fit a ViT: 2 missing: "
-        f"{block}/LayerNorm_0/bias, cls; 1 unexpected: extra/kernel; 1 misshapen: {key} "
-        "(4, 3) instead of (3, 4)."
+        f"{path}: the parameters do not fit a ViT: "
+        f"2 missing: {block}/LayerNorm_0/bias, cls; "
+        "1 unexpected: extra/kernel; "
+        f"1 misshapen: {key} (4, 3) instead of (3, 4)."
     )
 
 

@@ -113,6 +113,11 @@ class Cascade:
                 "a dropped token does not return: the counts must not grow from layer "
                 f"to layer, attention before MLP, got {path}."
             )
+        if not self.keep_cls and (self.semantics == "drop" or self.score == "cls"):
+            raise ValueError(
+                "keep_cls=False is for semantics 'skip' and 'zero', where CLS is not "
+                "lost, and not for score 'cls', which CLS gives."
+            )
         compact_drop = self.semantics == "drop" and self.mode == "compact"
         if self.score == "merge":
             attention_only = [pair[0] for pair in self.counts]
@@ -122,8 +127,12 @@ class Cascade:
                     "merging is compact drop without fuse, and happens before the MLP: "
                     "each `keep` must be the `keep_mlp` of the layer before."
                 )
-        if self.fuse and not compact_drop:
-            raise ValueError("fuse is for compact drop only.")
+            if any(before - after > before // 2 for before, after in self.counts):
+                raise ValueError(
+                    f"a layer can merge at most half of its patches, got {path}."
+                )
+        if self.fuse and (not compact_drop or min(path) < 1):
+            raise ValueError("fuse is for compact drop only, with a patch to keep.")
         if self.head_scope == "image" and self.mode == "compact" and self.keep_heads:
             raise ValueError(
                 "heads of each image's own (head_scope='image') save nothing; take "
@@ -366,6 +375,11 @@ def check_fits(cascade: Cascade, num_patches: int, num_layers: int) -> None:
             f"the cascade is for {len(cascade.keep)} layers and at least {largest} "
             f"patches; the network has {num_layers} and {num_patches}."
         )
+    if cascade.score == "merge" and cascade.keep[0] != num_patches:
+        raise ValueError(
+            f"merging starts with {cascade.keep[0]} patches, the network with "
+            f"{num_patches}."
+        )
 
 
 class Tokens(NamedTuple):
@@ -376,7 +390,7 @@ class Tokens(NamedTuple):
       position: original number of each, 0 for CLS, -1 for a fused one, (B, n).
       score: what ranks them, (B, n), float32.
       weights: how many each stands for, (B, n); None is one.
-      previous: scores before the layer's attention, for the stale threshold.
+      previous: what ranked them before the layer's attention, for the stale threshold.
     """
 
     x: jax.Array
@@ -423,7 +437,7 @@ def heads_of(cascade: Cascade | None, layer: int, num_heads: int) -> Heads | Non
     return Heads(keep, cascade.head_score, cascade.head_scope, cascade.mode)
 
 
-def scored_query(cascade: Cascade | None, layer: int) -> str | None:
+def scored_query(cascade: Cascade | None, layer: int, num_patches: int) -> str | None:
     """Whose attention probabilities layer `layer` must give: "all", "cls" or None.
 
     None also where no later choice of tokens depends on them: then the layer can run
@@ -431,12 +445,12 @@ def scored_query(cascade: Cascade | None, layer: int) -> str | None:
     """
     if cascade is None or cascade.score in ("norm", "random", "merge"):
         return None
-    if not any(_chooses(cascade, layer)):
+    if not any(_chooses(cascade, layer, num_patches)):
         return None
     return "cls" if cascade.score == "cls" else "all"
 
 
-def _chooses(cascade, layer):
+def _chooses(cascade, layer, num_patches):
     """Whether each choice after the attention of `layer` leaves a token out."""
     path = [count for pair in cascade.counts for count in pair]
     for point in range(2 * layer + 1, len(path)):
@@ -447,7 +461,7 @@ def _chooses(cascade, layer):
             # A choice of all that are left is none.
             yield path[point] < path[point - 1]
         else:
-            yield path[point] < max(path)
+            yield path[point] < num_patches
 
 
 def attention_layer(
@@ -472,16 +486,17 @@ def attention_layer(
     if layer in cascade.resets:
         tokens = tokens._replace(score=jnp.zeros_like(tokens.score))
     if cascade.stale_threshold:
-        tokens = tokens._replace(previous=tokens.score)
+        tokens = tokens._replace(previous=_ranking(cascade, tokens))
+    query = scored_query(cascade, layer, tokens.x.shape[1] - 1)
     keys = None
 
     def apply(x, weights):
         nonlocal keys
         attended = attend(x, weights)
         keys = attended.keys
-        if scored_query(cascade, layer) is None:
+        if query is None:
             return attended.update, None
-        if cascade.score == "cls":
+        if query == "cls":
             return attended.update, importance.cls_scores(attended.probs, weights)
         gained = importance.patch_scores(
             attended.probs,
@@ -512,7 +527,7 @@ def mlp_layer(
     if cascade.stale_threshold:
         threshold = jnp.sort(tokens.previous, axis=1)
         pruned = tokens.score.shape[1] - 1 - keep
-        selected = tokens.score >= threshold[:, pruned, None]
+        selected = _ranking(cascade, tokens) >= threshold[:, pruned, None]
         update = mlp(norm(tokens.x) * selected[..., None])
         return tokens._replace(x=tokens.x + update)
     return _half_layer(cascade, tokens, keep, norm, lambda x, _: (mlp(x), None))

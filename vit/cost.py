@@ -1,13 +1,14 @@
 """Multiply-adds and parameters of a Vision Transformer under a cascade, closed form.
 
-Counted are the matrix products: with n tokens in the attention and m in the MLP, width D,
-I = H * d and MLP width M, a layer takes 4 n D I + 2 n^2 I + 2 m D M. Normalisations,
+Counted are the matrix products: with n tokens in the attention and m in the MLP, width
+D, I = H * d and MLP width M, a layer takes 4 n D I + 2 n^2 I + 2 m D M. Normalisations,
 softmax, GELU and the choice of tokens are not counted. ViT-B/16 at 224 pixels comes to
 17.6e9, which the literature prints as "17.6 GFLOPs".
 """
 
 from typing import NamedTuple
 
+from vit import cascade as cascades
 from vit import model as models
 from vit.cascade import Cascade
 from vit.model import ViT
@@ -46,7 +47,7 @@ def count(model: ViT, image_size: int | tuple[int, int], *, channels: int = 3) -
       channels: of the images.
 
     Raises:
-      ValueError: if the images do not divide into patches.
+      ValueError: if the images do not divide into patches, or the cascade does not fit.
     """
     models.check_model(model)
     shape = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -89,6 +90,8 @@ def token_counts(
 
     The zeroed tokens of the "zero" semantics are one row together.
     """
+    if cascade is not None:
+        cascades.check_fits(cascade, num_patches, num_layers)
     if cascade is None or cascade.mode == "masked":
         return ((num_patches + 1,) * 2,) * num_layers
     zeroed = cascade.semantics == "zero"

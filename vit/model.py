@@ -118,8 +118,9 @@ class ViT(nn.Module):
 
         In training the rng "dropout" is needed where a rate is not zero. The rng
         "cascade", if given, draws a cascade's random scores. Intermediates:
-        of each layer `attention` (B, H, n, n) where they were made, `tokens`, the
-        original numbers of the tokens (B, n) it worked on, and `score` (B, n).
+        of each layer `attention` (B, H, n, n), `tokens`, the original numbers of the
+        tokens (B, n) at hand after it, and `score` (B, n). Those at hand are those it
+        worked on only under compact "drop": hidden and zeroed ones stay at hand.
 
         Raises:
           ValueError: if the images do not divide into patches, or the model or its
@@ -229,7 +230,7 @@ class PatchEmbedding(nn.Module):
         x = images.reshape(batch, grid[0], size, grid[1], size, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid[0] * grid[1], -1)
         kernel = kernel.reshape(-1, self.hidden_size).astype(self.dtype)
-        return x.astype(self.dtype) @ kernel + bias
+        return x.astype(self.dtype) @ kernel + bias[None, None]
 
 
 class Encoder(nn.Module):
@@ -281,7 +282,9 @@ class EncoderBlock(nn.Module):
             self.num_heads,
             self.head_dim,
             heads=cascades.heads_of(self.cascade, self.layer, self.num_heads),
-            query=cascades.scored_query(self.cascade, self.layer),
+            query=cascades.scored_query(
+                self.cascade, self.layer, tokens.x.shape[1] - 1
+            ),
             implementation=self.attention_implementation,
             dtype=self.dtype,
             name="MultiHeadDotProductAttention_0",

@@ -51,7 +51,9 @@ def keep_heads(model: ViT, params: Any, kept: Kept) -> tuple[ViT, Any]:
       kept: for each layer the indices of the heads that stay.
 
     Returns:
-      The smaller model and parameters: the logits are those of `mask_heads`.
+      The smaller model and parameters: the logits are those of `mask_heads`, but for a
+      cascade that ranks tokens by attention or merges them: there the heads that are
+      gone have no say, while masked ones still do.
 
     Raises:
       ValueError: if a layer would keep no head or one that it has not.
@@ -109,7 +111,7 @@ def keep_neurons(model: ViT, params: Any, kept: Kept) -> tuple[ViT, Any]:
 
 
 def mask_heads(model: ViT, params: Any, kept: Kept) -> Any:
-    """Parameters in which all but these heads have no effect: their outputs are zero."""
+    """Parameters in which all but these heads have no effect: they put out zeros."""
     return _mask(model, params, kept, (_ATTENTION, "out"))
 
 

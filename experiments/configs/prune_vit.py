@@ -1,0 +1,201 @@
+"""Prunes a Vision Transformer and measures cost, accuracy and speed.
+
+    python -m experiments.prune_vit --config=experiments/configs/prune_vit.py:VARIANT
+
+The table of variants, results and times is in the README.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+VARIANTS = ("digits", "smoke", "cifar10_cpu", "cifar10", "b16", "speed_b16")
+
+
+def get_config(variant: str = "digits") -> ConfigDict:
+    """Settings of one variant.
+
+    Args:
+      variant:
+        digits: the network of train_vit's digits variant; minutes.
+        smoke: that of its smoke variant, at one ratio.
+        cifar10_cpu: the network of train_vit's cifar10_cpu variant.
+        cifar10: the network of train_vit's cifar10 variant; needs a GPU to train on.
+        b16: a ViT-B/16 that train_vit's finetune_b16 variant has fine-tuned (Tables 6
+          and 7 of the report); needs a GPU.
+        speed_b16: ViT-B/16 at 224 pixels with random weights, speed alone.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}.")
+    config = ConfigDict()
+    config.experiment = "prune_vit"
+    config.variant = variant
+    config.tensorboard = False
+    config.seed = 0
+
+    # As of train_vit.
+    config.dataset = ConfigDict({"name": config_dict.placeholder(str)})
+    config.dataset.name = "cifar10"
+    config.dataset.data_dir = config_dict.placeholder(str)
+    config.num_train = 0
+    config.num_test = 0
+    config.image_size = 32
+    config.normalisation = "dataset"
+
+    # What train_vit wrote, or a file of another's for vit.load_checkpoint.
+    config.checkpoint = config_dict.placeholder(str)
+    config.checkpoint = f"runs/train_vit/{variant}/model.npz"
+    # Without a checkpoint and a data set: the model to time, one of vit.model.VARIANTS.
+    config.model = ConfigDict({"variant": "B", "patch_size": 16})
+    config.dtype = "float32"
+
+    # Which methods at which ratios: plateaus of the ramp over the layers; the README has
+    # what they mean for a method.
+    config.methods = ConfigDict(
+        {
+            "max": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
+            "random": (0.2, 0.4, 0.6),
+            "resolution": (0.2, 0.3, 0.4, 0.5, 0.6),
+            "cls": (0.2, 0.4, 0.6),
+            "evit": (0.2, 0.4, 0.6),
+            "merge": (0.2, 0.4, 0.6),
+            "sum": (0.4,),
+            "norm": (0.4,),
+            "constant": (0.4,),
+            "range": (0.4,),
+            "zero": (0.2, 0.4, 0.6),
+            "released_code": (0.2, 0.4, 0.6),
+            "heads": (0.25, 0.5),
+            "heads_random": (0.25, 0.5),
+            "heads_lbi": (0.25, 0.5),
+            "neurons_random": (0.25, 0.5),
+            "neurons_lbi": (0.25, 0.5),
+        }
+    )
+    # Where the masked and the compact mode are compared, on all test images.
+    config.parity_ratio = 0.4
+    # Training images that heads are scored and attention ranges measured on.
+    config.num_calibration = 512
+    config.num_pictured = 6
+    config.pictured_ratio = 0.6
+
+    # Time of a batch against the whole network's, in turns.
+    config.timing = ConfigDict(
+        {
+            "batch_sizes": (1, 32),
+            "num_rounds": 10,
+            "methods": ("max", "zero", "evit", "merge", "resolution", "heads"),
+        }
+    )
+    # Training on with the pruning in place, at ratios that are among those above; of
+    # the whole network at 0.
+    config.tuning = ConfigDict({"num_epochs": 1})
+    config.tuning.methods = ConfigDict(
+        {
+            "dense": (0.0,),
+            "max": (0.2, 0.3, 0.4),
+            "random": (0.4,),
+            "resolution": (0.4,),
+        }
+    )
+    # As of train_vit.
+    config.tuning.training = ConfigDict(
+        {
+            "tensorboard": False,
+            "batch_size": 128,
+            "log_every": 65,
+            "checkpoint_every": 390,
+            "evaluate_every": 1,
+            "label_smoothing": 0.1,
+            "average_decay": 0.99,
+            "patch_dropout": ((0.0, 1.0),),
+            "augment": {
+                "crop_padding": 4,
+                "flip": True,
+                "num_ops": 0,
+                "magnitude": 0.0,
+                "min_area": 1.0,
+                "erase": 0.0,
+                "mixup": 0.0,
+                "cutmix": 0.0,
+            },
+            "optimizer": {
+                "name": "adamw",
+                "learning_rate": 2e-4,
+                "schedule": "cosine",
+                "warmup_steps": 20,
+                "clip_norm": 1.0,
+                "options": {"weight_decay": 0.05},
+            },
+        }
+    )
+    # DessiLBI that ranks heads and hidden neurons: a training of its own.
+    config.structure = ConfigDict(
+        {
+            "num_epochs": 1,
+            "learning_rate": 2e-4,
+            "schedule": "constant",
+            "warmup_steps": 0,
+            "nu": 5.0,
+            "enter_at": 0.5,
+        }
+    )
+
+    if variant in ("digits", "smoke"):
+        config.dataset.name = "digits"
+        config.image_size = 8
+        config.tuning.num_epochs = 5
+        config.structure.num_epochs = 5
+        config.tuning.training.log_every = 11
+        config.tuning.training.augment.update(crop_padding=1, flip=False)
+    if variant == "smoke":
+        config.num_train = 256
+        config.num_test = 64
+        for method in config.methods:
+            config.methods[method] = (0.5,)
+        for method in ("max", "random", "resolution"):
+            config.tuning.methods[method] = (0.5,)
+        config.tuning.num_epochs = 1
+        config.structure.num_epochs = 1
+        config.num_calibration = 64
+        config.num_pictured = 2
+        config.timing.num_rounds = 2
+    if variant == "cifar10":
+        config.dtype = "bfloat16"
+        config.tuning.num_epochs = 10
+    if variant in ("b16", "speed_b16"):
+        config.image_size = 224
+        config.normalisation = "google"
+        config.dtype = "bfloat16"
+        config.methods = (
+            "max",
+            "random",
+            "resolution",
+            "cls",
+            "evit",
+            "merge",
+            "heads",
+        )
+        config.timing.batch_sizes = (1, 128)
+    if variant == "b16":
+        config.checkpoint = "runs/train_vit/finetune_b16/model.npz"
+        config.tuning.training.augment.update(crop_padding=0, min_area=0.05, flip=True)
+        config.tuning.training.label_smoothing = 0.0
+        config.tuning.training.optimizer.update(
+            name="sgd", learning_rate=0.003, options={"momentum": 0.9}
+        )
+    if variant == "speed_b16":
+        config.dataset.name = None
+        config.checkpoint = None
+        config.dtype = "float32"
+        config.methods = ConfigDict(
+            {
+                "max": (0.3, 0.6),
+                "zero": (0.6,),
+                "evit": (0.6,),
+                "merge": (0.6,),
+                "resolution": (0.6,),
+            }
+        )
+        config.timing.batch_sizes = (1, 32)
+        config.timing.num_rounds = 3
+        config.tuning.num_epochs = 0
+    return config

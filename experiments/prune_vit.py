@@ -1,0 +1,517 @@
+"""Prunes a Vision Transformer by cascades and otherwise, and measures what it gives.
+
+    python -m experiments.prune_vit --config=experiments/configs/prune_vit.py:smoke
+
+Every method at every ratio, as it is and trained on: accuracy on the test split,
+multiply-adds, and time against the whole network in turns. Methods with a knob of their
+own (keep rate, merged tokens, image size) are set to cost what the report's cascade
+costs at the ratio.
+"""
+
+import functools
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+import lbi
+import vit
+from experiments import figures, image_classifier, runtime, vit_training
+from experiments.image_classifier import Images
+from vit import cascade, checkpoint, cost, importance, slicing
+
+_SCORES = ("max", "sum", "cls", "norm", "random")
+METHODS = (
+    *("dense", *_SCORES, "constant", "range", "skip", "zero", "released_code"),
+    *("evit", "merge", "resolution"),
+    *("heads", "heads_random", "heads_lbi", "neurons_random", "neurons_lbi"),
+)
+
+
+class Network(NamedTuple):
+    """A model, its parameters, and the images it is given: their side and channels."""
+
+    model: vit.ViT
+    params: Any
+    image_size: int
+    channels: int
+
+    @property
+    def cost(self) -> cost.Cost:
+        return cost.count(self.model, self.image_size, channels=self.channels)
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.model.patch_size) ** 2
+
+    def with_cascade(self, chosen: vit.Cascade | None) -> "Network":
+        return self._replace(model=self.model.clone(cascade=chosen))
+
+
+class Calibration(NamedTuple):
+    """What the whole network does on some training images.
+
+    Attributes:
+      head_scores: mean of `importance.head_scores`, (L, H).
+      ranges: `importance.attention_range` of each layer, (L,).
+    """
+
+    head_scores: np.ndarray
+    ranges: np.ndarray
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Runs or resumes one experiment; returns its summary."""
+    _check_config(config)
+    images = vit_training.load_images(config) if config.dataset.name else None
+    dense = load_network(config, images)
+    with runtime.open_run(workdir, config) as run:
+        if run.summary is not None:
+            return run.show_summary()
+        calibration = structure = None
+        if images is not None:
+            calibration = calibrate(config, dense, images)
+            lbi_methods = [m for m in config.methods if m.endswith("_lbi")]
+            if lbi_methods:
+                structure = _learn_structure(run, dense, images)
+        rows = []
+        for method, ratios in {"dense": (0.0,), **config.methods}.items():
+            for ratio in ratios:
+                network = prune(method, ratio, dense, calibration, structure)
+                if any(_same(network, row) for row in rows if row["method"] == method):
+                    continue  # the knob has no step in between
+                name = f"{method}_{ratio:g}"
+                path = run.workdir / "rows" / f"{name}.json"
+                if not path.exists():
+                    row = {"method": method, "ratio": ratio}
+                    timed = method == "dense" or method in config.timing.methods
+                    row |= measure(run, network, dense, images, timed=timed)
+                    tuned = config.tuning.methods.get(method, ())
+                    if config.tuning.num_epochs and ratio in tuned:
+                        row["tuned_accuracy"] = _train_on(run, name, network, images)
+                    runtime.write_json(path, row)
+                    _say_row(run, row)
+                rows.append(runtime.read_json(path))
+        arrays = _table(rows)
+        summary = {"rows": {f"{r['method']}_{r['ratio']:g}": r for r in rows}}
+        if images is not None:
+            arrays |= make_pictures(config, dense, images, calibration)
+            summary |= {"parity": _parity(run, dense, images)}
+            summary |= compare(rows)
+        runtime.write_npz(run.workdir / "arrays.npz", arrays)
+        figures.draw(run.workdir)
+        return run.finish(summary)
+
+
+def load_network(config: ConfigDict, images: Images | None) -> Network:
+    """The network of config.checkpoint, or one of random weights to time."""
+    num_classes = None if images is None else images.num_classes
+    channels = 3 if images is None else images.train[0].shape[-1]
+    dtype = jnp.dtype(config.dtype)
+    if config.checkpoint:
+        model, params = vit.load_checkpoint(
+            config.checkpoint, image_size=config.image_size, num_classes=num_classes
+        )
+        if images is not None and not np.any(params["head"]["kernel"]):
+            raise ValueError(
+                f"{config.checkpoint} has no head for {num_classes} classes; train it "
+                "with train_vit first."
+            )
+        return Network(model.clone(dtype=dtype), params, config.image_size, channels)
+    if images is not None:
+        raise ValueError(
+            "config.checkpoint must name a file that train_vit wrote (model.npz in its "
+            "run folder) or one that vit.load_checkpoint reads."
+        )
+    options = config.model.to_dict()
+    model = vit.make(num_classes=1000, dtype=dtype, **options)
+    shape = (1, config.image_size, config.image_size, channels)
+    variables = jax.jit(model.init)(jax.random.key(config.seed), jnp.zeros(shape))
+    return Network(model, variables["params"], config.image_size, channels)
+
+
+def calibrate(config: ConfigDict, dense: Network, images: Images) -> Calibration:
+    """Head scores and attention ranges over the first config.num_calibration images."""
+    grid = (dense.image_size // dense.model.patch_size,) * 2
+
+    @jax.jit
+    def observe(params, pixels):
+        batch = vit_training.prepare(images, pixels, dense.image_size)
+        _, captured = dense.model.apply(
+            {"params": params}, batch, mutable=["intermediates"]
+        )
+        blocks = captured["intermediates"]["Transformer"]
+        probs = [
+            blocks[f"encoderblock_{i}"]["attention"][0]
+            for i in range(dense.model.num_layers)
+        ]
+        heads = [importance.head_scores(p).mean(0) for p in probs]
+        ranges = [importance.attention_range(p, grid) for p in probs]
+        return jnp.stack(heads), jnp.stack(ranges)
+
+    size = min(64, config.num_calibration)
+    batches = [
+        observe(dense.params, images.train[0][i : i + size])
+        for i in range(0, config.num_calibration - size + 1, size)
+    ]
+    heads, ranges = (np.mean(values, axis=0) for values in zip(*batches, strict=True))
+    return Calibration(heads, ranges)
+
+
+def prune(
+    method: str,
+    ratio: float,
+    dense: Network,
+    calibration: Calibration | None = None,
+    structure: dict[str, list[np.ndarray]] | None = None,
+) -> Network:
+    """`dense` pruned by a method at a ratio; see the README's table of methods."""
+    model, num_layers = dense.model, dense.model.num_layers
+    num_patches = dense.num_patches
+    sizes = {"num_layers": num_layers, "num_patches": num_patches}
+    if method == "dense" or ratio == 0:
+        return dense
+    if method in _SCORES:
+        cumulative = method in ("max", "sum", "random")
+        return dense.with_cascade(
+            cascade.report(ratio, **sizes, score=method, cumulative=cumulative)
+        )
+    if method in ("skip", "zero"):
+        return dense.with_cascade(cascade.report(ratio, **sizes, semantics=method))
+    if method in ("constant", "range"):
+        ratios = cascade.constant_ratios(ratio, num_layers)
+        if method == "range":
+            ratios = cascade.range_ratios(ratio, calibration.ranges)
+        return dense.with_cascade(cascade.from_ratios(ratios, num_patches))
+    if method == "released_code":
+        return dense.with_cascade(cascade.released_code(**sizes, plateau=ratio))
+    target = dense.with_cascade(cascade.report(ratio, **sizes)).cost.total
+    if method == "evit":
+        rates = np.linspace(0.2, 1, 161)
+        candidates = [dense.with_cascade(cascade.evit(r, **sizes)) for r in rates]
+    elif method == "merge":
+        candidates = [
+            dense.with_cascade(cascade.token_merging(n, **sizes))
+            for n in range(num_patches // 2)
+        ]
+    elif method == "resolution":
+        patch = model.patch_size
+        candidates = [
+            dense._replace(
+                image_size=side * patch,
+                params=_resize_positions(dense.params, side),
+            )
+            for side in range(2, dense.image_size // patch + 1)
+        ]
+    else:
+        return _slice(method, ratio, dense, calibration, structure)
+    return min(candidates, key=lambda network: abs(network.cost.total - target))
+
+
+def _resize_positions(params, grid_size):
+    encoder = params["Transformer"]
+    positions = encoder["posembed_input"]["pos_embedding"]
+    resized = checkpoint.resize_positions(np.asarray(positions), grid_size)
+    embedding = {"posembed_input": {"pos_embedding": resized}}
+    return params | {"Transformer": encoder | embedding}
+
+
+def _slice(method, ratio, dense, calibration, structure):
+    """Removes a share of every layer's heads or neurons for good."""
+    what, _, by = method.partition("_")
+    model = dense.model
+    total = model.num_heads if what == "heads" else model.mlp_dim
+    scores = [np.zeros(total)] * model.num_layers
+    if by == "random":
+        rng = np.random.default_rng(0)
+        scores = [rng.random(total) for _ in scores]
+    elif by == "lbi":
+        scores = structure[what]
+    else:
+        scores = list(calibration.head_scores)
+    count = cascade.keep_counts([ratio], total)[0]
+    kept = slicing.largest(scores, [max(count, 1)] * model.num_layers)
+    cut = slicing.keep_heads if what == "heads" else slicing.keep_neurons
+    smaller, params = cut(model, dense.params, kept)
+    return dense._replace(model=smaller, params=params)
+
+
+def measure(
+    run: runtime.Run,
+    network: Network,
+    dense: Network,
+    images: Images | None,
+    *,
+    timed: bool,
+) -> dict[str, Any]:
+    """Cost, accuracy and, if `timed`, speed of a network beside the whole one."""
+    config = run.config
+    counted, whole = network.cost, dense.cost
+    row = {
+        "multiply_adds": counted.total,
+        "saved": 1 - counted.total / whole.total,
+        "predicted_speedup": whole.total / counted.total,
+        "attention_tokens": list(counted.attention_tokens),
+        "mlp_tokens": list(counted.mlp_tokens),
+        "num_params": sum(x.size for x in jax.tree.leaves(network.params)),
+        "image_size": network.image_size,
+    }
+    if images is not None:
+        row["accuracy"] = _accuracy(network, network.params, images)
+    for batch_size in config.timing.batch_sizes if timed else ():
+        own, others = time_in_turns(
+            network, dense, batch_size, config.timing.num_rounds, config.seed
+        )
+        row[f"milliseconds_{batch_size}"] = own
+        row[f"speedup_{batch_size}"] = others / own
+        row[f"efficiency_{batch_size}"] = others / own / row["predicted_speedup"]
+    return row
+
+
+def time_in_turns(
+    network: Network, dense: Network, batch_size: int, num_rounds: int, seed: int
+) -> tuple[float, float]:
+    """Median milliseconds of a batch through a network and through the whole one.
+
+    They take turns, so that whatever else the machine does meets both.
+    """
+    key, times = jax.random.key(seed), ([], [])
+    arguments = []
+    for one in (network, dense):
+        shape = (batch_size, one.image_size, one.image_size, one.channels)
+        arguments.append((one.model, one.params, jax.random.normal(key, shape)))
+        jax.block_until_ready(_forward(*arguments[-1]))
+    for _ in range(num_rounds):
+        for argument, own in zip(arguments, times, strict=True):
+            started = time.perf_counter()
+            jax.block_until_ready(_forward(*argument))
+            own.append(1000 * (time.perf_counter() - started))
+    return float(np.median(times[0])), float(np.median(times[1]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(model, params, inputs):
+    return model.apply({"params": params}, inputs)
+
+
+def _accuracy(network, params, images):
+    predict = vit_training.make_predict(network.model, images, network.image_size)
+    pixels, labels = images.test
+    return image_classifier.accuracy(predict(params, pixels), labels)
+
+
+def _train_on(run, name, network, images):
+    """Accuracy after config.tuning of the pruned network, pruned as it stays."""
+    config = _tuning_config(run.config, network.image_size)
+    with runtime.open_run(run.workdir / f"tuned_{name}", config) as inner:
+        state = vit_training.train(inner, network.model, images, network.params)
+    return _accuracy(network, state.average, images)
+
+
+def _tuning_config(config, image_size):
+    tuning = ConfigDict(config.tuning.training)
+    tuning.num_epochs = config.tuning.num_epochs
+    tuning.image_size = image_size
+    tuning.seed = config.seed
+    return tuning
+
+
+def _learn_structure(run, dense, images):
+    """Scores of heads and hidden neurons by DessiLBI: the sooner in, the higher.
+
+    The whole network is trained on with a group penalty on each head's rows of the
+    output projection and on each neuron's column; what never enters comes last, by
+    its norm. Only the order is used, the weights stay those of the whole network.
+    """
+    settings = run.config.structure
+    config = _tuning_config(run.config, dense.image_size)
+    config.num_epochs = settings.num_epochs
+    steps_per_epoch = image_classifier.count_steps(images, config.batch_size)
+    num_steps = settings.num_epochs * steps_per_epoch
+    schedule = runtime.make_schedule(settings, num_steps)
+    penalty = lbi.suggest_lambda(
+        dense.params,
+        schedule,
+        settings.nu,
+        num_steps,
+        {
+            "/out/kernel$": lbi.GroupL2(group_axes=0),
+            "/Dense_0/kernel$": lbi.GroupL2(group_axes=-1),
+        },
+        enter_at=settings.enter_at,
+    )
+    optimizer = lbi.dessilbi_adam(
+        schedule, settings.nu, penalty=penalty, record_entry=True
+    )
+    with runtime.open_run(run.workdir / "structure", config) as inner:
+        state = vit_training.train(
+            inner, dense.model, images, dense.params, optimizer=optimizer
+        )
+    places = lbi.pruning.entry_importance(state.params, state.opt_state)
+    block = "Transformer/encoderblock_{}/{}/kernel"
+    return {
+        what: [
+            places[block.format(layer, name)] for layer in range(dense.model.num_layers)
+        ]
+        for what, name in (
+            ("heads", "MultiHeadDotProductAttention_0/out"),
+            ("neurons", "MlpBlock_0/Dense_0"),
+        )
+    }
+
+
+def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the cascade of the report gives beside others of the same cost.
+
+    Between two measured costs the others' accuracy is interpolated.
+    """
+    dense = next(row for row in rows if row["method"] == "dense")
+    summary = {"dense_accuracy": dense["accuracy"]}
+    tuned = dense.get("tuned_accuracy")
+    if tuned is not None:
+        summary["dense_tuned_accuracy"] = tuned
+    for row in rows:
+        if row["method"] != "max":
+            continue
+        name = f"max_{row['ratio']:g}"
+        summary[f"{name}_drop"] = dense["accuracy"] - row["accuracy"]
+        if "tuned_accuracy" in row:
+            summary[f"{name}_tuned_drop"] = dense["accuracy"] - row["tuned_accuracy"]
+        for other in ("random", "cls", "evit", "merge", "resolution"):
+            for key in ("accuracy", "tuned_accuracy"):
+                points = sorted(
+                    (r["multiply_adds"], r[key])
+                    for r in rows
+                    if r["method"] in (other, "dense") and key in r
+                )
+                inside = points and points[0][0] <= row["multiply_adds"]
+                if key in row and inside and len(points) > 1:
+                    value = np.interp(row["multiply_adds"], *zip(*points, strict=True))
+                    summary[f"{name}_{key}_over_{other}"] = row[key] - value
+    return summary
+
+
+def _parity(run, dense, images):
+    """Masked against compact, on all test images, for each of the semantics."""
+    pixels = images.test[0]
+    results = {}
+    for semantics in cascade.SEMANTICS:
+        logits = []
+        for mode in cascade.MODES:
+            network = dense.with_cascade(
+                cascade.report(
+                    run.config.parity_ratio,
+                    num_layers=dense.model.num_layers,
+                    num_patches=dense.num_patches,
+                    semantics=semantics,
+                    mode=mode,
+                )
+            )
+            predict = vit_training.make_predict(
+                network.model, images, network.image_size
+            )
+            logits.append(predict(network.params, pixels))
+        first, second = logits
+        results[semantics] = {
+            "largest_difference_of_logits": np.abs(first - second).max(),
+            "same_predictions": int(np.sum(first.argmax(-1) == second.argmax(-1))),
+            "num_images": len(pixels),
+        }
+        run.say(f"masked against compact, {semantics}: {results[semantics]}")
+    return results
+
+
+def make_pictures(
+    config: ConfigDict, dense: Network, images: Images, calibration: Calibration
+) -> dict[str, np.ndarray]:
+    """Arrays for the pictures: kept patches, attention maps, informativeness."""
+    count = min(config.num_pictured, len(images.test[0]))
+    pixels = images.test[0][:count]
+    batch = vit_training.prepare(images, jnp.asarray(pixels), dense.image_size)
+
+    def observe(network):
+        _, captured = network.model.apply(
+            {"params": network.params}, batch, mutable=["intermediates"]
+        )
+        blocks = captured["intermediates"]["Transformer"]
+        return [blocks[f"encoderblock_{i}"] for i in range(network.model.num_layers)]
+
+    attention = [block["attention"][0] for block in observe(dense)]
+    pruned = prune("max", config.pictured_ratio, dense)
+    kept = np.zeros((dense.model.num_layers, count, dense.num_patches), bool)
+    for layer, block in enumerate(observe(pruned)):
+        for image, tokens in enumerate(np.asarray(block["tokens"][0])):
+            kept[layer, image, tokens[tokens > 0] - 1] = True
+    return {
+        "pictured": pixels,
+        "kept": kept,
+        "pictured_ratio": np.array(config.pictured_ratio),
+        # Of the first image, mean over the heads: (L, N, N).
+        "attention": np.stack([np.asarray(a[0].mean(0)) for a in attention]),
+        "patch_scores": np.stack(
+            [np.asarray(importance.patch_scores(a)[:, 1:]) for a in attention]
+        ),
+        "head_scores": np.asarray(calibration.head_scores),
+        "attention_ranges": np.asarray(calibration.ranges),
+    }
+
+
+def _table(rows):
+    """The rows as arrays, for the figures: one column of each number."""
+    columns = {"row_method": np.array([row["method"] for row in rows])}
+    names = sorted({k for row in rows for k, v in row.items() if np.isscalar(v)})
+    for name in names:
+        if name != "method":
+            values = [row.get(name, np.nan) for row in rows]
+            columns[f"row_{name}"] = np.array(values, np.float64)
+    return columns
+
+
+def _same(network, row):
+    """Whether a method gives at this ratio what it gave at another already."""
+    counted = network.cost
+    return (
+        counted.total == row["multiply_adds"]
+        and list(counted.attention_tokens) == row["attention_tokens"]
+    )
+
+
+def _say_row(run, row):
+    parts = [f"{row['method']} {row['ratio']:g}: {100 * row['saved']:.1f} % saved"]
+    for name, text in (("accuracy", "accuracy"), ("tuned_accuracy", "trained on")):
+        if name in row:
+            parts.append(f"{text} {100 * row[name]:.2f} %")
+    parts += [
+        f"batch {batch} {row[f'speedup_{batch}']:.2f}x"
+        f" ({row[f'efficiency_{batch}']:.2f} of predicted)"
+        for batch in run.config.timing.batch_sizes
+        if f"speedup_{batch}" in row
+    ]
+    run.say(", ".join(parts))
+
+
+def _check_config(config):
+    unknown = set(config.methods) - set(METHODS[1:])
+    if unknown:
+        raise ValueError(
+            f"methods {', '.join(sorted(unknown))}: choose among "
+            f"{', '.join(METHODS[1:])}; the whole network is always measured."
+        )
+    for method, ratios in config.methods.items():
+        if not ratios or not all(0 < ratio < 1 for ratio in ratios):
+            raise ValueError(
+                f"methods.{method} must be ratios between 0 and 1, got {ratios}."
+            )
+    for name in ("num_calibration", "num_pictured"):
+        if config[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {config[name]}.")
+    if config.tuning.num_epochs < 0:
+        raise ValueError("tuning.num_epochs must not be negative.")
+
+
+if __name__ == "__main__":
+    runtime.launch("prune_vit", train_and_evaluate)

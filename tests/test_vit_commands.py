@@ -1,0 +1,323 @@
+"""train_vit and prune_vit: what they measure, their files, resume and errors."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+import vit
+from experiments import (
+    figures,
+    image_classifier,
+    prune_vit,
+    runtime,
+    train_vit,
+    vit_training,
+)
+from experiments.configs import prune_vit as prune_configs
+from experiments.configs import train_vit as train_configs
+
+
+def train_config(**changes):
+    config = train_configs.get_config("smoke")
+    config.num_train, config.num_test, config.batch_size = 128, 40, 32
+    config.log_every, config.checkpoint_every = 2, 4
+    config.model.update(num_layers=3, hidden_size=16, num_heads=4, mlp_dim=12)
+    config.patch_dropout = ((0.0, 0.5), (0.5, 1.0))
+    config.update(changes)
+    return config
+
+
+def prune_config(trained, **changes):
+    config = prune_configs.get_config("smoke")
+    config.checkpoint = str(trained / "model.npz")
+    config.num_train, config.num_test = 128, 40
+    config.tuning.training.batch_size = 32
+    config.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained_vit")
+    return workdir, train_vit.train_and_evaluate(train_config(), workdir)
+
+
+@pytest.fixture(scope="module")
+def pruned(trained, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("pruned_vit")
+    config = prune_config(trained[0])
+    return workdir, config, prune_vit.train_and_evaluate(config, workdir)
+
+
+def test_training_writes_what_it_evaluated(trained):
+    workdir, summary = trained
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert (workdir / "figures" / "training.png").exists()
+    metrics = runtime.read_metrics(workdir / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [2, 4, 6, 8]
+    assert summary["test_accuracy"] == metrics[-1]["test_accuracy"]
+    model, params = vit.load_checkpoint(workdir / "model.npz")
+    assert (model.num_layers, model.num_heads, model.patch_size) == (3, 4, 2)
+    assert summary["num_params"] == vit.cost.count_params(model, 8, channels=1)
+    images = vit_training.load_images(train_config())
+    predict = vit_training.make_predict(model, images, 8)
+    accuracy = image_classifier.accuracy(
+        predict(params, images.test[0]), images.test[1]
+    )
+    assert accuracy == summary["test_accuracy"]
+
+
+def test_resumed_training_ends_like_an_uninterrupted_one(
+    trained, tmp_path, monkeypatch
+):
+    workdir, whole = trained
+    check, calls = runtime.check_finite, []
+
+    def stop_once(losses, *, first_step):
+        calls.append(first_step)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        check(losses, first_step=first_step)
+
+    monkeypatch.setattr(runtime, "check_finite", stop_once)
+    with pytest.raises(KeyboardInterrupt):
+        train_vit.train_and_evaluate(train_config(), tmp_path)
+    resumed = train_vit.train_and_evaluate(train_config(), tmp_path)
+    # From the checkpoint of step 4, and no step before.
+    assert calls[4:] == [5, 7]
+    assert resumed | {"seconds": 0} == whole | {"seconds": 0}
+    chex.assert_trees_all_equal(
+        vit.load_checkpoint(tmp_path / "model.npz")[1],
+        vit.load_checkpoint(workdir / "model.npz")[1],
+    )
+
+
+def test_first_steps_against_a_plain_loop(tmp_path):
+    """Loss, weights and their average, without anything random in the model."""
+    config = train_config(average_decay=0.05)
+    config.patch_dropout = ((0.0, 1.0),)
+    config.augment.crop_padding = 0
+    config.optimizer.warmup_steps = 0
+    images = vit_training.load_images(config)
+    model, params = train_vit.make_model(config, images)
+    optimizer = vit_training.make_optimizer(config.optimizer, 8)
+    update = vit_training.make_update(model, images, optimizer, config)
+    start = jax.tree.map(jnp.copy, params)
+    state = update(vit_training.init_state(params, optimizer, 8), 0, 2)
+
+    order = np.random.default_rng((config.seed, 0)).permutation(128)
+    reference = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(optax.cosine_decay_schedule(2e-3, 8), weight_decay=0.05),
+    )
+    params, average = start, start
+    opt_state = reference.init(params)
+    for step in range(2):
+        chosen = order[step * 32 : (step + 1) * 32]
+        pixels = images.train[0][chosen] / 255.0 - images.mean
+        pixels = np.float32(pixels / np.maximum(images.std, 1e-6))
+        targets = np.full((32, 10), 0.01)
+        targets[np.arange(32), images.train[1][chosen]] += 0.9
+
+        def loss_fn(params, pixels=pixels, targets=targets):
+            logits = model.apply({"params": params}, pixels, train=True)
+            return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=1))
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        np.testing.assert_allclose(state.loss[step], loss, rtol=1e-5)
+        updates, opt_state = reference.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        decay = min(0.05, (1 + step) / (10 + step))
+        average = jax.tree.map(
+            lambda a, p, d=decay: d * a + (1 - d) * p, average, params
+        )
+    # Adam's first steps are signs: tiny gradients may differ in theirs.
+    chex.assert_trees_all_close(state.params, params, atol=2e-4)
+    chex.assert_trees_all_close(state.average, average, atol=2e-4)
+
+
+def test_patch_dropout_takes_other_patches_every_step():
+    model = vit.make("cifar_128", 10, 2, num_layers=2, hidden_size=16)
+    dropped = vit_training.patch_dropout(model, 16, 0.5)
+    assert dropped.cascade.keep == (8, 8)
+    assert vit_training.patch_dropout(model, 16, 1.0) is model
+    images = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    variables = model.init(jax.random.key(1), images)
+    kept = [
+        dropped.apply(
+            variables,
+            images,
+            train=True,
+            rngs={"cascade": jax.random.key(seed)},
+            mutable=["intermediates"],
+        )[1]["intermediates"]["Transformer"]["encoderblock_0"]["tokens"][0]
+        for seed in (0, 0, 1)
+    ]
+    chex.assert_trees_all_equal(kept[0], kept[1])
+    assert np.any(kept[0] != kept[2])
+    assert np.any(kept[0][0] != kept[0][1])
+    with pytest.raises(ValueError, match="a share in"):
+        vit_training.patch_dropout(model, 16, 0.0)
+
+
+def test_muon_takes_the_matrices_of_the_blocks():
+    config = train_configs.get_config("cifar10_cpu")
+    model = vit.make("cifar_128", 10, 2, num_layers=2, hidden_size=16, mlp_dim=24)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+    config.optimizer.warmup_steps = 0
+    optimizer = vit_training.make_optimizer(config.optimizer, 10)
+    grads = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(1), x.shape), params
+    )
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    block = updates["Transformer"]["encoderblock_1"]
+    attention = block["MultiHeadDotProductAttention_0"]
+    for matrix in (
+        attention["query"]["kernel"].reshape(16, 16),
+        attention["out"]["kernel"].reshape(16, 16),
+        block["MlpBlock_0"]["Dense_0"]["kernel"],
+    ):
+        # Orthogonal up to what five Newton-Schulz iterations leave.
+        values = np.linalg.svd(matrix, compute_uv=False)
+        assert values.min() > 0.3 * values.max()
+    for vector in (updates["head"]["kernel"], updates["embedding"]["kernel"]):
+        # Adam's first step: everywhere the rate, but for the epsilon.
+        np.testing.assert_allclose(np.abs(vector), 4e-3, rtol=1e-2)
+
+
+def test_pruning_table(pruned):
+    workdir, config, summary = pruned
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    rows = summary["rows"]
+    assert {row["method"] for row in rows.values()} >= {
+        *("dense", "max", "random", "cls", "evit", "merge", "resolution"),
+        *("zero", "released_code", "heads", "heads_lbi", "neurons_lbi"),
+    }
+    dense = rows["dense_0"]
+    for name, row in rows.items():
+        saved = 1 - row["multiply_adds"] / dense["multiply_adds"]
+        assert row["saved"] == pytest.approx(saved)
+        assert 0 <= row["accuracy"] <= 1
+        for batch in config.timing.batch_sizes:
+            timed = row["method"] in ("dense", *config.timing.methods)
+            assert (f"speedup_{batch}" in row) == timed
+            if not timed:
+                continue
+            efficiency = row[f"speedup_{batch}"] / row["predicted_speedup"]
+            assert row[f"efficiency_{batch}"] == pytest.approx(efficiency)
+        assert ("tuned_accuracy" in row) == (row["method"] in config.tuning.methods), (
+            name
+        )
+    assert rows["max_0.5"]["saved"] > 0.1
+    # The released code only hides tokens.
+    assert rows["released_code_0.5"]["saved"] == 0
+    assert rows["heads_0.5"]["num_params"] < dense["num_params"]
+    for name in ("accuracy_and_cost", "speed", "kept_patches", "attention", "heads"):
+        assert (workdir / "figures" / f"{name}.png").exists(), name
+    figures.draw(workdir)
+
+
+def test_masked_and_compact_predict_alike(pruned):
+    for semantics, parity in pruned[2]["parity"].items():
+        assert parity["largest_difference_of_logits"] < 1e-4, semantics
+        assert parity["same_predictions"] == parity["num_images"] == 40
+
+
+def test_pruning_resumes_row_by_row(pruned, tmp_path, monkeypatch):
+    workdir, _, summary = pruned
+    # As if it had been killed before the last rows.
+    (tmp_path / "rows").mkdir()
+    kept = list((workdir / "rows").iterdir())[2:]
+    for path in kept:
+        (tmp_path / "rows" / path.name).write_bytes(path.read_bytes())
+    measured = []
+
+    def measure(run, network, *arguments, **options):
+        measured.append(network)
+        return real(run, network, *arguments, **options)
+
+    real = prune_vit.measure
+    monkeypatch.setattr(prune_vit, "measure", measure)
+    checkpoint = runtime.load_config(workdir).checkpoint
+    config = runtime.load_config(workdir)
+    config.checkpoint = checkpoint
+    resumed = prune_vit.train_and_evaluate(config, tmp_path)
+    assert len(measured) == 2
+    for name, row in summary["rows"].items():
+        for key in ("accuracy", "multiply_adds"):
+            assert resumed["rows"][name][key] == row[key]
+
+
+def test_equal_cost(trained):
+    """Methods with a knob of their own come as near as their steps allow."""
+    images = vit_training.load_images(prune_config(trained[0]))
+    dense = prune_vit.load_network(prune_config(trained[0]), images)
+    target = prune_vit.prune("max", 0.5, dense).cost.total
+    for method in ("evit", "merge"):
+        cost = prune_vit.prune(method, 0.5, dense).cost.total
+        assert abs(cost - target) < 0.15 * dense.cost.total
+    smaller = prune_vit.prune("resolution", 0.6, dense)
+    assert smaller.image_size < 8
+    positions = smaller.params["Transformer"]["posembed_input"]["pos_embedding"]
+    assert positions.shape[1] == 1 + smaller.num_patches
+
+
+def test_comparison_interpolates_between_costs():
+    rows = [
+        {"method": "dense", "ratio": 0, "multiply_adds": 100, "accuracy": 0.9},
+        {"method": "random", "ratio": 0.5, "multiply_adds": 50, "accuracy": 0.7},
+        {"method": "max", "ratio": 0.3, "multiply_adds": 75, "accuracy": 0.85},
+    ]
+    summary = prune_vit.compare(rows)
+    assert summary["max_0.3_drop"] == pytest.approx(0.05)
+    # Halfway between 0.7 and 0.9.
+    assert summary["max_0.3_accuracy_over_random"] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": {"maxx": (0.5,)}}, "methods maxx"),
+        ({"methods": {"max": (1.0,)}}, "methods.max must be ratios"),
+        ({"num_calibration": 0}, "num_calibration must be at least 1"),
+        ({"checkpoint": "absent.npz"}, "absent.npz"),
+        ({"checkpoint": None}, "must name a file that train_vit wrote"),
+        ({"image_size": 7}, "7"),
+    ],
+)
+def test_bad_options_of_pruning(trained, tmp_path, changes, message):
+    config = prune_config(trained[0], **changes)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prune_vit.train_and_evaluate(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"variant": "cifar"}}, "variant 'cifar' is none of"),
+        ({"model": {"hiden": 3}}, "config.model"),
+        ({"model": {"patch_size": 3}}, "do not divide into patches"),
+        ({"normalisation": "none"}, "neither google nor dataset"),
+        ({"patch_dropout": ((0.5, 1.0),)}, "patch_dropout must be"),
+        ({"optimizer": {"name": "adamx"}}, "no optimizer 'adamx'"),
+        ({"optimizer": {"options": {"wd": 3}}}, "optimizer.options"),
+        ({"batch_size": 1000}, "batch_size must be between"),
+        ({"checkpoint": "absent.npz"}, "absent.npz"),
+    ],
+)
+def test_bad_options_of_training(tmp_path, changes, message):
+    config = ConfigDict(train_config().to_dict())
+    for name, value in changes.items():
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                config[name][key] = inner
+        else:
+            config[name] = value
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train_vit.train_and_evaluate(config, tmp_path)
