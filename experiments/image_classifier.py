@@ -252,8 +252,59 @@ def make_update(
 ) -> Callable[[TrainState, int, int], TrainState]:
     """The training: (state, first, last) -> state after steps first, ..., last - 1.
 
+    See `make_steps`.
+    """
+
+    def step_fn(state, step, batch, labels):
+        if augmented:
+            batch = augment(jax.random.fold_in(jax.random.key(seed), step), batch)
+        batch = normalise(images, batch)
+
+        def loss_fn(params):
+            logits, updated = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                batch,
+                train=True,
+                mutable=["batch_stats"],
+            )
+            loss = optax.losses.softmax_cross_entropy_with_integer_labels(
+                logits, labels
+            ).mean()
+            accuracy = jnp.mean(logits.argmax(-1) == labels)
+            return loss, (updated.get("batch_stats", {}), accuracy)
+
+        (loss, (batch_stats, accuracy)), grads = jax.value_and_grad(
+            loss_fn, has_aux=True
+        )(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        return TrainState(
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            loss=state.loss.at[step].set(loss),
+            accuracy=state.accuracy.at[step].set(accuracy),
+        )
+
+    return make_steps(step_fn, images, batch_size=batch_size, seed=seed)
+
+
+def make_steps(
+    step_fn: Callable[[Any, jax.Array, jax.Array, jax.Array], Any],
+    images: Images,
+    *,
+    batch_size: int,
+    seed: int,
+) -> Callable[[Any, int, int], Any]:
+    """(state, first, last) -> state after steps first, ..., last - 1 of one epoch.
+
     They are one dispatch, must lie in one epoch, and their number is traced, so that it
     compiles once. The state's buffers are donated.
+
+    Args:
+      step_fn: (state, step, uint8 images (B, H, W, C), labels (B,)) -> state.
+      images: the data set; it lies on the device.
+      batch_size: B.
+      seed: of the epochs' order.
     """
     num_examples = len(images.train[0])
     steps_per_epoch = count_steps(images, batch_size)
@@ -265,35 +316,7 @@ def make_update(
             indices = jax.lax.dynamic_slice_in_dim(
                 order, (step - offset) * batch_size, batch_size
             )
-            batch = train_images[indices]
-            if augmented:
-                batch = augment(jax.random.fold_in(jax.random.key(seed), step), batch)
-            batch, labels = normalise(images, batch), train_labels[indices]
-
-            def loss_fn(params):
-                logits, updated = model.apply(
-                    {"params": params, "batch_stats": state.batch_stats},
-                    batch,
-                    train=True,
-                    mutable=["batch_stats"],
-                )
-                loss = optax.losses.softmax_cross_entropy_with_integer_labels(
-                    logits, labels
-                ).mean()
-                accuracy = jnp.mean(logits.argmax(-1) == labels)
-                return loss, (updated.get("batch_stats", {}), accuracy)
-
-            (loss, (batch_stats, accuracy)), grads = jax.value_and_grad(
-                loss_fn, has_aux=True
-            )(state.params)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            return TrainState(
-                params=optax.apply_updates(state.params, updates),
-                batch_stats=batch_stats,
-                opt_state=opt_state,
-                loss=state.loss.at[step].set(loss),
-                accuracy=state.accuracy.at[step].set(accuracy),
-            )
+            return step_fn(state, step, train_images[indices], train_labels[indices])
 
         return jax.lax.fori_loop(first, last, body, state)
 
@@ -339,16 +362,24 @@ def make_predict(
     model: nn.Module, images: Images
 ) -> Callable[[dict[str, Any], np.ndarray], np.ndarray]:
     """Evaluation by running statistics: (variables, uint8 (N, ...)) -> logits."""
+    return in_batches(
+        lambda variables, batch: model.apply(variables, normalise(images, batch)),
+        _EVALUATED_AT_ONCE,
+    )
+
+
+def in_batches(
+    forward: Callable[[Any, jax.Array], jax.Array], batch_size: int
+) -> Callable[[Any, np.ndarray], np.ndarray]:
+    """(variables, uint8 (N, H, W, C)) -> outputs of all, in equal batches."""
 
     @jax.jit
     def predict(variables, batches):
-        return jax.lax.map(
-            lambda batch: model.apply(variables, normalise(images, batch)), batches
-        )
+        return jax.lax.map(lambda batch: forward(variables, batch), batches)
 
     def run(variables, pixels):
         num_images = len(pixels)
-        size = min(_EVALUATED_AT_ONCE, num_images)
+        size = min(batch_size, num_images)
         missing = -num_images % size
         padded = np.concatenate([pixels, pixels[:missing]])
         batches = padded.reshape(-1, size, *pixels.shape[1:])

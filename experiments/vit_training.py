@@ -3,7 +3,6 @@
 Axes: B images, H W C of an image, K classes, S steps.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from flax import linen as nn
 from flax import struct
 from ml_collections import ConfigDict
 
-from experiments import augmentation, data, image_classifier, runtime
+from experiments import augmentation, image_classifier, runtime
 from experiments.image_classifier import Images
 from vit.cascade import Cascade
 
@@ -142,67 +141,45 @@ def make_update(
 ) -> Callable[[TrainState, int, int], TrainState]:
     """The training: (state, first, last) -> state after steps first, ..., last - 1.
 
-    They are one dispatch and must lie in one epoch; the state's buffers are donated.
+    See `image_classifier.make_steps`.
     """
-    batch_size, seed = config.batch_size, config.seed
-    num_examples = len(images.train[0])
-    steps_per_epoch = image_classifier.count_steps(images, batch_size)
-    train_images, train_labels = jax.device_put(images.train)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def update(state, train_images, train_labels, order, first, last, offset):
-        def body(step, state):
-            keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 4)
-            indices = jax.lax.dynamic_slice_in_dim(
-                order, (step - offset) * batch_size, batch_size
-            )
-            targets = jax.nn.one_hot(train_labels[indices], images.num_classes)
-            pixels = augment(keys[0], train_images[indices], images, config)
-            pixels, targets = augmentation.mix(
-                keys[1],
-                pixels,
-                targets,
-                mixup_alpha=config.augment.mixup,
-                cutmix_alpha=config.augment.cutmix,
-            )
-            rngs = {"dropout": keys[2], "cascade": keys[3]}
-
-            def loss_fn(params):
-                logits = model.apply({"params": params}, pixels, train=True, rngs=rngs)
-                smooth = optax.losses.smooth_labels(targets, config.label_smoothing)
-                loss = optax.losses.softmax_cross_entropy(logits, smooth).mean()
-                return loss, jnp.mean(logits.argmax(-1) == targets.argmax(-1))
-
-            (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state.params
-            )
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            # The start's weight fades as 1 / step first.
-            decay = jnp.minimum(config.average_decay, (1 + step) / (10 + step))
-            return TrainState(
-                params=params,
-                average=optax.incremental_update(params, state.average, 1 - decay),
-                opt_state=opt_state,
-                loss=state.loss.at[step].set(loss),
-                accuracy=state.accuracy.at[step].set(accuracy),
-            )
-
-        return jax.lax.fori_loop(first, last, body, state)
-
-    def run(state, first, last):
-        epoch = first // steps_per_epoch
-        offset = epoch * steps_per_epoch
-        if last > offset + steps_per_epoch:
-            raise ValueError(f"steps {first} to {last} do not lie in one epoch.")
-        order = data.batch_indices(
-            seed, epoch, num_examples=num_examples, batch_size=num_examples
+    def step_fn(state, step, pixels, labels):
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        keys = jax.random.split(key, 4)
+        pixels, targets = augmentation.mix(
+            keys[1],
+            augment(keys[0], pixels, images, config),
+            jax.nn.one_hot(labels, images.num_classes),
+            mixup_alpha=config.augment.mixup,
+            cutmix_alpha=config.augment.cutmix,
         )
-        return update(
-            state, train_images, train_labels, jnp.asarray(order), first, last, offset
+        rngs = {"dropout": keys[2], "cascade": keys[3]}
+
+        def loss_fn(params):
+            logits = model.apply({"params": params}, pixels, train=True, rngs=rngs)
+            smooth = optax.losses.smooth_labels(targets, config.label_smoothing)
+            loss = optax.losses.softmax_cross_entropy(logits, smooth).mean()
+            return loss, jnp.mean(logits.argmax(-1) == targets.argmax(-1))
+
+        (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # The start's weight fades as 1 / step first.
+        decay = jnp.minimum(config.average_decay, (1 + step) / (10 + step))
+        return TrainState(
+            params=params,
+            average=optax.incremental_update(params, state.average, 1 - decay),
+            opt_state=opt_state,
+            loss=state.loss.at[step].set(loss),
+            accuracy=state.accuracy.at[step].set(accuracy),
         )
 
-    return run
+    return image_classifier.make_steps(
+        step_fn, images, batch_size=config.batch_size, seed=config.seed
+    )
 
 
 def augment(
@@ -245,24 +222,12 @@ def make_predict(
 ) -> Callable[[Any, np.ndarray], np.ndarray]:
     """Evaluation: (params, uint8 (N, H, W, C)) -> logits (N, K)."""
 
-    @jax.jit
-    def predict(params, batches):
-        return jax.lax.map(
-            lambda batch: model.apply(
-                {"params": params}, prepare(images, batch, image_size)
-            ),
-            batches,
-        )
-
-    def run(params, pixels):
-        size = min(batch_size, len(pixels))
-        missing = -len(pixels) % size
-        padded = np.concatenate([pixels, pixels[:missing]])
-        batches = padded.reshape(-1, size, *pixels.shape[1:])
-        logits = np.asarray(predict(params, batches))
-        return logits.reshape(-1, logits.shape[-1])[: len(pixels)]
-
-    return run
+    return image_classifier.in_batches(
+        lambda params, batch: model.apply(
+            {"params": params}, prepare(images, batch, image_size)
+        ),
+        batch_size,
+    )
 
 
 def train(

@@ -1,6 +1,5 @@
 """Scores of patches and heads and the attention range against loops."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -121,7 +120,6 @@ def test_the_sum_of_a_heads_attention_ranks_no_head():
     """Why there is no sum form for heads: it is the number of tokens."""
     sums = [[sum(map(sum, head)) for head in image] for image in random_probs()]
     np.testing.assert_allclose(sums, 6, rtol=1e-12)
-    # Nor is a group's share in it more than its members'.
     scores = importance.head_scores(random_probs())
     assert np.all(np.ptp(scores, axis=1) > 0.1)
 
@@ -193,8 +191,6 @@ def test_scores_have_float32_whatever_the_attention():
         importance.patch_scores(probs),
         importance.head_scores(probs),
         importance.cls_scores(probs),
-        jax.eval_shape(importance.attention_range, probs[:, :, :5, :5], (2, 2))
-        if False
-        else importance.attention_range(probs, (1, 5)),
+        importance.attention_range(probs, (1, 5)),
     ):
         assert scores.dtype == jnp.float32

@@ -47,8 +47,8 @@ def get_config(variant: str = "digits") -> ConfigDict:
     config.model = ConfigDict({"variant": "B", "patch_size": 16})
     config.dtype = "float32"
 
-    # Which methods at which ratios: plateaus of the ramp over the layers; the README has
-    # what they mean for a method.
+    # Which methods at which ratios: plateaus of the ramp over the layers, or what costs
+    # the same by another method.
     config.methods = ConfigDict(
         {
             "max": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
