@@ -236,7 +236,7 @@ def erase(key: jax.Array, images: jax.Array, *, probability: float = 0.25) -> ja
         corner = jax.random.uniform(keys[2], (2,)) * (1 - sides)
         box = _box(height, width, corner, sides)
         box &= jax.random.bernoulli(keys[3], probability)
-        return jnp.where(box[:, :, None], jnp.zeros_like(image), image)
+        return jnp.where(box[:, :, None], 0, image)
 
     return jax.vmap(erased)(jax.random.split(key, len(images)), images)
 
@@ -274,11 +274,9 @@ def resized_crop(
         area = jax.random.uniform(keys[0], minval=min_area, maxval=1.0)
         widest = jnp.minimum(math.log(4 / 3), -jnp.log(area))
         aspect = jax.random.uniform(keys[1], minval=-widest, maxval=widest)
-        sides = jnp.sqrt(area * height * width) * jnp.exp(
-            jnp.stack([-aspect, aspect]) / 2
-        )
+        sides = jnp.exp(jnp.stack([-aspect, aspect]) / 2)
         image_sides = jnp.array([height, width], jnp.float32)
-        sides = jnp.minimum(sides, image_sides)
+        sides = jnp.minimum(sides * jnp.sqrt(area * height * width), image_sides)
         corner = jax.random.uniform(keys[2], (2,)) * (image_sides - sides)
         scale = size / sides
         return jax.image.scale_and_translate(

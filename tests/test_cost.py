@@ -37,8 +37,8 @@ def test_dense_networks_cost_what_is_published(variant, giga):
 def test_plateaus_of_the_ramp_save_what_is_computed_for_vit_b(ratio, percent):
     model = models.make("B", 0, 16)
     share = saved(model, cascades.report(ratio, **SIZES))
-    # Percentages are rounded, and here the pruned tokens are floored.
-    assert abs(100 * share - percent) < 0.1
+    # There the pruned tokens are not floored.
+    assert 0 <= percent - 100 * share < 0.25
 
 
 @pytest.mark.parametrize(("keep_rate", "giga"), [(0.7, 3.00), (0.5, 2.28)])
@@ -90,7 +90,7 @@ def test_cost_by_hand():
         cascade=Cascade(keep=(12, 8), keep_mlp=(10, 3)),
     )
     assert cost.count(model, (6, 8), channels=2) == cost.Cost(
-        total=960 + (6240 + 2028) + 3080 + (2880 + 1296) + 400 + 153,
+        total=960 + (6240 + 4056) + 3080 + (2880 + 1296) + 400 + 153,
         embedding=12 * 4 * 2 * 10,
         attention=(4 * 13 * 10 * 12 + 2 * 13**2 * 12, 4 * 9 * 10 * 8 + 2 * 9**2 * 8),
         mlp=(2 * 11 * 10 * 14, 2 * 4 * 10 * 5),
@@ -180,8 +180,8 @@ def test_products_of_merging_and_of_a_query_alone():
         ViT(**SMALL, cascade=merging), uncounted=33 * 32 + 27 * 26 + 21 * 20
     )
     evit = cascades.evit(0.6, num_layers=3, num_patches=64)
-    # Layers 0 to 2 have 65, 41 and 27 tokens. CLS's row comes a second time, beside a
-    # fused attention; so do the fused tokens, out of the 25, 15 and 10 that go.
+    # Where 65, 41 and 26 tokens attend, CLS's row is computed once more for the scores,
+    # and a sum over them makes the fused token.
     assert evit.counts == ((64, 40), (40, 25), (25, 16))
     rows, fused = (65 + 41 + 26) * 256, (65 + 41 + 26) * 256
     check_against_xla(ViT(**SMALL, cascade=evit), uncounted=rows + fused)

@@ -15,7 +15,7 @@ import scipy.ndimage
 from flax import traverse_util
 
 from vit.checkpoint import load_checkpoint, resize_positions, save_checkpoint
-from vit.model import ViT
+from vit.model import ViT, make
 
 GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens"
 POSITIONS = "Transformer/posembed_input/pos_embedding"
@@ -1014,3 +1014,17 @@ def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):
     assert not Path("marker").exists()
     np.load("objects.npz", allow_pickle=True)["cls"]
     assert Path("marker").exists()  # The attack is real.
+
+
+def test_stem_is_read_from_the_shapes(tmp_path):
+    model = make("cifar_128", 5, 4, stem=(6, 8), num_layers=1, mlp_dim=12)
+    images = jax.random.normal(jax.random.key(0), (2, 12, 12, 2))
+    params = model.init(jax.random.key(1), images)["params"]
+    save_checkpoint(tmp_path / "stem.npz", model, params)
+    loaded, same = load_checkpoint(tmp_path / "stem.npz")
+    assert (loaded.stem, loaded.patch_size) == ((6, 8), 4)
+    chex.assert_trees_all_equal(same, params)
+    # One shape fewer: the second convolution is not the first's.
+    del params["stem_0"]
+    with pytest.raises(ValueError, match="do not fit a ViT"):
+        save_checkpoint(tmp_path / "stem.npz", model, params)

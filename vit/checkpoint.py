@@ -479,7 +479,10 @@ def _check_settings(source, settings):
 
 def _architecture(arrays: Arrays) -> dict[str, Any]:
     """The fields of `ViT` that the shapes of our parameters tell."""
-    patch_size, _, _, hidden_size = _shape(arrays, "embedding/kernel", "(p, p, C, D)")
+    side, _, _, hidden_size = _shape(arrays, "embedding/kernel", "(p, p, C, D)")
+    stem = []
+    while (name := f"stem_{len(stem)}/kernel") in arrays:
+        stem.append(_shape(arrays, name, "(3, 3, C, F)")[-1])
     blocks = [re.match(r"Transformer/encoderblock_(\d+)/", name) for name in arrays]
     num_layers = len({block[1] for block in blocks if block})
     queries = _shapes(arrays, f"{_ATTENTION}/query/kernel", "(D, H, d)", num_layers)
@@ -497,7 +500,8 @@ def _architecture(arrays: Arrays) -> dict[str, Any]:
         head_dim = None
     return {
         "num_classes": _width(arrays, "head") or 0,
-        "patch_size": patch_size,
+        "patch_size": side * 2 ** len(stem),
+        "stem": tuple(stem),
         "hidden_size": hidden_size,
         "num_layers": num_layers,
         "num_heads": num_heads,
@@ -554,8 +558,9 @@ def _check_fits(model, arrays):
     num_patches, channels, side = 1, 1, model.patch_size
     if _POSITIONS in arrays:
         num_patches = max(_shape(arrays, _POSITIONS, "(1, 1 + P, D)")[1] - 1, 1)
-    if "embedding/kernel" in arrays:
-        channels = _shape(arrays, "embedding/kernel", "(p, p, C, D)")[2]
+    first = "stem_0/kernel" if model.stem else "embedding/kernel"
+    if first in arrays:
+        channels = _shape(arrays, first, "(side, side, C, features)")[2]
     images = jax.ShapeDtypeStruct((1, num_patches * side, side, channels), jnp.float32)
     init = model.clone(cascade=None).init
     expected = jax.eval_shape(init, jax.random.key(0), images)["params"]
