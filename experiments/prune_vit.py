@@ -313,11 +313,14 @@ def _train_on(run, name, network, images):
 
 
 def _tuning_config(config, image_size):
-    tuning = ConfigDict(config.tuning.training)
-    tuning.num_epochs = config.tuning.num_epochs
-    tuning.image_size = image_size
-    tuning.seed = config.seed
-    return tuning
+    return ConfigDict(
+        config.tuning.training.to_dict()
+        | {
+            "num_epochs": config.tuning.num_epochs,
+            "image_size": image_size,
+            "seed": config.seed,
+        }
+    )
 
 
 def _learn_structure(run, dense, images):
