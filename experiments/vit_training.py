@@ -104,9 +104,10 @@ def _matrices(params):
 def init_state(
     params: Any, optimizer: optax.GradientTransformation, num_steps: int
 ) -> TrainState:
-    """The state before the first of `num_steps` steps."""
+    """The state before the first of `num_steps` steps; `params` stay the caller's."""
     return TrainState(
-        params=params,
+        # The training gives its buffers away.
+        params=jax.tree.map(jnp.copy, params),
         average=jax.tree.map(jnp.copy, params),
         opt_state=jax.jit(optimizer.init)(params),
         loss=jnp.zeros(num_steps),
