@@ -293,13 +293,13 @@ def resized_crop(
 
 
 def resize(images: jax.Array, size: int) -> jax.Array:
-    """Bilinear, without antialiasing: (B, H, W, C) -> floating (B, size, size, C)."""
+    """Bilinear, with antialiasing where it shrinks: -> floating (B, size, size, C)."""
     chex.assert_rank(images, 4)
     _check_size(size)
     shape = (len(images), size, size, images.shape[-1])
     if not jnp.issubdtype(images.dtype, jnp.floating):
         images = images.astype(jnp.float32)
-    return jax.image.resize(images, shape, method="linear", antialias=False)
+    return jax.image.resize(images, shape, method="linear", antialias=True)
 
 
 def _blend(images, operation, strength):

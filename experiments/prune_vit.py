@@ -9,6 +9,7 @@ costs at the ratio.
 """
 
 import functools
+import hashlib
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,27 +73,33 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     with runtime.open_run(workdir, config) as run:
         if run.summary is not None:
             return run.show_summary()
+        _check_same_file(run, config.checkpoint)
         calibration = structure = None
         if images is not None:
             calibration = calibrate(config, dense, images)
             lbi_methods = [m for m in config.methods if m.endswith("_lbi")]
             if lbi_methods:
                 structure = _learn_structure(run, dense, images)
-        rows = []
+        rows, seen = [], set()
         for method, ratios in {"dense": (0.0,), **config.methods}.items():
             for ratio in ratios:
-                network = prune(method, ratio, dense, calibration, structure)
-                if any(_same(network, row) for row in rows if row["method"] == method):
+                network = prune(
+                    method, ratio, dense, calibration, structure, seed=config.seed
+                )
+                if (method, network.model, network.image_size) in seen:
                     continue  # the knob has no step in between
+                seen.add((method, network.model, network.image_size))
                 name = f"{method}_{ratio:g}"
                 path = run.workdir / "rows" / f"{name}.json"
                 if not path.exists():
+                    started = time.monotonic()
                     row = {"method": method, "ratio": ratio}
                     timed = method == "dense" or method in config.timing.methods
                     row |= measure(run, network, dense, images, timed=timed)
                     tuned = config.tuning.methods.get(method, ())
                     if config.tuning.num_epochs and ratio in tuned:
-                        row["tuned_accuracy"] = _train_on(run, name, network, images)
+                        row |= _train_on(run, name, network, dense, images)
+                    row["seconds"] = time.monotonic() - started
                     runtime.write_json(path, row)
                     _say_row(run, row)
                 rows.append(runtime.read_json(path))
@@ -103,7 +110,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             summary |= {"parity": _parity(run, dense, images)}
             summary |= compare(rows)
         runtime.write_npz(run.workdir / "arrays.npz", arrays)
+        _write_table(run.workdir / "table.md", rows, config.timing.batch_sizes)
         figures.draw(run.workdir)
+        # Rows of earlier sittings count too.
+        summary["rows_seconds"] = sum(row["seconds"] for row in rows)
         return run.finish(summary)
 
 
@@ -111,7 +121,10 @@ def load_network(config: ConfigDict, images: Images | None) -> Network:
     """The network of config.checkpoint, or one of random weights to time."""
     num_classes = None if images is None else images.num_classes
     channels = 3 if images is None else images.train[0].shape[-1]
-    dtype = jnp.dtype(config.dtype)
+    options = {
+        "dtype": vit_training.parse_dtype(config.dtype),
+        "attention_implementation": config.attention_implementation,
+    }
     if config.checkpoint:
         model, params = vit.load_checkpoint(
             config.checkpoint, image_size=config.image_size, num_classes=num_classes
@@ -121,14 +134,14 @@ def load_network(config: ConfigDict, images: Images | None) -> Network:
                 f"{config.checkpoint} has no head for {num_classes} classes; train it "
                 "with train_vit first."
             )
-        return Network(model.clone(dtype=dtype), params, config.image_size, channels)
+        vit_training.check_channels(model, params, images)
+        return Network(model.clone(**options), params, config.image_size, channels)
     if images is not None:
         raise ValueError(
             "config.checkpoint must name a file that train_vit wrote (model.npz in its "
             "run folder) or one that vit.load_checkpoint reads."
         )
-    options = config.model.to_dict()
-    model = vit.make(num_classes=1000, dtype=dtype, **options)
+    model = vit.make(num_classes=1000, **config.model.to_dict(), **options)
     shape = (1, config.image_size, config.image_size, channels)
     variables = jax.jit(model.init)(jax.random.key(config.seed), jnp.zeros(shape))
     return Network(model, variables["params"], config.image_size, channels)
@@ -153,12 +166,14 @@ def calibrate(config: ConfigDict, dense: Network, images: Images) -> Calibration
         ranges = [importance.attention_range(p, grid) for p in probs]
         return jnp.stack(heads), jnp.stack(ranges)
 
-    size = min(64, config.num_calibration)
-    batches = [
-        observe(dense.params, images.train[0][i : i + size])
-        for i in range(0, config.num_calibration - size + 1, size)
-    ]
-    heads, ranges = (np.mean(values, axis=0) for values in zip(*batches, strict=True))
+    pixels = images.train[0][: config.num_calibration]
+    parts = np.array_split(pixels, -(-len(pixels) // 64))
+    means = [observe(dense.params, part) for part in parts]
+    sizes = [len(part) for part in parts]
+    heads, ranges = (
+        np.average(np.stack(values), axis=0, weights=sizes)
+        for values in zip(*means, strict=True)
+    )
     return Calibration(heads, ranges)
 
 
@@ -168,8 +183,21 @@ def prune(
     dense: Network,
     calibration: Calibration | None = None,
     structure: dict[str, list[np.ndarray]] | None = None,
+    *,
+    seed: int = 0,
 ) -> Network:
-    """`dense` pruned by a method at a ratio; see the README's table of methods."""
+    """`dense` pruned by one of METHODS.
+
+    Args:
+      method: its name.
+      ratio: plateau of the ramp over the layers; of "constant" and "range" the mean
+        over all but the first; of heads and neurons the share of each layer. "evit",
+        "merge" and "resolution" are set to what costs most nearly as much as "max".
+      dense: the whole network.
+      calibration: for "range" and "heads".
+      structure: for "heads_lbi" and "neurons_lbi", scores of each layer.
+      seed: of "random", "heads_random" and "neurons_random".
+    """
     model, num_layers = dense.model, dense.model.num_layers
     num_patches = dense.num_patches
     sizes = {"num_layers": num_layers, "num_patches": num_patches}
@@ -178,7 +206,9 @@ def prune(
     if method in _SCORES:
         cumulative = method in ("max", "sum", "random")
         return dense.with_cascade(
-            cascade.report(ratio, **sizes, score=method, cumulative=cumulative)
+            cascade.report(
+                ratio, **sizes, score=method, cumulative=cumulative, seed=seed
+            )
         )
     if method in ("skip", "zero"):
         return dense.with_cascade(cascade.report(ratio, **sizes, semantics=method))
@@ -205,10 +235,10 @@ def prune(
                 image_size=side * patch,
                 params=_resize_positions(dense.params, side),
             )
-            for side in range(2, dense.image_size // patch + 1)
+            for side in range(1, dense.image_size // patch)
         ]
     else:
-        return _slice(method, ratio, dense, calibration, structure)
+        return _slice(method, ratio, dense, calibration, structure, seed)
     return min(candidates, key=lambda network: abs(network.cost.total - target))
 
 
@@ -220,14 +250,14 @@ def _resize_positions(params, grid_size):
     return params | {"Transformer": encoder | embedding}
 
 
-def _slice(method, ratio, dense, calibration, structure):
+def _slice(method, ratio, dense, calibration, structure, seed):
     """Removes a share of every layer's heads or neurons for good."""
     what, _, by = method.partition("_")
     model = dense.model
     total = model.num_heads if what == "heads" else model.mlp_dim
     scores = [np.zeros(total)] * model.num_layers
     if by == "random":
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(seed)
         scores = [rng.random(total) for _ in scores]
     elif by == "lbi":
         scores = structure[what]
@@ -264,7 +294,7 @@ def measure(
         row["accuracy"] = _accuracy(network, network.params, images)
     for batch_size in config.timing.batch_sizes if timed else ():
         own, others = time_in_turns(
-            network, dense, batch_size, config.timing.num_rounds, config.seed
+            _forward, network, dense, batch_size, config.timing.num_rounds
         )
         row[f"milliseconds_{batch_size}"] = own
         row[f"speedup_{batch_size}"] = others / own
@@ -273,22 +303,22 @@ def measure(
 
 
 def time_in_turns(
-    network: Network, dense: Network, batch_size: int, num_rounds: int, seed: int
+    function: Any, network: Network, dense: Network, batch_size: int, num_rounds: int
 ) -> tuple[float, float]:
     """Median milliseconds of a batch through a network and through the whole one.
 
     They take turns, so that whatever else the machine does meets both.
     """
-    key, times = jax.random.key(seed), ([], [])
-    arguments = []
+    times, arguments = ([], []), []
     for one in (network, dense):
         shape = (batch_size, one.image_size, one.image_size, one.channels)
-        arguments.append((one.model, one.params, jax.random.normal(key, shape)))
-        jax.block_until_ready(_forward(*arguments[-1]))
+        images = jax.random.normal(jax.random.key(0), shape)
+        arguments.append((one.model, one.params, images))
+        jax.block_until_ready(function(*arguments[-1]))
     for _ in range(num_rounds):
         for argument, own in zip(arguments, times, strict=True):
             started = time.perf_counter()
-            jax.block_until_ready(_forward(*argument))
+            jax.block_until_ready(function(*argument))
             own.append(1000 * (time.perf_counter() - started))
     return float(np.median(times[0])), float(np.median(times[1]))
 
@@ -298,18 +328,33 @@ def _forward(model, params, inputs):
     return model.apply({"params": params}, inputs)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient(model, params, inputs):
+    """What a step of training costs, but for the optimizer."""
+
+    def loss_fn(params):
+        logits = model.apply({"params": params}, inputs, train=True)
+        return -jnp.mean(jax.nn.log_softmax(logits)[:, 0])
+
+    return jax.grad(loss_fn)(params)
+
+
 def _accuracy(network, params, images):
     predict = vit_training.make_predict(network.model, images, network.image_size)
     pixels, labels = images.test
     return image_classifier.accuracy(predict(params, pixels), labels)
 
 
-def _train_on(run, name, network, images):
-    """Accuracy after config.tuning of the pruned network, pruned as it stays."""
+def _train_on(run, name, network, dense, images):
+    """Accuracy after config.tuning, pruned all the while, and what a gradient costs."""
     config = _tuning_config(run.config, network.image_size)
+    own, others = time_in_turns(_gradient, network, dense, config.batch_size, 5)
     with runtime.open_run(run.workdir / f"tuned_{name}", config) as inner:
         state = vit_training.train(inner, network.model, images, network.params)
-    return _accuracy(network, state.average, images)
+    return {
+        "tuned_accuracy": _accuracy(network, state.average, images),
+        "gradient_speedup": others / own,
+    }
 
 
 def _tuning_config(config, image_size):
@@ -370,7 +415,8 @@ def _learn_structure(run, dense, images):
 def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What the cascade of the report gives beside others of the same cost.
 
-    Between two measured costs the others' accuracy is interpolated.
+    Between two measured costs the others' accuracy is interpolated linearly: a little
+    to their disadvantage, since accuracy bends downwards as the cost falls.
     """
     dense = next(row for row in rows if row["method"] == "dense")
     summary = {"dense_accuracy": dense["accuracy"]}
@@ -384,6 +430,9 @@ def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
         summary[f"{name}_drop"] = dense["accuracy"] - row["accuracy"]
         if "tuned_accuracy" in row:
             summary[f"{name}_tuned_drop"] = dense["accuracy"] - row["tuned_accuracy"]
+            if tuned is not None:
+                drop = tuned - row["tuned_accuracy"]
+                summary[f"{name}_tuned_drop_from_tuned"] = drop
         for other in ("random", "cls", "evit", "merge", "resolution"):
             for key in ("accuracy", "tuned_accuracy"):
                 points = sorted(
@@ -402,6 +451,7 @@ def _parity(run, dense, images):
     """Masked against compact, on all test images, for each of the semantics."""
     pixels = images.test[0]
     results = {}
+    dense = dense._replace(model=dense.model.clone(dtype=jnp.float32))
     for semantics in cascade.SEMANTICS:
         logits = []
         for mode in cascade.MODES:
@@ -417,7 +467,8 @@ def _parity(run, dense, images):
             predict = vit_training.make_predict(
                 network.model, images, network.image_size
             )
-            logits.append(predict(network.params, pixels))
+            with jax.default_matmul_precision("highest"):
+                logits.append(predict(network.params, pixels))
         first, second = logits
         results[semantics] = {
             "largest_difference_of_logits": np.abs(first - second).max(),
@@ -474,13 +525,55 @@ def _table(rows):
     return columns
 
 
-def _same(network, row):
-    """Whether a method gives at this ratio what it gave at another already."""
-    counted = network.cost
-    return (
-        counted.total == row["multiply_adds"]
-        and list(counted.attention_tokens) == row["attention_tokens"]
-    )
+def _write_table(path, rows, batch_sizes):
+    """The rows as a table in Markdown."""
+    columns = {
+        "multiply-adds saved (%)": lambda row: f"{100 * row['saved']:.1f}",
+        "tokens in attention": lambda row: _mean(row["attention_tokens"]),
+        "in MLP": lambda row: _mean(row["mlp_tokens"]),
+        "parameters": lambda row: f"{row['num_params']:,}",
+        "accuracy (%)": lambda row: f"{100 * row['accuracy']:.2f}",
+        "trained on (%)": lambda row: f"{100 * row['tuned_accuracy']:.2f}",
+        "gradient faster by": lambda row: f"{row['gradient_speedup']:.2f}",
+        "predicted": lambda row: f"{row['predicted_speedup']:.2f}",
+    }
+    for batch in batch_sizes:
+        columns[f"batch {batch} faster by"] = lambda row, batch=batch: (
+            f"{row[f'speedup_{batch}']:.2f}"
+        )
+    lines = [
+        "| method | ratio | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for row in rows:
+        cells = [row["method"], f"{row['ratio']:g}"]
+        for show in columns.values():
+            try:
+                cells.append(show(row))
+            except KeyError:
+                cells.append("")  # not measured
+        lines.append("| " + " | ".join(cells) + " |")
+    text = "\n".join(lines) + "\n"
+    runtime.write_atomic(path, lambda file: file.write(text))
+
+
+def _mean(counts):
+    return f"{np.mean(counts):.1f}"
+
+
+def _check_same_file(run, checkpoint):
+    """A run that is resumed must not join the rows of two networks."""
+    if not checkpoint:
+        return
+    digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
+    path = run.workdir / "network.json"
+    if not path.exists():
+        runtime.write_json(path, {"checkpoint": checkpoint, "sha256": digest})
+    elif runtime.read_json(path)["sha256"] != digest:
+        raise ValueError(
+            f"{checkpoint} has changed since {run.workdir} was begun. Delete that "
+            "folder or choose another --workdir."
+        )
 
 
 def _say_row(run, row):
@@ -509,11 +602,28 @@ def _check_config(config):
             raise ValueError(
                 f"methods.{method} must be ratios between 0 and 1, got {ratios}."
             )
-    for name in ("num_calibration", "num_pictured"):
-        if config[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {config[name]}.")
+    for part in ("timing", "tuning"):
+        unknown = set(config[part].methods) - set(METHODS)
+        if unknown:
+            raise ValueError(
+                f"{part}.methods has {', '.join(sorted(unknown))}, which is none of "
+                f"{', '.join(METHODS)}."
+            )
+    for name in ("parity_ratio", "pictured_ratio"):
+        if not 0 < config[name] < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, got {config[name]}.")
+    for name, value in (
+        ("num_calibration", config.num_calibration),
+        ("num_pictured", config.num_pictured),
+        ("timing.num_rounds", config.timing.num_rounds),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
     if config.tuning.num_epochs < 0:
         raise ValueError("tuning.num_epochs must not be negative.")
+    needy = [m for m in config.methods if m in ("range", "heads") or m[-4:] == "_lbi"]
+    if needy and not config.dataset.name:
+        raise ValueError(f"{', '.join(needy)} cannot do without a data set.")
 
 
 if __name__ == "__main__":

@@ -49,13 +49,14 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 def make_model(config, images):
     """The model of config.model and where its training starts: (model, params)."""
     options = config.model.to_dict()
-    dtype = jnp.dtype(options.pop("dtype"))
+    dtype = vit_training.parse_dtype(options.pop("dtype"))
     if config.checkpoint:
         model, params = vit.load_checkpoint(
             config.checkpoint,
             image_size=config.image_size,
             num_classes=images.num_classes,
         )
+        vit_training.check_channels(model, params, images)
         # The file says what the rest is.
         rates = {k: v for k, v in options.items() if k.endswith("_rate")}
         return model.clone(dtype=dtype, **rates), params
@@ -73,10 +74,16 @@ def _check_config(config):
     for name in ("num_epochs", "log_every", "checkpoint_every", "evaluate_every"):
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {config[name]}.")
-    if not config.patch_dropout or config.patch_dropout[0][0] != 0:
+    starts = [start for start, _ in config.patch_dropout]
+    keeps = [keep for _, keep in config.patch_dropout]
+    if (
+        starts[:1] != [0]
+        or starts != sorted(starts)
+        or not 0 < min(keeps) <= max(keeps) <= 1
+    ):
         raise ValueError(
-            "patch_dropout must be ((0.0, keep), (from, keep), ...), got "
-            f"{config.patch_dropout}."
+            "patch_dropout must be ((0.0, keep), (from, keep), ...) with rising starts "
+            f"and shares in (0, 1], got {config.patch_dropout}."
         )
 
 

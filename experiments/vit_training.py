@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from flax import struct
 from ml_collections import ConfigDict
 
 from experiments import augmentation, image_classifier, runtime
 from experiments.image_classifier import Images
-from vit.cascade import Cascade
+from vit import Cascade, ViT
 
 
 @struct.dataclass
@@ -57,6 +56,27 @@ def load_images(config: ConfigDict) -> Images:
             f"normalisation {config.normalisation!r} is neither google nor dataset."
         )
     return images
+
+
+def parse_dtype(name: str) -> Any:
+    """The compute dtype that a config names.
+
+    Raises:
+      ValueError: if it is neither float32 nor bfloat16.
+    """
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype {name!r} is neither float32 nor bfloat16.")
+    return jnp.dtype(name)
+
+
+def check_channels(model: ViT, params: Any, images: Images | None) -> None:
+    """Raises ValueError if the weights are for images of other channels."""
+    first = params["stem_0" if model.stem else "embedding"]["kernel"]
+    if images is not None and first.shape[2] != images.train[0].shape[-1]:
+        raise ValueError(
+            f"the checkpoint takes images of {first.shape[2]} channels, the data set "
+            f"has {images.train[0].shape[-1]}."
+        )
 
 
 def make_optimizer(
@@ -115,7 +135,7 @@ def init_state(
     )
 
 
-def patch_dropout(model: nn.Module, num_patches: int, keep: float) -> nn.Module:
+def patch_dropout(model: ViT, num_patches: int, keep: float) -> ViT:
     """`model` on a random share of each image's patches, anew at every step.
 
     PatchDropout (Liu et al. 2023, arXiv 2208.07220): a cascade before the first layer.
@@ -135,7 +155,7 @@ def patch_dropout(model: nn.Module, num_patches: int, keep: float) -> nn.Module:
 
 
 def make_update(
-    model: nn.Module,
+    model: ViT,
     images: Images,
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
@@ -168,7 +188,7 @@ def make_update(
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # The start's weight fades as 1 / step first.
+        # So that the start is soon forgotten.
         decay = jnp.minimum(config.average_decay, (1 + step) / (10 + step))
         return TrainState(
             params=params,
@@ -219,7 +239,7 @@ def prepare(images: Images, pixels: jax.Array, image_size: int) -> jax.Array:
 
 
 def make_predict(
-    model: nn.Module, images: Images, image_size: int, *, batch_size: int = 250
+    model: ViT, images: Images, image_size: int, *, batch_size: int = 250
 ) -> Callable[[Any, np.ndarray], np.ndarray]:
     """Evaluation: (params, uint8 (N, H, W, C)) -> logits (N, K)."""
 
@@ -233,7 +253,7 @@ def make_predict(
 
 def train(
     run: runtime.Run,
-    model: nn.Module,
+    model: ViT,
     images: Images,
     params: Any,
     *,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import vit_oracle
+from vit_oracle import run
 
 from vit import cascade as cascades
 from vit import cost, slicing
@@ -30,12 +31,6 @@ NEURONS = ((1, 2, 5, 13), tuple(range(0, 14, 2)))
 def _highest_precision():
     with jax.default_matmul_precision("highest"):
         yield
-
-
-def run(function, *arguments):
-    """Compiled for one run: compiling faster counts for more than running faster."""
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(function, compiler_options=options)(*arguments)
 
 
 def block_of(params, layer):

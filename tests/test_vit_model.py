@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import vit_oracle
 from flax import traverse_util
+from vit_oracle import run
 
 from vit import model as models
 from vit.cascade import Cascade
@@ -34,12 +35,6 @@ LARGE_IMAGES = (2, 16, 24, 1)
 def _highest_precision():
     with jax.default_matmul_precision("highest"):
         yield
-
-
-def run(function, *arguments):
-    """Compiled for one run: compiling faster counts for more than running faster."""
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(function, compiler_options=options)(*arguments)
 
 
 def make(**options):
@@ -89,8 +84,8 @@ def test_the_two_gelus_differ():
     tanh, erf = (
         vit_oracle.forward(params, images, gelu=gelu).logits for gelu in ("tanh", "erf")
     )
-    # Otherwise the test above could not tell them apart.
-    assert np.max(np.abs(tanh - erf)) > 1e-4 * np.max(np.abs(tanh))
+    # Otherwise the test above, good to 1e-5, could not tell them apart.
+    assert np.max(np.abs(tanh - erf)) > 5e-5 * np.max(np.abs(tanh))
 
 
 def test_intermediates_are_those_of_numpy_and_change_nothing():

@@ -294,6 +294,13 @@ def released_code(
       double_counter: its layer counter advances twice a block, so that the second half
         of the network repeats the first, scores reset.
     """
+    slope = plateau * 2 / 15
+    largest = 1 / max(1, (num_layers - 1) * 2 / 15)
+    if not 0 <= plateau < largest:
+        raise ValueError(
+            f"plateau must lie in [0, {largest:.3f}) with {num_layers} layers, for the "
+            f"MLP prunes more, got {plateau}."
+        )
     schedule = [
         2 * layer % num_layers if double_counter else layer
         for layer in range(num_layers)
@@ -302,7 +309,6 @@ def released_code(
     num_tokens = num_patches + 1
     ramp = ramp_ratios(plateau, num_layers, start=3, length=6)
     attention = [math.floor(ramp[i] * num_tokens + 1e-9) for i in schedule]
-    slope = plateau * 2 / 15
     mlp = [math.floor(slope * i * num_tokens + 1e-9) for i in schedule]
     return Cascade(
         keep=tuple(num_patches - pruned for pruned in attention),

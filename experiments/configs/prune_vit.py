@@ -46,28 +46,23 @@ def get_config(variant: str = "digits") -> ConfigDict:
     # Without a checkpoint and a data set: the model to time, one of vit.model.VARIANTS.
     config.model = ConfigDict({"variant": "B", "patch_size": 16})
     config.dtype = "float32"
+    # Of jax.nn.dot_product_attention; cudnn on a GPU, in bfloat16.
+    config.attention_implementation = config_dict.placeholder(str)
 
     # Which methods at which ratios: plateaus of the ramp over the layers, or what costs
     # the same by another method.
+    every, some = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6), (0.2, 0.3, 0.4, 0.6)
     config.methods = ConfigDict(
         {
-            "max": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
-            "random": (0.2, 0.4, 0.6),
-            "resolution": (0.2, 0.3, 0.4, 0.5, 0.6),
-            "cls": (0.2, 0.4, 0.6),
-            "evit": (0.2, 0.4, 0.6),
-            "merge": (0.2, 0.4, 0.6),
-            "sum": (0.4,),
-            "norm": (0.4,),
-            "constant": (0.4,),
-            "range": (0.4,),
-            "zero": (0.2, 0.4, 0.6),
-            "released_code": (0.2, 0.4, 0.6),
-            "heads": (0.25, 0.5),
-            "heads_random": (0.25, 0.5),
-            "heads_lbi": (0.25, 0.5),
-            "neurons_random": (0.25, 0.5),
-            "neurons_lbi": (0.25, 0.5),
+            "max": every,
+            **dict.fromkeys(("random", "cls", "evit", "merge"), some),
+            # Each a side in whole patches less.
+            "resolution": (0.4, 0.6),
+            **dict.fromkeys(("sum", "norm", "constant", "range"), (0.4,)),
+            **dict.fromkeys(("zero", "released_code"), (0.2, 0.4, 0.6)),
+            "skip": (0.4,),
+            **dict.fromkeys(("heads", "heads_random", "heads_lbi"), (0.25, 0.5)),
+            **dict.fromkeys(("neurons_random", "neurons_lbi"), (0.25, 0.5)),
         }
     )
     # Where the masked and the compact mode are compared, on all test images.
@@ -82,7 +77,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
         {
             "batch_sizes": (1, 32),
             "num_rounds": 10,
-            "methods": ("max", "zero", "evit", "merge", "resolution", "heads"),
+            "methods": ("max", "skip", "zero", "evit", "merge", "resolution", "heads"),
         }
     )
     # Training on with the pruning in place, at ratios that are among those above; of
@@ -165,22 +160,22 @@ def get_config(variant: str = "digits") -> ConfigDict:
         config.image_size = 224
         config.normalisation = "google"
         config.dtype = "bfloat16"
-        config.methods = (
-            "max",
-            "random",
-            "resolution",
-            "cls",
-            "evit",
-            "merge",
-            "heads",
-        )
+        # Patches are 14 x 14 here: the side has more steps.
+        config.methods.resolution = every
         config.timing.batch_sizes = (1, 128)
     if variant == "b16":
         config.checkpoint = "runs/train_vit/finetune_b16/model.npz"
         config.tuning.training.augment.update(crop_padding=0, min_area=0.05, flip=True)
         config.tuning.training.label_smoothing = 0.0
-        config.tuning.training.optimizer.update(
-            name="sgd", learning_rate=0.003, options={"momentum": 0.9}
+        config.tuning.training.optimizer = ConfigDict(
+            {
+                "name": "sgd",
+                "learning_rate": 0.003,
+                "schedule": "cosine",
+                "warmup_steps": 20,
+                "clip_norm": 1.0,
+                "options": {"momentum": 0.9},
+            }
         )
     if variant == "speed_b16":
         config.dataset.name = None

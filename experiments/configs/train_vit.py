@@ -45,7 +45,8 @@ def get_config(variant: str = "digits") -> ConfigDict:
 
     # A file for vit.load_checkpoint to start from; its shapes say what the model is.
     config.checkpoint = config_dict.placeholder(str)
-    # One of vit.model.VARIANTS, with further fields of vit.ViT.
+    # One of vit.model.VARIANTS and fields of vit.ViT in place of its own. With a
+    # checkpoint only dtype and the rates count: its shapes say the rest.
     config.model = ConfigDict(
         {
             "variant": "cifar_192",
@@ -169,6 +170,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
         config.label_smoothing = 0.0
         config.num_epochs = 6
         config.batch_size = 512
+        config.checkpoint_every = 97
         config.evaluate_every = 1
         config.average_decay = 0.0
         config.optimizer = ConfigDict(
