@@ -19,13 +19,14 @@ _TOKENS = {
 }
 _CASCADES = {
     "max": _TOKENS["max"],
-    "constant": ("tab:orange", "s", "constant ratios"),
-    "range": ("tab:green", "D", "ratios by attention range"),
-    "zero": ("tab:purple", "P", "zeroed rows"),
-    "released_code": ("black", "x", "released code"),
+    "constant": ("tab:orange", "h", "constant ratios"),
+    "range": ("tab:brown", "d", "ratios by attention range"),
+    "skip": ("teal", "*", "skipped for a layer"),
+    "zero": ("magenta", "p", "zeroed rows"),
+    "released_code": ("black", "x", "released code (masked only)"),
 }
 _WEIGHTS = {
-    "heads": ("tab:blue", "o", "heads, by maxima"),
+    "heads": ("navy", ">", "heads, by maxima"),
     "heads_lbi": ("tab:cyan", "D", "heads, by DessiLBI"),
     "heads_random": ("tab:gray", "^", "heads, random"),
     "neurons_lbi": ("tab:orange", "D", "neurons, by DessiLBI"),
@@ -98,15 +99,15 @@ def _draw_accuracy(folder, arrays):
     _save(figure, folder / "accuracy_and_cost.png")
 
 
-def _curve(arrays, method, column, against="row_multiply_adds"):
+def _curve(arrays, method, column):
     """Percent of the whole network's cost, and of `column`, cheapest first."""
     if column not in arrays:
         return np.array([]), np.array([])
     methods = arrays["row_method"]
     chosen = (methods == method) | (methods == "dense")
     chosen &= np.isfinite(arrays[column])
-    whole = arrays[against][methods == "dense"][0]
-    cost = 100 * arrays[against][chosen] / whole
+    whole = arrays["row_multiply_adds"][methods == "dense"][0]
+    cost = 100 * arrays["row_multiply_adds"][chosen] / whole
     order = np.argsort(cost)
     return cost[order], 100 * arrays[column][chosen][order]
 
@@ -128,6 +129,7 @@ def _draw_speed(folder, arrays):
     for axis, batch in zip(axes[0], batches, strict=False):
         for method, (color, marker, label) in named.items():
             rows = arrays["row_method"] == method
+            rows &= np.isfinite(arrays[f"row_speedup_{batch}"])
             if not rows.any():
                 continue
             axis.plot(
@@ -151,6 +153,7 @@ def _draw_speed(folder, arrays):
         axis, batch = axes[0, -1], batches[-1]
         for method, (color, marker, label) in _TOKENS.items():
             rows = np.isin(arrays["row_method"], (method, "dense"))
+            rows &= np.isfinite(arrays[f"row_speedup_{batch}"])
             if rows.sum() < 2:
                 continue
             speed = arrays[f"row_speedup_{batch}"][rows]
@@ -186,10 +189,10 @@ def _draw_kept(folder, arrays):
         image = image / 255
         _show(axes[row, 0], image)
         for layer in range(num_layers):
-            mask = kept[layer, row].reshape(grid, grid)
-            repeats = [-(-side // grid) for side in image.shape[:2]]
-            mask = mask.repeat(repeats[0], 0).repeat(repeats[1], 1)
-            mask = mask[: image.shape[0], : image.shape[1], None]
+            # The patch that each pixel lies in; images may be smaller than what the
+            # network sees.
+            rows, columns = (np.arange(side) * grid // side for side in image.shape[:2])
+            mask = kept[layer, row].reshape(grid, grid)[rows][:, columns, None]
             faded = 0.25 * image + 0.6
             _show(axes[row, layer + 1], np.where(mask, image, faded))
             if row == 0:
@@ -264,7 +267,8 @@ def _draw_heads(folder, arrays):
 
 def _show(axis, image):
     image = np.clip(image, 0, 1)
-    axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray")
+    grey = image.shape[-1] == 1
+    axis.imshow(image[..., 0] if grey else image, cmap="gray", vmin=0, vmax=1)
     axis.set_xticks([])
     axis.set_yticks([])
 
