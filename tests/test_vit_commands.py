@@ -1,6 +1,7 @@
 """train_vit and prune_vit: what they measure, their files, resume and errors."""
 
 import json
+from pathlib import Path
 
 import chex
 import jax
@@ -21,6 +22,8 @@ from experiments import (
 )
 from experiments.configs import prune_vit as prune_configs
 from experiments.configs import train_vit as train_configs
+
+ROOT = Path(__file__).parents[1]
 
 
 def train_config(**changes):
@@ -321,3 +324,26 @@ def test_bad_options_of_training(tmp_path, changes, message):
             config[name] = value
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train_vit.train_and_evaluate(config, tmp_path)
+
+
+def test_committed_network_classifies_cifar10_pruned_and_not():
+    """The weights under results/, in float16, on the first 500 test images."""
+    config = train_configs.get_config("cifar10_cpu")
+    config.num_test = 500
+    try:
+        images = vit_training.load_images(config)
+    except FileNotFoundError as error:
+        pytest.skip(f"CIFAR-10 is not prepared: {error}")
+    model, params = vit.load_checkpoint(
+        ROOT / "results" / "train_vit_cifar10_cpu" / "model.npz"
+    )
+    pixels, labels = images.test
+    accuracies = []
+    for ratio in (None, 0.4):
+        chosen = ratio and vit.cascade.report(ratio, num_layers=7, num_patches=64)
+        pruned = model.clone(cascade=chosen)
+        predict = vit_training.make_predict(pruned, images, 32)
+        accuracies.append(image_classifier.accuracy(predict(params, pixels), labels))
+    whole, dropped = accuracies
+    assert whole > 0.78
+    assert dropped > whole - 0.02

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import vit_oracle
 from flax import traverse_util
-from vit_oracle import run
+from vit_oracle import compiled, run
 
 from vit import model as models
 from vit.cascade import Cascade
@@ -85,7 +85,7 @@ def test_the_two_gelus_differ():
         vit_oracle.forward(params, images, gelu=gelu).logits for gelu in ("tanh", "erf")
     )
     # Otherwise the test above, good to 1e-5, could not tell them apart.
-    assert np.max(np.abs(tanh - erf)) > 5e-5 * np.max(np.abs(tanh))
+    assert np.max(np.abs(tanh - erf)) > 4e-5 * np.max(np.abs(tanh))
 
 
 def test_intermediates_are_those_of_numpy_and_change_nothing():
@@ -154,7 +154,7 @@ def test_parameters_have_the_official_names_and_shapes():
 
 
 def test_new_networks_have_a_head_of_zeros_and_xavier_kernels():
-    model = make(num_layers=1, head_dim=50, mlp_dim=90)
+    model = make(num_layers=1, head_dim=50, mlp_dim=90, num_classes=2)
     images = vit_oracle.random_images(IMAGES)
     params = run(lambda key: model.init(key, images)["params"], jax.random.key(3))
     assert not np.any(params["head"]["kernel"]) and not np.any(params["cls"])
@@ -232,7 +232,8 @@ def test_rates_act_in_training_alone_and_need_the_rng(rate):
 
     with pytest.raises(Exception, match='needs PRNG for "dropout"'):
         jax.eval_shape(lambda p: train(p, None), params)
-    first, second = (run(train, params, jax.random.key(seed)) for seed in (0, 1))
+    forward = compiled(train)
+    first, second = (forward(params, jax.random.key(seed)) for seed in (0, 1))
     # With seed 0 or 1 something of 8 branches or 400 numbers is left out.
     assert np.max(np.abs(first - second)) > 1e-3
     evaluated = logits_of(model, params, images)
@@ -285,18 +286,15 @@ def test_training_draws_the_cascades_random_scores_anew():
     images = vit_oracle.random_images(IMAGES)
     key = jax.random.key(8)
 
-    def forward(params, key, **rngs):
-        rngs = {name: jax.random.fold_in(key, i) for name, i in rngs.items()}
-        return model.apply(
+    def kept(params, **rngs):
+        _, captured = model.apply(
             {"params": params}, images, rngs=rngs, mutable=["intermediates"]
         )
+        return captured["intermediates"]["Transformer"]["encoderblock_0"]["tokens"][0]
 
-    def kept(**rngs):
-        _, captured = run(lambda p, key: forward(p, key, **rngs), params, key)
-        block = captured["intermediates"]["Transformer"]["encoderblock_0"]
-        return np.asarray(block["tokens"][0])
-
-    fixed, one, two = kept(), kept(cascade=1), kept(cascade=2)
+    fixed = run(kept, params)
+    draw = compiled(lambda params, key: kept(params, cascade=key))
+    one, two = (draw(params, jax.random.fold_in(key, step)) for step in (1, 2))
     scores = jax.random.uniform(jax.random.key(cascade.seed), (2, 13))
     expected = 1 + np.argsort(-np.asarray(scores)[:, 1:], axis=1)[:, :4]
     np.testing.assert_array_equal(fixed[:, 1:], np.sort(expected, axis=1))

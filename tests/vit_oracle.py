@@ -121,7 +121,7 @@ def attention_half(trace, cascade, layer, block, batch, epsilon):
     inputs = [rows_of(cascade, block["LayerNorm_0"], *pair, epsilon) for pair in worked]
     params = block["MultiHeadDotProductAttention_0"]
     sizes = [
-        [tokens[row].size for row in rows]
+        np.array([tokens[row].size for row in rows])
         for tokens, (rows, _) in zip(batch, inputs, strict=True)
     ]
     maps = [
@@ -231,10 +231,8 @@ def attend(y, sizes, params, head):
     )
     probs = np.zeros((len(y), len(y)))
     for i in range(len(y)):
-        for j in range(len(y)):
-            logit = query[i] @ key[j] / math.sqrt(query.shape[1])
-            probs[i, j] = sizes[j] * math.exp(logit)
-        probs[i] /= probs[i].sum()
+        likeness = np.exp(key @ query[i] / math.sqrt(query.shape[1]))
+        probs[i] = sizes * likeness / np.sum(sizes * likeness)
     return probs, probs @ value
 
 
@@ -269,7 +267,7 @@ def head_scores(probs, form):
     scores = np.zeros(len(probs))
     for head, matrix in enumerate(probs):
         for i in range(len(matrix)):
-            scores[head] += max(matrix[:, i] if form == "max" else matrix[i])
+            scores[head] += np.max(matrix[:, i] if form == "max" else matrix[i])
     return scores
 
 
@@ -283,7 +281,7 @@ def score_gains(cascade, probs):
 
 
 def patch_scores(probs, form, alpha, beta):
-    reduce = {"max": max, "sum": sum}[form]
+    reduce = {"max": np.max, "sum": np.sum}[form]
     scores = np.zeros(probs.shape[1])
     for matrix in probs:
         for j in range(len(matrix)):
@@ -378,13 +376,17 @@ def random_images(image_shape, seed=9):
     return jnp.asarray(rng.uniform(-1.5, 1.5, image_shape), jnp.float32)
 
 
-def run(function, *arguments):
-    """Compiled for one run: compiling faster counts for more than running faster."""
+def compiled(function):
+    """For a few runs: compiling faster counts for more than running faster."""
     options = {
         "xla_backend_optimization_level": 0,
         "xla_cpu_use_fusion_emitters": False,
     }
-    return jax.jit(function, compiler_options=options)(*arguments)
+    return jax.jit(function, compiler_options=options)
+
+
+def run(function, *arguments):
+    return compiled(function)(*arguments)
 
 
 def products(function, *arguments):

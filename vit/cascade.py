@@ -237,7 +237,8 @@ def range_ratios(
       start: the first layer that prunes.
 
     Raises:
-      ValueError: if the ratio is above `largest`, or no layer is left.
+      ValueError: if the ratio is above `largest`, no layer is left, or the mean cannot
+        be reached, as may be where gamma is 1 or more.
     """
     values = np.asarray(ranges[start:], np.float64)
     if not 0 <= ratio <= largest < 1 or not len(values):
@@ -256,6 +257,11 @@ def range_ratios(
             break
         ratios[free] *= 1 + missing / ratios[free].sum()
         ratios = np.minimum(ratios, largest)
+    if abs(ratios.mean() - ratio) > 1e-9:
+        raise ValueError(
+            f"a mean of {ratio} is out of reach with gamma {gamma}: layers that prune "
+            f"nothing stay so, and {largest} is the most; take a smaller gamma."
+        )
     return [0.0] * start + ratios.tolist()
 
 
