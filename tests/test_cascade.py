@@ -213,8 +213,8 @@ def test_cases_let_tokens_come_back_and_images_differ():
 # Masked against compact.
 
 
-# Each score, with heads and without in turn.
-@pytest.mark.parametrize("cascade", CASES[:15:4] + CASES[15::3], ids=name_of)
+# Each score twice, with heads and without in turn.
+@pytest.mark.parametrize("cascade", CASES[::3], ids=name_of)
 def test_gradients_of_both_modes_are_equal(cascade):
     models = [make(cascade) for cascade in in_modes(cascade)]
     params = vit_oracle.random_params(models[0], IMAGES, seed=20)
