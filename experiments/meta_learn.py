@@ -120,20 +120,6 @@ def make_update(
     """
     inner = config.inner
 
-    def loss_fn(weights, latent, coords, targets, noise):
-        _, info = functa.fit_batch(
-            model.apply,
-            weights["params"],
-            latent,
-            coords,
-            targets,
-            learning_rate=weights["learning_rate"],
-            noise=noise,
-            first_order=inner.first_order,
-            **encoding.fit_options(config),
-        )
-        return jnp.sum(info.loss[:, -1]), info
-
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state, coords, targets, key):
         batch_size, num_points = targets.shape[:2]
@@ -141,21 +127,19 @@ def make_update(
         if inner.noise_std:
             shape = (batch_size, *state.latent.shape)
             noise = inner.noise_std * jax.random.normal(key, shape)
-        group = _group_size(batch_size, num_points, config.points_per_group)
-
-        def add_group(grads, batch):
-            grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-            (_, info), group_grads = grad_fn(
-                state.weights, state.latent, coords, *batch
-            )
-            return jax.tree.map(jnp.add, grads, group_grads), info
-
-        groups = jax.tree.map(
-            lambda x: x.reshape(-1, group, *x.shape[1:]), (targets, noise)
+        (grads, rate_grads), info = functa.meta_gradient(
+            model.apply,
+            state.weights["params"],
+            state.latent,
+            coords,
+            targets,
+            learning_rate=state.weights["learning_rate"],
+            noise=noise,
+            num_groups=_num_groups(batch_size, num_points, config.points_per_group),
+            first_order=inner.first_order,
+            **encoding.fit_options(config),
         )
-        zeros = jax.tree.map(jnp.zeros_like, state.weights)
-        grads, info = jax.lax.scan(add_group, zeros, groups)
-        grads = jax.tree.map(lambda x: x / batch_size, grads)
+        grads = {"params": grads, "learning_rate": rate_grads}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.weights)
         weights = optax.apply_updates(state.weights, updates)
         if inner.rate_clip:
@@ -165,19 +149,23 @@ def make_update(
         if average is not None:
             decay = config.optimizer.ema_decay
             average = optax.incremental_update(weights, average, 1 - decay)
-        psnr = functa.psnr(info.mse.reshape(batch_size, -1)).mean(0)
+        psnr = functa.psnr(info.mse).mean(0)
         state = TrainState(weights, opt_state, average, state.latent)
-        return state, info.loss[..., -1].mean(), psnr
+        return state, info.loss[:, -1].mean(), psnr
 
     return update
 
 
-def _group_size(batch_size, num_points, points_per_group):
-    """The largest divisor of the batch whose images hold at most points_per_group."""
+def _num_groups(batch_size, num_points, points_per_group):
+    """As few as there may be for no group to hold more than points_per_group."""
     if not points_per_group:
-        return batch_size
+        return 1
     largest = max(1, min(batch_size, points_per_group // num_points))
-    return max(n for n in range(1, largest + 1) if batch_size % n == 0)
+    return min(
+        n
+        for n in range(1, batch_size + 1)
+        if batch_size % n == 0 and batch_size // n <= largest
+    )
 
 
 def _adopt(config, learner):

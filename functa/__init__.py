@@ -10,6 +10,7 @@ from functa.functaset import save_functaset as save_functaset
 from functa.inner_loop import FitInfo as FitInfo
 from functa.inner_loop import fit_batch as fit_batch
 from functa.inner_loop import fit_latent as fit_latent
+from functa.inner_loop import meta_gradient as meta_gradient
 from functa.inner_loop import optimize_latent as optimize_latent
 from functa.inner_loop import reconstruction_loss as reconstruction_loss
 from functa.metrics import mean_psnr as mean_psnr

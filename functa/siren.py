@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from functa import sine
+from functa import product, sine
 
 
 def coordinate_grid(shape: Sequence[int]) -> np.ndarray:
@@ -61,6 +61,9 @@ class Siren(nn.Module):
       out_channels: C.
       omega_0: frequency factor inside every sine.
       fast_sine: polynomial sine (`functa.sine.sin`) in place of `jnp.sin`.
+      dtype: that hidden kernels and their inputs are rounded to before they are
+        multiplied, "float32" or "bfloat16". Sums, the arguments of the sines, the
+        first and the last layer stay in float32, and so do all parameters.
     """
 
     width: int
@@ -68,6 +71,7 @@ class Siren(nn.Module):
     out_channels: int = 3
     omega_0: float = 30.0
     fast_sine: bool = False
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, coords: jax.Array) -> jax.Array:
@@ -81,7 +85,7 @@ class ModulatedSiren(nn.Module):
     (M,) is laid out layer by layer, each layer's scale (if any) before its shift.
 
     Attributes:
-      width, depth, out_channels, omega_0, fast_sine: as in `Siren`.
+      width, depth, out_channels, omega_0, fast_sine, dtype: as in `Siren`.
       modulate_scale, modulate_shift: which of the two are present; at least one.
     """
 
@@ -92,6 +96,7 @@ class ModulatedSiren(nn.Module):
     modulate_scale: bool = False
     modulate_shift: bool = True
     fast_sine: bool = False
+    dtype: str = "float32"
 
     @property
     def latent_shape(self) -> tuple[int]:
@@ -118,7 +123,7 @@ class LatentModulatedSiren(nn.Module):
     `ModulatedSiren`; 1 is added to every scale: a zero output modulates nothing.
 
     Attributes:
-      width, depth, out_channels, omega_0, fast_sine: as in `Siren`.
+      width, depth, out_channels, omega_0, fast_sine, dtype: as in `Siren`.
       latent_dim: L.
       layer_sizes: hidden widths of the latent-to-modulation map; () is linear.
       modulate_scale, modulate_shift: as in `ModulatedSiren`.
@@ -133,6 +138,7 @@ class LatentModulatedSiren(nn.Module):
     modulate_scale: bool = False
     modulate_shift: bool = True
     fast_sine: bool = False
+    dtype: str = "float32"
 
     @property
     def latent_shape(self) -> tuple[int]:
@@ -206,18 +212,36 @@ def _siren(model, coords, modulations):
     """The body shared by all three models; runs inside their compact `__call__`."""
     _check_sizes(model)
     sin = sine.sin if model.fast_sine else jnp.sin
+    init = siren_init(model.omega_0)
     x = coords
     for i, (scale, shift) in enumerate(modulations):
-        init = siren_init(model.omega_0) if i else siren_first_init
-        x = nn.Dense(model.width, kernel_init=init, name=f"layer_{i}")(x)
+        # Coordinates, like the output below, are not rounded: every digit is seen.
+        x = _Linear(
+            model.width,
+            init if i else siren_first_init,
+            dtype=model.dtype if i else "float32",
+            name=f"layer_{i}",
+        )(x)
         if scale is not None:
             x = jnp.expand_dims(scale, range(x.ndim - 1)) * x
         if shift is not None:
             x = x + jnp.expand_dims(shift, range(x.ndim - 1))
         x = sin(model.omega_0 * x)
-    last = nn.Dense(
-        model.out_channels,
-        kernel_init=siren_init(model.omega_0),
-        name=f"layer_{model.depth - 1}",
-    )
+    last = _Linear(model.out_channels, init, name=f"layer_{model.depth - 1}")
     return last(x) + 0.5
+
+
+class _Linear(nn.Module):
+    """`nn.Dense`, by the products of `functa.product`; parameters named as there."""
+
+    features: int
+    kernel_init: nn.initializers.Initializer
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x = product.product(x, kernel, dtype=self.dtype)
+        return x + jnp.expand_dims(bias, range(x.ndim - 1))

@@ -10,6 +10,7 @@ import pytest
 from functa.inner_loop import (
     fit_batch,
     fit_latent,
+    meta_gradient,
     optimize_latent,
     reconstruction_loss,
 )
@@ -353,3 +354,66 @@ def test_optimize_latent_serves_a_line_search():
     )
     np.testing.assert_allclose(fitted, TARGET, atol=1e-4)
     assert info.mse[-1] < 1e-8 < info.mse[0]
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 6])
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((), {}),
+        # The masks of a ReLU at the common start have no gradient.
+        ((4,), {"unroll": False, "l2_weight": 0.1}),
+        ((), {"first_order": True}),
+    ],
+)
+def test_meta_gradient_is_that_of_the_mean_loss(sizes, options, num_groups):
+    model, params, coords, latent = tiny_siren(layer_sizes=sizes)
+    rates = jnp.array([[0.5], [0.3]])
+    keys = jax.random.split(jax.random.key(1))
+    targets = jax.random.uniform(keys[0], (6, *coords.shape[:-1], model.out_channels))
+    noise = 0.1 * jax.random.normal(keys[1], (6, *model.latent_shape))
+    fixed = {"num_steps": 2, "noise": noise, **options}
+
+    def loss_fn(params, rates):
+        def fit(target, noise):
+            return fit_latent(
+                lambda z: model.apply({"params": params}, coords, z),
+                latent,
+                target,
+                learning_rate=rates,
+                **fixed | {"noise": noise},
+            )
+
+        _, info = jax.vmap(fit)(targets, noise)
+        return info.loss[:, -1].mean(), info
+
+    expected = jax.jit(jax.grad(loss_fn, argnums=(0, 1), has_aux=True))(params, rates)
+    actual = jax.jit(
+        lambda params, rates: meta_gradient(
+            model.apply,
+            params,
+            latent,
+            coords,
+            targets,
+            learning_rate=rates,
+            num_groups=num_groups,
+            **fixed,
+        )
+    )(params, rates)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_groups_that_do_not_divide_the_batch_are_refused():
+    model, params, coords, latent = tiny_siren()
+    targets = jnp.zeros((6, *coords.shape[:-1], model.out_channels))
+    with pytest.raises(ValueError, match="must divide the batch of 6, got 4"):
+        meta_gradient(
+            model.apply,
+            params,
+            latent,
+            coords,
+            targets,
+            learning_rate=0.1,
+            num_steps=1,
+            num_groups=4,
+        )

@@ -50,6 +50,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
             "modulate_scale": False,
             "modulate_shift": True,
             "fast_sine": True,
+            "dtype": "float32",
         }
     )
     config.model.out_channels = config_dict.placeholder(int)
@@ -90,7 +91,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
     config.batch_size = 32
     # Points of the images worked through at once; the outer gradient is summed over
     # these groups. On a CPU a group should fit the cache; 0 takes the batch at once.
-    config.points_per_group = 2048
+    config.points_per_group = 1024
     # The first coarse_steps updates see images averaged over coarse_factor^2 pixels.
     config.coarse_steps = 0
     config.coarse_factor = 2
