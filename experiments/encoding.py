@@ -61,10 +61,14 @@ def load_learner(workdir: str | Path) -> Learner:
 
 
 def make_learner(config: ConfigDict, state: dict[str, Any]) -> Learner:
-    """The learner within a training state {"weights", "average", "latent", ...}."""
+    """The learner within a training state {"weights", "average", "latent", ...}.
+
+    Training may have rounded the operands of its products; what is measured and
+    written afterwards does not.
+    """
     weights = state.get("average") or state["weights"]
     return Learner(
-        model_config=config.model.to_dict(),
+        model_config=config.model.to_dict() | {"dtype": "float32"},
         params=weights["params"],
         latent=jnp.asarray(state["latent"]),
         learning_rate=jnp.asarray(weights["learning_rate"]),

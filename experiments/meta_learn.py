@@ -170,7 +170,8 @@ def _num_groups(batch_size, num_points, points_per_group):
 
 def _adopt(config, learner):
     """Takes the model and the inner loop from the run that training starts from."""
-    config.model = ConfigDict(learner.model_config)
+    dtype = config.model.dtype
+    config.model = ConfigDict(learner.model_config | {"dtype": dtype})
     for name, value in learner.inner.items():
         config.inner[name] = value
 
