@@ -21,7 +21,7 @@ from flax import linen as nn
 from flax import struct
 from ml_collections import ConfigDict
 
-from experiments import figures, runtime
+from experiments import devices, figures, runtime
 from functa import classifier, functaset
 
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -259,7 +259,7 @@ def make_epoch(
         state = state.replace(params=params, opt_state=opt_state, average=average)
         return state, loss
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated())
     def epoch(state, latents, labels, key):
         key_order, key_steps = jax.random.split(key)
         order = jax.random.permutation(key_order, num_examples)
@@ -267,9 +267,10 @@ def make_epoch(
 
         def step(state, inputs):
             indices, keys = inputs
+            batch = devices.divide_traced((latents[indices], labels[indices]))
             # All candidates see the same batch.
             return jax.vmap(update, in_axes=(0, 0, None, None, 0))(
-                state, settings, latents[indices], labels[indices], keys
+                state, settings, *batch, keys
             )
 
         keys = jax.random.split(key_steps, (num_steps, num_candidates))
@@ -312,7 +313,7 @@ def keep_best(state: TrainState, accuracy: jax.Array, epoch: int) -> TrainState:
 
 def _train(run, model, settings, state, splits, first_epoch):
     config = run.config
-    on_device = {name: jax.device_put(arrays) for name, arrays in splits.items()}
+    on_device = devices.replicate(splits)
     num_examples = len(splits["train"][0])
     run_epoch = make_epoch(config, model, settings, num_examples=num_examples)
     shown = [name for name in splits if name != "test" or config.log_test]

@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import functa
-from experiments import data, runtime
+from experiments import data, devices, runtime
 from functa import functaset
 
 SHARD_SIZE = 1000
@@ -31,7 +31,7 @@ class Learner(NamedTuple):
 
     Attributes:
       model_config: {"type": ..., **fields} of the model.
-      params: weights.
+      params: weights, on the host, as the latent and the rates are.
       latent: start of the inner loop, (L,).
       learning_rate: (), (L,), (S, 1) or (S, L).
       inner: keywords of `functa.fit_latent`: num_steps, l2_weight, unroll.
@@ -39,8 +39,8 @@ class Learner(NamedTuple):
 
     model_config: dict[str, Any]
     params: Any
-    latent: jax.Array
-    learning_rate: jax.Array
+    latent: np.ndarray
+    learning_rate: np.ndarray
     inner: dict[str, Any]
 
     @property
@@ -69,9 +69,9 @@ def make_learner(config: ConfigDict, state: dict[str, Any]) -> Learner:
     weights = state.get("average") or state["weights"]
     return Learner(
         model_config=config.model.to_dict() | {"dtype": "float32"},
-        params=weights["params"],
-        latent=jnp.asarray(state["latent"]),
-        learning_rate=jnp.asarray(weights["learning_rate"]),
+        params=jax.device_get(weights["params"]),
+        latent=np.asarray(state["latent"]),
+        learning_rate=np.asarray(weights["learning_rate"]),
         inner=fit_options(config),
     )
 
@@ -93,22 +93,22 @@ def encode(
     Args:
       learner: weights and inner loop.
       images: uint8 (N, H, W, C).
-      batch_size: B, images fitted at once; the last batch is padded.
+      batch_size: B, images fitted at once, rounded up to a multiple of the devices of
+        this process; the last batch is padded.
 
     Yields:
       latents (B, L) and mean squared errors (B, S + 1), fewer in the last batch.
     """
-    coords = jnp.asarray(functa.coordinate_grid(images.shape[1:3]))
+    batch_size += -batch_size % jax.local_device_count()
+    coords = functa.coordinate_grid(images.shape[1:3])
+    fixed = devices.replicate((*learner[1:4], coords), local=True)
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         # A batch of another size would compile again.
         padding = [(0, batch_size - len(batch))] + [(0, 0)] * 3
         latents, mse = _fit(
-            learner.params,
-            learner.latent,
-            learner.learning_rate,
-            coords,
-            np.pad(batch, padding),
+            *fixed,
+            devices.divide(np.pad(batch, padding), local=True),
             model=learner.model,
             inner=tuple(learner.inner.items()),
         )
@@ -146,6 +146,9 @@ def write_functaset(
 ) -> dict[str, Any]:
     """Encodes the splits of a data set into one functaset file.
 
+    Several processes share the work, shard by shard; the folder must be one that all of
+    them see.
+
     Args:
       path: the .npz to write; shards lie in `<path>.parts` until it is done.
       learner: weights and inner loop.
@@ -159,7 +162,7 @@ def write_functaset(
       say: prints progress.
 
     Returns:
-      {"num_signals", "images_per_second", "<split>_psnr" mean in dB}.
+      {"num_signals", "images_per_second" of this process, "<split>_psnr" mean in dB}.
     """
     config = {
         "model": learner.model_config,
@@ -176,7 +179,9 @@ def write_functaset(
         "learner": functaset.hash_params(learner[1:4]),
         "num": {split: len(arrays["image"]) for split, arrays in dataset.items()},
     }
-    _open_parts(parts, json.loads(json.dumps(identity)))
+    if devices.is_main():
+        _open_parts(parts, json.loads(json.dumps(identity)))
+    devices.wait_for_all("parts are open")
     todo = [
         (split, copy, start)
         for split, arrays in dataset.items()
@@ -190,12 +195,13 @@ def write_functaset(
     done = encoded = 0
     started = last = time.monotonic()
     shards = []
-    for split, copy, start in todo:
+    for number, (split, copy, start) in enumerate(todo):
         arrays = dataset[split]
         stop = min(start + SHARD_SIZE, len(arrays["image"]))
         shard = parts / f"{split}-{copy:03d}-{start:09d}.npz"
         shards.append((shard, split, stop - start))
-        if not shard.exists():
+        mine = number % jax.process_count() == jax.process_index()
+        if mine and not shard.exists():
             images = arrays["image"][start:stop]
             if copy:
                 key = jax.random.fold_in(jax.random.key(seed), copy * total + start)
@@ -208,7 +214,7 @@ def write_functaset(
                 "label": arrays["label"][start:stop],
                 "psnr": np.asarray(functa.psnr(np.concatenate(mse)[:, -1])),
             }
-            runtime.write_npz(shard, values)
+            runtime.write_npz(shard, values, every_process=True)
             encoded += stop - start
         done += stop - start
         now = time.monotonic()
@@ -220,8 +226,11 @@ def write_functaset(
             )
             last = now
     seconds = time.monotonic() - started
+    devices.wait_for_all("all parts are written")
     summary = _join(path, shards, config=config, params_sha256=params_sha256)
-    shutil.rmtree(parts)
+    devices.wait_for_all("parts are joined")
+    if devices.is_main():
+        shutil.rmtree(parts)
     return summary | {"images_per_second": encoded / seconds}
 
 

@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from experiments import (  # noqa: E402
+    devices,
     landscape_figures,
     lbi_figures,
     runtime,
@@ -28,6 +29,8 @@ def draw(workdir: Path) -> None:
     Raises:
       FileNotFoundError: if the folder holds no run, or no arrays to draw from.
     """
+    if not devices.is_main():
+        return
     workdir = Path(workdir)
     for name in ("environment.json", "arrays.npz"):
         if not (workdir / name).exists():

@@ -20,7 +20,7 @@ from flax import struct
 from ml_collections import ConfigDict
 
 import functa
-from experiments import data, figures, runtime
+from experiments import data, devices, figures, runtime
 from functa import functaset
 
 # Images of a task whose reconstructions are kept for the figures.
@@ -209,9 +209,12 @@ def make_update(config: ConfigDict, model: functa.Siren, task: Task):
     optimizer = runtime.make_optimizer(config.optimizer, task.num_steps)
     low, high = config.coord_range
     grid = functa.coordinate_grid(task.images.shape[1:3]).reshape(-1, 2)
-    coords = jnp.asarray(low + (high - low) * grid)
-    targets = jnp.asarray(data.to_float(task.images))
+    targets = data.to_float(task.images)
     targets = targets.reshape(len(targets), -1, targets.shape[-1])  # (B, N, C)
+    batch = np.float32(low + (high - low) * grid), targets
+    coords, targets = devices.replicate(batch)
+    sampled = 0 < config.num_pixels < len(coords)
+    devices.check_divisible(config.num_pixels if sampled else len(coords))
     key = jax.random.key(config.seed + 1)
 
     def loss_fn(params, coords, target):
@@ -225,16 +228,20 @@ def make_update(config: ConfigDict, model: functa.Siren, task: Task):
 
     update_all = jax.vmap(update_one, in_axes=(0, 0, None, 0))
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated())
     def update(state, coords, targets, first, last):
         def body(step, state):
-            batch = coords, targets
-            if 0 < config.num_pixels < len(coords):
+            points, values = coords, targets
+            if sampled:
                 kept = jax.random.randint(
                     jax.random.fold_in(key, step), (config.num_pixels,), 0, len(coords)
                 )
-                batch = coords[kept], targets[:, kept]
-            params, opt_state, loss = update_all(state.params, state.opt_state, *batch)
+                points, values = coords[kept], targets[:, kept]
+            points = devices.divide_traced(points)
+            values = devices.divide_traced(values, axis=1)
+            params, opt_state, loss = update_all(
+                state.params, state.opt_state, points, values
+            )
             losses = state.loss.at[step].set(loss)
             return state.replace(params=params, opt_state=opt_state, loss=losses)
 

@@ -19,7 +19,7 @@ from flax import struct
 from ml_collections import ConfigDict
 
 import lbi
-from experiments import data, runtime
+from experiments import data, devices, runtime
 from landscape import vgg
 from landscape.convolution import matmul_conv
 from landscape.deep_linear import DeepLinear
@@ -302,21 +302,23 @@ def make_steps(
 
     Args:
       step_fn: (state, step, uint8 images (B, H, W, C), labels (B,)) -> state.
-      images: the data set; it lies on the device.
+      images: the data set; it lies on each device.
       batch_size: B.
       seed: of the epochs' order.
     """
     num_examples = len(images.train[0])
     steps_per_epoch = count_steps(images, batch_size)
-    train_images, train_labels = jax.device_put(images.train)
+    devices.check_divisible(batch_size)
+    train_images, train_labels = devices.replicate(images.train)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated())
     def update(state, train_images, train_labels, order, first, last, offset):
         def body(step, state):
             indices = jax.lax.dynamic_slice_in_dim(
                 order, (step - offset) * batch_size, batch_size
             )
-            return step_fn(state, step, train_images[indices], train_labels[indices])
+            batch = train_images[indices], train_labels[indices]
+            return step_fn(state, step, *devices.divide_traced(batch))
 
         return jax.lax.fori_loop(first, last, body, state)
 
@@ -328,9 +330,8 @@ def make_steps(
         order = data.batch_indices(
             seed, epoch, num_examples=num_examples, batch_size=num_examples
         )
-        return update(
-            state, train_images, train_labels, jnp.asarray(order), first, last, offset
-        )
+        state = devices.replicate(state)
+        return update(state, train_images, train_labels, order, first, last, offset)
 
     return run
 
@@ -373,17 +374,19 @@ def in_batches(
 ) -> Callable[[Any, np.ndarray], np.ndarray]:
     """(variables, uint8 (N, H, W, C)) -> outputs of all, in equal batches."""
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=devices.replicated())
     def predict(variables, batches):
         return jax.lax.map(lambda batch: forward(variables, batch), batches)
 
     def run(variables, pixels):
         num_images = len(pixels)
         size = min(batch_size, num_images)
+        size += -size % jax.device_count()
         missing = -num_images % size
-        padded = np.concatenate([pixels, pixels[:missing]])
+        padded = np.pad(pixels, [(0, missing)] + [(0, 0)] * (pixels.ndim - 1))
         batches = padded.reshape(-1, size, *pixels.shape[1:])
-        logits = np.asarray(predict(variables, batches))
+        batches = devices.divide(batches, axis=1)
+        logits = np.asarray(predict(devices.replicate(variables), batches))
         return logits.reshape(-1, logits.shape[-1])[:num_images]
 
     return run

@@ -18,7 +18,7 @@ from flax import struct
 from ml_collections import ConfigDict
 
 import functa
-from experiments import data, encoding, figures, runtime
+from experiments import data, devices, encoding, figures, runtime
 from functa import functaset
 
 
@@ -105,7 +105,8 @@ def init_state(
     weights = {"params": params, "learning_rate": rates}
     # A copy: the state's buffers are donated, and none may be donated twice.
     average = jax.tree.map(jnp.copy, weights) if config.optimizer.ema_decay else None
-    return TrainState(weights, optimizer.init(weights), average, latent)
+    state = TrainState(weights, optimizer.init(weights), average, latent)
+    return devices.replicate(state)
 
 
 def make_update(
@@ -120,7 +121,7 @@ def make_update(
     """
     inner = config.inner
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated())
     def update(state, coords, targets, key):
         batch_size, num_points = targets.shape[:2]
         noise = None
@@ -157,9 +158,12 @@ def make_update(
 
 
 def _num_groups(batch_size, num_points, points_per_group):
-    """As few as there may be for no group to hold more than points_per_group."""
+    """As few as there may be for no device to hold more than points_per_group."""
     if not points_per_group:
         return 1
+    num_devices = jax.device_count()
+    if batch_size % num_devices == 0:
+        batch_size //= num_devices  # each device has its part of each group
     largest = max(1, min(batch_size, points_per_group // num_points))
     return min(
         n
@@ -197,6 +201,7 @@ def _complete_config(config, shape):
         )
     if not callable(getattr(optax, config.eval.optimizer, None)):
         raise ValueError(f"optax has no optimizer {config.eval.optimizer!r}.")
+    devices.check_divisible(config.batch_size)
     if config.num_steps < 0:
         raise ValueError(f"num_steps must not be negative, got {config.num_steps}.")
     for name in ("checkpoint_every", "log_every"):
@@ -218,6 +223,7 @@ def _train(run, state, images, update, first_step):
         if targets.shape not in compiled:
             compiled.add(targets.shape)
             run.say(f"compiling the outer step for batches of {targets.shape} ...")
+        targets = devices.divide(targets)
         key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
         state, loss, psnr = update(state, coords, targets, key)
         losses.append(loss)

@@ -24,6 +24,8 @@ import optax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from experiments import devices
+
 _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "numpy"),
     *("ml_collections", "tensorflow-datasets", "scikit-learn", "matplotlib"),
@@ -49,6 +51,14 @@ def launch(
         "workdir", None, f"run folder; runs/{name}/<variant> if not given"
     )
     debug_flag = flags.DEFINE_bool("debug", False, "show the traceback of an error")
+    multihost_flag = flags.DEFINE_bool(
+        "multihost", False, "be one of several processes, found by the cluster's means"
+    )
+    coordinator_flag = flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, where they are not found"
+    )
+    num_processes_flag = flags.DEFINE_integer("num_processes", None, "how many")
+    process_id_flag = flags.DEFINE_integer("process_id", None, "which one, from 0")
 
     def main(argv):
         silence_libraries(debug=debug_flag.value)
@@ -57,6 +67,13 @@ def launch(
         config = config_flag.value
         workdir = Path(workdir_flag.value or f"runs/{name}/{config.variant}")
         with one_line_errors(debug=debug_flag.value):
+            if multihost_flag.value:
+                devices.initialize(
+                    coordinator_flag.value,
+                    num_processes_flag.value,
+                    process_id_flag.value,
+                )
+            keep_compiled(workdir)
             train_and_evaluate(config, workdir)
 
     def parse_flags(argv):
@@ -72,6 +89,18 @@ def silence_libraries(*, debug: bool = False) -> None:
     Orbax reports every file that it writes, and each of its threads the same error.
     """
     logging.set_verbosity(logging.INFO if debug else logging.FATAL)
+
+
+def keep_compiled(workdir: Path) -> None:
+    """Has JAX keep what it compiles beside the run folder, for later starts.
+
+    JAX_COMPILATION_CACHE_DIR names another place.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = Path(workdir).absolute().parent / "compilation_cache"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Most of what a command compiles takes less than JAX's own limit of a second.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @contextlib.contextmanager
@@ -115,8 +144,20 @@ def _fail(message):
     os._exit(1)
 
 
-def write_atomic(path: Path, write: Callable[[Any], None], mode: str = "w") -> None:
-    """Calls `write(file)` on a temporary neighbour of `path`, then moves it there."""
+def write_atomic(
+    path: Path,
+    write: Callable[[Any], None],
+    mode: str = "w",
+    *,
+    every_process: bool = False,
+) -> None:
+    """Calls `write(file)` on a temporary neighbour of `path`, then moves it there.
+
+    Of several processes only the main one does, unless `every_process` has a path of
+    its own.
+    """
+    if not (every_process or devices.is_main()):
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -140,9 +181,16 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, lambda file: file.write(text + "\n"))
 
 
-def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a compressed .npz atomically."""
-    write_atomic(path, lambda file: np.savez_compressed(file, **arrays), mode="wb")
+def write_npz(
+    path: Path, arrays: Mapping[str, np.ndarray], *, every_process: bool = False
+) -> None:
+    """Writes a compressed .npz atomically; see `write_atomic`."""
+    write_atomic(
+        path,
+        lambda file: np.savez_compressed(file, **arrays),
+        mode="wb",
+        every_process=every_process,
+    )
 
 
 def read_json(path: Path) -> Any:
@@ -192,12 +240,14 @@ class Run:
         return self.workdir / "checkpoints"
 
     def say(self, message: str) -> None:
-        """Prints one line of progress."""
-        print(message, flush=True)
+        """Prints one line of progress, from the main process."""
+        if devices.is_main():
+            print(message, flush=True)
 
     def restore(self, state: Any) -> tuple[int, Any]:
         """The newest checkpoint: (step, state) like `state`, or (0, state) if none.
 
+        The state lies on every device, whatever those were that it was saved from.
         Drops the metrics that were logged after it, so that they are not there twice.
 
         Raises:
@@ -215,7 +265,7 @@ class Run:
         write_atomic(metrics, lambda file: file.write(text))
         self._seconds_before = kept[-1]["seconds"] if kept else 0.0
         self._started = time.monotonic()
-        return step, state
+        return step, devices.replicate(state)
 
     def save(self, step: int, state: Any) -> None:
         """Writes a checkpoint and keeps the two newest ones."""
@@ -245,12 +295,13 @@ class Run:
         seconds = self.seconds
         line = json.dumps({"step": step, "seconds": round(seconds, 3), **metrics})
         path = self.workdir / "metrics.jsonl"
-        try:
-            with open(path, "a") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            raise OSError(f"{path} cannot be written: {error}. {_GO_ON}") from error
-        if self.config.get("tensorboard", False):
+        if devices.is_main():
+            try:
+                with open(path, "a") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                raise OSError(f"{path} cannot be written: {error}. {_GO_ON}") from error
+        if self.config.get("tensorboard", False) and devices.is_main():
             self._write_tensorboard(step, metrics)
         parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}"]
         parts += [f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float)]
@@ -347,7 +398,7 @@ def load_config(workdir: Path) -> ConfigDict:
 
 
 def load_checkpoint(workdir: Path, state: Any = None) -> tuple[ConfigDict, Any]:
-    """The configuration and the newest checkpoint of a run.
+    """The configuration and the newest checkpoint of a run, as NumPy arrays.
 
     Args:
       workdir: the run folder.
@@ -367,17 +418,16 @@ def load_checkpoint(workdir: Path, state: Any = None) -> tuple[ConfigDict, Any]:
         if checkpointer.latest is None:
             raise FileNotFoundError(f"{folder} holds no complete checkpoint.")
         state = _load(checkpointer, checkpointer.latest.step, state, folder)
-    return config, state
+    return config, jax.device_get(state)
 
 
 def _load(checkpointer, step, state, folder):
     try:
         if state is None:
             state = checkpointer.metadata(step).metadata
-        # Onto this machine's devices, whatever those were that it was saved from.
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        everywhere = devices.replicated()
         abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state
         )
         return checkpointer.load(step, abstract)
     # Orbax reports a damaged or foreign checkpoint by whatever its reader raised.
@@ -471,6 +521,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
+        "num_processes": jax.process_count(),
         "matmul_precision": str(jax.config.jax_default_matmul_precision),
         "versions": versions,
     }

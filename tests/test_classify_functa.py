@@ -168,11 +168,11 @@ def one_epoch(config, latents, labels):
 
 
 def test_weight_decay_of_the_report_is_in_the_gradient():
-    config = make_config("none", "report_mlp1_decay", batch_size=9)
+    config = make_config("none", "report_mlp1_decay", batch_size=10)
     config.candidates.weight_decay = (0.2,)
     rng = np.random.default_rng(0)
-    latents = np.float32(rng.normal(size=(9, 4)))
-    labels = np.arange(9) % 3
+    latents = np.float32(rng.normal(size=(10, 4)))
+    labels = np.arange(10) % 3
     model, start, state, _ = one_epoch(config, latents, labels)
     params = jax.tree.map(lambda x: x[0], start)
 

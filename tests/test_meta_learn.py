@@ -1,5 +1,6 @@
 """experiments.meta_learn: what an update sees and does; a run resumes exactly."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -206,7 +207,11 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
         f"--workdir={tmp_path / 'killed'}",
     ]
     log = tmp_path / "killed" / "metrics.jsonl"
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+    # As many devices as here: otherwise sums are rounded in another order.
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL
+    ) as process:
         while len(runtime.read_metrics(log)) < 3 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
