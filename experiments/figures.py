@@ -19,6 +19,7 @@ from experiments import (  # noqa: E402
     landscape_figures,
     lbi_figures,
     runtime,
+    scaling_figures,
     vit_figures,
 )
 
@@ -279,6 +280,7 @@ _DRAW = {
     "probe_landscape": landscape_figures.draw_probe_landscape,
     "train_vit": vit_figures.draw_train_vit,
     "prune_vit": vit_figures.draw_prune_vit,
+    "scaling": scaling_figures.draw_scaling,
 }
 
 

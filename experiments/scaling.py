@@ -1,0 +1,173 @@
+"""Measures what whole processes cost: start-up, devices, size of a data set.
+
+    python -m experiments.scaling --config=experiments/configs/scaling.py:cpu
+
+Each number is of a process of its own. Virtual devices share the cores that one device
+has for itself: of them the cost of dividing the work is to be seen, not a gain.
+"""
+
+import concurrent.futures
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import functa
+from experiments import devices, encoding, figures, meta_learn, runtime
+from experiments.configs import meta_learn as meta_configs
+
+_PACKAGES = ("functa", "vit", "landscape", "lbi")
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Runs all measurements; returns the summary."""
+    for name in ("num_starts", "images_per_device", "num_rounds", "encode_batch_size"):
+        if config[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {config[name]}.")
+    with runtime.open_run(workdir, config) as run:
+        if run.summary is not None:
+            return run.show_summary()
+        summary = {}
+        for package in _PACKAGES:
+            times = [_time_import(package) for _ in range(config.num_starts)]
+            summary[f"import_{package}_seconds"] = float(np.median(times))
+        with tempfile.TemporaryDirectory() as folder:
+            starts = []
+            for number in range(1 + config.num_starts):
+                starts.append(_time_first_step(Path(folder) / f"run{number}"))
+                run.say(f"first step of digits after {starts[-1]:.1f} s")
+        summary["first_step_nothing_compiled_seconds"] = starts[0]
+        summary["first_step_seconds"] = float(np.median(starts[1:]))
+        arrays = {"num_devices": np.array(config.num_devices)}
+        rates = []
+        for num_devices in config.num_devices:
+            rates.append(_in_process(_time_meta_step, config, num_devices=num_devices))
+            run.say(f"{num_devices} devices: {rates[-1]:.4g} images/s")
+        arrays["images_per_second"] = np.array(rates)
+        arrays["num_images"] = np.array(config.num_images)
+        encoded = []
+        for num_images in config.num_images:
+            encoded.append(_in_process(_encode, config, num_images))
+            run.say(
+                "{:,} images encoded: {:.4g} images/s, {:.0f} MiB".format(
+                    num_images, *encoded[-1]
+                )
+            )
+        names = "encoded_per_second", "peak_mebibytes"
+        arrays |= dict(zip(names, np.array(encoded).T, strict=True))
+        runtime.write_npz(run.workdir / "arrays.npz", arrays)
+        figures.draw(run.workdir)
+        return run.finish(summary | arrays)
+
+
+def _time_import(package):
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", f"import {package}"], check=True)
+    return time.perf_counter() - started
+
+
+def _time_first_step(workdir):
+    """Seconds from the start of `meta_learn` to its first step's line."""
+    options = [f"--config.{name}=1" for name in ("num_steps", "log_every")]
+    command = [
+        *(sys.executable, "-m", "experiments.meta_learn", f"--workdir={workdir}"),
+        *(*options, "--config.checkpoint_every=1"),
+    ]
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 1/1"):
+                break
+        seconds = time.perf_counter() - started
+        process.kill()
+    return seconds
+
+
+def _in_process(function, *args, num_devices=1):
+    """The result of a function in a fresh process of so many virtual CPU devices."""
+    before = os.environ.get("JAX_NUM_CPU_DEVICES")
+    os.environ["JAX_NUM_CPU_DEVICES"] = str(num_devices)
+    try:
+        with concurrent.futures.ProcessPoolExecutor(
+            1, mp_context=multiprocessing.get_context("spawn")
+        ) as executor:
+            return executor.submit(function, *args).result()
+    finally:
+        del os.environ["JAX_NUM_CPU_DEVICES"]
+        if before is not None:
+            os.environ["JAX_NUM_CPU_DEVICES"] = before
+
+
+def _time_meta_step(config):
+    """Images per second of the outer step of meta_learn's cifar10_cpu variant."""
+    settings = meta_configs.get_config("cifar10_cpu")
+    settings.model.out_channels = 3
+    settings.batch_size = config.images_per_device * jax.device_count()
+    model = functa.make_model(settings.model.to_dict())
+    optimizer = meta_learn.make_optimizer(settings)
+    state = meta_learn.init_state(settings, model, optimizer)
+    update = meta_learn.make_update(settings, model, optimizer)
+    rng = np.random.default_rng(config.seed)
+    shape = (settings.batch_size, 32, 32, 3)
+    images = rng.integers(0, 256, shape, dtype=np.uint8)
+    coords, targets = meta_learn.make_batch(settings, images, 10**6)
+    targets = devices.divide(targets)
+    times = []
+    for number in range(1 + config.num_rounds):
+        started = time.perf_counter()
+        state, *_ = update(state, coords, targets, jax.random.key(number))
+        jax.block_until_ready(state)
+        times.append(time.perf_counter() - started)
+    return settings.batch_size / float(np.median(times[1:]))
+
+
+class _Synthetic:
+    """Images made when they are asked for, so that a data set takes no memory."""
+
+    def __init__(self, num_images):
+        self.shape = (num_images, 8, 8, 1)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, part):
+        start, stop, _ = part.indices(len(self))
+        rng = np.random.default_rng(start)
+        return rng.integers(0, 256, (stop - start, *self.shape[1:]), dtype=np.uint8)
+
+
+def _encode(config, num_images):
+    """Encodes synthetic images: images per second, and the process's peak in MiB."""
+    settings = meta_configs.get_config("smoke")
+    settings.model.out_channels = 1
+    model = functa.make_model(settings.model.to_dict())
+    optimizer = meta_learn.make_optimizer(settings)
+    state = meta_learn.init_state(settings, model, optimizer)
+    learner = encoding.make_learner(settings, vars(state))
+    labels = np.zeros(num_images, np.int32)
+    dataset = {"train": {"image": _Synthetic(num_images), "label": labels}}
+    with tempfile.TemporaryDirectory() as folder:
+        written = encoding.write_functaset(
+            Path(folder) / "functaset.npz",
+            learner,
+            dataset,
+            config={"dataset": "synthetic"},
+            batch_size=config.encode_batch_size,
+        )
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return written["images_per_second"], peak
+
+
+if __name__ == "__main__":
+    runtime.launch("scaling", train_and_evaluate)

@@ -1,0 +1,25 @@
+"""The measurements of whole processes: what they say is consistent."""
+
+import pytest
+
+from experiments import scaling
+from experiments.configs import scaling as configs
+
+
+def test_smoke_run(tmp_path):
+    config = configs.get_config("smoke")
+    summary = scaling.train_and_evaluate(config, tmp_path)
+    assert all(summary[f"import_{name}_seconds"] > 0 for name in ("functa", "lbi"))
+    assert summary["first_step_nothing_compiled_seconds"] > 0
+    for name in "images_per_second", "encoded_per_second", "peak_mebibytes":
+        assert len(summary[name]) == 1 and min(summary[name]) > 0
+    assert summary["num_images"] == [100]
+    assert (tmp_path / "figures" / "scaling.png").exists()
+    assert scaling.train_and_evaluate(config, tmp_path) == summary
+
+
+def test_numbers_below_one_are_refused(tmp_path):
+    config = configs.get_config("smoke")
+    config.num_rounds = 0
+    with pytest.raises(ValueError, match="num_rounds must be at least 1, got 0"):
+        scaling.train_and_evaluate(config, tmp_path)
