@@ -1,95 +1,607 @@
-"""Times the training step of each optimizer, and weighs its state.
+"""Times every hot path of the project in one run, side by side.
 
-    python -m experiments.benchmark --config=experiments/configs/benchmark.py:lenet
+    python -m experiments.benchmark --config=experiments/configs/benchmark.py:all
 
-The methods take turns, round after round, so that whatever else the machine does meets
-all of them; the median over the rounds counts.
+The paths take turns, round after round, so that whatever else the machine does meets
+all of them; medians over the rounds count. Square matrix products take their turns too:
+their best is what the machine can do, and each path's arithmetic is set against it.
+With --config.peers the programs of that folder, the same work in torch, run in between.
+
+Arithmetic is counted in closed form, two operations for a multiply-add of the matrix
+products and nothing for the rest: XLA counts the body of a loop once, and so misses
+most of it. A convolution counts as defined, so that one which needs fewer products
+(Winograd's) may come to more than the ceiling.
 """
 
+import contextlib
+import functools
+import re
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
-from experiments import image_classifier, runtime
+import functa
+import vit
+from experiments import (
+    devices,
+    encoding,
+    figures,
+    image_classifier,
+    image_fitting,
+    meta_training,
+    runtime,
+    vit_training,
+)
+from experiments.configs import fit_image as fit_image_configs
+from experiments.configs import meta_learn as meta_learn_configs
+from experiments.configs import probe_landscape as probe_landscape_configs
+from experiments.configs import train_lbi as train_lbi_configs
+from experiments.configs import train_vit as train_vit_configs
+from landscape import probes
 
 _NUM_CLASSES = 10
+# The paths whose best is the ceiling of all others of their dtype.
+_CEILINGS = {dtype: f"product_{dtype}" for dtype in ("float32", "bfloat16")}
+
+
+class HotPath(NamedTuple):
+    """What is timed: one jitted call that does `num_steps` steps.
+
+    Attributes:
+      step: (state, *inputs) -> (state, outputs), traceable.
+      state: before the first call; its buffers are given away.
+      inputs: the same for every call.
+      unit: what is counted: "images", ...
+      units: how many of them a step does.
+      flops: floating-point operations of a step's matrix products.
+      num_steps: of a call.
+      dtype: that most of them are multiplied in.
+      peer: (program, name of its measurement) of the same work elsewhere, or None.
+      further: numbers for the summary that take no time to measure.
+    """
+
+    step: Callable[..., tuple[Any, Any]]
+    state: Any
+    inputs: tuple[Any, ...]
+    unit: str
+    units: int
+    flops: int
+    num_steps: int = 1
+    dtype: str = "float32"
+    peer: tuple[str, str] | None = None
+    further: dict[str, float] = {}
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs one benchmark; returns its summary."""
-    for name in ("batch_size", "num_rounds", "steps_per_round"):
-        if config[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {config[name]}.")
-    with runtime.open_run(workdir, config) as run:
+    names = _check_config(config)
+    with runtime.open_run(workdir, config) as run, _nothing_kept():
         if run.summary is not None:
+            run.say((run.workdir / "table.md").read_text())
             return run.show_summary()
-        images = _random_images(config)
-        model = image_classifier.make_model(config.model.to_dict(), _NUM_CLASSES)
-        steps_per_epoch = image_classifier.count_steps(images, config.batch_size)
-        states, updates, summary = {}, {}, {}
-        for method in config.methods:
-            variables = image_classifier.init_variables(model, images, config.seed)
-            # A run of 20 epochs of 60,000 images, as far as schedules go.
-            optimizer = image_classifier.make_optimizer(
-                config, method, variables["params"], 20 * 60_000 // config.batch_size
-            )
-            states[method] = image_classifier.init_state(
-                variables, optimizer, steps_per_epoch
-            )
-            updates[method] = image_classifier.make_update(
-                model,
-                images,
-                optimizer,
-                batch_size=config.batch_size,
-                augmented=False,
-                seed=config.seed,
-            )
-            started = time.perf_counter()
-            states[method] = updates[method](states[method], 0, 1)
-            jax.block_until_ready(states[method])
-            params_bytes = _num_bytes(variables["params"])
-            summary[f"{method}_compile_seconds"] = time.perf_counter() - started
-            summary[f"{method}_state_over_params"] = (
-                _num_bytes(states[method].opt_state) / params_bytes
-            )
-        times = {method: [] for method in config.methods}
-        for number in range(config.num_rounds):
-            for method in config.methods:
-                started = time.perf_counter()
-                states[method] = updates[method](states[method], 0, steps_per_epoch)
-                jax.block_until_ready(states[method])
-                seconds = time.perf_counter() - started
-                times[method].append(1000 * seconds / steps_per_epoch)
-            run.say(
-                f"round {number + 1}/{config.num_rounds}, ms per step: "
-                + ", ".join(f"{m} {t[-1]:.4g}" for m, t in times.items())
-            )
-        first = np.array(times[config.methods[0]])
-        for method, values in times.items():
-            summary[f"{method}_milliseconds"] = np.median(values)
-            # Of the same round: what slows the machine down slows both.
-            summary[f"{method}_over_{config.methods[0]}"] = np.median(values / first)
-        return run.finish(summary | {"rounds": times})
+        paths, compiled, summary = {}, {}, {}
+        for name in names:
+            run.say(f"compiling {name} ...")
+            path = paths[name] = make_path(config, name)
+            compiled[name], summary[name] = _compile(path)
+        programs = []
+        if config.peers is not None:
+            programs = sorted({path.peer[0] for path in paths.values() if path.peer})
+        times, peer_rates = _take_turns(run, paths, compiled, programs)
+        ceilings = {
+            dtype: paths[name].flops / min(times[name])
+            for dtype, name in _CEILINGS.items()
+        }
+        for name, path in paths.items():
+            summary[name] |= _rates(path, times[name], ceilings[path.dtype])
+            reference = config.sizes[name].get("reference")
+            if reference in paths:
+                # Of the same round: what slows the machine down slows both.
+                ratios = np.divide(times[name], times[reference])
+                summary[name] |= {
+                    "reference": reference,
+                    "time_over_reference": np.median(ratios),
+                    "arithmetic_over_reference": path.flops / paths[reference].flops,
+                }
+            rates = peer_rates.get(path.peer)
+            if rates:
+                summary[name] |= {
+                    "peer_per_second": np.median(rates),
+                    "over_peer": summary[name]["per_second"] / np.median(rates),
+                    "peer_rounds": rates,
+                }
+        text = _make_table(summary)
+        runtime.write_atomic(run.workdir / "table.md", lambda file: file.write(text))
+        run.say(text)
+        if config.axes:
+            _draw_axes(run, summary)
+        totals = {
+            f"{dtype}_product_gflops_per_second": ceiling / 1e9
+            for dtype, ceiling in ceilings.items()
+        }
+        return run.finish(totals | summary)
 
 
-def _random_images(config):
-    rng = np.random.default_rng(config.seed)
-    count = config.batch_size * config.steps_per_round
-    shape = (count, config.image_size, config.image_size, config.num_channels)
-    split = (
-        rng.integers(0, 256, shape, dtype=np.uint8),
-        rng.integers(0, _NUM_CLASSES, count).astype(np.int32),
+def count_siren(
+    *, width: int, depth: int, channels: int, num_points: int, latent_dim: int = 0
+) -> int:
+    """Multiply-adds of one forward pass of a SIREN over an image.
+
+    Those of the linear map from the latent to the shifts are once for the image.
+    """
+    per_point = 2 * width + (depth - 2) * width**2 + width * channels
+    return num_points * per_point + latent_dim * (depth - 1) * width
+
+
+def count_meta_passes(num_steps: int, batch_size: int) -> int:
+    """Forward passes that a second-order meta-step is worth, all products alike.
+
+    For an image 2 S + 1 passes come first: forward and backward of each inner step,
+    then the last loss. In reverse each has two products, in its activations and in its
+    weights: 3 (2 S + 1). The first forward pass and its reverse are all images'.
+    """
+    return 6 * num_steps * batch_size + 3
+
+
+def make_path(config: ConfigDict, name: str) -> HotPath:
+    """The path that config.sizes describes under this name."""
+    sizes = config.sizes[name].to_dict()
+    sizes.pop("reference", None)
+    return _KINDS[sizes.pop("kind")](**sizes)
+
+
+def _product(*, size, dtype, num_steps):
+    x = np.random.default_rng(0).normal(size=(2, size, size))
+    x, w = jnp.asarray(x / np.sqrt(size), dtype)
+
+    def step(state, x, w):
+        for _ in range(num_steps):
+            x = x @ w
+        return state, x
+
+    flops = 2 * size**3
+    return HotPath(step, (), (x, w), "products", 1, flops, num_steps, dtype)
+
+
+def _meta_step(
+    *, variant, batch_size, image_size, channels, points_per_group, num_steps, **model
+):
+    config = meta_learn_configs.get_config(variant)
+    config.model.update(model, out_channels=channels)
+    config.inner.num_steps = num_steps
+    config.points_per_group = points_per_group
+    network = functa.make_model(config.model.to_dict())
+    optimizer = meta_training.make_optimizer(config)
+    update = meta_training.make_update(config, network, optimizer)
+
+    def step(state, coords, targets, key):
+        state, *outputs = update(state, coords, targets, key)
+        return state, outputs
+
+    images = _random_images(batch_size, image_size, channels)
+    coords = functa.coordinate_grid((image_size, image_size)).reshape(-1, 2)
+    targets = np.float32(images).reshape(batch_size, -1, channels) / 255  # (B, N, C)
+    width, depth, latent_dim = model["width"], model["depth"], model["latent_dim"]
+    key = jax.random.key(config.seed)
+    name = f"width={width} depth={depth} latent={latent_dim} B={batch_size}"
+    multiply_adds = count_siren(
+        width=width,
+        depth=depth,
+        channels=channels,
+        num_points=len(coords),
+        latent_dim=latent_dim,
     )
-    scale = np.full((1, 1, 1, config.num_channels), 0.5, np.float32)
+    return HotPath(
+        step,
+        meta_training.init_state(config, network, optimizer),
+        (devices.replicate(coords), devices.divide(targets), key),
+        unit="images",
+        units=batch_size,
+        flops=2 * multiply_adds * count_meta_passes(num_steps, batch_size),
+        dtype=model["dtype"],
+        # Its images are 32x32 and RGB, its inner steps three.
+        peer=("torch_functa.py", name)
+        if (image_size, channels, num_steps) == (32, 3, 3)
+        else None,
+    )
+
+
+def _encode(*, variant, batch_size, image_size, **model):
+    config = meta_learn_configs.get_config(variant)
+    config.model.update(model, out_channels=3)
+    network = functa.make_model(config.model.to_dict())
+    optimizer = meta_training.make_optimizer(config)
+    state = meta_training.init_state(config, network, optimizer)
+    learner = encoding.make_learner(config, vars(state))
+    coords = functa.coordinate_grid((image_size, image_size))
+    fixed = devices.replicate((*learner[1:4], coords), local=True)
+    images = devices.divide(_random_images(batch_size, image_size, 3), local=True)
+
+    def step(state, *inputs):
+        # What `encoding.encode` does with a batch.
+        outputs = encoding._fit(
+            *inputs, model=learner.model, inner=tuple(learner.inner.items())
+        )
+        return state, outputs
+
+    multiply_adds = count_siren(
+        width=network.width,
+        depth=network.depth,
+        channels=3,
+        num_points=image_size**2,
+        latent_dim=network.latent_dim,
+    )
+    # Forward and backward to the latent in each step, forward for the last error; the
+    # first forward pass is all images'.
+    passes = 2 * config.inner.num_steps * batch_size + 1
+    return HotPath(
+        step,
+        (),
+        (*fixed, images),
+        unit="latents",
+        units=batch_size,
+        flops=2 * multiply_adds * passes,
+    )
+
+
+def _fit_image(*, variant, num_images, image_size, num_steps, **model):
+    config = fit_image_configs.get_config(variant)
+    config.model.update(model, out_channels=3)
+    network = functa.make_model(config.model.to_dict())
+    task = image_fitting.Task(
+        "benchmark",
+        _random_images(num_images, image_size, 3),
+        np.full(num_images, -1),
+        num_steps,
+        snapshots=(num_steps,),
+    )
+    update = image_fitting.make_update(config, network, task)
+    multiply_adds = count_siren(
+        width=network.width,
+        depth=network.depth,
+        channels=3,
+        num_points=image_size**2,
+    )
+    return HotPath(
+        lambda state: (update(state, 0, num_steps), ()),
+        image_fitting.init_state(config, network, task),
+        (),
+        unit="image steps",
+        units=num_images,
+        flops=2 * 3 * multiply_adds * num_images,
+        num_steps=num_steps,
+    )
+
+
+def _train(*, variant, method, batch_size, num_steps):
+    config = train_lbi_configs.get_config(variant)
+    channels = 1 if config.model.type == "LeNet" else 3
+    images = _labelled_images(batch_size * num_steps, config.image_size, channels)
+    model = image_classifier.make_model(config.model.to_dict(), _NUM_CLASSES)
+    # Copies: the state's buffers are given away.
+    variables = jax.tree.map(jnp.copy, _init(model, images.train[0].shape[1:]))
+    optimizer = optax.sgd(0.01)  # the peer's
+    if method != "sgd":
+        # A run of 20 epochs of 60,000 images, as far as schedules go.
+        optimizer = image_classifier.make_optimizer(
+            config, method, variables["params"], 20 * 60_000 // batch_size
+        )
+    update = image_classifier.make_update(
+        model, images, optimizer, batch_size=batch_size, augmented=False, seed=0
+    )
+    state = image_classifier.init_state(variables, optimizer, num_steps)
+    further = {
+        "state_over_params": _num_bytes(state.opt_state) / _num_bytes(state.params)
+    }
+    is_peers = method == "sgd" and variant == "cifar10" and batch_size == 128
+    return HotPath(
+        lambda state: (update(state, 0, num_steps), ()),
+        devices.replicate(state),
+        (),
+        unit="images",
+        units=batch_size,
+        flops=_count_gradient(model, variables, images, batch_size),
+        num_steps=num_steps,
+        peer=("torch_vgg.py", "B=128") if is_peers else None,
+        further=further,
+    )
+
+
+def _vit_forward(*, variant, batch_size, ratio, **model):
+    config = train_vit_configs.get_config(variant)
+    options = config.model.to_dict() | model
+    dtype = options.pop("dtype")
+    model = vit.make(
+        num_classes=_NUM_CLASSES, dtype=vit_training.parse_dtype(dtype), **options
+    )
+    side = config.image_size
+    images = np.float32(_random_images(batch_size, side, 3)) / 255
+    params = _init(model, images.shape[1:])["params"]
+    if ratio:
+        chosen = vit.cascade.report(
+            ratio,
+            num_layers=model.num_layers,
+            num_patches=(side // model.patch_size) ** 2,
+            mode="compact",
+        )
+        model = model.clone(cascade=chosen)
+    return HotPath(
+        lambda state, params, images: (state, model.apply({"params": params}, images)),
+        (),
+        (devices.replicate(params), devices.divide(images)),
+        unit="images",
+        units=batch_size,
+        flops=2 * vit.cost.count(model, side).total * batch_size,
+        dtype=dtype,
+    )
+
+
+def _probe(*, variant, batch_size, num_step_sizes, **model):
+    """A gradient, or with step sizes the profile along it."""
+    config = probe_landscape_configs.get_config(variant)
+    settings = config.model.to_dict() | {"batch_norm": True, **model}
+    model = image_classifier.make_model(settings, _NUM_CLASSES)
+    images = _labelled_images(batch_size, config.image_size, 3)
+    variables = _init(model, images.train[0].shape[1:])
+    loss_fn = image_classifier.make_loss(model, config.bn_mode)
+    pixels, labels = images.train
+    batch = {
+        "inputs": devices.divide(
+            np.asarray(image_classifier.normalise(images, pixels))
+        ),
+        "labels": devices.divide(labels),
+        "batch_stats": devices.replicate(variables["batch_stats"]),
+    }
+    step_sizes = np.float32(0.4 / 2.0 ** np.arange(num_step_sizes)[::-1])
+
+    def step(state, params, batch):
+        if num_step_sizes:
+            return state, probes.probe_gradient(loss_fn, params, batch, step_sizes)
+        with jax.default_matmul_precision("highest"):  # as in the probe
+            return state, jax.value_and_grad(loss_fn)(params, batch)
+
+    flops = _count_gradient(model, variables, images, batch_size)
+    return HotPath(
+        step,
+        (),
+        (devices.replicate(variables["params"]), batch),
+        unit="images",
+        units=batch_size,
+        flops=(1 + num_step_sizes) * flops,
+    )
+
+
+_KINDS = {
+    "product": _product,
+    "meta_step": _meta_step,
+    "encode": _encode,
+    "fit_image": _fit_image,
+    "train": _train,
+    "vit_forward": _vit_forward,
+    "probe": _probe,
+}
+
+
+@functools.cache
+def _init(model, shape):
+    """Variables of a network, made once for all paths that have the same."""
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *shape)))
+    return {"batch_stats": {}, **variables}
+
+
+def _random_images(count, side, channels):
+    shape = (count, side, side, channels)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def _labelled_images(count, side, channels):
+    labels = np.random.default_rng(1).integers(0, _NUM_CLASSES, count)
+    split = _random_images(count, side, channels), labels.astype(np.int32)
+    scale = np.full((1, 1, 1, channels), 0.5, np.float32)
     return image_classifier.Images(split, split, scale, scale, _NUM_CLASSES)
+
+
+def _count_gradient(model, variables, images, batch_size):
+    """A pass forward and one back in the activations and in the weights."""
+    shape = images.train[0].shape[1:]
+    multiply_adds = image_classifier.count_multiply_adds(model, variables, shape)
+    return 2 * 3 * multiply_adds * batch_size
 
 
 def _num_bytes(tree):
     return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+@contextlib.contextmanager
+def _nothing_kept():
+    """Compiles anew whatever an earlier run has left: the time is wanted."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
+def _compile(path):
+    """The compiled call, and what compiling says: its time and the memory needed."""
+    outputs = (devices.replicated(), None)
+    function = jax.jit(path.step, donate_argnums=0, out_shardings=outputs)
+    started = time.perf_counter()
+    compiled = function.lower(path.state, *path.inputs).compile()
+    seconds = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    num_bytes = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes  # outputs that take an argument's place
+    )
+    return compiled, {"compile_seconds": seconds, "mebibytes": num_bytes / 2**20}
+
+
+def _take_turns(run, paths, compiled, programs):
+    """Seconds of a step of each path, and images per second of the peers, by round."""
+    config = run.config
+    states = {name: path.state for name, path in paths.items()}
+
+    def call(name, at_least):
+        """Calls for that long, once at least; returns the seconds of a step."""
+        path, calls = paths[name], 0
+        started = time.perf_counter()
+        while calls == 0 or time.perf_counter() - started < at_least:
+            result = compiled[name](states[name], *path.inputs)
+            states[name] = jax.block_until_ready(result)[0]
+            calls += 1
+        return (time.perf_counter() - started) / (calls * path.num_steps)
+
+    for name in paths:
+        call(name, 0.0)  # warms up
+    times, peer_rates = {name: [] for name in paths}, {}
+    for number in range(config.num_rounds):
+        started = time.monotonic()
+        if number % config.peer_every == 0:
+            for program in programs:
+                run.say(f"{program} ...")
+                for name, rate in run_peer(config, program).items():
+                    peer_rates.setdefault((program, name), []).append(rate)
+        for name in paths:
+            times[name].append(call(name, config.seconds_per_turn))
+        seconds = time.monotonic() - started
+        run.say(f"round {number + 1}/{config.num_rounds}: {seconds:.1f} s")
+    return times, peer_rates
+
+
+def _rates(path, times, ceiling):
+    """The numbers of a path from the seconds of a step in each round."""
+    low, seconds, high = np.quantile(times, (0.25, 0.5, 0.75))
+    return {
+        "milliseconds": 1000 * seconds,
+        "milliseconds_quartiles": [1000 * low, 1000 * high],
+        "unit": path.unit,
+        "per_second": path.units / seconds,
+        "dtype": path.dtype,
+        "gflops_per_second": path.flops / seconds / 1e9,
+        "share_of_product": path.flops / seconds / ceiling,
+        **path.further,
+        "rounds": [1000 * t for t in times],
+    }
+
+
+def _make_table(summary):
+    """The paths as a table in Markdown."""
+    with_peers = any("over_peer" in row for row in summary.values())
+    columns = ["path", "ms (quartiles)", "per second", "GFLOP/s", "share of products"]
+    columns += ["MiB", "compile s", "time (arithmetic) over"]
+    columns += ["over torch in float32"] * with_peers
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for name, row in summary.items():
+        low, high = row["milliseconds_quartiles"]
+        cells = [
+            name,
+            f"{row['milliseconds']:.4g} ({low:.4g} to {high:.4g})",
+            f"{row['per_second']:.4g} {row['unit']}",
+            f"{row['gflops_per_second']:.3g}",
+            f"{100 * row['share_of_product']:.0f} %",
+            f"{row['mebibytes']:.3g}",
+            f"{row['compile_seconds']:.1f}",
+            f"{row['time_over_reference']:.3g} "
+            f"({row['arithmetic_over_reference']:.3g}) {row['reference']}"
+            if "reference" in row
+            else "",
+        ]
+        if with_peers:
+            cells.append(f"{row['over_peer']:.2f}" if "over_peer" in row else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _draw_axes(run, summary):
+    """Writes what grows along each axis, and draws it."""
+    arrays = {}
+    for axis, values in run.config.axes.items():
+        rows = [summary[f"{axis}_{value}"] for value in values]
+        arrays[f"{axis}/value"] = np.array(values)
+        for key in ("milliseconds", "milliseconds_quartiles", "mebibytes"):
+            arrays[f"{axis}/{key}"] = np.array([row[key] for row in rows])
+    runtime.write_npz(run.workdir / "arrays.npz", arrays)
+    figures.draw(run.workdir)
+
+
+def run_peer(config: ConfigDict, program: str) -> dict[str, float]:
+    """Runs a program of config.peers; {name: images per second}.
+
+    Raises:
+      ValueError: if it fails, or prints what cannot be read.
+    """
+    path = Path(config.peers) / program
+    python = config.peer_python or sys.executable
+    try:
+        done = subprocess.run([python, path], capture_output=True, text=True)
+    except OSError as error:
+        raise ValueError(f"peer_python {python} cannot be run: {error}") from None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ValueError(f"{path} failed under {python}: {last}")
+    rates = PEERS[program](done.stdout)
+    if not rates:
+        raise ValueError(f"no time can be read from what {path} prints.")
+    return rates
+
+
+def read_torch_functa(text: str) -> dict[str, float]:
+    """From "torch width=256 depth=5 latent=256 B=16: step 1.639s 9.8 img/s" lines."""
+    pattern = r"torch (width=\d+ depth=\d+ latent=\d+ B=(\d+)): step (\d+\.\d+)s"
+    found = re.findall(pattern, text)
+    return {name: int(b) / float(s) for name, b, s in found if float(s)}
+
+
+def read_torch_vgg(text: str) -> dict[str, float]:
+    """From "torch 0.58 torch 0.57 ...", seconds of steps; the first warms up."""
+    seconds = [float(s) for s in re.findall(r"torch (\d+\.\d+)", text)][1:]
+    return {"B=128": 128 / np.median(seconds)} if any(seconds) else {}
+
+
+PEERS = {"torch_functa.py": read_torch_functa, "torch_vgg.py": read_torch_vgg}
+
+
+def _check_config(config):
+    """The names of all paths, those of the ceilings first."""
+    for name in ("num_rounds", "peer_every"):
+        if config[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {config[name]}.")
+    if config.peers is not None:
+        for program in PEERS:
+            if not (Path(config.peers) / program).is_file():
+                raise ValueError(f"peers: there is no {program} in {config.peers}.")
+    unknown = [name for name in config.paths if name not in config.sizes]
+    if unknown or not config.paths:
+        raise ValueError(
+            f"paths {tuple(config.paths)} must be some of {', '.join(config.sizes)}."
+        )
+    names = list(dict.fromkeys((*_CEILINGS.values(), *config.paths)))
+    for name in names:
+        sizes = config.sizes[name]
+        if sizes.kind not in _KINDS:
+            raise ValueError(
+                f"sizes.{name}.kind {sizes.kind!r} is none of {', '.join(_KINDS)}."
+            )
+        for field, value in sizes.items():
+            smallest = field not in ("points_per_group", "num_step_sizes")
+            if type(value) is int and value < smallest:
+                raise ValueError(
+                    f"sizes.{name}.{field} must be at least {smallest:d}, got {value}."
+                )
+    return names
 
 
 if __name__ == "__main__":

@@ -91,6 +91,9 @@ def check_divisible(batch_size: int, *, local: bool = False) -> None:
 
 def _put(tree, sharding):
     def put(x):
+        # Within a jitted function there is nothing to put anywhere.
+        if isinstance(x, jax.core.Tracer):
+            return x
         if isinstance(x, jax.Array) and x.sharding == sharding:
             return x
         x = np.asarray(x)

@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from experiments import (  # noqa: E402
+    benchmark_figures,
     devices,
     landscape_figures,
     lbi_figures,
@@ -280,6 +281,7 @@ _DRAW = {
     "probe_landscape": landscape_figures.draw_probe_landscape,
     "train_vit": vit_figures.draw_train_vit,
     "prune_vit": vit_figures.draw_prune_vit,
+    "benchmark": benchmark_figures.draw_benchmark,
     "scaling": scaling_figures.draw_scaling,
 }
 

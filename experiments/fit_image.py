@@ -9,63 +9,23 @@ on finer grids and differentiated, and the parameter vectors are written as a fu
 
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import struct
 from ml_collections import ConfigDict
 
 import functa
-from experiments import data, devices, figures, runtime
+from experiments import data, figures, image_fitting, runtime
+from experiments.image_fitting import Task
 from functa import functaset
 
-# Images of a task whose reconstructions are kept for the figures.
-_NUM_SHOWN = 8
 # PSNR of rounding to 8 bits, whose error is uniform over 1/255.
 EIGHT_BITS = 20 * np.log10(255 * np.sqrt(12))
 # Grid points evaluated at once; bounds the memory of large images.
 _POINTS_AT_ONCE = 16384
-
-
-class Task(NamedTuple):
-    """Images of one size, fitted together.
-
-    Attributes:
-      name: size and kind, for files and tables.
-      images: uint8 (B, H, W, C).
-      labels: int32 (B,), -1 where there is none.
-      num_steps: S.
-      snapshots: the K steps after which reconstructions are kept; the last is S.
-    """
-
-    name: str
-    images: np.ndarray
-    labels: np.ndarray
-    num_steps: int
-    snapshots: tuple[int, ...]
-
-
-@struct.dataclass
-class TaskState:
-    """Training state and record of one task; b is at most 8 of the B images.
-
-    Attributes:
-      params: of the B networks, stacked.
-      opt_state: likewise.
-      loss: before each step, (S, B); zero where training has not been.
-      mse: over all pixels after each snapshot's step, (K, B).
-      shown: reconstructions at the snapshots, (K, b, H, W, C).
-    """
-
-    params: Any
-    opt_state: optax.OptState
-    loss: jax.Array
-    mse: jax.Array
-    shown: jax.Array
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -77,7 +37,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         if run.summary is not None:
             return run.show_summary()
         model = functaset.make_model(config.model.to_dict())
-        states = {task.name: init_state(config, model, task) for task in tasks}
+        states = {
+            task.name: image_fitting.init_state(config, model, task) for task in tasks
+        }
         done, states = run.restore(states)
         total = sum(task.num_steps for task in tasks)
         first = 0
@@ -176,80 +138,6 @@ def _check_config(config):
         raise ValueError(f"config.model.type must be Siren, got {config.model.type!r}.")
 
 
-def init_state(config: ConfigDict, model: functa.Siren, task: Task) -> TaskState:
-    """The state before the first step: a function of config.seed and the task."""
-    num_images, height, width, channels = task.images.shape
-    keys = jax.random.split(jax.random.key(config.seed), num_images)
-    optimizer = runtime.make_optimizer(config.optimizer, task.num_steps)
-
-    @jax.jit
-    @jax.vmap
-    def init(key):
-        params = model.init(key, jnp.zeros((1, 2)))["params"]
-        return params, optimizer.init(params)
-
-    params, opt_state = init(keys)
-    num_snapshots = len(task.snapshots)
-    num_shown = min(num_images, _NUM_SHOWN)
-    return TaskState(
-        params,
-        opt_state,
-        loss=jnp.zeros((task.num_steps, num_images)),
-        mse=jnp.zeros((num_snapshots, num_images)),
-        shown=jnp.zeros((num_snapshots, num_shown, height, width, channels)),
-    )
-
-
-def make_update(config: ConfigDict, model: functa.Siren, task: Task):
-    """The jitted training of one task: (state, first, last) -> state.
-
-    It does the steps first, ..., last - 1 in one dispatch; their number is traced, so
-    that it compiles once.
-    """
-    optimizer = runtime.make_optimizer(config.optimizer, task.num_steps)
-    low, high = config.coord_range
-    grid = functa.coordinate_grid(task.images.shape[1:3]).reshape(-1, 2)
-    targets = data.to_float(task.images)
-    targets = targets.reshape(len(targets), -1, targets.shape[-1])  # (B, N, C)
-    batch = np.float32(low + (high - low) * grid), targets
-    coords, targets = devices.replicate(batch)
-    sampled = 0 < config.num_pixels < len(coords)
-    devices.check_divisible(config.num_pixels if sampled else len(coords))
-    key = jax.random.key(config.seed + 1)
-
-    def loss_fn(params, coords, target):
-        values = model.apply({"params": params}, coords)
-        return jnp.mean(jnp.square(values - target))
-
-    def update_one(params, opt_state, coords, target):
-        loss, grads = jax.value_and_grad(loss_fn)(params, coords, target)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
-
-    update_all = jax.vmap(update_one, in_axes=(0, 0, None, 0))
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated())
-    def update(state, coords, targets, first, last):
-        def body(step, state):
-            points, values = coords, targets
-            if sampled:
-                kept = jax.random.randint(
-                    jax.random.fold_in(key, step), (config.num_pixels,), 0, len(coords)
-                )
-                points, values = coords[kept], targets[:, kept]
-            points = devices.divide_traced(points)
-            values = devices.divide_traced(values, axis=1)
-            params, opt_state, loss = update_all(
-                state.params, state.opt_state, points, values
-            )
-            losses = state.loss.at[step].set(loss)
-            return state.replace(params=params, opt_state=opt_state, loss=losses)
-
-        return jax.lax.fori_loop(first, last, body, state)
-
-    return lambda state, first, last: update(state, coords, targets, first, last)
-
-
 def fold_range(params: Any, coord_range: tuple[float, float]) -> Any:
     """Parameters over [0, 1]^d of the network that `params` are over `coord_range`.
 
@@ -320,7 +208,7 @@ def gradient_magnitude(
 def _train(run, model, task, states, step, first, total):
     """Trains a task from its `step` to its end; `first` steps of the run precede it."""
     config = run.config
-    update = make_update(config, model, task)
+    update = image_fitting.make_update(config, model, task)
     run.say(f"task {task.name}: {len(task.images)} image(s); compiling the step ...")
     while step < task.num_steps:
         stops = [s for s in task.snapshots if s > step] + [

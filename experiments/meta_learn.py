@@ -6,7 +6,6 @@ Trains the shared weights and inner learning rates, evaluates on the test split,
 figures and writes the functaset of both splits into the run folder.
 """
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from ml_collections import ConfigDict
 
 import functa
-from experiments import data, devices, encoding, figures, runtime
+from experiments import data, devices, encoding, figures, meta_training, runtime
 from functa import functaset
-
-
-@struct.dataclass
-class TrainState:
-    """The state of the outer loop.
-
-    Attributes:
-      weights: {"params": ..., "learning_rate": (), (L,) or (S, L)}: what is trained.
-      opt_state: of the outer optimizer.
-      average: exponential moving average of `weights`, or None.
-      latent: where every inner loop starts, (L,); never trained.
-    """
-
-    weights: dict[str, Any]
-    opt_state: optax.OptState
-    average: dict[str, Any] | None
-    latent: jax.Array
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -52,124 +33,13 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         if run.summary is not None:
             return run.show_summary()
         model = functaset.make_model(config.model.to_dict())
-        optimizer = make_optimizer(config)
-        state = init_state(config, model, optimizer, learner)
+        optimizer = meta_training.make_optimizer(config)
+        state = meta_training.init_state(config, model, optimizer, learner)
         first_step, state = run.restore(state)
-        update = make_update(config, model, optimizer)
+        update = meta_training.make_update(config, model, optimizer)
         state = _train(run, state, images, update, first_step)
         learner = encoding.make_learner(config, vars(state))
         return run.finish(_evaluate(run, learner, dataset))
-
-
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Global-norm clipping, then the optimizer, with a learning rate for each part.
-
-    Raises:
-      ValueError: as `runtime.make_optimizer`.
-    """
-    settings = config.optimizer
-    rates = settings.copy_and_resolve_references()
-    rates.learning_rate *= settings.rate_multiplier
-    parts = {"weights": settings, "rates": rates}
-    optimizers = {
-        name: runtime.make_optimizer(part, config.num_steps)
-        for name, part in parts.items()
-    }
-    if not config.inner.meta_sgd:
-        optimizers["rates"] = optax.set_to_zero()
-    clip = optax.identity()
-    if settings.clip_norm:
-        clip = optax.clip_by_global_norm(settings.clip_norm)
-    labels = {"params": "weights", "learning_rate": "rates"}
-    return optax.chain(clip, optax.partition(optimizers, labels))
-
-
-def init_state(
-    config: ConfigDict,
-    model: functa.LatentModulatedSiren | functa.ModulatedSiren,
-    optimizer: optax.GradientTransformation,
-    learner: encoding.Learner | None = None,
-) -> TrainState:
-    """The state before the first step: a function of config.seed, or a learner's."""
-    if learner is None:
-        key_params, key_rates = jax.random.split(jax.random.key(config.seed))
-        latent = model.initial_latent()
-        shape = latent.shape if config.inner.meta_sgd else ()
-        if config.inner.rates_per_step:
-            shape = (config.inner.num_steps, *(shape or (1,)))
-        low, high = config.inner.rate_range
-        rates = jax.random.uniform(key_rates, shape, minval=low, maxval=high)
-        params = model.init(key_params, jnp.zeros((1, 2)), latent)["params"]
-    else:
-        params, latent, rates = learner.params, learner.latent, learner.learning_rate
-    weights = {"params": params, "learning_rate": rates}
-    # A copy: the state's buffers are donated, and none may be donated twice.
-    average = jax.tree.map(jnp.copy, weights) if config.optimizer.ema_decay else None
-    state = TrainState(weights, optimizer.init(weights), average, latent)
-    return devices.replicate(state)
-
-
-def make_update(
-    config: ConfigDict,
-    model: functa.LatentModulatedSiren | functa.ModulatedSiren,
-    optimizer: optax.GradientTransformation,
-):
-    """The jitted outer step: (state, coords (N, d), targets (B, N, C), key) -> ...
-
-    Returns a function that returns the new state and, from before the update, the outer
-    loss () and the mean PSNR after every inner step, (S + 1,).
-    """
-    inner = config.inner
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated())
-    def update(state, coords, targets, key):
-        batch_size, num_points = targets.shape[:2]
-        noise = None
-        if inner.noise_std:
-            shape = (batch_size, *state.latent.shape)
-            noise = inner.noise_std * jax.random.normal(key, shape)
-        (grads, rate_grads), info = functa.meta_gradient(
-            model.apply,
-            state.weights["params"],
-            state.latent,
-            coords,
-            targets,
-            learning_rate=state.weights["learning_rate"],
-            noise=noise,
-            num_groups=_num_groups(batch_size, num_points, config.points_per_group),
-            first_order=inner.first_order,
-            **encoding.fit_options(config),
-        )
-        grads = {"params": grads, "learning_rate": rate_grads}
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.weights)
-        weights = optax.apply_updates(state.weights, updates)
-        if inner.rate_clip:
-            rates = jnp.clip(weights["learning_rate"], *inner.rate_clip)
-            weights = weights | {"learning_rate": rates}
-        average = state.average
-        if average is not None:
-            decay = config.optimizer.ema_decay
-            average = optax.incremental_update(weights, average, 1 - decay)
-        psnr = functa.psnr(info.mse).mean(0)
-        state = TrainState(weights, opt_state, average, state.latent)
-        return state, info.loss[:, -1].mean(), psnr
-
-    return update
-
-
-def _num_groups(batch_size, num_points, points_per_group):
-    """As few as there may be for no device to hold more than points_per_group."""
-    if not points_per_group:
-        return 1
-    num_devices = jax.device_count()
-    if batch_size % num_devices == 0:
-        batch_size //= num_devices  # each device has its part of each group
-    largest = max(1, min(batch_size, points_per_group // num_points))
-    return min(
-        n
-        for n in range(1, batch_size + 1)
-        if batch_size % n == 0 and batch_size // n <= largest
-    )
 
 
 def _adopt(config, learner):
@@ -219,7 +89,7 @@ def _train(run, state, images, update, first_step):
     losses, psnrs = [], []
     compiled = set()
     for step in range(first_step, config.num_steps):
-        coords, targets = make_batch(config, images, step)
+        coords, targets = meta_training.make_batch(config, images, step)
         if targets.shape not in compiled:
             compiled.add(targets.shape)
             run.say(f"compiling the outer step for batches of {targets.shape} ...")
@@ -243,28 +113,6 @@ def _train(run, state, images, update, first_step):
             if done % config.checkpoint_every == 0 or done == config.num_steps:
                 run.save(done, state)
     return state
-
-
-def make_batch(
-    config: ConfigDict, images: np.ndarray, step: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The coordinates (N, d) and targets (B, N, C) that update number `step` sees."""
-    indices = data.batch_indices(
-        config.seed, step, num_examples=len(images), batch_size=config.batch_size
-    )
-    targets = data.to_float(images[indices])
-    if step < config.coarse_steps:
-        batch, height, width, channels = targets.shape
-        factor = config.coarse_factor
-        cells = (height // factor, factor, width // factor, factor)
-        targets = targets.reshape(batch, *cells, channels).mean((2, 4))
-    coords = functa.coordinate_grid(targets.shape[1:3]).reshape(-1, 2)
-    targets = targets.reshape(len(targets), -1, targets.shape[-1])  # (B, N, C)
-    if config.num_pixels and config.num_pixels < len(coords):
-        rng = np.random.default_rng((config.seed, step, 1))
-        kept = rng.choice(len(coords), config.num_pixels, replace=False)
-        coords, targets = coords[kept], targets[:, kept]
-    return coords, targets
 
 
 def _evaluate(run, learner, dataset):

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,8 @@ def keep_compiled(workdir: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
     # Most of what a command compiles takes less than JAX's own limit of a second.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # What a full disk cut short is compiled again, and no matter for the user.
+    warnings.filterwarnings("ignore", message="Error .* persistent compilation cache")
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import functa
-from experiments import devices, encoding, figures, meta_learn, runtime
+from experiments import devices, encoding, figures, meta_training, runtime
 from experiments.configs import meta_learn as meta_configs
 
 _PACKAGES = ("functa", "vit", "landscape", "lbi")
@@ -113,13 +113,13 @@ def _time_meta_step(config):
     settings.model.out_channels = 3
     settings.batch_size = config.images_per_device * jax.device_count()
     model = functa.make_model(settings.model.to_dict())
-    optimizer = meta_learn.make_optimizer(settings)
-    state = meta_learn.init_state(settings, model, optimizer)
-    update = meta_learn.make_update(settings, model, optimizer)
+    optimizer = meta_training.make_optimizer(settings)
+    state = meta_training.init_state(settings, model, optimizer)
+    update = meta_training.make_update(settings, model, optimizer)
     rng = np.random.default_rng(config.seed)
     shape = (settings.batch_size, 32, 32, 3)
     images = rng.integers(0, 256, shape, dtype=np.uint8)
-    coords, targets = meta_learn.make_batch(settings, images, 10**6)
+    coords, targets = meta_training.make_batch(settings, images, 10**6)
     targets = devices.divide(targets)
     times = []
     for number in range(1 + config.num_rounds):
@@ -150,8 +150,8 @@ def _encode(config, num_images):
     settings = meta_configs.get_config("smoke")
     settings.model.out_channels = 1
     model = functa.make_model(settings.model.to_dict())
-    optimizer = meta_learn.make_optimizer(settings)
-    state = meta_learn.init_state(settings, model, optimizer)
+    optimizer = meta_training.make_optimizer(settings)
+    state = meta_training.init_state(settings, model, optimizer)
     learner = encoding.make_learner(settings, vars(state))
     labels = np.zeros(num_images, np.int32)
     dataset = {"train": {"image": _Synthetic(num_images), "label": labels}}

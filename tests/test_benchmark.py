@@ -1,30 +1,168 @@
-"""The benchmark: its numbers are consistent with each other, and bad settings named."""
+"""The benchmark: its numbers are consistent, its arithmetic is that of XLA."""
 
+import jax
+import numpy as np
 import pytest
 
-from experiments import benchmark
+from experiments import benchmark, devices
 from experiments.configs import benchmark as configs
 
+FUNCTA = """
+print("torch width=16 depth=3 latent=8 B=4: step 0.002s 2000.0 img/s")
+print("torch width=99 depth=9 latent=9 B=9: step 1.000s 9.0 img/s")
+"""
 
-def test_smoke_run(tmp_path):
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A finished run beside a peer that always takes two milliseconds."""
+    folder = tmp_path_factory.mktemp("benchmark")
     config = configs.get_config("smoke")
-    summary = benchmark.train_and_evaluate(config, tmp_path)
-    rounds = summary["rounds"]
-    assert set(rounds) == set(config.methods)
-    for method, times in rounds.items():
-        assert len(times) == config.num_rounds and min(times) > 0
-        assert min(times) <= summary[f"{method}_milliseconds"] <= max(times)
-    assert summary["adam_over_adam"] == 1
-    # Adam keeps two trees like the parameters; DessiLBI with momentum two, its
-    # dual among them; DessiLBI+Adam three. The rest is counters and entry steps.
-    for method, trees in (("adam", 2), ("dessilbi", 2), ("dessilbi_adam", 3)):
-        assert trees <= summary[f"{method}_state_over_params"] < trees + 0.25
-    assert benchmark.train_and_evaluate(config, tmp_path) == summary
+    config.peers, config.peer_every = str(folder / "peers"), 2
+    write_peers(folder / "peers", FUNCTA)
+    summary = benchmark.train_and_evaluate(config, folder / "run")
+    return config, folder / "run", summary
 
 
-@pytest.mark.parametrize("name", ["batch_size", "num_rounds", "steps_per_round"])
-def test_numbers_below_one_are_refused(tmp_path, name):
+def write_peers(folder, functa, vgg=""):
+    folder.mkdir()
+    (folder / "torch_functa.py").write_text(functa)
+    (folder / "torch_vgg.py").write_text(vgg)
+
+
+def test_numbers_of_a_run_are_consistent(smoke):
+    config, workdir, summary = smoke
+    names = ("product_float32", "product_bfloat16", *config.paths)
+    rows = {name: summary[name] for name in names}
+    for row in rows.values():
+        rounds = np.array(row["rounds"])
+        assert len(rounds) == config.num_rounds and min(rounds) > 0
+        low, high = row["milliseconds_quartiles"]
+        assert min(rounds) <= low <= row["milliseconds"] <= high <= max(rounds)
+        np.testing.assert_allclose(row["milliseconds"], np.median(rounds))
+        assert row["mebibytes"] > 0 and row["compile_seconds"] > 0
+        ceiling = summary[f"{row['dtype']}_product_gflops_per_second"]
+        share = row["gflops_per_second"] / ceiling
+        np.testing.assert_allclose(row["share_of_product"], share)
+        if "reference" in row:
+            ratios = rounds / rows[row["reference"]]["rounds"]
+            np.testing.assert_allclose(row["time_over_reference"], np.median(ratios))
+    for dtype in ("float32", "bfloat16"):
+        # The ceiling is the best round.
+        assert rows[f"product_{dtype}"]["share_of_product"] <= 1
+    assert rows["probe"]["arithmetic_over_reference"] == 3  # two step sizes
+    assert rows["vit_cascade"]["arithmetic_over_reference"] < 1
+    # Adam keeps two trees like the parameters, DessiLBI+Adam three. The rest is
+    # counters and entry steps.
+    for method, trees in (("adam", 2), ("dessilbi_adam", 3)):
+        state = rows[f"lenet_{method}"]["state_over_params"]
+        assert trees <= state < trees + 0.25
+    table = (workdir / "table.md").read_text()
+    assert len(table.splitlines()) == len(names) + 2
+
+
+def test_peers_are_measured_in_between(smoke):
+    _, _, summary = smoke
+    for name in ("meta", "meta_bfloat16"):
+        row = summary[name]
+        # Four images in two milliseconds, in rounds 0 and 2.
+        assert row["peer_rounds"] == [2000.0, 2000.0]
+        assert row["over_peer"] == row["per_second"] / 2000
+    assert "over_peer" not in summary["encode"]
+
+
+def test_a_finished_run_shows_its_table(smoke, capsys):
+    config, workdir, summary = smoke
+    assert benchmark.train_and_evaluate(config, workdir) == summary
+    assert (workdir / "table.md").read_text() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_arithmetic_of_a_meta_step_is_what_xla_counts(num_steps):
     config = configs.get_config("smoke")
-    config[name] = 0
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    # One group: of a loop XLA counts the body once, and here that is all of it.
+    config.sizes.meta.update(
+        {"width": 96, "depth": 4, "batch_size": 2, "image_size": 8}
+        | {"num_steps": num_steps, "points_per_group": 0, "fast_sine": False}
+    )
+    path = benchmark.make_path(config, "meta")
+    # Whole on every device: of a divided batch each would count its part.
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=devices.replicated()),
+        (path.state, *path.inputs),
+    )
+    counted = jax.jit(path.step).lower(*shapes).compile().cost_analysis()["flops"]
+    # XLA also counts what is done element by element, but for jnp.sin: a few in a
+    # hundred at this width.
+    assert 1 <= counted / path.flops < 1.06
+
+
+def test_arithmetic_of_a_siren():
+    # 2 -> 7 -> 7 -> 3 at each of 5 points, and 11 -> 14 once.
+    multiply_adds = 5 * (2 * 7 + 7 * 7 + 7 * 3) + 11 * 14
+    sizes = {"width": 7, "depth": 3, "channels": 3, "num_points": 5, "latent_dim": 11}
+    assert benchmark.count_siren(**sizes) == multiply_adds
+    assert benchmark.count_meta_passes(3, batch_size=1) == 21
+
+
+def test_peers_are_read():
+    text = "torch 9.99 torch 0.5 torch 0.25 torch 0.5 "
+    assert benchmark.read_torch_vgg(text) == {"B=128": 256}
+    assert benchmark.read_torch_vgg("torch 9.99") == {}
+    assert benchmark.read_torch_functa("torch 2.1") == {}
+
+
+@pytest.mark.parametrize(
+    ("functa", "message"),
+    [
+        ("print('hello')", "no time can be read from what .*torch_functa.py prints"),
+        ("import no_torch", "torch_functa.py failed under .*: ModuleNotFoundError: No"),
+    ],
+)
+def test_a_peer_that_cannot_be_used_is_named(tmp_path, functa, message):
+    config = configs.get_config("smoke")
+    config.peers = str(tmp_path / "peers")
+    write_peers(tmp_path / "peers", functa)
+    with pytest.raises(ValueError, match=message):
+        benchmark.run_peer(config, "torch_functa.py")
+    config.peer_python = str(tmp_path / "python")
+    with pytest.raises(ValueError, match="peer_python .* cannot be run"):
+        benchmark.run_peer(config, "torch_functa.py")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("num_rounds", 0, "num_rounds must be at least 1, got 0"),
+        ("peer_every", 0, "peer_every must be at least 1, got 0"),
+        ("sizes.meta.batch_size", 0, "sizes.meta.batch_size must be at least 1, got 0"),
+        ("sizes.meta.kind", "mota", "sizes.meta.kind 'mota' is none of product, "),
+        ("paths", ("mota",), "must be some of .*meta"),
+        ("paths", (), "must be some of"),
+        ("peers", "nowhere", "peers: there is no torch_functa.py in nowhere"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, path, value, message):
+    config = configs.get_config("smoke")
+    config.update_from_flattened_dict({path: value})
+    with pytest.raises(ValueError, match=message):
         benchmark.train_and_evaluate(config, tmp_path)
+
+
+def test_what_grows_along_an_axis_is_drawn(smoke):
+    _, workdir, summary = smoke
+    with np.load(workdir / "arrays.npz") as arrays:
+        assert arrays["num_images/value"].tolist() == [1, 2]
+        for key in ("milliseconds", "mebibytes"):
+            numbers = [summary[f"num_images_{n}"][key] for n in (1, 2)]
+            assert arrays[f"num_images/{key}"].tolist() == numbers
+    assert (workdir / "figures" / "scaling.png").stat().st_size > 0
+
+
+def test_axes_are_of_paths():
+    for variant in ("scaling", "smoke"):
+        config = configs.get_config(variant)
+        for axis, values in config.axes.items():
+            for value in values:
+                assert f"{axis}_{value}" in config.paths
+                assert config.sizes[f"{axis}_{value}"][axis] == value

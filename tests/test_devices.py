@@ -44,7 +44,8 @@ EVERY_TRAINER = """
 import sys
 import jax, numpy as np, optax
 import functa
-from experiments import encoding, devices, fit_image, image_classifier, meta_learn
+from experiments import encoding, devices, image_classifier, image_fitting
+from experiments import meta_training
 from experiments.configs import fit_image as fit_configs
 from experiments.configs import meta_learn as meta_configs
 from landscape.vgg import VGG
@@ -58,12 +59,12 @@ config.points_per_group = 64
 # Adam would turn the rounding of a gradient near zero into a step.
 config.optimizer.update({"name": "sgd", "schedule": "constant", "warmup_steps": 0})
 model = functa.make_model(config.model.to_dict())
-optimizer = meta_learn.make_optimizer(config)
-state = meta_learn.init_state(config, model, optimizer)
-update = meta_learn.make_update(config, model, optimizer)
+optimizer = meta_training.make_optimizer(config)
+state = meta_training.init_state(config, model, optimizer)
+update = meta_training.make_update(config, model, optimizer)
 images = rng.integers(0, 256, (19, 8, 8, 1), dtype=np.uint8)
 for step in range(2):
-    coords, targets = meta_learn.make_batch(config, images, step)
+    coords, targets = meta_training.make_batch(config, images, step)
     targets = devices.divide(targets)
     state, *info = update(state, coords, targets, jax.random.key(step))
 results["meta_learn"] = state.weights, info
@@ -91,10 +92,11 @@ results["logits"] = image_classifier.make_predict(model, images)(
 config = fit_configs.get_config("smoke")
 config.model.out_channels = 3
 config.optimizer.name, config.optimizer.options = "sgd", {}
-task = fit_image.Task("task", pixels[:2], labels[:2], 10, (10,))
+task = image_fitting.Task("task", pixels[:2], labels[:2], 10, (10,))
 model = functa.Siren(**{k: v for k, v in config.model.items() if k != "type"})
-state = fit_image.init_state(config, model, task)
-results["fit_image"] = fit_image.make_update(config, model, task)(state, 0, 2).loss[:2]
+state = image_fitting.init_state(config, model, task)
+update = image_fitting.make_update(config, model, task)
+results["fit_image"] = update(state, 0, 2).loss[:2]
 
 leaves = jax.tree_util.tree_leaves_with_path(results)
 np.savez(sys.argv[1], **{jax.tree_util.keystr(k): np.asarray(v) for k, v in leaves})

@@ -16,7 +16,8 @@ CORE_DEPENDENCIES = {"jax", "flax", "optax", "chex", "numpy"}
 SHARED_BY_EXPERIMENTS = {
     *("data", "encoding", "runtime", "figures", "configs", "image_classifier"),
     *("augmentation", "lbi_figures", "landscape_figures"),
-    *("vit_figures", "vit_training"),
+    *("vit_figures", "vit_training", "devices", "meta_training", "image_fitting"),
+    *("scaling_figures", "benchmark_figures"),
 }
 # absl is missing here because chex and flax load it; the source check below forbids it.
 NEVER_LOADED_BY_CORES = {

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 import functa
-from experiments import data, encoding, make_functaset, meta_learn, runtime
+from experiments import (
+    data,
+    encoding,
+    make_functaset,
+    meta_training,
+    runtime,
+)
 from experiments.configs import make_functaset as make_functaset_config
 from experiments.configs import meta_learn as meta_learn_config
 from functa import functaset
@@ -265,7 +271,9 @@ def meta_run(tmp_path_factory):
     config = meta_learn_config.get_config("smoke")
     config.model.out_channels = 1
     model = functaset.make_model(config.model.to_dict())
-    state = meta_learn.init_state(config, model, meta_learn.make_optimizer(config))
+    state = meta_training.init_state(
+        config, model, meta_training.make_optimizer(config)
+    )
     with runtime.open_run(workdir, config) as run:
         run.save(1, state)
     return workdir

@@ -180,5 +180,6 @@ def test_a_mistake_costs_one_line_and_status_1(tmp_path, option, message):
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
     assert ended.returncode == 1
-    [line] = ended.stderr.splitlines()
-    assert line.startswith("error: ") and message in line
+    lines = ended.stderr.splitlines()
+    assert len(lines) == 1, ended.stderr
+    assert lines[0].startswith("error: ") and message in lines[0]

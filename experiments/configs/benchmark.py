@@ -1,49 +1,214 @@
-"""Measures the step of each optimizer on the same network.
+"""Measures the hot paths of the project, side by side.
 
     python -m experiments.benchmark --config=experiments/configs/benchmark.py:VARIANT
 
 The table of variants and results is in the README.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
-from experiments.configs import train_lbi
+VARIANTS = ("all", "functa", "optimizers", "lenet", "vgg", "scaling", "smoke")
 
-VARIANTS = ("lenet", "smoke", "vgg")
+_METHODS = ("adam", "dessilbi", "dessilbi_adam")
 
 
-def get_config(variant: str = "lenet") -> ConfigDict:
+def get_config(variant: str = "all") -> ConfigDict:
     """Settings of one variant.
 
     Args:
       variant:
-        lenet: LeNet at batch 128, on random images; a minute.
-        smoke: the same at batch 8 with few steps.
-        vgg: VGG-A with batch normalisation at batch 128; five minutes on two cores.
+        all: everything; five minutes on two cores.
+        functa: meta-learning, encoding and fitting.
+        optimizers: a step of LeNet and of VGG-A by each optimizer, and of SGD.
+        lenet, vgg: one of the two networks alone.
+        scaling: the meta-step against batch, image side, latent size and inner steps,
+          the others fixed; three minutes.
+        smoke: a little of everything at tiny sizes.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}.")
     config = ConfigDict()
     config.experiment = "benchmark"
     config.variant = variant
-    config.seed = 0
     config.tensorboard = False
 
-    source = train_lbi.get_config("cifar10" if variant == "vgg" else "mnist")
-    # Model, penalty and optimizers are those of train_lbi; the first method is what
-    # the others are compared with.
-    for name in ("model", "image_size", "penalty", "enter_at", "optimizer", "methods"):
-        config[name] = source[name]
-    config.num_channels = 3 if variant == "vgg" else 1
-    config.batch_size = 128
-    # The methods take turns: a round times so many steps of each.
+    # The paths take turns, so often and for so long; a call is never cut short.
     config.num_rounds = 7
-    config.steps_per_round = 50
-    if variant == "smoke":
-        config.batch_size = 8
-        config.num_rounds = 2
-        config.steps_per_round = 2
-    elif variant == "vgg":
+    config.seconds_per_turn = 0.2
+    # A folder with torch_functa.py and torch_vgg.py, to be run at the start of every
+    # so many rounds by a Python that has torch (this one if none is given).
+    config.peers = config_dict.placeholder(str)
+    config.peer_python = config_dict.placeholder(str)
+    config.peer_every = 3
+
+    # What is known by which name, and of what size: a function of benchmark.py and its
+    # keywords; `variant` is that of the command's own config, which says the rest. Its
+    # time is also given over that of `reference`, if that is measured too.
+    sizes = _tiny_sizes() if variant == "smoke" else _sizes()
+    config.sizes = ConfigDict(sizes)
+    # Of which so many are measured.
+    config.paths = tuple(n for n in sizes if not n.startswith("product"))
+    # What to draw: {keyword: values}, measured as KEYWORD_VALUE.
+    config.axes = ConfigDict()
+
+    groups = {
+        "functa": ("meta", "encode", "fit"),
+        "optimizers": ("lenet", "vgg"),
+        "lenet": ("lenet",),
+        "vgg": ("vgg",),
+    }
+    if variant in groups:
+        config.paths = tuple(
+            name for name in config.paths if name.startswith(groups[variant])
+        )
+    elif variant == "scaling":
         config.num_rounds = 5
-        config.steps_per_round = 4
+        config.axes = ConfigDict(
+            {
+                "batch_size": (4, 8, 16, 32, 64),
+                "image_size": (8, 16, 32, 64),
+                "latent_dim": (16, 64, 256, 1024),
+                "num_steps": (1, 2, 3, 4, 5),
+            }
+        )
+        fixed = _meta_step(64, 4, 64, 16) | {"image_size": 16}
+        sizes = {
+            f"{axis}_{value}": fixed | {axis: value}
+            for axis, values in config.axes.items()
+            for value in values
+        }
+        config.paths = tuple(sizes)
+        config.sizes = ConfigDict(_products(1024, 8) | sizes)
+    if variant == "smoke":
+        config.num_rounds = 3
+        config.seconds_per_turn = 0.0
+        config.axes = ConfigDict({"num_images": (1, 2)})
     return config
+
+
+def _sizes():
+    """The paths of all variants but smoke and scaling."""
+    sizes = _products(1024, 8)
+    for width, depth, latent_dim, batch_size in (
+        (128, 5, 128, 16),
+        (256, 5, 256, 16),
+        (256, 10, 256, 8),
+    ):
+        name = f"meta_{width}x{depth}"
+        sizes[name] = _meta_step(width, depth, latent_dim, batch_size)
+        rounded = {"dtype": "bfloat16", "reference": name}
+        sizes[f"{name}_bfloat16"] = sizes[name] | rounded
+    sizes["meta_digits"] = _meta_step(128, 5, 64, 32) | {
+        "variant": "digits",
+        "image_size": 8,
+        "channels": 1,
+    }
+    # As one would write it at first: jnp.sin, and the batch in one vmap.
+    sizes["meta_digits_plain"] = sizes["meta_digits"] | {
+        "fast_sine": False,
+        "points_per_group": 0,
+        "reference": "meta_digits",
+    }
+    sizes["encode"] = {
+        "kind": "encode",
+        "variant": "cifar10_cpu",
+        "batch_size": 8,
+        "image_size": 32,
+    }
+    for num_images in (1, 8):
+        sizes[f"fit_{num_images}"] = {
+            "kind": "fit_image",
+            "variant": "best",
+            "num_images": num_images,
+            "image_size": 32,
+            "num_steps": 5,
+        }
+    sizes |= _trainings("lenet", "mnist", _METHODS, 128, 10)
+    sizes |= _trainings("vgg", "cifar10", (*_METHODS, "sgd"), 128, 2)
+    sizes |= _vits("cifar10_cpu", 32)
+    return sizes | _probes("cifar10_cpu", 128, 8)
+
+
+def _tiny_sizes():
+    sizes = _products(64, 2)
+    tiny = _meta_step(16, 3, 8, 4)
+    rounded = {"dtype": "bfloat16", "reference": "meta"}
+    sizes |= {"meta": tiny, "meta_bfloat16": tiny | rounded}
+    sizes["encode"] = {
+        "kind": "encode",
+        "variant": "smoke",
+        "batch_size": 4,
+        "image_size": 8,
+    }
+    for num_images in (1, 2):
+        sizes[f"num_images_{num_images}"] = {
+            "kind": "fit_image",
+            "variant": "smoke",
+            "num_images": num_images,
+            "image_size": 8,
+            "num_steps": 2,
+        }
+    sizes |= _trainings("lenet", "mnist", ("adam", "dessilbi_adam"), 8, 2)
+    sizes |= _vits("smoke", 4, num_layers=2, hidden_size=16, mlp_dim=16, num_heads=2)
+    return sizes | _probes("deep_linear", 8, 2, width=16, depth=4)
+
+
+def _products(size, num_steps):
+    return {
+        f"product_{dtype}": {
+            "kind": "product",
+            "size": size,
+            "dtype": dtype,
+            "num_steps": num_steps,
+        }
+        for dtype in ("float32", "bfloat16")
+    }
+
+
+def _meta_step(width, depth, latent_dim, batch_size):
+    return {
+        "kind": "meta_step",
+        "variant": "cifar10",
+        "width": width,
+        "depth": depth,
+        "latent_dim": latent_dim,
+        "batch_size": batch_size,
+        "image_size": 32,
+        "channels": 3,
+        "num_steps": 3,
+        "dtype": "float32",
+        "fast_sine": True,
+        "points_per_group": 1024,
+    }
+
+
+def _trainings(name, variant, methods, batch_size, num_steps):
+    return {
+        f"{name}_{method}": {
+            "kind": "train",
+            "variant": variant,
+            "method": method,
+            "batch_size": batch_size,
+            "num_steps": num_steps,
+        }
+        | ({} if method == "adam" else {"reference": f"{name}_adam"})
+        for method in methods
+    }
+
+
+def _vits(variant, batch_size, **model):
+    dense = {"kind": "vit_forward", "variant": variant, "batch_size": batch_size}
+    dense |= model
+    return {
+        "vit_dense": dense | {"ratio": 0.0},
+        "vit_cascade": dense | {"ratio": 0.4, "reference": "vit_dense"},
+    }
+
+
+def _probes(variant, batch_size, num_step_sizes, **model):
+    gradient = {"kind": "probe", "variant": variant, "batch_size": batch_size}
+    gradient |= model
+    return {
+        "gradient": gradient | {"num_step_sizes": 0},
+        "probe": gradient | {"num_step_sizes": num_step_sizes, "reference": "gradient"},
+    }
