@@ -63,8 +63,8 @@ def load_learner(workdir: str | Path) -> Learner:
 def make_learner(config: ConfigDict, state: dict[str, Any]) -> Learner:
     """The learner within a training state {"weights", "average", "latent", ...}.
 
-    Training may have rounded the operands of its products; what is measured and
-    written afterwards does not.
+    Training may have rounded in its gradients; what is measured and written
+    afterwards does not.
     """
     weights = state.get("average") or state["weights"]
     return Learner(

@@ -61,9 +61,9 @@ class Siren(nn.Module):
       out_channels: C.
       omega_0: frequency factor inside every sine.
       fast_sine: polynomial sine (`functa.sine.sin`) in place of `jnp.sin`.
-      dtype: that hidden kernels and their inputs are rounded to before they are
-        multiplied, "float32" or "bfloat16". Sums, the arguments of the sines, the
-        first and the last layer stay in float32, and so do all parameters.
+      dtype: "float32" or "bfloat16", to which the operands of the hidden layers'
+        products are rounded in derivatives (`functa.product`). Values, sums, the first
+        and the last layer stay in float32, and so do all parameters.
     """
 
     width: int

@@ -67,7 +67,7 @@ def test_vmap_matches_plain_products(axes):
         )
 
 
-def test_bfloat16_rounds_the_operands_of_every_product_and_sums_in_float32():
+def test_bfloat16_rounds_operands_in_gradients_alone_and_sums_in_float32():
     def rounded(x):
         return x.astype(jnp.bfloat16).astype(jnp.float32)
 
@@ -76,12 +76,12 @@ def test_bfloat16_rounds_the_operands_of_every_product_and_sums_in_float32():
     to_h, to_w = pullback(jnp.asarray(g))
     h16, w16, g16 = (np.asarray(rounded(jnp.asarray(x))) for x in (h, W, g))
     chex.assert_trees_all_close(
-        (value, to_h, to_w), (h16 @ w16, g16 @ w16.T, h16.T @ g16), rtol=1e-6, atol=1e-6
+        (value, to_h, to_w), (h @ W, g16 @ w16.T, h16.T @ g16), rtol=1e-6, atol=1e-6
     )
     assert {x.dtype for x in (value, to_h, to_w)} == {jnp.dtype("float32")}
 
 
-def test_no_operand_of_a_bfloat16_gradient_is_float32():
+def test_operands_of_a_product_are_of_one_dtype():
     def loss(h, w):
         return jnp.sum(jnp.sin(product(h, w, dtype="bfloat16")))
 
@@ -90,8 +90,9 @@ def test_no_operand_of_a_bfloat16_gradient_is_float32():
 
     text = jax.jit(jax.grad(second, argnums=(0, 1))).lower(H, W).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]
-    assert products
-    assert all(line.count("bf16>") == 2 for line in products)
+    # bfloat16 with float32 would be multiplied in float32.
+    counts = {line.count("bf16>") for line in products}
+    assert counts == {0, 2}
 
 
 def test_gradient_of_a_kernel_is_one_product_without_a_transposition():

@@ -7,7 +7,7 @@ The table of variants and results is in the README.
 
 from ml_collections import ConfigDict, config_dict
 
-VARIANTS = ("all", "functa", "optimizers", "lenet", "vgg", "scaling", "smoke")
+VARIANTS = ("all", "functa", "optimizers", "lenet", "vgg", "scaling", "paper", "smoke")
 
 _METHODS = ("adam", "dessilbi", "dessilbi_adam")
 
@@ -23,6 +23,8 @@ def get_config(variant: str = "all") -> ConfigDict:
         lenet, vgg: one of the two networks alone.
         scaling: the meta-step against batch, image side, latent size and inner steps,
           the others fixed; three minutes.
+        paper: the meta-step at the size of the paper, with each sine and dtype; needs
+          a GPU.
         smoke: a little of everything at tiny sizes.
     """
     if variant not in VARIANTS:
@@ -79,6 +81,21 @@ def get_config(variant: str = "all") -> ConfigDict:
         }
         config.paths = tuple(sizes)
         config.sizes = ConfigDict(_products(1024, 8) | sizes)
+    elif variant == "paper":
+        whole = _meta_step(512, 15, 256, 32) | {"points_per_group": 0}
+        exact = whole | {"fast_sine": False}
+        sizes = {
+            "exact_sine": exact,
+            "fast_sine": whole | {"reference": "exact_sine"},
+            "exact_sine_bfloat16": exact
+            | {"dtype": "bfloat16", "reference": "exact_sine"},
+            "fast_sine_bfloat16": whole
+            | {"dtype": "bfloat16", "reference": "exact_sine"},
+            "groups_of_8": exact
+            | {"points_per_group": 8192, "reference": "exact_sine"},
+        }
+        config.paths = tuple(sizes)
+        config.sizes = ConfigDict(_products(8192, 8) | sizes)
     if variant == "smoke":
         config.num_rounds = 3
         config.seconds_per_turn = 0.0
