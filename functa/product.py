@@ -12,10 +12,9 @@ kernels come out transposed, and on a CPU the copies that put them right took a 
 a meta-learning step. And nothing can be rounded in the gradients alone. Here all three
 are written out.
 
-With `dtype="bfloat16"` the operands of `backward` and `weights` are rounded to it, which
-are two thirds of the products of a meta-learning step and on many machines take half the
-time then. Values, made by `forward`, stay exact: a field whose values are rounded too is
-learned less well (`meta_learn`'s digits, CIFAR-10).
+With `dtype="bfloat16"` the operands of `backward` and `weights` are rounded to it: two
+thirds of the products of a meta-learning step, which on many machines take half the
+time. Values, made by `forward`, stay exact; rounding them too costs accuracy.
 
 Axes: N points, K and M features of the input and of the output.
 """
