@@ -68,11 +68,16 @@ def launch(
         config = config_flag.value
         workdir = Path(workdir_flag.value or f"runs/{name}/{config.variant}")
         with one_line_errors(debug=debug_flag.value):
+            cluster = (
+                coordinator_flag.value,
+                num_processes_flag.value,
+                process_id_flag.value,
+            )
             if multihost_flag.value:
-                devices.initialize(
-                    coordinator_flag.value,
-                    num_processes_flag.value,
-                    process_id_flag.value,
+                devices.initialize(*cluster)
+            elif cluster != (None, None, None):
+                raise ValueError(
+                    "--coordinator, --num_processes and --process_id need --multihost."
                 )
             keep_compiled(workdir)
             train_and_evaluate(config, workdir)

@@ -168,6 +168,8 @@ def test_check_finite_names_the_step():
         ("stray", "no option takes: stray"),
         ("--config.dataset.name=folder", "needs a directory"),
         ("--config.model.width=0", "width >= 1"),
+        ("--process_id=1", "need --multihost"),
+        ("--multihost", "coordinator_address"),
     ],
 )
 def test_a_mistake_costs_one_line_and_status_1(tmp_path, option, message):

@@ -126,20 +126,9 @@ def _sizes():
         "points_per_group": 0,
         "reference": "meta_digits",
     }
-    sizes["encode"] = {
-        "kind": "encode",
-        "variant": "cifar10_cpu",
-        "batch_size": 8,
-        "image_size": 32,
-    }
+    sizes["encode"] = _encode("cifar10_cpu", 8, 32)
     for num_images in (1, 8):
-        sizes[f"fit_{num_images}"] = {
-            "kind": "fit_image",
-            "variant": "best",
-            "num_images": num_images,
-            "image_size": 32,
-            "num_steps": 5,
-        }
+        sizes[f"fit_{num_images}"] = _fit_image("best", num_images, 32, 5)
     sizes |= _trainings("lenet", "mnist", _METHODS, 128, 10)
     sizes |= _trainings("vgg", "cifar10", (*_METHODS, "sgd"), 128, 2)
     sizes |= _vits("cifar10_cpu", 32)
@@ -151,20 +140,9 @@ def _tiny_sizes():
     tiny = _meta_step(16, 3, 8, 4)
     rounded = {"dtype": "bfloat16", "reference": "meta"}
     sizes |= {"meta": tiny, "meta_bfloat16": tiny | rounded}
-    sizes["encode"] = {
-        "kind": "encode",
-        "variant": "smoke",
-        "batch_size": 4,
-        "image_size": 8,
-    }
+    sizes["encode"] = _encode("smoke", 4, 8)
     for num_images in (1, 2):
-        sizes[f"num_images_{num_images}"] = {
-            "kind": "fit_image",
-            "variant": "smoke",
-            "num_images": num_images,
-            "image_size": 8,
-            "num_steps": 2,
-        }
+        sizes[f"num_images_{num_images}"] = _fit_image("smoke", num_images, 8, 2)
     sizes |= _trainings("lenet", "mnist", ("adam", "dessilbi_adam"), 8, 2)
     sizes |= _vits("smoke", 4, num_layers=2, hidden_size=16, mlp_dim=16, num_heads=2)
     return sizes | _probes("deep_linear", 8, 2, width=16, depth=4)
@@ -179,6 +157,25 @@ def _products(size, num_steps):
             "num_steps": num_steps,
         }
         for dtype in ("float32", "bfloat16")
+    }
+
+
+def _encode(variant, batch_size, image_size):
+    return {
+        "kind": "encode",
+        "variant": variant,
+        "batch_size": batch_size,
+        "image_size": image_size,
+    }
+
+
+def _fit_image(variant, num_images, image_size, num_steps):
+    return {
+        "kind": "fit_image",
+        "variant": variant,
+        "num_images": num_images,
+        "image_size": image_size,
+        "num_steps": num_steps,
     }
 
 
