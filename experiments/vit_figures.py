@@ -69,11 +69,23 @@ def draw_prune_vit(folder, arrays, metrics):
 
 
 def _draw_accuracy(folder, arrays):
-    figure, axes = plt.subplots(1, 3, figsize=(13.5, 4), layout="constrained")
-    titles = ("patches", "forms of the cascade", "heads and neurons")
-    for axis, methods, title in zip(
-        axes, (_TOKENS, _CASCADES, _WEIGHTS), titles, strict=True
-    ):
+    groups = {
+        "patches": _TOKENS,
+        "forms of the cascade": _CASCADES,
+        "heads and neurons": _WEIGHTS,
+    }
+    measured = set(arrays["row_method"])
+    groups = {title: group for title, group in groups.items() if measured & set(group)}
+    if not groups:
+        return
+    figure, axes = plt.subplots(
+        1,
+        len(groups),
+        figsize=(4.5 * len(groups), 4),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis, (title, methods) in zip(axes[0], groups.items(), strict=True):
         for method, (color, marker, label) in methods.items():
             cost, accuracy = _curve(arrays, method, "row_accuracy")
             if len(cost) > 1:
@@ -95,7 +107,7 @@ def _draw_accuracy(folder, arrays):
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
-    axes[0].set_ylabel("test accuracy (%)")
+    axes[0, 0].set_ylabel("test accuracy (%)")
     _save(figure, folder / "accuracy_and_cost.png")
 
 
@@ -117,6 +129,8 @@ def _draw_speed(folder, arrays):
         int(name.removeprefix("row_speedup_"))
         for name in arrays
         if name.startswith("row_speedup_")
+        # Beside the whole network, which is always timed.
+        and np.isfinite(arrays[name]).sum() > 1
     )
     has_accuracy = "row_accuracy" in arrays
     count = len(batches) + has_accuracy
