@@ -32,6 +32,7 @@ def draw_benchmark(folder, arrays, metrics):
         panel.set_xlabel(_LABELS.get(axis, axis))
         # From zero: what is in proportion is a line through the origin.
         for one in (panel, memory):
+            one.autoscale_view()
             one.set_ylim(bottom=0)
         panel.set_xlim(left=0)
         panel.grid(alpha=0.3)

@@ -347,10 +347,19 @@ def _accuracy(network, params, images):
 
 def _train_on(run, name, network, dense, images):
     """Accuracy after config.tuning, pruned all the while, and what a gradient costs."""
-    config = _tuning_config(run.config, network.image_size)
+    config = _tuning_config(run.config, dense.image_size)
     own, others = time_in_turns(_gradient, network, dense, config.batch_size, 5)
+    weight = run.config.tuning.teacher_weight
+    teacher = vit_training.Teacher(dense.model, dense.params, weight)
     with runtime.open_run(run.workdir / f"tuned_{name}", config) as inner:
-        state = vit_training.train(inner, network.model, images, network.params)
+        state = vit_training.train(
+            inner,
+            network.model,
+            images,
+            network.params,
+            image_size=network.image_size,
+            teacher=teacher if weight else None,
+        )
     return {
         "tuned_accuracy": _accuracy(network, state.average, images),
         "gradient_speedup": others / own,
@@ -621,6 +630,11 @@ def _check_config(config):
             raise ValueError(f"{name} must be at least 1, got {value}.")
     if config.tuning.num_epochs < 0:
         raise ValueError("tuning.num_epochs must not be negative.")
+    if not 0 <= config.tuning.teacher_weight <= 1:
+        raise ValueError(
+            "tuning.teacher_weight must be in [0, 1], got "
+            f"{config.tuning.teacher_weight}."
+        )
     needy = [m for m in config.methods if m in ("range", "heads") or m[-4:] == "_lbi"]
     if needy and not config.dataset.name:
         raise ValueError(f"{', '.join(needy)} cannot do without a data set.")

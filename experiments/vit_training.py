@@ -4,7 +4,7 @@ Axes: B images, H W C of an image, K classes, S steps.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -154,16 +154,37 @@ def patch_dropout(model: ViT, num_patches: int, keep: float) -> ViT:
     )
 
 
+class Teacher(NamedTuple):
+    """A network whose classes a training learns beside the labels.
+
+    Distillation of Hinton et al. 2015, arXiv 1503.02531, at temperature 1. The teacher
+    sees the same augmented images, before they are made smaller for the student.
+
+    Attributes:
+      model: without dropout of any kind.
+      params: its weights, which stay as they are.
+      weight: of its probabilities in the targets, in [0, 1]; the labels have the rest.
+    """
+
+    model: ViT
+    params: Any
+    weight: float
+
+
 def make_update(
     model: ViT,
     images: Images,
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
+    *,
+    image_size: int | None = None,
+    teacher: Teacher | None = None,
 ) -> Callable[[TrainState, int, int], TrainState]:
     """The training: (state, first, last) -> state after steps first, ..., last - 1.
 
-    See `image_classifier.make_steps`.
+    See `image_classifier.make_steps`, and `train` for the arguments.
     """
+    image_size = image_size or config.image_size
 
     def step_fn(state, step, pixels, labels):
         key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -176,11 +197,18 @@ def make_update(
             cutmix_alpha=config.augment.cutmix,
         )
         rngs = {"dropout": keys[2], "cascade": keys[3]}
+        learned = optax.losses.smooth_labels(targets, config.label_smoothing)
+        if teacher is not None:
+            logits = teacher.model.apply({"params": teacher.params}, pixels)
+            learned = optax.incremental_update(
+                jax.nn.softmax(logits), learned, teacher.weight
+            )
+        if image_size != config.image_size:
+            pixels = augmentation.resize(pixels, image_size)
 
         def loss_fn(params):
             logits = model.apply({"params": params}, pixels, train=True, rngs=rngs)
-            smooth = optax.losses.smooth_labels(targets, config.label_smoothing)
-            loss = optax.losses.softmax_cross_entropy(logits, smooth).mean()
+            loss = optax.losses.softmax_cross_entropy(logits, learned).mean()
             return loss, jnp.mean(logits.argmax(-1) == targets.argmax(-1))
 
         (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -259,6 +287,8 @@ def train(
     *,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    image_size: int | None = None,
+    teacher: Teacher | None = None,
 ) -> TrainState:
     """Trains `model` from `params` as run.config says; resumes from a checkpoint.
 
@@ -272,8 +302,12 @@ def train(
       params: where to start.
       evaluate: what to measure and log every config.evaluate_every epochs.
       optimizer: instead of config.optimizer.
+      image_size: that `model` sees, if it is not config.image_size: the augmented
+        images are resized to it.
+      teacher: whose classes are learned beside the labels.
     """
     config = run.config
+    image_size = image_size or config.image_size
     steps_per_epoch = image_classifier.count_steps(images, config.batch_size)
     num_steps = config.num_epochs * steps_per_epoch
     if optimizer is None:
@@ -287,9 +321,16 @@ def train(
         )
         if keep not in updates:
             run.say(f"compiling; {100 * keep:.0f} % of the patches ...")
-            num_patches = (config.image_size // model.patch_size) ** 2
-            trained = patch_dropout(model, num_patches, keep)
-            updates = {keep: make_update(trained, images, optimizer, config)}
+            num_patches = (image_size // model.patch_size) ** 2
+            update = make_update(
+                patch_dropout(model, num_patches, keep),
+                images,
+                optimizer,
+                config,
+                image_size=image_size,
+                teacher=teacher,
+            )
+            updates = {keep: update}
         start = step
         step = min(
             (start // every + 1) * every

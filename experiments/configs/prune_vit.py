@@ -21,7 +21,8 @@ def get_config(variant: str = "digits") -> ConfigDict:
         digits: the network of train_vit's digits variant; minutes.
         smoke: that of its smoke variant, at one ratio.
         cifar10_cpu: the network of train_vit's cifar10_cpu variant.
-        cifar10_cpu_tuned: the same network, trained on for longer at one ratio.
+        cifar10_cpu_tuned: the same network, trained on for longer at one ratio, with
+          itself as the teacher.
         cifar10: the network of train_vit's cifar10 variant; needs a GPU to train on.
         b16: a ViT-B/16 that train_vit's finetune_b16 variant has fine-tuned (Tables 6
           and 7 of the report); needs a GPU.
@@ -87,6 +88,8 @@ def get_config(variant: str = "digits") -> ConfigDict:
     # Training on with the pruning in place, at ratios that are among those above; of
     # the whole network at 0.
     config.tuning = ConfigDict({"num_epochs": 1})
+    # Of the whole network's probabilities in the targets; the labels have the rest.
+    config.tuning.teacher_weight = 0.0
     config.tuning.methods = ConfigDict(
         {
             "dense": (0.0,),
@@ -163,6 +166,8 @@ def get_config(variant: str = "digits") -> ConfigDict:
         config.methods = ConfigDict(dict.fromkeys(names, (0.4,)))
         config.timing.methods = ()
         config.tuning.num_epochs = 2
+        config.tuning.teacher_weight = 1.0
+        config.tuning.methods.dense = ()
         config.tuning.methods.max = (0.4,)
         config.tuning.training.optimizer.learning_rate = 5e-4
         config.tuning.training.optimizer.warmup_steps = 40
