@@ -32,8 +32,7 @@ def draw_benchmark(folder, arrays, metrics):
         panel.set_xlabel(_LABELS.get(axis, axis))
         # From zero: what is in proportion is a line through the origin.
         for one in (panel, memory):
-            one.autoscale_view()
-            one.set_ylim(bottom=0)
+            one.set_ylim(0, 1.05 * one.dataLim.ymax)
         panel.set_xlim(left=0)
         panel.grid(alpha=0.3)
     figure.savefig(folder / "scaling.png", dpi=150, bbox_inches="tight")

@@ -7,7 +7,7 @@ the jitted step. Axes: N images, B of a batch, S steps.
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -289,11 +289,12 @@ def make_update(
 
 
 def make_steps(
-    step_fn: Callable[[Any, jax.Array, jax.Array, jax.Array], Any],
+    step_fn: Callable[..., Any],
     images: Images,
     *,
     batch_size: int,
     seed: int,
+    constants: Sequence[Any] = (),
 ) -> Callable[[Any, int, int], Any]:
     """(state, first, last) -> state after steps first, ..., last - 1 of one epoch.
 
@@ -301,24 +302,28 @@ def make_steps(
     compiles once. The state's buffers are donated.
 
     Args:
-      step_fn: (state, step, uint8 images (B, H, W, C), labels (B,)) -> state.
+      step_fn: (state, step, uint8 images (B, H, W, C), labels (B,), *constants) ->
+        state.
       images: the data set; it lies on each device.
       batch_size: B.
       seed: of the epochs' order.
+      constants: what every step is given, too large to be compiled into it.
     """
     num_examples = len(images.train[0])
     steps_per_epoch = count_steps(images, batch_size)
     devices.check_divisible(batch_size)
-    train_images, train_labels = devices.replicate(images.train)
+    fixed = devices.replicate((images.train, tuple(constants)))
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated())
-    def update(state, train_images, train_labels, order, first, last, offset):
+    def update(state, fixed, order, first, last, offset):
+        (train_images, train_labels), constants = fixed
+
         def body(step, state):
             indices = jax.lax.dynamic_slice_in_dim(
                 order, (step - offset) * batch_size, batch_size
             )
             batch = train_images[indices], train_labels[indices]
-            return step_fn(state, step, *devices.divide_traced(batch))
+            return step_fn(state, step, *devices.divide_traced(batch), *constants)
 
         return jax.lax.fori_loop(first, last, body, state)
 
@@ -331,7 +336,7 @@ def make_steps(
             seed, epoch, num_examples=num_examples, batch_size=num_examples
         )
         state = devices.replicate(state)
-        return update(state, train_images, train_labels, order, first, last, offset)
+        return update(state, fixed, order, first, last, offset)
 
     return run
 

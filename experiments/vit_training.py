@@ -186,7 +186,7 @@ def make_update(
     """
     image_size = image_size or config.image_size
 
-    def step_fn(state, step, pixels, labels):
+    def step_fn(state, step, pixels, labels, *teacher_params):
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         keys = jax.random.split(key, 4)
         pixels, targets = augmentation.mix(
@@ -199,7 +199,7 @@ def make_update(
         rngs = {"dropout": keys[2], "cascade": keys[3]}
         learned = optax.losses.smooth_labels(targets, config.label_smoothing)
         if teacher is not None:
-            logits = teacher.model.apply({"params": teacher.params}, pixels)
+            logits = teacher.model.apply({"params": teacher_params[0]}, pixels)
             learned = optax.incremental_update(
                 jax.nn.softmax(logits), learned, teacher.weight
             )
@@ -227,7 +227,11 @@ def make_update(
         )
 
     return image_classifier.make_steps(
-        step_fn, images, batch_size=config.batch_size, seed=config.seed
+        step_fn,
+        images,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        constants=() if teacher is None else (teacher.params,),
     )
 
 
