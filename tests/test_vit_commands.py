@@ -159,6 +159,53 @@ def test_first_steps_against_a_plain_loop(tmp_path):
     chex.assert_trees_all_close(state.average, average, atol=2e-4)
 
 
+def teach(weight, method, ratio):
+    """A step of SGD of a pruned network, whose teacher is the whole one."""
+    config = train_config()
+    config.patch_dropout = ((0.0, 1.0),)
+    config.augment.crop_padding = 0
+    images = vit_training.load_images(config)
+    model, params = train_vit.make_model(config, images)
+    # The zeros that heads start with would teach nothing.
+    params["head"]["kernel"] += jax.random.normal(jax.random.key(3), (16, 10))
+    dense = prune_vit.Network(model, params, 8, 1)
+    student = prune_vit.prune(method, ratio, dense)
+    update = vit_training.make_update(
+        student.model,
+        images,
+        optax.sgd(0.1),
+        config,
+        image_size=student.image_size,
+        teacher=vit_training.Teacher(model, params, weight),
+    )
+    state = vit_training.init_state(student.params, optax.sgd(0.1), 1)
+    return config, images, dense, student, update(state, 0, 1)
+
+
+def test_a_network_has_nothing_to_learn_from_itself():
+    *_, student, state = teach(1.0, "dense", 0.0)
+    assert state.loss[0] > 0.1  # the entropy of its own classes
+    chex.assert_trees_all_close(state.params, student.params, atol=1e-6)
+
+
+def test_teacher_sees_the_whole_image_and_shares_the_targets_with_the_labels():
+    config, images, dense, student, state = teach(0.25, "resolution", 0.5)
+    assert student.image_size < dense.image_size == 8
+    chosen = np.random.default_rng((config.seed, 0)).permutation(128)[:32]
+    pixels = images.train[0][chosen] / 255.0 - images.mean
+    pixels = np.float32(pixels / np.maximum(images.std, 1e-6))
+    shape = (32, student.image_size, student.image_size, 1)
+    small = jax.image.resize(pixels, shape, "linear")
+    log_probs = [
+        jax.nn.log_softmax(jax.jit(one.model.apply)({"params": one.params}, x))
+        for one, x in ((dense, pixels), (student, small))
+    ]
+    labels = 0.9 * np.eye(10)[images.train[1][chosen]] + 0.01
+    targets = 0.25 * np.exp(log_probs[0]) + 0.75 * labels
+    expected = -np.mean(np.sum(targets * log_probs[1], axis=1))
+    np.testing.assert_allclose(state.loss[0], expected, rtol=1e-5)
+
+
 def test_patch_dropout_takes_other_patches_every_step():
     model = vit.make("cifar_128", 10, 2, num_layers=2, hidden_size=16)
     dropped = vit_training.patch_dropout(model, 16, 0.5)

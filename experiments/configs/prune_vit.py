@@ -9,7 +9,7 @@ from ml_collections import ConfigDict, config_dict
 
 VARIANTS = (
     *("digits", "smoke", "cifar10_cpu", "cifar10_cpu_tuned", "cifar10"),
-    *("b16", "speed_b16"),
+    *("b16", "speed_b16", "speed_cifar10_cpu"),
 )
 
 
@@ -27,6 +27,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
         b16: a ViT-B/16 that train_vit's finetune_b16 variant has fine-tuned (Tables 6
           and 7 of the report); needs a GPU.
         speed_b16: ViT-B/16 at 224 pixels with random weights, speed alone.
+        speed_cifar10_cpu: the network of cifar10_cpu, speed and no more; minutes.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}.")
@@ -171,6 +172,12 @@ def get_config(variant: str = "digits") -> ConfigDict:
         config.tuning.methods.max = (0.4,)
         config.tuning.training.optimizer.learning_rate = 5e-4
         config.tuning.training.optimizer.warmup_steps = 40
+    if variant == "speed_cifar10_cpu":
+        config.checkpoint = "runs/train_vit/cifar10_cpu/model.npz"
+        timed = config.timing.methods
+        config.methods = ConfigDict({m: config.methods[m] for m in timed})
+        config.timing.num_rounds = 50
+        config.tuning.num_epochs = 0
     if variant == "cifar10":
         config.dtype = "bfloat16"
         config.tuning.num_epochs = 10
