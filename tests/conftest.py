@@ -1,8 +1,8 @@
 """JAX settings of every test: two devices, and two kinds of silent mistake raise.
 
 Most of the time of the tests is compiling. They do it with few of LLVM's optimizations
-(with none, at level 0, XLA gets gradients of convolutions wrong), and share what they
-have compiled, also with the processes that they start.
+(with none, at level 0, some gradients of VGG come out wrong), and share what they have
+compiled, also with the processes that they start.
 """
 
 import atexit

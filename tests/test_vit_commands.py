@@ -50,6 +50,7 @@ def prune_config(trained, **changes):
     config.checkpoint = str(trained / "model.npz")
     config.num_train, config.num_test = 128, 40
     config.tuning.training.batch_size = 32
+    config.tuning.teacher_weight = 0.5
     # Not all of them: each compiles a few networks.
     config.methods = ConfigDict({name: (0.5,) for name in METHODS})
     config.tuning.methods = ConfigDict({"dense": (0.0,), "max": (0.5,)})
@@ -347,6 +348,7 @@ def test_comparison_interpolates_between_costs():
         ({"methods": {"maxx": (0.5,)}}, "methods maxx"),
         ({"methods": {"max": (1.0,)}}, "methods.max must be ratios"),
         ({"num_calibration": 0}, "num_calibration must be at least 1"),
+        ({"tuning": {"teacher_weight": 1.5}}, r"must be in \[0, 1\], got 1.5"),
         ({"checkpoint": "absent.npz"}, "absent.npz"),
         ({"checkpoint": None}, "must name a file that train_vit wrote"),
         ({"image_size": 7}, "7"),
