@@ -421,7 +421,8 @@ def make_table(
     """Numbers with and without batch normalisation, mean and deviation over seeds.
 
     Probes are averaged from the end of the first epoch on; the widths of the envelope
-    over the learning rates, over all steps, with and without dead runs.
+    over the learning rates, over all steps, with and without dead runs, and over those
+    of the last epoch.
     """
     table = {}
     for network in config.networks:
@@ -433,14 +434,19 @@ def make_table(
         losses = curves["loss"]  # (rates, seeds, S)
         dead = np.asarray(probes.is_dead(losses, num_classes))
         finite = np.where(np.isfinite(losses), losses, np.log(num_classes))
-        widths, widths_alive = [], []
+        widths, widths_at_the_end, widths_alive = [], [], []
         for number in range(len(config.seeds)):
             low, high = probes.envelope(finite[:, number])
             widths.append(np.mean(high - low))
+            last_epoch = slice(-int(arrays["steps_per_epoch"]), None)
+            widths_at_the_end.append(np.mean((high - low)[last_epoch]))
             if not dead[:, number].all():
                 low, high = probes.envelope(finite[:, number], dead[:, number])
                 widths_alive.append(np.mean(high - low))
         table |= _mean_and_std(f"{network}.envelope_width", widths)
+        table |= _mean_and_std(
+            f"{network}.envelope_width_at_the_end", widths_at_the_end
+        )
         table |= _mean_and_std(f"{network}.envelope_width_without_dead", widths_alive)
         table[f"{network}.dead_runs"] = int(dead.sum())
         later = curves["probe_step"][0, 0] >= arrays["steps_per_epoch"]
@@ -472,7 +478,7 @@ def make_table(
                 largest = curves["eigenvalues"][i, :, -1, 0]
                 table |= _mean_and_std(f"{at}.largest_eigenvalue_at_the_end", largest)
     if set(config.networks) == set(NETWORKS):
-        for suffix in ("", "_without_dead"):
+        for suffix in ("", "_at_the_end", "_without_dead"):
             plain, bn = (table[f"{n}.envelope_width{suffix}"] for n in ("plain", "bn"))
             # A single run has no width.
             is_known = plain is not None and bn

@@ -176,9 +176,14 @@ def test_files_and_table(finished):
     np.testing.assert_array_equal(single["loss"], arrays["plain/loss"][1, 0])
     widths = np.ptp(arrays["plain/loss"][:, 0], axis=0)
     assert summary["plain.envelope_width"] == pytest.approx(widths.mean(), rel=1e-5)
-    assert summary["envelope_width_ratio"] == pytest.approx(
-        summary["plain.envelope_width"] / summary["bn.envelope_width"]
+    assert summary["plain.envelope_width_at_the_end"] == pytest.approx(
+        widths[4:].mean(), rel=1e-5
     )
+    for suffix in ("", "_at_the_end"):
+        assert summary[f"envelope_width_ratio{suffix}"] == pytest.approx(
+            summary[f"plain.envelope_width{suffix}"]
+            / summary[f"bn.envelope_width{suffix}"]
+        )
     # From the end of the first epoch, step 4, on: probes of steps 4, 6 and 8.
     later = arrays["bn/probe_grad_distances"][1, 0, 2:].max(-1)
     assert summary["bn.rate0.002.gradient_predictiveness"] == pytest.approx(
