@@ -67,7 +67,7 @@ def test_update_equals_plain_gradient_descent_on_the_meta_loss():
         )
         return info.loss[:, -1].mean()
 
-    loss, grads = jax.value_and_grad(loss_fn)(state.weights)
+    loss, grads = jax.jit(jax.value_and_grad(loss_fn))(state.weights)
     expected = {
         name: jax.tree.map(lambda w, g, r=rate: w - r * g, weights, grads[name])
         for (name, weights), rate in zip(

@@ -1019,7 +1019,7 @@ def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):
 def test_stem_is_read_from_the_shapes(tmp_path):
     model = make("cifar_128", 5, 4, stem=(6, 8), num_layers=1, mlp_dim=12)
     images = jax.random.normal(jax.random.key(0), (2, 12, 12, 2))
-    params = model.init(jax.random.key(1), images)["params"]
+    params = jax.jit(model.init)(jax.random.key(1), images)["params"]
     save_checkpoint(tmp_path / "stem.npz", model, params)
     loaded, same = load_checkpoint(tmp_path / "stem.npz")
     assert (loaded.stem, loaded.patch_size) == ((6, 8), 4)

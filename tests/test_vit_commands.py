@@ -39,7 +39,7 @@ def train_config(**changes):
     config = train_configs.get_config("smoke")
     config.num_train, config.num_test, config.batch_size = 128, 40, 32
     config.log_every, config.checkpoint_every = 2, 4
-    config.model.update(num_layers=3, hidden_size=16, num_heads=4, mlp_dim=12)
+    config.model.update(num_layers=2, hidden_size=16, num_heads=4, mlp_dim=12)
     config.patch_dropout = ((0.0, 0.5), (0.5, 1.0))
     config.update(changes)
     return config
@@ -81,7 +81,7 @@ def test_training_writes_what_it_evaluated(trained):
     assert [m["step"] for m in metrics] == [2, 4, 6, 8]
     assert summary["test_accuracy"] == metrics[-1]["test_accuracy"]
     model, params = vit.load_checkpoint(workdir / "model.npz")
-    assert (model.num_layers, model.num_heads, model.patch_size) == (3, 4, 2)
+    assert (model.num_layers, model.num_heads, model.patch_size) == (2, 4, 2)
     assert summary["num_params"] == vit.cost.count_params(model, 8, channels=1)
     images = vit_training.load_images(train_config())
     predict = vit_training.make_predict(model, images, 8)
@@ -134,6 +134,17 @@ def test_first_steps_against_a_plain_loop(tmp_path):
         optax.clip_by_global_norm(1.0),
         optax.adamw(optax.cosine_decay_schedule(2e-3, 8), weight_decay=0.05),
     )
+
+    @jax.jit
+    def reference_step(params, opt_state, pixels, targets):
+        def loss_fn(params):
+            logits = model.apply({"params": params}, pixels, train=True)
+            return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=1))
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, opt_state = reference.update(grads, opt_state, params)
+        return loss, optax.apply_updates(params, updates), opt_state
+
     params, average = start, start
     opt_state = reference.init(params)
     for step in range(2):
@@ -142,15 +153,8 @@ def test_first_steps_against_a_plain_loop(tmp_path):
         pixels = np.float32(pixels / np.maximum(images.std, 1e-6))
         targets = np.full((32, 10), 0.01)
         targets[np.arange(32), images.train[1][chosen]] += 0.9
-
-        def loss_fn(params, pixels=pixels, targets=targets):
-            logits = model.apply({"params": params}, pixels, train=True)
-            return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=1))
-
-        loss, grads = jax.value_and_grad(loss_fn)(params)
+        loss, params, opt_state = reference_step(params, opt_state, pixels, targets)
         np.testing.assert_allclose(state.loss[step], loss, rtol=1e-5)
-        updates, opt_state = reference.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
         decay = min(0.05, (1 + step) / (10 + step))
         average = jax.tree.map(
             lambda a, p, d=decay: d * a + (1 - d) * p, average, params
@@ -213,17 +217,20 @@ def test_patch_dropout_takes_other_patches_every_step():
     assert dropped.cascade.keep == (8, 8)
     assert vit_training.patch_dropout(model, 16, 1.0) is model
     images = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
-    variables = model.init(jax.random.key(1), images)
-    kept = [
-        dropped.apply(
+    variables = jax.jit(model.init)(jax.random.key(1), images)
+
+    @jax.jit
+    def kept_tokens(key):
+        _, state = dropped.apply(
             variables,
             images,
             train=True,
-            rngs={"cascade": jax.random.key(seed)},
+            rngs={"cascade": key},
             mutable=["intermediates"],
-        )[1]["intermediates"]["Transformer"]["encoderblock_0"]["tokens"][0]
-        for seed in (0, 0, 1)
-    ]
+        )
+        return state["intermediates"]["Transformer"]["encoderblock_0"]["tokens"][0]
+
+    kept = [kept_tokens(jax.random.key(seed)) for seed in (0, 0, 1)]
     chex.assert_trees_all_equal(kept[0], kept[1])
     assert np.any(kept[0] != kept[2])
     assert np.any(kept[0][0] != kept[0][1])
@@ -234,13 +241,13 @@ def test_patch_dropout_takes_other_patches_every_step():
 def test_muon_takes_the_matrices_of_the_blocks():
     config = train_configs.get_config("cifar10_cpu")
     model = vit.make("cifar_128", 10, 2, num_layers=2, hidden_size=16, mlp_dim=24)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
     config.optimizer.warmup_steps = 0
     optimizer = vit_training.make_optimizer(config.optimizer, 10)
     grads = jax.tree.map(
         lambda x: jax.random.normal(jax.random.key(1), x.shape), params
     )
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     block = updates["Transformer"]["encoderblock_1"]
     attention = block["MultiHeadDotProductAttention_0"]
     for matrix in (
@@ -316,10 +323,12 @@ def test_pruning_resumes_row_by_row(pruned, tmp_path, monkeypatch):
             assert resumed["rows"][name][key] == row[key]
 
 
-def test_equal_cost(trained):
+def test_equal_cost():
     """Methods with a knob of their own come as near as their steps allow."""
-    images = vit_training.load_images(prune_config(trained[0]))
-    dense = prune_vit.load_network(prune_config(trained[0]), images)
+    sizes = {"num_layers": 3, "hidden_size": 16, "num_heads": 4, "mlp_dim": 12}
+    model = vit.make("cifar_128", 10, 2, **sizes)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+    dense = prune_vit.Network(model, params, 8, 1)
     target = prune_vit.prune("max", 0.5, dense).cost.total
     for method in ("evit", "merge"):
         cost = prune_vit.prune(method, 0.5, dense).cost.total
