@@ -437,9 +437,9 @@ def make_table(
         widths, widths_at_the_end, widths_alive = [], [], []
         for number in range(len(config.seeds)):
             low, high = probes.envelope(finite[:, number])
-            widths.append(np.mean(high - low))
-            last_epoch = slice(-int(arrays["steps_per_epoch"]), None)
-            widths_at_the_end.append(np.mean((high - low)[last_epoch]))
+            width = high - low
+            widths.append(np.mean(width))
+            widths_at_the_end.append(np.mean(width[-int(arrays["steps_per_epoch"]) :]))
             if not dead[:, number].all():
                 low, high = probes.envelope(finite[:, number], dead[:, number])
                 widths_alive.append(np.mean(high - low))

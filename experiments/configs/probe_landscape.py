@@ -28,8 +28,8 @@ def get_config(variant: str = "digits") -> ConfigDict:
         deep_linear: a linear network of 25 layers on the digits; two minutes.
         cifar10_cpu: a quarter of the channels of VGG-A on CIFAR-10, 3 epochs, two
           seeds; three quarters of an hour on two cores.
-        cifar10_subset: the same on 5,000 images until it fits them, 30 epochs, without
-          a surface; as long.
+        cifar10_subset: the same on 5,000 images, 30 epochs, which all but the smallest
+          rate without normalisation fit; no surface; as long.
         cifar10: VGG-A on CIFAR-10, 20 epochs as in the report; needs a GPU.
     """
     if variant not in VARIANTS:

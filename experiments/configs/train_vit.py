@@ -26,7 +26,8 @@ def get_config(variant: str = "digits") -> ConfigDict:
         smoke: the same for two epochs, to see that everything runs.
         cifar10_cpu: 7 layers of width 128 from scratch, patches of 4 pixels behind two
           convolutions, 24 epochs; an hour on two cores.
-        cifar10_cpu_long: the same with RandAugment and 64 epochs; two hours and a half.
+        cifar10_cpu_long: the same with RandAugment and 64 epochs; by the rate of its
+          first epochs, two hours and a half.
         cifar10: 9 layers of width 192 from scratch, plain patches of 4, 300 epochs;
           needs a GPU.
         finetune_b16: ViT-B/16 at 224 pixels from config.checkpoint, with Google's
