@@ -227,8 +227,7 @@ def _encode(*, variant, batch_size, image_size, **model):
     images = devices.divide(_random_images(batch_size, image_size, 3), local=True)
 
     def step(state, *inputs):
-        # What `encoding.encode` does with a batch.
-        outputs = encoding._fit(
+        outputs = encoding.fit_batch(
             *inputs, model=learner.model, inner=tuple(learner.inner.items())
         )
         return state, outputs

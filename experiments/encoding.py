@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 import functa
@@ -106,7 +107,7 @@ def encode(
         batch = images[start : start + batch_size]
         # A batch of another size would compile again.
         padding = [(0, batch_size - len(batch))] + [(0, 0)] * 3
-        latents, mse = _fit(
+        latents, mse = fit_batch(
             *fixed,
             devices.divide(np.pad(batch, padding), local=True),
             model=learner.model,
@@ -117,7 +118,24 @@ def encode(
 
 # Not a closure made by each call of `encode`: every shard would compile it again.
 @functools.partial(jax.jit, static_argnames=("model", "inner"))
-def _fit(params, latent, learning_rate, coords, images, *, model, inner):
+def fit_batch(
+    params: Any,
+    latent: jax.Array,
+    learning_rate: jax.Array,
+    coords: jax.Array,
+    images: jax.Array,
+    *,
+    model: nn.Module,
+    inner: tuple[tuple[str, Any], ...],
+) -> tuple[jax.Array, jax.Array]:
+    """One batch of `encode` on the device: uint8 images (B, H, W, C).
+
+    The first three arguments are those of a `Learner`; `inner` is the items of its
+    `inner`, as static arguments must be hashable.
+
+    Returns:
+      latents (B, L) and mean squared errors (B, S + 1).
+    """
     # Reported PSNR is measured at full precision whatever the training used.
     with jax.default_matmul_precision("highest"):
         latents, info = functa.fit_batch(

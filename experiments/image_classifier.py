@@ -19,7 +19,7 @@ from flax import struct
 from ml_collections import ConfigDict
 
 import lbi
-from experiments import data, devices, runtime
+from experiments import augmentation, data, devices, runtime
 from landscape import vgg
 from landscape.convolution import matmul_conv
 from landscape.deep_linear import DeepLinear
@@ -257,7 +257,8 @@ def make_update(
 
     def step_fn(state, step, batch, labels):
         if augmented:
-            batch = augment(jax.random.fold_in(jax.random.key(seed), step), batch)
+            key = jax.random.fold_in(jax.random.key(seed), step)
+            batch = augmentation.crop_flip(key, batch)
         batch = normalise(images, batch)
 
         def loss_fn(params):
@@ -339,22 +340,6 @@ def make_steps(
         return update(state, fixed, order, first, last, offset)
 
     return run
-
-
-def augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Random crops of images padded by 4 pixels, and flips: (B, H, W, C) likewise."""
-    num_images, height, width, channels = images.shape
-    key_flip, key_crop = jax.random.split(key)
-    flips = jax.random.bernoulli(key_flip, shape=(num_images, 1, 1, 1))
-    images = jnp.where(flips, images[:, :, ::-1], images)
-    padded = jnp.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
-    corners = jax.random.randint(key_crop, (num_images, 2), 0, 9)
-
-    def crop(image, corner):
-        start = (corner[0], corner[1], jnp.zeros_like(corner[0]))
-        return jax.lax.dynamic_slice(image, start, (height, width, channels))
-
-    return jax.vmap(crop)(padded, corners)
 
 
 def normalise(images: Images, batch: jax.Array) -> jax.Array:

@@ -259,21 +259,6 @@ def test_double_step_of_the_report():
     np.testing.assert_allclose(coupling.dual["fc"], rate / nu * between, rtol=1e-5)
 
 
-def test_augmentation_moves_and_flips():
-    images = np.zeros((64, 9, 7, 1), np.uint8)
-    images[:, 4, 3] = 1
-    moved = np.asarray(image_classifier.augment(jax.random.key(0), images))
-    assert moved.shape == images.shape
-    rows, columns = np.argwhere(moved[..., 0])[:, 1:].T
-    assert (rows.min(), rows.max()) == (0, 8)
-    assert len(set(columns)) > 4
-    mark = np.zeros((64, 9, 7, 1), np.uint8)
-    mark[:, :, 0] = 1
-    flipped = np.asarray(image_classifier.augment(jax.random.key(1), mark))
-    ends = flipped[..., 0].any(1)  # (64, 7)
-    assert ends[:, :4].any(1).any() and ends[:, 4:].any(1).any()
-
-
 def test_small_images_are_enlarged_and_padded():
     pixels = np.arange(4, dtype=np.uint8).reshape(1, 2, 2, 1)
     enlarged = image_classifier._enlarge(pixels, 5)
