@@ -635,6 +635,7 @@ def _check_config(config):
             "tuning.teacher_weight must be in [0, 1], got "
             f"{config.tuning.teacher_weight}."
         )
+    vit_training.check_stages(config.tuning.training)
     needy = [m for m in config.methods if m in ("range", "heads") or m[-4:] == "_lbi"]
     if needy and not config.dataset.name:
         raise ValueError(f"{', '.join(needy)} cannot do without a data set.")

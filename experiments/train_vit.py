@@ -74,17 +74,7 @@ def _check_config(config):
     for name in ("num_epochs", "log_every", "checkpoint_every", "evaluate_every"):
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {config[name]}.")
-    starts = [start for start, _ in config.patch_dropout]
-    keeps = [keep for _, keep in config.patch_dropout]
-    if (
-        starts[:1] != [0]
-        or starts != sorted(starts)
-        or not 0 < min(keeps) <= max(keeps) <= 1
-    ):
-        raise ValueError(
-            "patch_dropout must be ((0.0, keep), (from, keep), ...) with rising starts "
-            f"and shares in (0, 1], got {config.patch_dropout}."
-        )
+    vit_training.check_stages(config)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Axes: B images, H W C of an image, K classes, S steps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -140,18 +140,50 @@ def patch_dropout(model: ViT, num_patches: int, keep: float) -> ViT:
 
     PatchDropout (Liu et al. 2023, arXiv 2208.07220): a cascade before the first layer.
     A model that has a cascade of its own is returned as it is.
-
-    Raises:
-      ValueError: if the share is outside (0, 1].
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"patch_dropout keeps a share in (0, 1], got {keep}.")
     if keep == 1 or model.cascade is not None:
         return model
     count = max(round(keep * num_patches), 1)
     return model.clone(
         cascade=Cascade(keep=(count,) * model.num_layers, score="random")
     )
+
+
+def check_stages(config: ConfigDict) -> None:
+    """Raises ValueError if patch_dropout or stages are not what `train` takes."""
+    starts = [start for start, _ in config.stages]
+    fields = {field for _, changes in config.stages for field in changes}
+    if starts != sorted(starts) or not all(0 <= start < 1 for start in starts):
+        raise ValueError(
+            f"stages must begin at rising shares of the epochs in [0, 1), got {starts}."
+        )
+    if fields - _CHANGEABLE:
+        raise ValueError(
+            f"stages can change {', '.join(sorted(_CHANGEABLE))}, not "
+            f"{', '.join(sorted(fields - _CHANGEABLE))}."
+        )
+    for stage in range(len(starts) + 1):
+        keep = in_stage(config, stage).patch_dropout
+        if not 0 < keep <= 1:
+            raise ValueError(f"patch_dropout keeps a share in (0, 1], got {keep}.")
+
+
+def in_stage(config: ConfigDict, stage: int) -> ConfigDict:
+    """`config` after the changes of the first `stage` of config.stages."""
+    config = config.copy_and_resolve_references()
+    for _, changes in config.stages[:stage]:
+        config.update_from_flattened_dict(changes)
+    return config
+
+
+# What is read only where a step is made, and by it alone.
+_CHANGEABLE = {"patch_dropout", "label_smoothing"} | {
+    f"augment.{name}"
+    for name in (
+        *("crop_padding", "flip", "num_ops", "magnitude", "min_area"),
+        *("erase", "mixup", "cutmix"),
+    )
+}
 
 
 class Teacher(NamedTuple):
@@ -296,8 +328,9 @@ def train(
 ) -> TrainState:
     """Trains `model` from `params` as run.config says; resumes from a checkpoint.
 
-    Patch dropout changes at the shares of the training that config.patch_dropout
-    names: ((from, keep), ...).
+    The settings change on the way as config.stages says: ((from, {field: value}), ...),
+    where `from` is a share of the epochs and each stage keeps what the ones before it
+    have changed.
 
     Args:
       run: the open run folder.
@@ -318,29 +351,30 @@ def train(
         optimizer = make_optimizer(config.optimizer, num_steps)
     state = init_state(params, optimizer, num_steps)
     step, state = run.restore(state)
-    updates: dict[float, Any] = {}
+    num_patches = (image_size // model.patch_size) ** 2
+    starts = [start * config.num_epochs for start, _ in config.stages]
+    compiled = None
     while step < num_steps:
-        keep = _current(
-            config.patch_dropout, step // steps_per_epoch, config.num_epochs
-        )
-        if keep not in updates:
+        stage = sum(start <= step // steps_per_epoch for start in starts)
+        if stage != compiled:
+            settings = in_stage(config, stage)
+            keep = settings.patch_dropout
             run.say(f"compiling; {100 * keep:.0f} % of the patches ...")
-            num_patches = (image_size // model.patch_size) ** 2
             update = make_update(
                 patch_dropout(model, num_patches, keep),
                 images,
                 optimizer,
-                config,
+                settings,
                 image_size=image_size,
                 teacher=teacher,
             )
-            updates = {keep: update}
+            compiled = stage
         start = step
         step = min(
             (start // every + 1) * every
             for every in (config.log_every, config.checkpoint_every, steps_per_epoch)
         )
-        state = updates[keep](state, start, step)
+        state = update(state, start, step)
         losses = np.asarray(state.loss[start:step])
         runtime.check_finite(losses, first_step=start + 1)
         metrics = {"loss": float(losses.mean())}
@@ -356,8 +390,3 @@ def train(
         if step % config.checkpoint_every == 0 or step == num_steps:
             run.save(step, state)
     return state
-
-
-def _current(stages: Sequence[Sequence[float]], epoch: int, num_epochs: int) -> float:
-    """The last value of ((from, value), ...) whose share of the epochs has begun."""
-    return [value for start, value in stages if epoch >= start * num_epochs][-1]

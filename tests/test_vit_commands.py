@@ -40,7 +40,8 @@ def train_config(**changes):
     config.num_train, config.num_test, config.batch_size = 128, 40, 32
     config.log_every, config.checkpoint_every = 2, 4
     config.model.update(num_layers=2, hidden_size=16, num_heads=4, mlp_dim=12)
-    config.patch_dropout = ((0.0, 0.5), (0.5, 1.0))
+    config.patch_dropout = 0.5
+    config.stages = ((0.5, {"patch_dropout": 1.0}),)
     config.update(changes)
     return config
 
@@ -119,7 +120,7 @@ def test_resumed_training_ends_like_an_uninterrupted_one(
 def test_first_steps_against_a_plain_loop(tmp_path):
     """Loss, weights and their average, without anything random in the model."""
     config = train_config(average_decay=0.05)
-    config.patch_dropout = ((0.0, 1.0),)
+    config.patch_dropout, config.stages = 1.0, ()
     config.augment.crop_padding = 0
     config.optimizer.warmup_steps = 0
     images = vit_training.load_images(config)
@@ -167,7 +168,7 @@ def test_first_steps_against_a_plain_loop(tmp_path):
 def teach(weight, method, ratio):
     """A step of SGD of a pruned network, whose teacher is the whole one."""
     config = train_config()
-    config.patch_dropout = ((0.0, 1.0),)
+    config.patch_dropout, config.stages = 1.0, ()
     config.augment.crop_padding = 0
     images = vit_training.load_images(config)
     model, params = train_vit.make_model(config, images)
@@ -211,6 +212,20 @@ def test_teacher_sees_the_whole_image_and_shares_the_targets_with_the_labels():
     np.testing.assert_allclose(state.loss[0], expected, rtol=1e-5)
 
 
+def test_stages_add_up_and_leave_the_config_alone():
+    config = train_config()
+    config.stages = (
+        (0.2, {"patch_dropout": 0.75, "augment.num_ops": 3}),
+        (0.8, {"patch_dropout": 1.0, "augment.flip": True}),
+    )
+    vit_training.check_stages(config)
+    settings = [vit_training.in_stage(config, stage) for stage in range(3)]
+    assert [s.patch_dropout for s in settings] == [0.5, 0.75, 1.0]
+    assert [s.augment.num_ops for s in settings] == [0, 3, 3]
+    assert [s.augment.flip for s in settings] == [False, False, True]
+    assert config.patch_dropout == 0.5 and config.augment.num_ops == 0
+
+
 def test_patch_dropout_takes_other_patches_every_step():
     model = vit.make("cifar_128", 10, 2, num_layers=2, hidden_size=16)
     dropped = vit_training.patch_dropout(model, 16, 0.5)
@@ -234,8 +249,6 @@ def test_patch_dropout_takes_other_patches_every_step():
     chex.assert_trees_all_equal(kept[0], kept[1])
     assert np.any(kept[0] != kept[2])
     assert np.any(kept[0][0] != kept[0][1])
-    with pytest.raises(ValueError, match="a share in"):
-        vit_training.patch_dropout(model, 16, 0.0)
 
 
 def test_muon_takes_the_matrices_of_the_blocks():
@@ -376,7 +389,11 @@ def test_bad_options_of_pruning(trained, tmp_path, changes, message):
         ({"model": {"hiden": 3}}, "config.model"),
         ({"model": {"patch_size": 3}}, "do not divide into patches"),
         ({"normalisation": "none"}, "neither google nor dataset"),
-        ({"patch_dropout": ((0.5, 1.0),)}, "patch_dropout must be"),
+        ({"patch_dropout": 0.0}, r"a share in \(0, 1\], got 0.0"),
+        ({"stages": ((0.5, {"patch_dropout": 2}),)}, r"a share in \(0, 1\], got 2"),
+        ({"stages": ((1.0, {}),)}, r"shares of the epochs in \[0, 1\)"),
+        ({"stages": ((0.5, {}), (0.2, {}))}, "rising shares"),
+        ({"stages": ((0.5, {"seed": 1}),)}, "stages can change .*, not seed"),
         ({"optimizer": {"name": "adamx"}}, "no optimizer 'adamx'"),
         ({"optimizer": {"options": {"wd": 3}}}, "optimizer.options"),
         ({"batch_size": 1000}, "batch_size must be between"),

@@ -109,7 +109,8 @@ def get_config(variant: str = "digits") -> ConfigDict:
             "evaluate_every": 1,
             "label_smoothing": 0.1,
             "average_decay": 0.99,
-            "patch_dropout": ((0.0, 1.0),),
+            "patch_dropout": 1.0,
+            "stages": (),
             "augment": {
                 "crop_padding": 4,
                 "flip": True,

@@ -74,8 +74,11 @@ def get_config(variant: str = "digits") -> ConfigDict:
         }
     )
     config.label_smoothing = 0.1
-    # ((share of the epochs from which, share of the patches that are trained on), ...)
-    config.patch_dropout = ((0.0, 1.0),)
+    # Share of each image's patches that are trained on.
+    config.patch_dropout = 1.0
+    # What changes on the way: ((share of the epochs from which, {field: value}), ...);
+    # fields are patch_dropout, label_smoothing and augment's, "augment.num_ops".
+    config.stages = ()
 
     config.num_epochs = 300
     config.batch_size = 512
@@ -131,8 +134,10 @@ def get_config(variant: str = "digits") -> ConfigDict:
             variant="cifar_128", stem=(48, 96), drop_path_rate=0.0, dtype="float32"
         )
         config.augment.update(magnitude=0.5, erase=0.0, mixup=0.0, cutmix=0.0)
-        # Half of the patches cost less than half the time.
-        config.patch_dropout = ((0.0, 0.5), (0.9, 1.0))
+        # Half of the patches cost half the time. The end is on images as they are seen
+        # afterwards: whole, and without RandAugment (He et al. 2019, arXiv 1909.09148).
+        config.patch_dropout = 0.5
+        config.stages = ((0.85, {"patch_dropout": 1.0, "augment.num_ops": 0}),)
         config.num_epochs = 64
         config.batch_size = 128
         config.log_every = 65
