@@ -81,7 +81,7 @@ def _draw_accuracy(folder, arrays):
     figure, axes = plt.subplots(
         1,
         len(groups),
-        figsize=(4.5 * len(groups), 4),
+        figsize=(4.5 * len(groups), 5),
         layout="constrained",
         squeeze=False,
     )
@@ -106,7 +106,9 @@ def _draw_accuracy(folder, arrays):
         axis.set_xlabel("multiply-adds (% of the whole network's)")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
+            # Below: within, it would hide points.
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
+            axis.legend(fontsize=7, ncols=2, **below)
     axes[0, 0].set_ylabel("test accuracy (%)")
     _save(figure, folder / "accuracy_and_cost.png")
 
