@@ -162,6 +162,9 @@ def get_config(variant: str = "digits") -> ConfigDict:
         config.num_calibration = 64
         config.num_pictured = 2
         config.timing.num_rounds = 2
+    if variant.startswith("cifar10"):
+        # As the networks were trained: without it they learn the images by heart.
+        config.tuning.training.augment.update(num_ops=2, magnitude=0.5)
     if variant == "cifar10_cpu_tuned":
         config.checkpoint = "runs/train_vit/cifar10_cpu/model.npz"
         names = ("max", "random", "resolution")
@@ -169,7 +172,6 @@ def get_config(variant: str = "digits") -> ConfigDict:
         config.timing.methods = ()
         config.tuning.num_epochs = 2
         config.tuning.teacher_weight = 1.0
-        config.tuning.methods.dense = ()
         config.tuning.methods.max = (0.4,)
         config.tuning.training.optimizer.learning_rate = 5e-4
         config.tuning.training.optimizer.warmup_steps = 40
