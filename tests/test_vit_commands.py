@@ -56,6 +56,7 @@ def prune_config(trained, **changes):
     config.methods = ConfigDict({name: (0.5,) for name in METHODS})
     config.tuning.methods = ConfigDict({"dense": (0.0,), "max": (0.5,)})
     config.timing.batch_sizes = (2,)
+    config.timing.gradient_batch_size = 3
     config.timing.methods = ("max",)
     config.update(changes)
     return config
@@ -286,8 +287,9 @@ def test_pruning_table(pruned):
         saved = 1 - row["multiply_adds"] / dense["multiply_adds"]
         assert row["saved"] == pytest.approx(saved)
         assert 0 <= row["accuracy"] <= 1
+        timed = row["method"] in ("dense", *config.timing.methods)
+        assert ("gradient_speedup" in row) == timed
         for batch in config.timing.batch_sizes:
-            timed = row["method"] in ("dense", *config.timing.methods)
             assert (f"speedup_{batch}" in row) == timed
             if not timed:
                 continue
@@ -326,10 +328,7 @@ def test_pruning_resumes_row_by_row(pruned, tmp_path, monkeypatch):
 
     real = prune_vit.measure
     monkeypatch.setattr(prune_vit, "measure", measure)
-    checkpoint = runtime.load_config(workdir).checkpoint
-    config = runtime.load_config(workdir)
-    config.checkpoint = checkpoint
-    resumed = prune_vit.train_and_evaluate(config, tmp_path)
+    resumed = prune_vit.train_and_evaluate(runtime.load_config(workdir), tmp_path)
     assert len(measured) == 2
     for name, row in summary["rows"].items():
         for key in ("accuracy", "multiply_adds"):
@@ -370,6 +369,7 @@ def test_comparison_interpolates_between_costs():
         ({"methods": {"maxx": (0.5,)}}, "methods maxx"),
         ({"methods": {"max": (1.0,)}}, "methods.max must be ratios"),
         ({"num_calibration": 0}, "num_calibration must be at least 1"),
+        ({"timing": {"gradient_batch_size": -1}}, "must not be negative, got -1"),
         ({"tuning": {"teacher_weight": 1.5}}, r"must be in \[0, 1\], got 1.5"),
         ({"checkpoint": "absent.npz"}, "absent.npz"),
         ({"checkpoint": None}, "must name a file that train_vit wrote"),

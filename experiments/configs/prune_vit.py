@@ -78,10 +78,11 @@ def get_config(variant: str = "digits") -> ConfigDict:
     config.num_pictured = 6
     config.pictured_ratio = 0.6
 
-    # Time of a batch against the whole network's, in turns.
+    # Time of a batch against the whole network's, in turns; of a gradient's, 0 for none.
     config.timing = ConfigDict(
         {
             "batch_sizes": (1, 32),
+            "gradient_batch_size": 128,
             "num_rounds": 10,
             "methods": ("max", "skip", "zero", "evit", "merge", "resolution", "heads"),
         }
@@ -163,8 +164,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
         config.num_pictured = 2
         config.timing.num_rounds = 2
     if variant in ("cifar10_cpu_tuned", "cifar10"):
-        # As the networks were trained: in several epochs they would learn the images by
-        # heart without it.
+        # Several epochs without it would teach the images by heart.
         config.tuning.training.augment.update(num_ops=2, magnitude=0.5)
     if variant == "cifar10_cpu_tuned":
         config.checkpoint = "runs/train_vit/cifar10_cpu/model.npz"
@@ -173,7 +173,6 @@ def get_config(variant: str = "digits") -> ConfigDict:
         config.timing.methods = ()
         config.tuning.num_epochs = 4
         config.tuning.teacher_weight = 0.5
-        config.tuning.methods.dense = ()
         config.tuning.methods.max = (0.4,)
         config.tuning.training.optimizer.learning_rate = 5e-4
         config.tuning.training.optimizer.warmup_steps = 40
@@ -221,6 +220,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
             }
         )
         config.timing.batch_sizes = (1, 32)
+        config.timing.gradient_batch_size = 0
         config.timing.num_rounds = 3
         config.tuning.num_epochs = 0
     return config
