@@ -26,12 +26,6 @@ from landscape.curvature import (
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def random_tree(shapes, seed=0, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     return {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in shapes.items()}

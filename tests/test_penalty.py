@@ -30,12 +30,6 @@ every_penalty = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def group_norms(values, within):
     """By NumPy, broadcasting against `values`."""
     return np.sqrt(np.sum(np.square(values), axis=within, keepdims=True))

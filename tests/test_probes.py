@@ -28,12 +28,6 @@ from landscape.probes import (
 STEP_SIZES = np.array([0.02, 1.5, 0.3, 0.1])
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 @functools.cache
 def jitted(loss_fn):
     return jax.jit(functools.partial(probe_gradient, loss_fn))

@@ -27,7 +27,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
         b16: a ViT-B/16 that train_vit's finetune_b16 variant has fine-tuned (Tables 6
           and 7 of the report); needs a GPU.
         speed_b16: ViT-B/16 at 224 pixels with random weights, speed alone.
-        speed_cifar10_cpu: the network of cifar10_cpu, speed and no more; minutes.
+        speed_cifar10_cpu: the network of cifar10_cpu, its speed in more rounds; 24 min.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}.")
@@ -78,7 +78,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
     config.num_pictured = 6
     config.pictured_ratio = 0.6
 
-    # Time of a batch against the whole network's, in turns; of a gradient's, 0 for none.
+    # Time of a batch against the whole network's, in turns; 0 for no gradient.
     config.timing = ConfigDict(
         {
             "batch_sizes": (1, 32),
