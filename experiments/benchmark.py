@@ -31,21 +31,16 @@ from ml_collections import ConfigDict
 
 import functa
 import vit
-from experiments import (
-    devices,
-    encoding,
-    figures,
-    image_classifier,
-    image_fitting,
-    meta_training,
-    runtime,
-    vit_training,
-)
+from experiments import figures
+from experiments.common import devices, files, launch, runs
 from experiments.configs import fit_image as fit_image_configs
 from experiments.configs import meta_learn as meta_learn_configs
 from experiments.configs import probe_landscape as probe_landscape_configs
 from experiments.configs import train_lbi as train_lbi_configs
 from experiments.configs import train_vit as train_vit_configs
+from experiments.networks import registry
+from experiments.training import classifier, encoding, meta, siren
+from experiments.training import vit as vit_training
 from landscape import probes
 
 _NUM_CLASSES = 10
@@ -84,7 +79,7 @@ class HotPath(NamedTuple):
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs one benchmark; returns its summary."""
     names = _check_config(config)
-    with runtime.open_run(workdir, config) as run, _nothing_kept():
+    with runs.open_run(workdir, config) as run, _nothing_kept():
         if run.summary is not None:
             run.say((run.workdir / "table.md").read_text())
             return run.show_summary()
@@ -120,7 +115,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                     "peer_rounds": rates,
                 }
         text = _make_table(summary)
-        runtime.write_atomic(run.workdir / "table.md", lambda file: file.write(text))
+        files.write_atomic(run.workdir / "table.md", lambda file: file.write(text))
         run.say(text)
         if config.axes:
             _draw_axes(run, summary)
@@ -180,8 +175,8 @@ def _meta_step(
     config.inner.num_steps = num_steps
     config.points_per_group = points_per_group
     network = functa.make_model(config.model.to_dict())
-    optimizer = meta_training.make_optimizer(config)
-    update = meta_training.make_update(config, network, optimizer)
+    optimizer = meta.make_optimizer(config)
+    update = meta.make_update(config, network, optimizer)
 
     def step(state, coords, targets, key):
         state, *outputs = update(state, coords, targets, key)
@@ -202,7 +197,7 @@ def _meta_step(
     )
     return HotPath(
         step,
-        meta_training.init_state(config, network, optimizer),
+        meta.init_state(config, network, optimizer),
         (devices.replicate(coords), devices.divide(targets), key),
         unit="images",
         units=batch_size,
@@ -219,8 +214,8 @@ def _encode(*, variant, batch_size, image_size, **model):
     config = meta_learn_configs.get_config(variant)
     config.model.update(model, out_channels=3)
     network = functa.make_model(config.model.to_dict())
-    optimizer = meta_training.make_optimizer(config)
-    state = meta_training.init_state(config, network, optimizer)
+    optimizer = meta.make_optimizer(config)
+    state = meta.init_state(config, network, optimizer)
     learner = encoding.make_learner(config, vars(state))
     coords = functa.coordinate_grid((image_size, image_size))
     fixed = devices.replicate((*learner[1:4], coords), local=True)
@@ -256,14 +251,14 @@ def _fit_image(*, variant, num_images, image_size, num_steps, **model):
     config = fit_image_configs.get_config(variant)
     config.model.update(model, out_channels=3)
     network = functa.make_model(config.model.to_dict())
-    task = image_fitting.Task(
+    task = siren.Task(
         "benchmark",
         _random_images(num_images, image_size, 3),
         np.full(num_images, -1),
         num_steps,
         snapshots=(num_steps,),
     )
-    update = image_fitting.make_update(config, network, task)
+    update = siren.make_update(config, network, task)
     multiply_adds = count_siren(
         width=network.width,
         depth=network.depth,
@@ -272,7 +267,7 @@ def _fit_image(*, variant, num_images, image_size, num_steps, **model):
     )
     return HotPath(
         lambda state: (update(state, 0, num_steps), ()),
-        image_fitting.init_state(config, network, task),
+        siren.init_state(config, network, task),
         (),
         unit="image steps",
         units=num_images,
@@ -285,19 +280,19 @@ def _train(*, variant, method, batch_size, num_steps):
     config = train_lbi_configs.get_config(variant)
     channels = 1 if config.model.type == "LeNet" else 3
     images = _labelled_images(batch_size * num_steps, config.image_size, channels)
-    model = image_classifier.make_model(config.model.to_dict(), _NUM_CLASSES)
+    model = registry.make_model(config.model.to_dict(), _NUM_CLASSES)
     # Copies: the state's buffers are given away.
     variables = jax.tree.map(jnp.copy, _init(model, images.train[0].shape[1:]))
     optimizer = optax.sgd(0.01)  # the peer's
     if method != "sgd":
         # A run of 20 epochs of 60,000 images, as far as schedules go.
-        optimizer = image_classifier.make_optimizer(
+        optimizer = classifier.make_optimizer(
             config, method, variables["params"], 20 * 60_000 // batch_size
         )
-    update = image_classifier.make_update(
+    update = classifier.make_update(
         model, images, optimizer, batch_size=batch_size, augmented=False, seed=0
     )
-    state = image_classifier.init_state(variables, optimizer, num_steps)
+    state = classifier.init_state(variables, optimizer, num_steps)
     further = {
         "state_over_params": _num_bytes(state.opt_state) / _num_bytes(state.params)
     }
@@ -348,15 +343,13 @@ def _probe(*, variant, batch_size, num_step_sizes, **model):
     """A gradient, or with step sizes the profile along it."""
     config = probe_landscape_configs.get_config(variant)
     settings = config.model.to_dict() | {"batch_norm": True, **model}
-    model = image_classifier.make_model(settings, _NUM_CLASSES)
+    model = registry.make_model(settings, _NUM_CLASSES)
     images = _labelled_images(batch_size, config.image_size, 3)
     variables = _init(model, images.train[0].shape[1:])
-    loss_fn = image_classifier.make_loss(model, config.bn_mode)
+    loss_fn = classifier.make_loss(model, config.bn_mode)
     pixels, labels = images.train
     batch = {
-        "inputs": devices.divide(
-            np.asarray(image_classifier.normalise(images, pixels))
-        ),
+        "inputs": devices.divide(np.asarray(classifier.normalise(images, pixels))),
         "labels": devices.divide(labels),
         "batch_stats": devices.replicate(variables["batch_stats"]),
     }
@@ -406,13 +399,13 @@ def _labelled_images(count, side, channels):
     labels = np.random.default_rng(1).integers(0, _NUM_CLASSES, count)
     split = _random_images(count, side, channels), labels.astype(np.int32)
     scale = np.full((1, 1, 1, channels), 0.5, np.float32)
-    return image_classifier.Images(split, split, scale, scale, _NUM_CLASSES)
+    return classifier.Images(split, split, scale, scale, _NUM_CLASSES)
 
 
 def _count_gradient(model, variables, images, batch_size):
     """A pass forward and one back in the activations and in the weights."""
     shape = images.train[0].shape[1:]
-    multiply_adds = image_classifier.count_multiply_adds(model, variables, shape)
+    multiply_adds = registry.count_multiply_adds(model, variables, shape)
     return 2 * 3 * multiply_adds * batch_size
 
 
@@ -532,7 +525,7 @@ def _draw_axes(run, summary):
         arrays[f"{axis}/value"] = np.array(values)
         for key in ("milliseconds", "milliseconds_quartiles", "mebibytes"):
             arrays[f"{axis}/{key}"] = np.array([row[key] for row in rows])
-    runtime.write_npz(run.workdir / "arrays.npz", arrays)
+    files.write_npz(run.workdir / "arrays.npz", arrays)
     figures.draw(run.workdir)
 
 
@@ -604,4 +597,4 @@ def _check_config(config):
 
 
 if __name__ == "__main__":
-    runtime.launch("benchmark", train_and_evaluate)
+    launch.launch("benchmark", train_and_evaluate)

@@ -21,7 +21,9 @@ from flax import linen as nn
 from flax import struct
 from ml_collections import ConfigDict
 
-from experiments import devices, figures, runtime
+from experiments import figures
+from experiments.common import devices, files, launch, runs
+from experiments.training import loop
 from functa import classifier, functaset
 
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -49,7 +51,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
     settings = make_settings(config)
     splits = load_splits(config)
-    with runtime.open_run(workdir, config) as run:
+    with runs.open_run(workdir, config) as run:
         if run.summary is not None:
             return run.show_summary()
         num_classes = 1 + max(int(labels.max()) for _, labels in splits.values())
@@ -329,7 +331,7 @@ def _train(run, model, settings, state, splits, first_epoch):
         if done % config.log_every and not last:
             continue
         losses = np.asarray(jax.device_get(losses))
-        runtime.check_finite(losses.sum(1), first_step=done - len(losses) + 1)
+        loop.check_finite(losses.sum(1), first_step=done - len(losses) + 1)
         accuracy = {
             name: measure_accuracy(model, state.average, *on_device[name])
             for name in shown
@@ -364,9 +366,9 @@ def _evaluate(run, model, settings, state, splits):
     run.say("fitting a linear probe ...")
     probe = jax.jit(_probe_accuracy, static_argnums=0)
     probe_accuracy = probe(model.num_classes, splits["train"], splits["test"])
-    metrics = runtime.read_metrics(run.workdir / "metrics.jsonl")
+    metrics = files.read_metrics(run.workdir / "metrics.jsonl")
     arrays = {"confusion": confusion, "chosen": np.array(chosen)}
-    runtime.write_npz(run.workdir / "arrays.npz", arrays)
+    files.write_npz(run.workdir / "arrays.npz", arrays)
     figures.draw(run.workdir)
     summary = {"test_accuracy": np.mean(predicted == labels)}
     if "validation" in splits:
@@ -395,4 +397,4 @@ def _probe_accuracy(num_classes, train, test):
 
 
 if __name__ == "__main__":
-    runtime.launch("classify_functa", train_and_evaluate)
+    launch.launch("classify_functa", train_and_evaluate)

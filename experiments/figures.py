@@ -14,15 +14,14 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from experiments import (  # noqa: E402
+from experiments import (
     benchmark_figures,
-    devices,
     landscape_figures,
     lbi_figures,
-    runtime,
     scaling_figures,
     vit_figures,
 )
+from experiments.common import devices, files
 
 
 def draw(workdir: Path) -> None:
@@ -40,7 +39,7 @@ def draw(workdir: Path) -> None:
     with np.load(workdir / "arrays.npz", allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     (workdir / "figures").mkdir(exist_ok=True)
-    metrics = runtime.read_metrics(workdir / "metrics.jsonl")
+    metrics = files.read_metrics(workdir / "metrics.jsonl")
     _DRAW[json.loads((workdir / "config.json").read_text())["experiment"]](
         workdir / "figures", arrays, metrics
     )

@@ -18,8 +18,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import functa
-from experiments import data, figures, image_fitting, runtime
-from experiments.image_fitting import Task
+from experiments import figures
+from experiments.common import data, files, launch, runs
+from experiments.training import loop, siren
+from experiments.training.siren import Task
 from functa import functaset
 
 # PSNR of rounding to 8 bits, whose error is uniform over 1/255.
@@ -33,13 +35,11 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     _check_config(config)
     tasks = make_tasks(config)
     config.model.out_channels = tasks[0].images.shape[-1]
-    with runtime.open_run(workdir, config) as run:
+    with runs.open_run(workdir, config) as run:
         if run.summary is not None:
             return run.show_summary()
         model = functaset.make_model(config.model.to_dict())
-        states = {
-            task.name: image_fitting.init_state(config, model, task) for task in tasks
-        }
+        states = {task.name: siren.init_state(config, model, task) for task in tasks}
         done, states = run.restore(states)
         total = sum(task.num_steps for task in tasks)
         first = 0
@@ -208,7 +208,7 @@ def gradient_magnitude(
 def _train(run, model, task, states, step, first, total):
     """Trains a task from its `step` to its end; `first` steps of the run precede it."""
     config = run.config
-    update = image_fitting.make_update(config, model, task)
+    update = siren.make_update(config, model, task)
     run.say(f"task {task.name}: {len(task.images)} image(s); compiling the step ...")
     while step < task.num_steps:
         stops = [s for s in task.snapshots if s > step] + [
@@ -218,7 +218,7 @@ def _train(run, model, task, states, step, first, total):
         start, step = step, min(stops)
         state = states[task.name] = update(states[task.name], start, step)
         losses = np.asarray(state.loss[start:step])
-        runtime.check_finite(losses.mean(1), first_step=first + start + 1)
+        loop.check_finite(losses.mean(1), first_step=first + start + 1)
         metrics = {
             "task": task.name,
             "task_step": step,
@@ -276,11 +276,11 @@ def _evaluate(run, model, tasks, states):
             f"{task.name}_large": _to_uint8(large),
             f"{task.name}_gradient": np.asarray(gradient_magnitude(model, few, shape)),
         }
-    runtime.write_npz(run.workdir / "arrays.npz", arrays)
+    files.write_npz(run.workdir / "arrays.npz", arrays)
     figures.draw(run.workdir)
     run.say("writing the functaset ...")
     written = _make_functaset(config, tasks, states, np.concatenate(latents))
-    runtime.write_atomic(
+    files.write_atomic(
         run.workdir / "functaset.npz",
         lambda file: functa.save_functaset(file, written),
         mode="wb",
@@ -348,4 +348,4 @@ def _make_functaset(config, tasks, states, latents):
 
 
 if __name__ == "__main__":
-    runtime.launch("fit_image", train_and_evaluate)
+    launch.launch("fit_image", train_and_evaluate)

@@ -15,7 +15,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 import functa
-from experiments import runtime
+from experiments.common import launch, runs
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "run folder")
 
@@ -29,7 +29,7 @@ def import_checkpoint(path: Path, workdir: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
-    checkpoint = functa.convert.load_checkpoint(path)
+    checkpoint = functa.deepmind.load_checkpoint(path)
     imported = checkpoint.imported
     model = {
         field.name: getattr(imported.model, field.name)
@@ -51,7 +51,7 @@ def import_checkpoint(path: Path, workdir: Path) -> dict[str, Any]:
         }
     )
     weights = {"params": imported.params, "learning_rate": checkpoint.learning_rate}
-    with runtime.open_run(workdir, config) as run:
+    with runs.open_run(workdir, config) as run:
         if run.summary is None:
             run.save(0, {"weights": weights, "latent": imported.latent})
             sizes = {
@@ -63,8 +63,8 @@ def import_checkpoint(path: Path, workdir: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    runtime.silence_libraries()
-    with runtime.one_line_errors():
+    launch.silence_libraries()
+    with launch.one_line_errors():
         if len(argv) != 2:
             raise ValueError("usage: python -m experiments.import_functa PATH")
         path = Path(argv[1])

@@ -12,7 +12,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import data, encoding, runtime
+from experiments.common import data, files, launch, runs
+from experiments.training import encoding
 from functa import functaset
 
 
@@ -23,7 +24,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     config.params_sha256 = functaset.hash_params(learner.params)
     _adopt_dataset(config)
     dataset = load_dataset(config, learner.model_config["out_channels"])
-    with runtime.open_run(workdir, config) as run:
+    with runs.open_run(workdir, config) as run:
         if run.summary is not None:
             return run.show_summary()
         run.say("compiling the inner loop ...")
@@ -76,7 +77,7 @@ def _adopt_dataset(config):
     """Takes the data set of the run if the config names none."""
     if config.dataset.name is not None:
         return
-    theirs = runtime.read_json(Path(config.run) / "config.json").get("dataset")
+    theirs = files.read_json(Path(config.run) / "config.json").get("dataset")
     if theirs is None:
         raise ValueError(
             f"the run {config.run} names no data set: --config.dataset.name=NAME"
@@ -85,4 +86,4 @@ def _adopt_dataset(config):
 
 
 if __name__ == "__main__":
-    runtime.launch("make_functaset", train_and_evaluate)
+    launch.launch("make_functaset", train_and_evaluate)

@@ -16,7 +16,9 @@ import optax
 from ml_collections import ConfigDict
 
 import functa
-from experiments import data, devices, encoding, figures, meta_training, runtime
+from experiments import figures
+from experiments.common import data, devices, files, launch, runs
+from experiments.training import encoding, loop, meta
 from functa import functaset
 
 
@@ -29,14 +31,14 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         learner = encoding.load_learner(config.init_from)
         _adopt(config, learner)
     _complete_config(config, images.shape)
-    with runtime.open_run(workdir, config) as run:
+    with runs.open_run(workdir, config) as run:
         if run.summary is not None:
             return run.show_summary()
         model = functaset.make_model(config.model.to_dict())
-        optimizer = meta_training.make_optimizer(config)
-        state = meta_training.init_state(config, model, optimizer, learner)
+        optimizer = meta.make_optimizer(config)
+        state = meta.init_state(config, model, optimizer, learner)
         first_step, state = run.restore(state)
-        update = meta_training.make_update(config, model, optimizer)
+        update = meta.make_update(config, model, optimizer)
         state = _train(run, state, images, update, first_step)
         learner = encoding.make_learner(config, vars(state))
         return run.finish(_evaluate(run, learner, dataset))
@@ -89,7 +91,7 @@ def _train(run, state, images, update, first_step):
     losses, psnrs = [], []
     compiled = set()
     for step in range(first_step, config.num_steps):
-        coords, targets = meta_training.make_batch(config, images, step)
+        coords, targets = meta.make_batch(config, images, step)
         if targets.shape not in compiled:
             compiled.add(targets.shape)
             run.say(f"compiling the outer step for batches of {targets.shape} ...")
@@ -101,7 +103,7 @@ def _train(run, state, images, update, first_step):
         done = step + 1
         if done % config.log_every == 0 or done == config.num_steps:
             losses = np.asarray(jax.device_get(losses))
-            runtime.check_finite(losses, first_step=done - len(losses) + 1)
+            loop.check_finite(losses, first_step=done - len(losses) + 1)
             psnr = np.mean(jax.device_get(psnrs), axis=0)
             metrics = {
                 "loss": float(losses.mean()),
@@ -130,7 +132,7 @@ def _evaluate(run, learner, dataset):
     further_psnr = np.asarray(functa.psnr(further)).mean(0)
     num_steps = learner.inner["num_steps"]
     arrays = _showcase(learner, dataset, mse, further_psnr, batch_size)
-    runtime.write_npz(run.workdir / "arrays.npz", arrays)
+    files.write_npz(run.workdir / "arrays.npz", arrays)
     figures.draw(run.workdir)
     written = {}
     if config.write_functaset:
@@ -236,4 +238,4 @@ def _showcase(learner, dataset, mse, further_psnr, batch_size):
 
 
 if __name__ == "__main__":
-    runtime.launch("meta_learn", train_and_evaluate)
+    launch.launch("meta_learn", train_and_evaluate)

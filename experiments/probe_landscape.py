@@ -22,8 +22,11 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from experiments import data, figures, image_classifier, runtime
-from experiments.image_classifier import Images, TrainState
+from experiments import figures
+from experiments.common import data, files, launch, runs
+from experiments.networks import registry
+from experiments.training import classifier
+from experiments.training.classifier import Images, TrainState
 from landscape import curvature, probes, surface
 
 NETWORKS = ("bn", "plain")
@@ -93,8 +96,8 @@ class Tools(NamedTuple):
 
     Attributes:
       init: rate -> the state before the first step.
-      update: of `image_classifier.make_update`.
-      predict: of `image_classifier.make_predict`.
+      update: of `classifier.make_update`.
+      predict: of `classifier.make_predict`.
       probe: (state, indices of training images) -> `probes.GradientProbe`.
       eigenvalues: (key, state) -> `curvature.Eigenpairs`.
       surface_losses: (state, directions, points) -> losses.
@@ -111,11 +114,11 @@ class Tools(NamedTuple):
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
     _check_config(config)
-    images = image_classifier.load_images(config)
-    with runtime.open_run(workdir, config) as run:
+    images = classifier.load_images(config)
+    with runs.open_run(workdir, config) as run:
         if run.summary is not None:
             return run.show_summary()
-        runs = {}
+        summaries = {}
         for network in config.networks:
             for seed in config.seeds:
                 tools = make_tools(config, images, network, seed)
@@ -131,20 +134,20 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                         and seed == config.seeds[0]
                     )
                     folder = run.workdir / name
-                    runs[name] = _train_one(
+                    summaries[name] = _train_one(
                         single, folder, images, tools, with_surface=with_surface
                     )
         arrays = _collect(config, run.workdir)
-        runtime.write_npz(run.workdir / "arrays.npz", arrays)
+        files.write_npz(run.workdir / "arrays.npz", arrays)
         figures.draw(run.workdir)
-        return run.finish(make_table(config, arrays, images.num_classes, runs))
+        return run.finish(make_table(config, arrays, images.num_classes, summaries))
 
 
 def make_tools(config: ConfigDict, images: Images, network: str, seed: int) -> Tools:
     """The functions of one network and seed; the learning rate is in the state."""
     settings = config.model.to_dict() | {"batch_norm": network == "bn"}
-    model = image_classifier.make_model(settings, images.num_classes)
-    steps_per_epoch = image_classifier.count_steps(images, config.batch_size)
+    model = registry.make_model(settings, images.num_classes)
+    steps_per_epoch = classifier.count_steps(images, config.batch_size)
     num_steps = config.num_epochs * steps_per_epoch
     optimizer = optax.chain(
         record_changes(
@@ -153,16 +156,16 @@ def make_tools(config: ConfigDict, images: Images, network: str, seed: int) -> T
         _make_optimizer(config.optimizer),
     )
 
-    variables = image_classifier.init_variables(model, images, seed)
+    variables = classifier.init_variables(model, images, seed)
 
     def init(rate):
         # Copies: the state's buffers are donated.
         fresh = jax.tree.map(jnp.copy, variables)
-        state = image_classifier.init_state(fresh, optimizer, num_steps)
+        state = classifier.init_state(fresh, optimizer, num_steps)
         opt_state = optax.tree.set(state.opt_state, learning_rate=jnp.float32(rate))
         return state.replace(opt_state=opt_state)
 
-    update = image_classifier.make_update(
+    update = classifier.make_update(
         model,
         images,
         optimizer,
@@ -173,7 +176,7 @@ def make_tools(config: ConfigDict, images: Images, network: str, seed: int) -> T
     return Tools(
         init=init,
         update=update,
-        predict=image_classifier.make_predict(model, images),
+        predict=classifier.make_predict(model, images),
         probe=_make_probe(config, model, images),
         eigenvalues=_make_eigenvalues(config, model, images),
         surface_losses=_make_surface(config, model, images),
@@ -193,15 +196,15 @@ def _make_optimizer(settings):
 
 def _as_batch(images, pixels, labels, batch_stats, calibration):
     return {
-        "inputs": image_classifier.normalise(images, pixels),
+        "inputs": classifier.normalise(images, pixels),
         "labels": labels,
         "batch_stats": batch_stats,
-        "calibration": image_classifier.normalise(images, calibration),
+        "calibration": classifier.normalise(images, calibration),
     }
 
 
 def _make_probe(config, model, images):
-    loss_fn = image_classifier.make_loss(model, config.bn_mode)
+    loss_fn = classifier.make_loss(model, config.bn_mode)
     pixels, labels = images.train
     calibration = pixels[: config.sharpness.num_images]
 
@@ -217,7 +220,7 @@ def _make_probe(config, model, images):
 
 
 def _make_eigenvalues(config, model, images):
-    loss_fn = image_classifier.make_loss(model, config.bn_mode)
+    loss_fn = classifier.make_loss(model, config.bn_mode)
     settings = config.sharpness
     pixels, labels = (x[: settings.num_images] for x in images.train)
 
@@ -243,7 +246,7 @@ def _make_eigenvalues(config, model, images):
 
 def _make_surface(config, model, images):
     # Away from the trained weights their running statistics say nothing.
-    loss_fn = image_classifier.make_loss(model, "batch")
+    loss_fn = classifier.make_loss(model, "batch")
     settings = config.surface
     chunk_size = min(settings.chunk_size, len(images.train[0]))
     num_chunks = min(settings.num_images, len(images.train[0])) // chunk_size
@@ -273,17 +276,17 @@ def _make_surface(config, model, images):
 
 def _train_one(config, workdir, images, tools, *, with_surface):
     [seed], [rate] = config.seeds, config.learning_rates
-    steps_per_epoch = image_classifier.count_steps(images, config.batch_size)
+    steps_per_epoch = classifier.count_steps(images, config.batch_size)
     num_steps = config.num_epochs * steps_per_epoch
     intervals = [config.probe_every, config.checkpoint_every, steps_per_epoch]
     if config.sharpness.every:
         intervals.append(config.sharpness.every)
-    with runtime.open_run(workdir, config) as run:
+    with runs.open_run(workdir, config) as run:
         if run.summary is not None:
             return run.show_summary()
         step, state = run.restore(tools.init(rate))
         # A run that was stopped before its first checkpoint has that line already.
-        if not runtime.read_metrics(run.workdir / "metrics.jsonl"):
+        if not files.read_metrics(run.workdir / "metrics.jsonl"):
             run.log(0, _measure(config, images, tools, state, 0), num_steps=num_steps)
         while step < num_steps:
             start = step
@@ -296,7 +299,7 @@ def _train_one(config, workdir, images, tools, *, with_surface):
             if step % config.checkpoint_every == 0 or step == num_steps:
                 run.save(step, state)
         changes = optax.tree.get(state.opt_state, "changes")
-        metrics = runtime.read_metrics(run.workdir / "metrics.jsonl")
+        metrics = files.read_metrics(run.workdir / "metrics.jsonl")
         arrays = _arrays_of_run(state, changes, metrics)
         summary = {
             "test_accuracy": metrics[-1]["test_accuracy"],
@@ -309,19 +312,19 @@ def _train_one(config, workdir, images, tools, *, with_surface):
             arrays["surface"] = _measure_surface(run, tools, state, key)
             # With compilation, and of this sitting alone.
             summary["surface_seconds"] = round(time.monotonic() - started, 1)
-        runtime.write_npz(run.workdir / "arrays.npz", arrays)
+        files.write_npz(run.workdir / "arrays.npz", arrays)
         return run.finish(summary)
 
 
 def _measure(config, images, tools, state, step):
     """What is due at this step: lists are kept in the log, numbers also shown."""
     num_train = len(images.train[0])
-    steps_per_epoch = image_classifier.count_steps(images, config.batch_size)
+    steps_per_epoch = classifier.count_steps(images, config.batch_size)
     is_last = step == config.num_epochs * steps_per_epoch
     metrics = {}
     if step % steps_per_epoch == 0:
         logits = tools.predict(state.variables, images.test[0])
-        metrics["test_accuracy"] = image_classifier.accuracy(logits, images.test[1])
+        metrics["test_accuracy"] = classifier.accuracy(logits, images.test[1])
     if step % config.probe_every == 0 or is_last:
         indices = data.batch_indices(
             config.seeds[0], step, num_examples=num_train, batch_size=config.batch_size
@@ -360,7 +363,7 @@ def _measure_surface(run, tools, state, key):
         known,
         piece=_PIECE,
     ):
-        runtime.write_npz(path, {"losses": losses})
+        files.write_npz(path, {"losses": losses})
     return losses.reshape(settings.size, settings.size)
 
 
@@ -522,4 +525,4 @@ def _check_config(config):
 
 
 if __name__ == "__main__":
-    runtime.launch("probe_landscape", train_and_evaluate)
+    launch.launch("probe_landscape", train_and_evaluate)

@@ -20,8 +20,11 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 import lbi
-from experiments import figures, image_classifier, runtime
-from experiments.image_classifier import Images
+from experiments import figures
+from experiments.common import files, launch, runs
+from experiments.networks import registry
+from experiments.training import classifier, loop, optimizers
+from experiments.training.classifier import Images
 from lbi import pruning
 
 ORDERS = ("entry", "magnitude", "random")
@@ -53,8 +56,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs one experiment; returns its summary."""
     _check_config(config)
     folders = find_runs(config)
-    images = image_classifier.load_images(runtime.load_config(folders[0]))
-    with runtime.open_run(workdir, config) as run:
+    images = classifier.load_images(runs.load_config(folders[0]))
+    with runs.open_run(workdir, config) as run:
         if run.summary is not None:
             return run.show_summary()
         rows, arrays = [], {}
@@ -64,14 +67,14 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             _check_layers(config, trained.model)
             path = run.workdir / f"{folder.name}.json"
             if not path.exists():
-                runtime.write_json(path, prune_one(run, trained))
-            rows.append(runtime.read_json(path))
+                files.write_json(path, prune_one(run, trained))
+            rows.append(files.read_json(path))
             # The pictures show the first run, the curves the mean over all.
             if number == 0:
                 arrays = make_pictures(config, trained)
         for key, values in _curves(rows).items():
             arrays[key] = values
-        runtime.write_npz(run.workdir / "arrays.npz", arrays)
+        files.write_npz(run.workdir / "arrays.npz", arrays)
         figures.draw(run.workdir)
         return run.finish({"num_runs": len(rows), **summarize(rows)})
 
@@ -84,7 +87,7 @@ def find_runs(config: ConfigDict) -> list[Path]:
       ValueError: if what is there was not trained with DessiLBI.
     """
     top = Path(config.run)
-    stored = runtime.load_config(top)
+    stored = runs.load_config(top)
     if stored.experiment != "train_lbi":
         raise ValueError(f"{top} is a run of {stored.experiment}, not of train_lbi.")
     if len(stored.methods) * len(stored.seeds) == 1:
@@ -105,21 +108,21 @@ def find_runs(config: ConfigDict) -> list[Path]:
 
 def load_trained(folder: Path, images: Images) -> Trained:
     """Restores the last checkpoint of a single run of train_lbi."""
-    config = runtime.load_config(folder)
-    model = image_classifier.make_model(config.model.to_dict(), images.num_classes)
-    steps_per_epoch = image_classifier.count_steps(images, config.batch_size)
+    config = runs.load_config(folder)
+    model = registry.make_model(config.model.to_dict(), images.num_classes)
+    steps_per_epoch = classifier.count_steps(images, config.batch_size)
     num_steps = config.num_epochs * steps_per_epoch
-    variables = image_classifier.init_variables(model, images, config.seeds[0])
-    optimizer = image_classifier.make_optimizer(
+    variables = classifier.init_variables(model, images, config.seeds[0])
+    optimizer = classifier.make_optimizer(
         config, config.methods[0], variables["params"], num_steps
     )
-    state = image_classifier.init_state(variables, optimizer, num_steps)
-    _, state = runtime.load_checkpoint(folder, state)
-    predict = image_classifier.make_predict(model, images)
+    state = classifier.init_state(variables, optimizer, num_steps)
+    _, state = runs.load_checkpoint(folder, state)
+    predict = classifier.make_predict(model, images)
     pixels, labels = images.test
 
     def evaluate(variables):
-        return image_classifier.accuracy(predict(variables, pixels), labels)
+        return classifier.accuracy(predict(variables, pixels), labels)
 
     return Trained(
         config,
@@ -132,7 +135,7 @@ def load_trained(folder: Path, images: Images) -> Trained:
     )
 
 
-def prune_one(run: runtime.Run, trained: Trained) -> dict[str, Any]:
+def prune_one(run: runs.Run, trained: Trained) -> dict[str, Any]:
     """All measurements of one network: nested numbers."""
     config = run.config
     started = time.monotonic()
@@ -179,7 +182,7 @@ def prune_one(run: runtime.Run, trained: Trained) -> dict[str, Any]:
 def make_importances(config: ConfigDict, trained: Trained) -> dict[str, Any]:
     """{order: importance}; `random` is a list of draws."""
     params, opt_state = trained.variables["params"], trained.opt_state
-    penalty = {f"^{p}$": q for p, q in lbi.support.penalties_of(opt_state).items()}
+    penalty = {f"^{p}$": q for p, q in lbi.path.penalties_of(opt_state).items()}
     keys = jax.random.split(jax.random.key(config.seed), config.num_random)
     return {
         "entry": pruning.entry_importance(params, opt_state),
@@ -229,7 +232,7 @@ def _accuracy(config, trained, importances, order, layer, share, mode):
 
 def _evaluate(config, trained, variables, mode):
     if mode == "recalibrated":
-        variables = image_classifier.recalibrate(
+        variables = classifier.recalibrate(
             trained.model,
             trained.images,
             variables,
@@ -294,18 +297,19 @@ def _train_masked(run, trained, keep, num_epochs):
     """Trains on with the channels outside `keep` at zero; returns the variables."""
     config = run.config
     masks = pruning.channel_masks(
-        keep, image_classifier.channel_map(trained.model), trained.variables
+        keep, registry.channel_map(trained.model), trained.variables
     )
     if num_epochs == 0:
         return pruning.apply_masks(trained.variables, masks)
     num_steps = num_epochs * trained.steps_per_epoch
     settings = config.finetune
     optimizer = optax.chain(
-        runtime.make_optimizer(settings, num_steps), pruning.keep_zero(masks["params"])
+        optimizers.make_optimizer(settings, num_steps),
+        pruning.keep_zero(masks["params"]),
     )
     variables = pruning.apply_masks(trained.variables, masks)
-    state = image_classifier.init_state(variables, optimizer, num_steps)
-    update = image_classifier.make_update(
+    state = classifier.init_state(variables, optimizer, num_steps)
+    update = classifier.make_update(
         trained.model,
         trained.images,
         optimizer,
@@ -317,7 +321,7 @@ def _train_masked(run, trained, keep, num_epochs):
         last = first + trained.steps_per_epoch
         state = update(state, first, last)
         losses = np.asarray(state.loss[first:last])
-        runtime.check_finite(losses, first_step=first + 1)
+        loop.check_finite(losses, first_step=first + 1)
         run.say(f"masked training, step {last}/{num_steps}, loss {losses.mean():.4g}")
     return pruning.apply_masks(state.variables, masks)
 
@@ -325,7 +329,7 @@ def _train_masked(run, trained, keep, num_epochs):
 def _compress(run, trained, importance):
     """Keeps shares of the channels of every layer, trains on, and builds it smaller."""
     config = run.config
-    channels = image_classifier.channel_map(trained.model)
+    channels = registry.channel_map(trained.model)
     keep = {}
     for layer, share in config.compress.items():
         scores = importance[f"{layer}/kernel"]
@@ -335,22 +339,22 @@ def _compress(run, trained, importance):
     before = _evaluate(config, trained, _zero_channels(trained, keep), "recalibrated")
     masked = _train_masked(run, trained, keep, config.finetune.compressed_epochs)
     if config.finetune.compressed_epochs == 0:
-        masked = image_classifier.recalibrate(
+        masked = classifier.recalibrate(
             trained.model,
             trained.images,
             masked,
             num_batches=config.num_recalibration_batches,
         )
-    small_model = image_classifier.thin_model(trained.model, keep)
+    small_model = registry.thin_model(trained.model, keep)
     small = pruning.thin(masked, keep, channels)
-    predict = image_classifier.make_predict(trained.model, trained.images)
-    predict_small = image_classifier.make_predict(small_model, trained.images)
+    predict = classifier.make_predict(trained.model, trained.images)
+    predict_small = classifier.make_predict(small_model, trained.images)
     pixels, labels = trained.images.test
     logits, small_logits = predict(masked, pixels), predict_small(small, pixels)
     results = {
         "kept_channels": {layer: int(mask.sum()) for layer, mask in keep.items()},
         "accuracy_before_training": before,
-        "accuracy": image_classifier.accuracy(small_logits, labels),
+        "accuracy": classifier.accuracy(small_logits, labels),
         "largest_difference_of_logits": np.abs(logits - small_logits).max(),
         "largest_logit": np.abs(logits).max(),
     }
@@ -360,7 +364,7 @@ def _compress(run, trained, importance):
     ):
         results |= {
             f"{name}_params": sum(x.size for x in jax.tree.leaves(variables["params"])),
-            f"{name}_multiply_adds": image_classifier.count_multiply_adds(
+            f"{name}_multiply_adds": registry.count_multiply_adds(
                 model, variables, pixels.shape[1:]
             ),
             f"{name}_milliseconds": _milliseconds(config, model, variables, trained),
@@ -375,7 +379,7 @@ def _compress(run, trained, importance):
 def _milliseconds(config, model, variables, trained):
     """Median time of a forward pass of a batch."""
     pixels = trained.images.test[0][: config.timing_batch_size]
-    batch = image_classifier.normalise(trained.images, jnp.asarray(pixels))
+    batch = classifier.normalise(trained.images, jnp.asarray(pixels))
     forward = jax.jit(model.apply)
     jax.block_until_ready(forward(variables, batch))
     times = []
@@ -389,7 +393,7 @@ def _milliseconds(config, model, variables, trained):
 def _zero_weights(trained, keep):
     penalty = {
         f"^{path}$": chosen
-        for path, chosen in lbi.support.penalties_of(trained.opt_state).items()
+        for path, chosen in lbi.path.penalties_of(trained.opt_state).items()
     }
     params = trained.variables["params"]
     masks = pruning.spread_masks(keep, params, penalty)
@@ -397,14 +401,14 @@ def _zero_weights(trained, keep):
 
 
 def _zero_channels(trained, keep):
-    channels = image_classifier.channel_map(trained.model)
+    channels = registry.channel_map(trained.model)
     masks = pruning.channel_masks(keep, channels, trained.variables)
     return pruning.apply_masks(trained.variables, masks)
 
 
 def _layers(trained):
     """Names of the layers with a penalty, first to last."""
-    paths = lbi.support.penalties_of(trained.opt_state)
+    paths = lbi.path.penalties_of(trained.opt_state)
     return sorted(
         (path.removesuffix("/kernel") for path in paths),
         key=lambda name: (name[:2] != "co", name),
@@ -482,7 +486,7 @@ def _check_config(config):
 
 
 def _check_layers(config, model):
-    known = image_classifier.channel_map(model)
+    known = registry.channel_map(model)
     unknown = {config.layer, *config.compress} - set(known)
     if unknown:
         raise ValueError(
@@ -492,4 +496,4 @@ def _check_layers(config, model):
 
 
 if __name__ == "__main__":
-    runtime.launch("prune_lbi", train_and_evaluate)
+    launch.launch("prune_lbi", train_and_evaluate)

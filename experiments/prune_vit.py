@@ -21,8 +21,11 @@ from ml_collections import ConfigDict
 
 import lbi
 import vit
-from experiments import figures, image_classifier, runtime, vit_training
-from experiments.image_classifier import Images
+from experiments import figures
+from experiments.common import files, launch, runs
+from experiments.training import classifier, optimizers
+from experiments.training import vit as vit_training
+from experiments.training.classifier import Images
 from vit import cascade, checkpoint, cost, importance, slicing
 
 _SCORES = ("max", "sum", "cls", "norm", "random")
@@ -70,7 +73,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     _check_config(config)
     images = vit_training.load_images(config) if config.dataset.name else None
     dense = load_network(config, images)
-    with runtime.open_run(workdir, config) as run:
+    with runs.open_run(workdir, config) as run:
         if run.summary is not None:
             return run.show_summary()
         _check_same_file(run, config.checkpoint)
@@ -100,16 +103,16 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                     if config.tuning.num_epochs and ratio in tuned:
                         row |= _train_on(run, name, network, dense, images)
                     row["seconds"] = time.monotonic() - started
-                    runtime.write_json(path, row)
+                    files.write_json(path, row)
                     _say_row(run, row)
-                rows.append(runtime.read_json(path))
+                rows.append(files.read_json(path))
         arrays = _table(rows)
         summary = {"rows": {f"{r['method']}_{r['ratio']:g}": r for r in rows}}
         if images is not None:
             arrays |= make_pictures(config, dense, images, calibration)
             summary |= {"parity": _parity(run, dense, images)}
             summary |= compare(rows)
-        runtime.write_npz(run.workdir / "arrays.npz", arrays)
+        files.write_npz(run.workdir / "arrays.npz", arrays)
         _write_table(run.workdir / "table.md", rows, config.timing.batch_sizes)
         figures.draw(run.workdir)
         # Rows of earlier sittings count too.
@@ -271,7 +274,7 @@ def _slice(method, ratio, dense, calibration, structure, seed):
 
 
 def measure(
-    run: runtime.Run,
+    run: runs.Run,
     network: Network,
     dense: Network,
     images: Images | None,
@@ -352,7 +355,7 @@ def _gradient(model, params, inputs):
 def _accuracy(network, params, images):
     predict = vit_training.make_predict(network.model, images, network.image_size)
     pixels, labels = images.test
-    return image_classifier.accuracy(predict(params, pixels), labels)
+    return classifier.accuracy(predict(params, pixels), labels)
 
 
 def _train_on(run, name, network, dense, images):
@@ -360,7 +363,7 @@ def _train_on(run, name, network, dense, images):
     config = _tuning_config(run.config, dense.image_size)
     weight = run.config.tuning.teacher_weight
     teacher = vit_training.Teacher(dense.model, dense.params, weight)
-    with runtime.open_run(run.workdir / f"tuned_{name}", config) as inner:
+    with runs.open_run(run.workdir / f"tuned_{name}", config) as inner:
         state = vit_training.train(
             inner,
             network.model,
@@ -393,9 +396,9 @@ def _learn_structure(run, dense, images):
     settings = run.config.structure
     config = _tuning_config(run.config, dense.image_size)
     config.num_epochs = settings.num_epochs
-    steps_per_epoch = image_classifier.count_steps(images, config.batch_size)
+    steps_per_epoch = classifier.count_steps(images, config.batch_size)
     num_steps = settings.num_epochs * steps_per_epoch
-    schedule = runtime.make_schedule(settings, num_steps)
+    schedule = optimizers.make_schedule(settings, num_steps)
     penalty = lbi.suggest_lambda(
         dense.params,
         schedule,
@@ -410,7 +413,7 @@ def _learn_structure(run, dense, images):
     optimizer = lbi.dessilbi_adam(
         schedule, settings.nu, penalty=penalty, record_entry=True
     )
-    with runtime.open_run(run.workdir / "structure", config) as inner:
+    with runs.open_run(run.workdir / "structure", config) as inner:
         state = vit_training.train(
             inner, dense.model, images, dense.params, optimizer=optimizer
         )
@@ -574,7 +577,7 @@ def _write_table(path, rows, batch_sizes):
                 cells.append("")  # not measured
         lines.append("| " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
-    runtime.write_atomic(path, lambda file: file.write(text))
+    files.write_atomic(path, lambda file: file.write(text))
 
 
 def _mean(counts):
@@ -588,8 +591,8 @@ def _check_same_file(run, checkpoint):
     digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
     path = run.workdir / "network.json"
     if not path.exists():
-        runtime.write_json(path, {"checkpoint": checkpoint, "sha256": digest})
-    elif runtime.read_json(path)["sha256"] != digest:
+        files.write_json(path, {"checkpoint": checkpoint, "sha256": digest})
+    elif files.read_json(path)["sha256"] != digest:
         raise ValueError(
             f"{checkpoint} has changed since {run.workdir} was begun. Delete that "
             "folder or choose another --workdir."
@@ -657,4 +660,4 @@ def _check_config(config):
 
 
 if __name__ == "__main__":
-    runtime.launch("prune_vit", train_and_evaluate)
+    launch.launch("prune_vit", train_and_evaluate)

@@ -22,8 +22,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import functa
-from experiments import devices, encoding, figures, meta_training, runtime
+from experiments import figures
+from experiments.common import devices, files, launch, runs
 from experiments.configs import meta_learn as meta_configs
+from experiments.training import encoding, meta
 
 _PACKAGES = ("functa", "vit", "landscape", "lbi")
 
@@ -33,7 +35,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     for name in ("num_starts", "images_per_device", "num_rounds", "encode_batch_size"):
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {config[name]}.")
-    with runtime.open_run(workdir, config) as run:
+    with runs.open_run(workdir, config) as run:
         if run.summary is not None:
             return run.show_summary()
         summary = {}
@@ -64,7 +66,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             )
         names = "encoded_per_second", "peak_mebibytes"
         arrays |= dict(zip(names, np.array(encoded).T, strict=True))
-        runtime.write_npz(run.workdir / "arrays.npz", arrays)
+        files.write_npz(run.workdir / "arrays.npz", arrays)
         figures.draw(run.workdir)
         return run.finish(summary | arrays)
 
@@ -118,13 +120,13 @@ def _time_meta_step(config):
     settings.model.out_channels = 3
     settings.batch_size = config.images_per_device * jax.device_count()
     model = functa.make_model(settings.model.to_dict())
-    optimizer = meta_training.make_optimizer(settings)
-    state = meta_training.init_state(settings, model, optimizer)
-    update = meta_training.make_update(settings, model, optimizer)
+    optimizer = meta.make_optimizer(settings)
+    state = meta.init_state(settings, model, optimizer)
+    update = meta.make_update(settings, model, optimizer)
     rng = np.random.default_rng(config.seed)
     shape = (settings.batch_size, 32, 32, 3)
     images = rng.integers(0, 256, shape, dtype=np.uint8)
-    coords, targets = meta_training.make_batch(settings, images, 10**6)
+    coords, targets = meta.make_batch(settings, images, 10**6)
     targets = devices.divide(targets)
     times = []
     for number in range(1 + config.num_rounds):
@@ -155,8 +157,8 @@ def _encode(config, num_images):
     settings = meta_configs.get_config("smoke")
     settings.model.out_channels = 1
     model = functa.make_model(settings.model.to_dict())
-    optimizer = meta_training.make_optimizer(settings)
-    state = meta_training.init_state(settings, model, optimizer)
+    optimizer = meta.make_optimizer(settings)
+    state = meta.init_state(settings, model, optimizer)
     learner = encoding.make_learner(settings, vars(state))
     labels = np.zeros(num_images, np.int32)
     dataset = {"train": {"image": _Synthetic(num_images), "label": labels}}
@@ -175,4 +177,4 @@ def _encode(config, num_images):
 
 
 if __name__ == "__main__":
-    runtime.launch("scaling", train_and_evaluate)
+    launch.launch("scaling", train_and_evaluate)

@@ -15,8 +15,11 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 import lbi
-from experiments import figures, image_classifier, runtime
-from experiments.image_classifier import Images, TrainState
+from experiments import figures
+from experiments.common import files, launch, runs
+from experiments.networks import registry
+from experiments.training import classifier, loop, optimizers
+from experiments.training.classifier import Images, TrainState
 
 # Of 500 training images, for a network with batch normalisation.
 _NUM_RECALIBRATION_BATCHES = 5
@@ -25,10 +28,10 @@ _NUM_RECALIBRATION_BATCHES = 5
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
     _check_config(config)
-    images = image_classifier.load_images(config)
+    images = classifier.load_images(config)
     if len(config.methods) == len(config.seeds) == 1:
         return _train_one(config, Path(workdir), images)
-    with runtime.open_run(workdir, config) as run:
+    with runs.open_run(workdir, config) as run:
         if run.summary is not None:
             return run.show_summary()
         summaries, curves = {}, {}
@@ -39,11 +42,11 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 name = f"{method}_seed{seed}"
                 run.say(f"--- {name}")
                 summaries[name] = _train_one(single, run.workdir / name, images)
-                metrics = runtime.read_metrics(run.workdir / name / "metrics.jsonl")
+                metrics = files.read_metrics(run.workdir / name / "metrics.jsonl")
                 epochs = [m for m in metrics if "test_accuracy" in m]
                 for key in ("train_accuracy", "test_accuracy"):
                     curves[f"{name}_{key}"] = np.array([m[key] for m in epochs])
-        runtime.write_npz(run.workdir / "arrays.npz", curves)
+        files.write_npz(run.workdir / "arrays.npz", curves)
         figures.draw(run.workdir)
         return run.finish(_table(config, summaries))
 
@@ -66,18 +69,18 @@ def _table(config, summaries):
 
 def _train_one(config, workdir, images):
     method, seed = config.methods[0], config.seeds[0]
-    model = image_classifier.make_model(config.model.to_dict(), images.num_classes)
-    steps_per_epoch = image_classifier.count_steps(images, config.batch_size)
+    model = registry.make_model(config.model.to_dict(), images.num_classes)
+    steps_per_epoch = classifier.count_steps(images, config.batch_size)
     num_steps = config.num_epochs * steps_per_epoch
-    with runtime.open_run(workdir, config) as run:
+    with runs.open_run(workdir, config) as run:
         if run.summary is not None:
             return run.show_summary()
-        variables = image_classifier.init_variables(model, images, seed)
+        variables = classifier.init_variables(model, images, seed)
         _forecast(run, method, variables["params"], num_steps)
-        optimizer = image_classifier.make_optimizer(
+        optimizer = classifier.make_optimizer(
             config, method, variables["params"], num_steps
         )
-        update = image_classifier.make_update(
+        update = classifier.make_update(
             model,
             images,
             optimizer,
@@ -85,8 +88,8 @@ def _train_one(config, workdir, images):
             augmented=config.augment,
             seed=seed,
         )
-        predict = image_classifier.make_predict(model, images)
-        state = image_classifier.init_state(variables, optimizer, num_steps)
+        predict = classifier.make_predict(model, images)
+        state = classifier.init_state(variables, optimizer, num_steps)
         step, state = run.restore(state)
         if step < num_steps:
             run.say(f"compiling the step of {method}, {num_steps} steps to do ...")
@@ -102,7 +105,7 @@ def _train_one(config, workdir, images):
             )
             state = update(state, start, step)
             losses = np.asarray(state.loss[start:step])
-            runtime.check_finite(losses, first_step=start + 1)
+            loop.check_finite(losses, first_step=start + 1)
             metrics = {"loss": float(losses.mean())}
             if step % steps_per_epoch == 0:
                 epoch = slice(step - steps_per_epoch, step)
@@ -114,7 +117,7 @@ def _train_one(config, workdir, images):
         summary = _summarize(run, model, state, images, predict)
         if lbi.find_states(state.opt_state):
             arrays = _path(state, steps_per_epoch)
-            runtime.write_npz(run.workdir / "arrays.npz", arrays)
+            files.write_npz(run.workdir / "arrays.npz", arrays)
             figures.draw(run.workdir)
         return run.finish(summary)
 
@@ -126,7 +129,7 @@ def _path(state, steps_per_epoch):
         "num_steps": np.array(len(state.loss)),
     }
     entries = lbi.entry_steps(state.opt_state)
-    assigned = lbi.support.penalties_of(state.opt_state)
+    assigned = lbi.path.penalties_of(state.opt_state)
     leaves = lbi.penalty.named_leaves(state.params)
     for path, steps in entries.items():
         layer = path.removesuffix("/kernel")
@@ -141,9 +144,9 @@ def _forecast(run, method, params, num_steps):
     settings = config.optimizer[method]
     if settings.name == "adam":
         return
-    schedule = runtime.make_schedule(settings, num_steps)
+    schedule = optimizers.make_schedule(settings, num_steps)
     clocked = schedule, settings.options.nu, num_steps
-    penalty = image_classifier.make_penalty(config, method, params, num_steps)
+    penalty = classifier.make_penalty(config, method, params, num_steps)
     expected = lbi.forecast_entries(params, *clocked, penalty)
     fading = lbi.forecast_entries(
         params, *clocked, penalty, decaying=True, kappa=settings.options.kappa
@@ -172,9 +175,7 @@ def measure(
     """
     pixels, labels = images.test
     metrics = {
-        "test_accuracy": image_classifier.accuracy(
-            predict(state.variables, pixels), labels
-        )
+        "test_accuracy": classifier.accuracy(predict(state.variables, pixels), labels)
     }
     if not lbi.find_states(state.opt_state):
         return metrics
@@ -182,15 +183,13 @@ def measure(
         **state.variables,
         "params": lbi.sparse_params(state.params, state.opt_state),
     }
-    sparse = image_classifier.recalibrate(
+    sparse = classifier.recalibrate(
         model, images, sparse, num_batches=_NUM_RECALIBRATION_BATCHES
     )
     inside = lbi.in_support(state.opt_state)
     total = sum(x.size for x in inside.values())
     return metrics | {
-        "sparse_test_accuracy": image_classifier.accuracy(
-            predict(sparse, pixels), labels
-        ),
+        "sparse_test_accuracy": classifier.accuracy(predict(sparse, pixels), labels),
         "clock": float(lbi.clock(state.opt_state)),
         "density": sum(int(x.sum()) for x in inside.values()) / total,
         "density_per_layer": {k: float(v.mean()) for k, v in inside.items()},
@@ -198,7 +197,7 @@ def measure(
 
 
 def _summarize(run, model, state, images, predict):
-    metrics = runtime.read_metrics(run.workdir / "metrics.jsonl")
+    metrics = files.read_metrics(run.workdir / "metrics.jsonl")
     final = measure(model, predict, state, images)
     epochs = [m["test_accuracy"] for m in metrics if "test_accuracy" in m]
     return final | {
@@ -224,4 +223,4 @@ def _check_config(config):
 
 
 if __name__ == "__main__":
-    runtime.launch("train_lbi", train_and_evaluate)
+    launch.launch("train_lbi", train_and_evaluate)

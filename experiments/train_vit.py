@@ -12,7 +12,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import vit
-from experiments import figures, image_classifier, runtime, vit_training
+from experiments import figures
+from experiments.common import files, launch, runs
+from experiments.training import classifier
+from experiments.training import vit as vit_training
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -20,7 +23,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     _check_config(config)
     images = vit_training.load_images(config)
     model, params = make_model(config, images)
-    with runtime.open_run(workdir, config) as run:
+    with runs.open_run(workdir, config) as run:
         if run.summary is not None:
             return run.show_summary()
         predict = vit_training.make_predict(model, images, config.image_size)
@@ -28,20 +31,20 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         def evaluate(state):
             pixels, labels = images.test
             logits = predict(state.average, pixels)
-            return {"test_accuracy": image_classifier.accuracy(logits, labels)}
+            return {"test_accuracy": classifier.accuracy(logits, labels)}
 
         state = vit_training.train(run, model, images, params, evaluate=evaluate)
         vit.save_checkpoint(run.workdir / "model.npz", model, state.average)
-        metrics = runtime.read_metrics(run.workdir / "metrics.jsonl")
+        metrics = files.read_metrics(run.workdir / "metrics.jsonl")
         accuracies = [m["test_accuracy"] for m in metrics if "test_accuracy" in m]
         summary = evaluate(state) | {
             "best_test_accuracy": max(accuracies),
             "train_accuracy": metrics[-1]["train_accuracy"],
             "num_params": sum(x.size for x in jax.tree.leaves(params)),
         }
-        steps_per_epoch = image_classifier.count_steps(images, config.batch_size)
+        steps_per_epoch = classifier.count_steps(images, config.batch_size)
         arrays = {"steps_per_epoch": np.array(steps_per_epoch)}
-        runtime.write_npz(run.workdir / "arrays.npz", arrays)
+        files.write_npz(run.workdir / "arrays.npz", arrays)
         figures.draw(run.workdir)
         return run.finish(summary)
 
@@ -78,4 +81,4 @@ def _check_config(config):
 
 
 if __name__ == "__main__":
-    runtime.launch("train_vit", train_and_evaluate)
+    launch.launch("train_vit", train_and_evaluate)

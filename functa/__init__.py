@@ -1,6 +1,8 @@
 """Functa: neural fields, meta-learned so that a short latent stands for a signal."""
 
-from functa import convert as convert
+import importlib
+
+from functa import deepmind as deepmind
 from functa.functaset import Functaset as Functaset
 from functa.functaset import load_functaset as load_functaset
 from functa.functaset import make_model as make_model
@@ -20,3 +22,10 @@ from functa.siren import LatentModulatedSiren as LatentModulatedSiren
 from functa.siren import ModulatedSiren as ModulatedSiren
 from functa.siren import Siren as Siren
 from functa.siren import coordinate_grid as coordinate_grid
+
+
+def __getattr__(name):
+    # Modules that moved, under their old names for one version.
+    if name in ("convert", "product"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.")

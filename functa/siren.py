@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from functa import product, sine
+from functa import matmul, sine
 
 
 def coordinate_grid(shape: Sequence[int]) -> np.ndarray:
@@ -62,7 +62,7 @@ class Siren(nn.Module):
       omega_0: frequency factor inside every sine.
       fast_sine: polynomial sine (`functa.sine.sin`) in place of `jnp.sin`.
       dtype: "float32" or "bfloat16", to which the operands of the hidden layers'
-        products are rounded in derivatives (`functa.product`). Values, sums, the first
+        products are rounded in derivatives (`functa.matmul`). Values, sums, the first
         and the last layer stay in float32, and so do all parameters.
     """
 
@@ -232,7 +232,7 @@ def _siren(model, coords, modulations):
 
 
 class _Linear(nn.Module):
-    """`nn.Dense`, by the products of `functa.product`; parameters named as there."""
+    """`nn.Dense`, by the products of `functa.matmul`; parameters named as there."""
 
     features: int
     kernel_init: nn.initializers.Initializer
@@ -243,5 +243,5 @@ class _Linear(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x = product.product(x, kernel, dtype=self.dtype)
+        x = matmul.matmul(x, kernel, dtype=self.dtype)
         return x + jnp.expand_dims(bias, range(x.ndim - 1))

@@ -1,5 +1,14 @@
-"""The landscape that a network trains on: probes, curvature, surfaces, networks."""
+"""The landscape that a network trains on: probes, curvature, surfaces."""
 
-from landscape import convolution, curvature, deep_linear, probes, surface, vgg
+import importlib
 
-__all__ = ["convolution", "curvature", "deep_linear", "probes", "surface", "vgg"]
+from landscape import curvature, probes, surface
+
+__all__ = ["curvature", "probes", "surface"]
+
+
+def __getattr__(name):
+    # Modules that moved, under their old names for one version.
+    if name in ("convolution", "deep_linear", "vgg"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.")

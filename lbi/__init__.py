@@ -1,9 +1,10 @@
 """DessiLBI: structural sparsity while training, as an optax transformation."""
 
-from lbi import lenet, penalty, pruning
+import importlib
+
+from lbi import path, penalty, pruning
 from lbi.dessilbi import dessilbi, dessilbi_adam, structural_coupling
-from lbi.penalty import L1, GroupL2
-from lbi.support import (
+from lbi.path import (
     clock,
     density,
     entry_steps,
@@ -15,6 +16,7 @@ from lbi.support import (
     sparse_params,
     suggest_lambda,
 )
+from lbi.penalty import L1, GroupL2
 
 __all__ = [
     "GroupL2",
@@ -29,10 +31,17 @@ __all__ = [
     "forecast_entries",
     "gamma",
     "in_support",
-    "lenet",
+    "path",
     "penalty",
     "pruning",
     "sparse_params",
     "structural_coupling",
     "suggest_lambda",
 ]
+
+
+def __getattr__(name):
+    # Modules that moved, under their old names for one version.
+    if name in ("lenet", "support"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.")

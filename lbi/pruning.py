@@ -11,8 +11,8 @@ batch normalisation and the inputs of the next layer. It is plain data,
 
 (path, axis) in the network's variables, the layer's own kernel first. An axis that is
 a whole number of times as long as there are channels comes of a flattened image
-(position, channel), channels last. `lbi.lenet.channel_map` and
-`landscape.vgg.channel_map` make those of two networks.
+(position, channel), channels last. `experiments.networks.lenet.channel_map` and
+`experiments.networks.vgg.channel_map` make those of two networks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ import optax
 
 from lbi import penalty as penalties
 from lbi.dessilbi import Rules
-from lbi.support import entry_steps, penalties_of
+from lbi.path import entry_steps, penalties_of
 
 ChannelMap = Mapping[str, Sequence[tuple[str, int]]]
 Importance = dict[str, np.ndarray]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from experiments import augmentation
-from experiments.augmentation import OPERATIONS
+from experiments.common import augmentation
+from experiments.common.augmentation import OPERATIONS
 
 apply_operations = jax.jit(augmentation.apply_operations)
 # Of a function of a key and images, each with the type that it is meant for.

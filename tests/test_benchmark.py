@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import benchmark, devices
+from experiments import benchmark
+from experiments.common import devices
 from experiments.configs import benchmark as configs
 
 FUNCTA = """

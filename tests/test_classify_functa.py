@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import classify_functa, figures, runtime
+from experiments import classify_functa, figures
+from experiments.common import files, runs
 from experiments.configs import classify_functa as classify_functa_config
 from functa import classifier, functaset
 
@@ -224,7 +225,7 @@ def test_keep_best_chooses_for_each_candidate():
 
 def test_run_stopped_and_resumed_ends_as_one_left_alone(path, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    save = runtime.Run.save
+    save = runs.Run.save
 
     def save_and_copy(self, step, state):
         save(self, step, state)
@@ -233,16 +234,16 @@ def test_run_stopped_and_resumed_ends_as_one_left_alone(path, tmp_path, monkeypa
             shutil.copytree(whole, stopped)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.Run, "save", save_and_copy)
+        patch.setattr(runs.Run, "save", save_and_copy)
         summary = classify_functa.train_and_evaluate(make_config(path), whole)
-    assert [m["step"] for m in runtime.read_metrics(stopped / "metrics.jsonl")] == [
+    assert [m["step"] for m in files.read_metrics(stopped / "metrics.jsonl")] == [
         1,
         2,
     ]
     resumed = classify_functa.train_and_evaluate(make_config(path), stopped)
     assert resumed | {"seconds": 0} == summary | {"seconds": 0}
     first, second = (
-        [{**m, "seconds": 0} for m in runtime.read_metrics(workdir / "metrics.jsonl")]
+        [{**m, "seconds": 0} for m in files.read_metrics(workdir / "metrics.jsonl")]
         for workdir in (whole, stopped)
     )
     assert first == second and [m["step"] for m in first] == [1, 2, 3, 4]

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from landscape.convolution import matmul_conv
+from experiments.networks.convolution import matmul_conv
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 # name: image (B, H, W, C), kernel (kh, kw, C, O), padding, matrix products that it

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import data
+from experiments.common import data
 
 
 def write_images(folder, shapes, seed=0):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from landscape.deep_linear import DeepLinear
+from experiments.networks.deep_linear import DeepLinear
 
 
 def random_variables(model, key):

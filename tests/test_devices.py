@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import devices, meta_learn, runtime
+from experiments import meta_learn
+from experiments.common import devices, files
 from experiments.configs import meta_learn as configs
 
 ROOT = Path(__file__).parents[1]
@@ -44,11 +45,9 @@ EVERY_TRAINER = """
 import sys
 import jax, numpy as np, optax
 import functa
-from experiments import encoding, devices, image_classifier, image_fitting
-from experiments import meta_training
 from experiments.configs import fit_image as fit_configs
 from experiments.configs import meta_learn as meta_configs
-from landscape.vgg import VGG
+from experiments.networks.vgg import VGG
 
 rng = np.random.default_rng(0)
 results = {"num_devices": np.array(jax.device_count())}
@@ -59,12 +58,12 @@ config.points_per_group = 64
 # Adam would turn the rounding of a gradient near zero into a step.
 config.optimizer.update({"name": "sgd", "schedule": "constant", "warmup_steps": 0})
 model = functa.make_model(config.model.to_dict())
-optimizer = meta_training.make_optimizer(config)
-state = meta_training.init_state(config, model, optimizer)
-update = meta_training.make_update(config, model, optimizer)
+optimizer = meta.make_optimizer(config)
+state = meta.init_state(config, model, optimizer)
+update = meta.make_update(config, model, optimizer)
 images = rng.integers(0, 256, (19, 8, 8, 1), dtype=np.uint8)
 for step in range(2):
-    coords, targets = meta_training.make_batch(config, images, step)
+    coords, targets = meta.make_batch(config, images, step)
     targets = devices.divide(targets)
     state, *info = update(state, coords, targets, jax.random.key(step))
 results["meta_learn"] = state.weights, info
@@ -75,27 +74,27 @@ results["encode"] = [np.concatenate(parts) for parts in encoded]
 pixels = rng.integers(0, 256, (48, 8, 8, 3), dtype=np.uint8)
 labels = rng.integers(0, 10, 48).astype(np.int32)
 scale = np.full((1, 1, 1, 3), 0.5, np.float32)
-images = image_classifier.Images((pixels, labels), (pixels, labels), scale, scale, 10)
+images = classifier.Images((pixels, labels), (pixels, labels), scale, scale, 10)
 model = VGG(stages=((4,), (6,)), hidden=(5, 5), num_classes=10, batch_norm=True)
 optimizer = optax.sgd(0.1)
-variables = image_classifier.init_variables(model, images, 0)
-state = image_classifier.init_state(variables, optimizer, 3)
-update = image_classifier.make_update(
+variables = classifier.init_variables(model, images, 0)
+state = classifier.init_state(variables, optimizer, 3)
+update = classifier.make_update(
     model, images, optimizer, batch_size=16, augmented=True, seed=0
 )
 state = update(state, 0, 3)
 results["classifier"] = state.params, state.batch_stats, state.loss
-results["logits"] = image_classifier.make_predict(model, images)(
+results["logits"] = classifier.make_predict(model, images)(
     state.variables, pixels[:13]
 )
 
 config = fit_configs.get_config("smoke")
 config.model.out_channels = 3
 config.optimizer.name, config.optimizer.options = "sgd", {}
-task = image_fitting.Task("task", pixels[:2], labels[:2], 10, (10,))
+task = siren.Task("task", pixels[:2], labels[:2], 10, (10,))
 model = functa.Siren(**{k: v for k, v in config.model.items() if k != "type"})
-state = image_fitting.init_state(config, model, task)
-update = image_fitting.make_update(config, model, task)
+state = siren.init_state(config, model, task)
+update = siren.make_update(config, model, task)
 results["fit_image"] = update(state, 0, 2).loss[:2]
 
 leaves = jax.tree_util.tree_leaves_with_path(results)
@@ -166,22 +165,22 @@ def test_two_processes_are_killed_resume_and_write_what_one_writes(tmp_path):
     ]
     log = tmp_path / "two" / "metrics.jsonl"
     killed, other = start_two_processes("meta_learn", tmp_path / "two", *options)[::-1]
-    while len(runtime.read_metrics(log)) < 3 and killed.poll() is None:
+    while len(files.read_metrics(log)) < 3 and killed.poll() is None:
         time.sleep(0.05)
     for process in killed, other:
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert killed.returncode == -signal.SIGKILL
-    assert 3 <= len(runtime.read_metrics(log)) < 20
+    assert 3 <= len(files.read_metrics(log)) < 20
     finish(*start_two_processes("meta_learn", tmp_path / "two", *options))
-    environment = runtime.read_json(tmp_path / "two" / "environment.json")
+    environment = files.read_json(tmp_path / "two" / "environment.json")
     assert environment["num_processes"] == 2
-    assert [m["step"] for m in runtime.read_metrics(log)] == [*range(10, 201, 10)]
+    assert [m["step"] for m in files.read_metrics(log)] == [*range(10, 201, 10)]
 
     config = configs.get_config("smoke")
     config.update(OPTIONS | {"write_functaset": False})
     expected = meta_learn.train_and_evaluate(config, tmp_path / "one")
-    resumed = runtime.read_json(tmp_path / "two" / "summary.json")
+    resumed = files.read_json(tmp_path / "two" / "summary.json")
     assert resumed.keys() == expected.keys()
     for name in expected.keys() - {"seconds"}:
         np.testing.assert_allclose(resumed[name], expected[name], rtol=1e-4)

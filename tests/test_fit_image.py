@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 import functa
-from experiments import data, fit_image
+from experiments import fit_image
+from experiments.common import data
 from experiments.configs import fit_image as configs
+from experiments.training import loop
 
 
 def tiny_config(**changes):
@@ -76,7 +78,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(
     finished, two_tasks, tmp_path, monkeypatch
 ):
     workdir, whole = finished
-    check, calls = fit_image.runtime.check_finite, []
+    check, calls = loop.check_finite, []
 
     # Step 21 is in the second task, after a checkpoint at 20 and before one at 24.
     def stop_once(losses, *, first_step):
@@ -85,7 +87,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(
             raise KeyboardInterrupt
         check(losses, first_step=first_step)
 
-    monkeypatch.setattr(fit_image.runtime, "check_finite", stop_once)
+    monkeypatch.setattr(loop, "check_finite", stop_once)
     with pytest.raises(KeyboardInterrupt):
         fit_image.train_and_evaluate(two_tasks(), tmp_path)
     resumed = fit_image.train_and_evaluate(two_tasks(), tmp_path)

@@ -9,8 +9,9 @@ import pytest
 from ml_collections import ConfigDict
 
 import functa
-from experiments import encoding, import_functa, meta_learn
+from experiments import import_functa, meta_learn
 from experiments.configs import meta_learn as meta_learn_config
+from experiments.training import encoding
 
 
 @pytest.fixture
@@ -20,8 +21,8 @@ def checkpoint(tmp_path):
     latent = jnp.full(4, 0.01)
     params = model.init(jax.random.key(0), jnp.zeros((1, 2)), latent)["params"]
     rates = jnp.linspace(0.01, 0.1, 4)
-    tree = functa.convert.to_haiku(
-        functa.convert.Imported(model, params, latent, rates)
+    tree = functa.deepmind.to_haiku(
+        functa.deepmind.Imported(model, params, latent, rates)
     )
     config = {
         "model": {"w0": 30.0, "modulate_scale": False, "modulate_shift": True},

@@ -11,9 +11,12 @@ import pytest
 from ml_collections import ConfigDict
 
 import lbi
-from experiments import data, image_classifier, prune_lbi, runtime, train_lbi
+from experiments import prune_lbi, train_lbi
+from experiments.common import data, files, runs
 from experiments.configs import prune_lbi as prune_configs
 from experiments.configs import train_lbi as train_configs
+from experiments.networks import registry
+from experiments.training import classifier, loop, optimizers
 
 LAYERS = ["conv1", "conv2", "conv3", "fc1", "fc2"]
 
@@ -61,8 +64,8 @@ def test_table_and_files_of_several_methods(trained):
 
 def test_path_in_files_is_that_of_the_state(trained):
     folder = trained[0] / "dessilbi_seed0"
-    config = runtime.load_config(folder)
-    images = image_classifier.load_images(config)
+    config = runs.load_config(folder)
+    images = classifier.load_images(config)
     loaded = prune_lbi.load_trained(folder, images)
     state = loaded.opt_state
     with np.load(folder / "arrays.npz") as file:
@@ -73,7 +76,7 @@ def test_path_in_files_is_that_of_the_state(trained):
     kernel = loaded.variables["params"]["conv2"]["kernel"]
     norms = np.linalg.norm(np.reshape(kernel, (-1, 16)), axis=0)
     np.testing.assert_allclose(arrays["norm_conv2"], norms, rtol=1e-5)
-    last = runtime.read_metrics(folder / "metrics.jsonl")[-1]
+    last = files.read_metrics(folder / "metrics.jsonl")[-1]
     inside = lbi.in_support(state)
     for layer in LAYERS:
         entered = arrays[f"entry_{layer}"] >= 0
@@ -81,7 +84,7 @@ def test_path_in_files_is_that_of_the_state(trained):
         assert np.all(entered[now])
         assert last["density_per_layer"][f"{layer}/kernel"] == pytest.approx(now.mean())
     # 256 images in batches of 64, twice: the schedule has eight steps.
-    schedule = runtime.make_schedule(config.optimizer.dessilbi, 8)
+    schedule = optimizers.make_schedule(config.optimizer.dessilbi, 8)
     nu = config.optimizer.dessilbi.options.nu
     clock = sum(float(schedule(k)) for k in range(8)) / nu
     assert last["clock"] == pytest.approx(clock, rel=1e-5)
@@ -94,7 +97,7 @@ def test_path_in_files_is_that_of_the_state(trained):
 
 def test_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeypatch):
     workdir, whole = trained
-    check, calls = runtime.check_finite, []
+    check, calls = loop.check_finite, []
 
     # Of the second method, after its checkpoint at step 4.
     def stop_once(losses, *, first_step):
@@ -103,7 +106,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeypat
             raise KeyboardInterrupt
         check(losses, first_step=first_step)
 
-    monkeypatch.setattr(train_lbi.runtime, "check_finite", stop_once)
+    monkeypatch.setattr(loop, "check_finite", stop_once)
     config = train_config(methods=("adam", "dessilbi"))
     with pytest.raises(KeyboardInterrupt):
         train_lbi.train_and_evaluate(config, tmp_path)
@@ -158,7 +161,7 @@ def test_what_was_pruned_before_a_stop_is_not_pruned_again(
 ):
     config = prune_config(run=str(trained[0]))
     row = {"dense": 0.5, "curves": {"one_layer_entry": [0.5, 0.4]}, "seconds": 1.0}
-    runtime.write_json(tmp_path / "dessilbi_seed0.json", row)
+    files.write_json(tmp_path / "dessilbi_seed0.json", row)
     monkeypatch.setattr(prune_lbi.figures, "draw", lambda workdir: None)
     summary = prune_lbi.train_and_evaluate(config, tmp_path)
     assert summary["dense"] == 0.5 and summary["curves.one_layer_entry"] == [0.5, 0.4]
@@ -173,7 +176,7 @@ def test_own_images_are_mixed_before_the_first_ones_are_taken(tmp_path):
     config = train_config(
         dataset={"name": "npz", "data_dir": str(tmp_path)}, num_train=20, num_test=0
     )
-    images = image_classifier.load_images(config)
+    images = classifier.load_images(config)
     kept, kept_labels = images.train
     assert 5 < kept_labels.sum() < 15
     # Each image keeps its label.
@@ -235,7 +238,7 @@ def test_warns_when_nothing_can_enter(tmp_path, capsys, monkeypatch):
     def stop(self, state):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runtime.Run, "restore", stop)
+    monkeypatch.setattr(runs.Run, "restore", stop)
     with pytest.raises(KeyboardInterrupt):
         train_lbi.train_and_evaluate(train_config(penalty="auto"), tmp_path)
     assert "warning: no group can enter" in capsys.readouterr().out
@@ -246,7 +249,7 @@ def test_double_step_of_the_report():
     rate, nu = 0.1, 2.0
     params = {"fc": jnp.array([[1.0, -2.0]])}
     grads = {"fc": jnp.array([[0.5, 0.25]])}
-    optimizer = image_classifier.adam_then_dessilbi(
+    optimizer = classifier.adam_then_dessilbi(
         optax.constant_schedule(rate), nu=nu, momentum=0.9
     )
     updates, state = optimizer.update(grads, optimizer.init(params), params)
@@ -261,7 +264,7 @@ def test_double_step_of_the_report():
 
 def test_small_images_are_enlarged_and_padded():
     pixels = np.arange(4, dtype=np.uint8).reshape(1, 2, 2, 1)
-    enlarged = image_classifier._enlarge(pixels, 5)
+    enlarged = classifier._enlarge(pixels, 5)
     expected = np.zeros((5, 5), np.uint8)
     expected[:4, :4] = np.kron([[0, 1], [2, 3]], np.ones((2, 2), np.uint8))
     np.testing.assert_array_equal(enlarged[0, ..., 0], expected)
@@ -277,14 +280,14 @@ def test_recalibration_gives_the_statistics_of_the_data():
         },
         num_train=64,
     )
-    images = image_classifier.load_images(config)
-    model = image_classifier.make_model(config.model.to_dict(), images.num_classes)
-    variables = image_classifier.init_variables(model, images, 0)
-    fresh = image_classifier.recalibrate(
+    images = classifier.load_images(config)
+    model = registry.make_model(config.model.to_dict(), images.num_classes)
+    variables = classifier.init_variables(model, images, 0)
+    fresh = classifier.recalibrate(
         model, images, variables, num_batches=2, batch_size=32
     )
     # The first layer's inputs do not depend on any statistics.
-    batches = image_classifier.normalise(images, jnp.asarray(images.train[0]))
+    batches = classifier.normalise(images, jnp.asarray(images.train[0]))
     kernel = variables["params"]["conv1"]["kernel"]
     outputs = jax.lax.conv_general_dilated(
         batches, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -295,16 +298,16 @@ def test_recalibration_gives_the_statistics_of_the_data():
     np.testing.assert_allclose(stats["mean"], halves.mean((0, 1)), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(stats["var"], halves.var(1).mean(0), rtol=1e-4)
     chex.assert_trees_all_equal(fresh["params"], variables["params"])
-    lenet = image_classifier.make_model({"type": "LeNet"}, 10)
+    lenet = registry.make_model({"type": "LeNet"}, 10)
     same = {"params": {}, "batch_stats": {}}
-    assert image_classifier.recalibrate(lenet, images, same, num_batches=1) is same
+    assert classifier.recalibrate(lenet, images, same, num_batches=1) is same
 
 
 def test_an_update_stays_in_one_epoch():
     config = train_config()
-    images = image_classifier.load_images(config)
-    model = image_classifier.make_model(config.model.to_dict(), images.num_classes)
-    update = image_classifier.make_update(
+    images = classifier.load_images(config)
+    model = registry.make_model(config.model.to_dict(), images.num_classes)
+    update = classifier.make_update(
         model, images, optax.sgd(0.1), batch_size=64, augmented=False, seed=0
     )
     with pytest.raises(ValueError, match="do not lie in one epoch"):
@@ -314,7 +317,7 @@ def test_an_update_stays_in_one_epoch():
 def test_batches_are_those_of_the_shuffled_epochs():
     """A step on a linear model shows which images it saw."""
     config = train_config()
-    images = image_classifier.load_images(config)
+    images = classifier.load_images(config)
 
     class Bias:
         def apply(self, variables, batch, *, train, mutable):
@@ -323,10 +326,10 @@ def test_batches_are_those_of_the_shuffled_epochs():
 
     weights = jnp.ones((1, 10))
     optimizer = optax.sgd(0.0)
-    state = image_classifier.TrainState(
+    state = classifier.TrainState(
         weights, {}, optimizer.init(weights), jnp.zeros(8), jnp.zeros(8)
     )
-    update = image_classifier.make_update(
+    update = classifier.make_update(
         Bias(), images, optimizer, batch_size=64, augmented=False, seed=3
     )
     state = update(state, 5, 7)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from landscape.convolution import matmul_conv
-from lbi.lenet import LeNet, channel_map
+from experiments.networks.convolution import matmul_conv
+from experiments.networks.lenet import LeNet, channel_map
 from lbi.penalty import named_leaves
 
 SMALL = {"features": (3, 4, 5), "hidden": 6, "num_classes": 7}

@@ -9,15 +9,11 @@ import numpy as np
 import pytest
 
 import functa
-from experiments import (
-    data,
-    encoding,
-    make_functaset,
-    meta_training,
-    runtime,
-)
+from experiments import make_functaset
+from experiments.common import data, runs
 from experiments.configs import make_functaset as make_functaset_config
 from experiments.configs import meta_learn as meta_learn_config
+from experiments.training import encoding, meta
 from functa import functaset
 
 SHAPE = (6, 4, 3)
@@ -271,10 +267,8 @@ def meta_run(tmp_path_factory):
     config = meta_learn_config.get_config("smoke")
     config.model.out_channels = 1
     model = functaset.make_model(config.model.to_dict())
-    state = meta_training.init_state(
-        config, model, meta_training.make_optimizer(config)
-    )
-    with runtime.open_run(workdir, config) as run:
+    state = meta.init_state(config, model, meta.make_optimizer(config))
+    with runs.open_run(workdir, config) as run:
         run.save(1, state)
     return workdir
 

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 import functa
-from experiments import data, encoding, figures, meta_learn, meta_training, runtime
+from experiments import figures, meta_learn
+from experiments.common import data, files
 from experiments.configs import meta_learn as configs
+from experiments.training import encoding, meta
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,14 +33,14 @@ def small_config(**changes):
 
 def start(config):
     model = functa.make_model(config.model.to_dict())
-    optimizer = meta_training.make_optimizer(config)
-    state = meta_training.init_state(config, model, optimizer)
-    return state, meta_training.make_update(config, model, optimizer)
+    optimizer = meta.make_optimizer(config)
+    state = meta.init_state(config, model, optimizer)
+    return state, meta.make_update(config, model, optimizer)
 
 
 def some_batch(config, step=0):
     images = data.load("digits", "train")["image"]
-    return meta_training.make_batch(config, images, step)
+    return meta.make_batch(config, images, step)
 
 
 def test_update_equals_plain_gradient_descent_on_the_meta_loss():
@@ -139,15 +141,15 @@ def test_options_of_the_outer_loop_run():
 def test_batches_coarse_and_subsampled():
     images = data.load("digits", "train")["image"]
     config = small_config(coarse_steps=1)
-    coords, coarse = meta_training.make_batch(config, images, 0)
-    fine_coords, fine = meta_training.make_batch(config, images, 1)
+    coords, coarse = meta.make_batch(config, images, 0)
+    fine_coords, fine = meta.make_batch(config, images, 1)
     assert coords.shape == (16, 2) and fine_coords.shape == (64, 2)
-    _, whole = meta_training.make_batch(small_config(), images, 0)
+    _, whole = meta.make_batch(small_config(), images, 0)
     blocks = whole.reshape(-1, 4, 2, 4, 2)
     np.testing.assert_allclose(
         coarse.reshape(-1, 4, 4), blocks.mean((2, 4)), rtol=1e-5, atol=1e-7
     )
-    coords, few = meta_training.make_batch(small_config(num_pixels=10), images, 0)
+    coords, few = meta.make_batch(small_config(num_pixels=10), images, 0)
     assert coords.shape == (10, 2) and few.shape == (16, 10, 1)
     grid = functa.coordinate_grid((8, 8)).reshape(-1, 2)
     kept = [np.flatnonzero((grid == c).all(1))[0] for c in coords]
@@ -212,11 +214,11 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     with subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL
     ) as process:
-        while len(runtime.read_metrics(log)) < 3 and process.poll() is None:
+        while len(files.read_metrics(log)) < 3 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    lines = len(runtime.read_metrics(log))
+    lines = len(files.read_metrics(log))
     assert 3 <= lines < 8
 
     def config():
@@ -232,7 +234,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     metrics = [
         [
             (m["step"], m["loss"])
-            for m in runtime.read_metrics(tmp_path / name / "metrics.jsonl")
+            for m in files.read_metrics(tmp_path / name / "metrics.jsonl")
         ]
         for name in ("killed", "whole")
     ]

@@ -9,8 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import data, image_classifier, probe_landscape, runtime
+from experiments import probe_landscape
+from experiments.common import data, files, runs
 from experiments.configs import probe_landscape as configs
+from experiments.networks import registry
+from experiments.training import classifier
 
 
 def tiny_config(**changes):
@@ -39,10 +42,10 @@ def load(path):
 
 def train_by_hand(config, num_steps):
     """Parameters, statistics and gradients before each step, and the losses."""
-    images = image_classifier.load_images(config)
+    images = classifier.load_images(config)
     settings = config.model.to_dict() | {"batch_norm": True}
-    model = image_classifier.make_model(settings, images.num_classes)
-    variables = image_classifier.init_variables(model, images, 0)
+    model = registry.make_model(settings, images.num_classes)
+    variables = classifier.init_variables(model, images, 0)
     params, batch_stats = variables["params"], variables["batch_stats"]
     optimizer = optax.adam(config.learning_rates[0])
     opt_state = optimizer.init(params)
@@ -66,7 +69,7 @@ def train_by_hand(config, num_steps):
         indices = data.batch_indices(
             0, step, num_examples=len(images.train[0]), batch_size=config.batch_size
         )
-        inputs = image_classifier.normalise(images, images.train[0][indices])
+        inputs = classifier.normalise(images, images.train[0][indices])
         labels = images.train[1][indices]
         (loss, updated), grads = grad(params, batch_stats, inputs, labels)
         history.append((params, batch_stats, grads, loss, inputs, labels))
@@ -130,13 +133,13 @@ def test_measures_what_a_plain_loop_does(finished):
 def test_largest_eigenvalue_is_that_of_the_hessian(finished):
     workdir, config, _ = finished
     arrays = load(workdir / "plain_rate0.001_seed0" / "arrays.npz")
-    images = image_classifier.load_images(config)
+    images = classifier.load_images(config)
     settings = config.model.to_dict() | {"batch_norm": False}
-    model = image_classifier.make_model(settings, images.num_classes)
-    params = image_classifier.init_variables(model, images, 0)["params"]
+    model = registry.make_model(settings, images.num_classes)
+    params = classifier.init_variables(model, images, 0)["params"]
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     count = config.sharpness.num_images
-    inputs = image_classifier.normalise(images, images.train[0][:count])
+    inputs = classifier.normalise(images, images.train[0][:count])
     labels = images.train[1][:count]
 
     @jax.jit
@@ -194,7 +197,7 @@ def test_files_and_table(finished):
 
 def test_resumed_run_ends_like_an_uninterrupted_one(finished, tmp_path, monkeypatch):
     workdir, config, whole = finished
-    log, calls = runtime.Run.log, []
+    log, calls = runs.Run.log, []
 
     # In the second of its runs, after the checkpoint at step 4.
     def stop_once(self, step, metrics, *, num_steps):
@@ -203,10 +206,10 @@ def test_resumed_run_ends_like_an_uninterrupted_one(finished, tmp_path, monkeypa
             raise KeyboardInterrupt
         log(self, step, metrics, num_steps=num_steps)
 
-    monkeypatch.setattr(runtime.Run, "log", stop_once)
+    monkeypatch.setattr(runs.Run, "log", stop_once)
     with pytest.raises(KeyboardInterrupt):
         probe_landscape.train_and_evaluate(config, tmp_path)
-    monkeypatch.setattr(runtime.Run, "log", log)
+    monkeypatch.setattr(runs.Run, "log", log)
     resumed = probe_landscape.train_and_evaluate(config, tmp_path)
     chex.assert_trees_all_equal(
         load(tmp_path / "arrays.npz"), load(workdir / "arrays.npz")
@@ -222,17 +225,17 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_anew(tmp_path, monkeyp
     config = tiny_config()
     config.surface.size = 0
     config.checkpoint_every = 100
-    log = runtime.Run.log
+    log = runs.Run.log
 
     def stop(self, step, metrics, *, num_steps):
         if step == 4:
             raise KeyboardInterrupt
         log(self, step, metrics, num_steps=num_steps)
 
-    monkeypatch.setattr(runtime.Run, "log", stop)
+    monkeypatch.setattr(runs.Run, "log", stop)
     with pytest.raises(KeyboardInterrupt):
         probe_landscape.train_and_evaluate(config, tmp_path)
-    monkeypatch.setattr(runtime.Run, "log", log)
+    monkeypatch.setattr(runs.Run, "log", log)
     summary = probe_landscape.train_and_evaluate(config, tmp_path)
     steps = load(tmp_path / "arrays.npz")["bn/probe_step"]
     assert steps.tolist() == [[[0, 2, 4, 6, 8]]]
@@ -250,16 +253,16 @@ def test_half_a_surface_is_gone_on_with(tmp_path, monkeypatch):
         return state.params["w"] + points[:, 0] + 10 * points[:, 1]
 
     tools = probe_landscape.Tools(None, None, None, None, None, losses)
-    state = image_classifier.TrainState({"w": jnp.float32(1)}, {}, None, None, None)
+    state = classifier.TrainState({"w": jnp.float32(1)}, {}, None, None, None)
     config = tiny_config()
     config.surface.size = 3
-    with runtime.open_run(tmp_path, config) as run:
+    with runs.open_run(tmp_path, config) as run:
         whole = probe_landscape._measure_surface(run, tools, state, jax.random.key(0))
         expected = 1 + np.arange(-1, 2)[:, None] + 10 * np.arange(-1, 2)
         np.testing.assert_allclose(whole, expected)
         # As a kill leaves it.
         half = np.where(np.arange(9) < 4, whole.ravel(), np.nan)
-        runtime.write_npz(tmp_path / "surface.npz", {"losses": half})
+        files.write_npz(tmp_path / "surface.npz", {"losses": half})
         asked.clear()
         again = probe_landscape._measure_surface(run, tools, state, jax.random.key(0))
     np.testing.assert_array_equal(again, whole)
@@ -314,22 +317,22 @@ def test_recorder_leaves_updates_alone_and_compiles_once():
     assert update._cache_size() == 1
 
 
-@pytest.mark.parametrize("mode", image_classifier.BN_MODES)
+@pytest.mark.parametrize("mode", classifier.BN_MODES)
 def test_modes_of_batch_normalisation(mode):
-    images = image_classifier.load_images(tiny_config())
+    images = classifier.load_images(tiny_config())
     settings = {"type": "VGG", "stages": ((4,), (5,)), "hidden": (6, 7)}
-    model = image_classifier.make_model(settings, images.num_classes)
-    variables = image_classifier.init_variables(model, images, 0)
+    model = registry.make_model(settings, images.num_classes)
+    variables = classifier.init_variables(model, images, 0)
     drift = lambda x: x + 0.3  # noqa: E731
     batch_stats = jax.tree.map(drift, variables["batch_stats"])
     pixels = images.train[0]
     inputs, calibration = (
-        image_classifier.normalise(images, x) for x in (pixels[:16], pixels[16:48])
+        classifier.normalise(images, x) for x in (pixels[:16], pixels[16:48])
     )
     labels = images.train[1][:16]
     batch = {"inputs": inputs, "labels": labels, "batch_stats": batch_stats}
     batch["calibration"] = calibration
-    loss = image_classifier.make_loss(model, mode)(variables["params"], batch)
+    loss = classifier.make_loss(model, mode)(variables["params"], batch)
 
     variables = {"params": variables["params"], "batch_stats": batch_stats}
     if mode == "batch":
@@ -352,12 +355,12 @@ def test_modes_of_batch_normalisation(mode):
 def test_modes_agree_where_they_must():
     """Calibrated on the batch itself, recalibrated is batch; without BN all agree."""
     config = tiny_config()
-    images = image_classifier.load_images(config)
-    inputs = image_classifier.normalise(images, images.train[0][:16])
+    images = classifier.load_images(config)
+    inputs = classifier.normalise(images, images.train[0][:16])
     for batch_norm in (True, False):
         settings = config.model.to_dict() | {"batch_norm": batch_norm}
-        model = image_classifier.make_model(settings, images.num_classes)
-        variables = image_classifier.init_variables(model, images, 0)
+        model = registry.make_model(settings, images.num_classes)
+        variables = classifier.init_variables(model, images, 0)
         batch = {
             "inputs": inputs,
             "calibration": inputs,
@@ -365,10 +368,8 @@ def test_modes_agree_where_they_must():
             "batch_stats": variables["batch_stats"],
         }
         losses = {
-            mode: float(
-                image_classifier.make_loss(model, mode)(variables["params"], batch)
-            )
-            for mode in image_classifier.BN_MODES
+            mode: float(classifier.make_loss(model, mode)(variables["params"], batch))
+            for mode in classifier.BN_MODES
         }
         assert losses["recalibrated"] == pytest.approx(losses["batch"], rel=1e-5)
         is_same = losses["frozen"] == pytest.approx(losses["batch"], rel=1e-5)

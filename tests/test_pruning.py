@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax import lax
 
 import lbi
-from landscape import vgg
+from experiments.networks import vgg
 from lbi import lenet, penalty, pruning
 
 GOLDENS = sorted(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from landscape.convolution import matmul_conv
-from landscape.vgg import VGG, channel_map
+from experiments.networks.convolution import matmul_conv
+from experiments.networks.vgg import VGG, channel_map
 from lbi.penalty import named_leaves
 
 # The shape of VGG-A, and two stages that leave several pixels to flatten.

@@ -12,16 +12,12 @@ import pytest
 from ml_collections import ConfigDict
 
 import vit
-from experiments import (
-    figures,
-    image_classifier,
-    prune_vit,
-    runtime,
-    train_vit,
-    vit_training,
-)
+from experiments import figures, prune_vit, train_vit
+from experiments.common import files, runs
 from experiments.configs import prune_vit as prune_configs
 from experiments.configs import train_vit as train_configs
+from experiments.training import classifier, loop
+from experiments.training import vit as vit_training
 
 ROOT = Path(__file__).parents[1]
 METHODS = (
@@ -79,7 +75,7 @@ def test_training_writes_what_it_evaluated(trained):
     workdir, summary = trained
     assert json.loads((workdir / "summary.json").read_text()) == summary
     assert (workdir / "figures" / "training.png").exists()
-    metrics = runtime.read_metrics(workdir / "metrics.jsonl")
+    metrics = files.read_metrics(workdir / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [2, 4, 6, 8]
     assert summary["test_accuracy"] == metrics[-1]["test_accuracy"]
     model, params = vit.load_checkpoint(workdir / "model.npz")
@@ -87,9 +83,7 @@ def test_training_writes_what_it_evaluated(trained):
     assert summary["num_params"] == vit.cost.count_params(model, 8, channels=1)
     images = vit_training.load_images(train_config())
     predict = vit_training.make_predict(model, images, 8)
-    accuracy = image_classifier.accuracy(
-        predict(params, images.test[0]), images.test[1]
-    )
+    accuracy = classifier.accuracy(predict(params, images.test[0]), images.test[1])
     assert accuracy == summary["test_accuracy"]
 
 
@@ -97,7 +91,7 @@ def test_resumed_training_ends_like_an_uninterrupted_one(
     trained, tmp_path, monkeypatch
 ):
     workdir, whole = trained
-    check, calls = runtime.check_finite, []
+    check, calls = loop.check_finite, []
 
     def stop_once(losses, *, first_step):
         calls.append(first_step)
@@ -105,7 +99,7 @@ def test_resumed_training_ends_like_an_uninterrupted_one(
             raise KeyboardInterrupt
         check(losses, first_step=first_step)
 
-    monkeypatch.setattr(runtime, "check_finite", stop_once)
+    monkeypatch.setattr(loop, "check_finite", stop_once)
     with pytest.raises(KeyboardInterrupt):
         train_vit.train_and_evaluate(train_config(), tmp_path)
     resumed = train_vit.train_and_evaluate(train_config(), tmp_path)
@@ -328,7 +322,7 @@ def test_pruning_resumes_row_by_row(pruned, tmp_path, monkeypatch):
 
     real = prune_vit.measure
     monkeypatch.setattr(prune_vit, "measure", measure)
-    resumed = prune_vit.train_and_evaluate(runtime.load_config(workdir), tmp_path)
+    resumed = prune_vit.train_and_evaluate(runs.load_config(workdir), tmp_path)
     assert len(measured) == 2
     for name, row in summary["rows"].items():
         for key in ("accuracy", "multiply_adds"):
@@ -429,7 +423,7 @@ def test_committed_network_classifies_cifar10_pruned_and_not():
         chosen = ratio and vit.cascade.report(ratio, num_layers=7, num_patches=64)
         pruned = model.clone(cascade=chosen)
         predict = vit_training.make_predict(pruned, images, 32)
-        accuracies.append(image_classifier.accuracy(predict(params, pixels), labels))
+        accuracies.append(classifier.accuracy(predict(params, pixels), labels))
     whole, dropped = accuracies
     assert whole > 0.85
     assert dropped > whole - 0.02

@@ -14,199 +14,20 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-import optax
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from experiments import devices
+from experiments.common import devices, files
+from experiments.common.launch import one_line
 
 _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "numpy"),
     *("ml_collections", "tensorflow-datasets", "scikit-learn", "matplotlib"),
 )
-
-
-def launch(
-    name: str, train_and_evaluate: Callable[[ConfigDict, Path], dict[str, Any]]
-) -> None:
-    """Runs `python -m experiments.<name> --config=...` from the command line.
-
-    Whatever a user can cause (a misspelt option, missing or damaged files, a full
-    disk, a diverged run) ends with one line and exit status 1; --debug shows where.
-    """
-    # ml_collections reads the options of --config when the flag is defined.
-    with _command_line_errors():
-        config_flag = config_flags.DEFINE_config_file(
-            "config",
-            str(Path(__file__).parent / "configs" / f"{name}.py"),
-            "config file, with :variant behind it",
-        )
-    workdir_flag = flags.DEFINE_string(
-        "workdir", None, f"run folder; runs/{name}/<variant> if not given"
-    )
-    debug_flag = flags.DEFINE_bool("debug", False, "show the traceback of an error")
-    multihost_flag = flags.DEFINE_bool(
-        "multihost", False, "be one of several processes, found by the cluster's means"
-    )
-    coordinator_flag = flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, where they are not found"
-    )
-    num_processes_flag = flags.DEFINE_integer("num_processes", None, "how many")
-    process_id_flag = flags.DEFINE_integer("process_id", None, "which one, from 0")
-
-    def main(argv):
-        silence_libraries(debug=debug_flag.value)
-        if len(argv) > 1:
-            _fail(f"there are arguments that no option takes: {' '.join(argv[1:])}")
-        config = config_flag.value
-        workdir = Path(workdir_flag.value or f"runs/{name}/{config.variant}")
-        with one_line_errors(debug=debug_flag.value):
-            cluster = (
-                coordinator_flag.value,
-                num_processes_flag.value,
-                process_id_flag.value,
-            )
-            if multihost_flag.value:
-                devices.initialize(*cluster)
-            elif cluster != (None, None, None):
-                raise ValueError(
-                    "--coordinator, --num_processes and --process_id need --multihost."
-                )
-            keep_compiled(workdir)
-            train_and_evaluate(config, workdir)
-
-    def parse_flags(argv):
-        with _command_line_errors():
-            return flags.FLAGS(argv)
-
-    app.run(main, flags_parser=parse_flags)
-
-
-def silence_libraries(*, debug: bool = False) -> None:
-    """Leaves the terminal to the run's own lines.
-
-    Orbax reports every file that it writes, and each of its threads the same error.
-    """
-    logging.set_verbosity(logging.INFO if debug else logging.FATAL)
-
-
-def keep_compiled(workdir: Path) -> None:
-    """Has JAX keep what it compiles beside the run folder, for later starts.
-
-    JAX_COMPILATION_CACHE_DIR names another place.
-    """
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = Path(workdir).absolute().parent / "compilation_cache"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    # Most of what a command compiles takes less than JAX's own limit of a second.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    # What a full disk cut short is compiled again, and no matter for the user.
-    warnings.filterwarnings("ignore", message="Error .* persistent compilation cache")
-
-
-@contextlib.contextmanager
-def one_line_errors(*, debug: bool = False) -> Iterator[None]:
-    """Ends the process with one line and status 1 on an error that a user can mend."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if debug:
-            raise
-        _fail(_one_line(error))
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command resumes from the last checkpoint.")
-
-
-@contextlib.contextmanager
-def _command_line_errors():
-    """Turns what absl and ml_collections raise on bad options into one line."""
-    try:
-        yield
-    except (flags.Error, ValueError, AttributeError, LookupError, TypeError) as error:
-        _fail(_one_line(error))
-    except (OSError, SyntaxError) as error:
-        _fail(f"the config file cannot be read: {_one_line(error)}")
-
-
-def _one_line(error):
-    message = str(error)
-    if "Traceback" in message:
-        # ml_collections puts the whole traceback of a config file into the message.
-        message = message.strip().splitlines()[-1].partition(": ")[2]
-    # ConfigDict reports an unknown option as the repr of a KeyError's message.
-    message = message.replace("\\n", " ").replace("\\'", "'")
-    return " ".join(message.split()).strip("'") or type(error).__name__
-
-
-def _fail(message):
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    # Not sys.exit: Orbax's threads, if its writers failed, would print tracebacks.
-    os._exit(1)
-
-
-def write_atomic(
-    path: Path,
-    write: Callable[[Any], None],
-    mode: str = "w",
-    *,
-    every_process: bool = False,
-) -> None:
-    """Calls `write(file)` on a temporary neighbour of `path`, then moves it there.
-
-    Of several processes only the main one does, unless `every_process` has a path of
-    its own.
-    """
-    if not (every_process or devices.is_main()):
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, mode) as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error}. {_GO_ON}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-_GO_ON = "Mend that and run the same command again: it resumes."
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes readable JSON atomically; NumPy and JAX numbers become plain ones."""
-    text = json.dumps(_plain(value), indent=2)
-    write_atomic(path, lambda file: file.write(text + "\n"))
-
-
-def write_npz(
-    path: Path, arrays: Mapping[str, np.ndarray], *, every_process: bool = False
-) -> None:
-    """Writes a compressed .npz atomically; see `write_atomic`."""
-    write_atomic(
-        path,
-        lambda file: np.savez_compressed(file, **arrays),
-        mode="wb",
-        every_process=every_process,
-    )
-
-
-def read_json(path: Path) -> Any:
-    """Reads JSON; ValueError names the file if it is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 class Run:
@@ -230,13 +51,13 @@ class Run:
         stored = self.workdir / "config.json"
         ours = json.loads(config.to_json_best_effort())
         if stored.exists():
-            _check_same_config(read_json(stored), ours, self.workdir)
+            _check_same_config(files.read_json(stored), ours, self.workdir)
         else:
-            write_json(stored, ours)
+            files.write_json(stored, ours)
         if (self.workdir / "summary.json").exists():
-            self.summary = read_json(self.workdir / "summary.json")
+            self.summary = files.read_json(self.workdir / "summary.json")
         else:
-            write_json(self.workdir / "environment.json", environment())
+            files.write_json(self.workdir / "environment.json", environment())
 
     @property
     def seconds(self) -> float:
@@ -268,9 +89,9 @@ class Run:
             state = _load(self._checkpointer, step, state, self.checkpoints)
             self.say(f"resuming at step {step} from {self.checkpoints}")
         metrics = self.workdir / "metrics.jsonl"
-        kept = [m for m in read_metrics(metrics) if m["step"] <= step]
+        kept = [m for m in files.read_metrics(metrics) if m["step"] <= step]
         text = "".join(json.dumps(m) + "\n" for m in kept)
-        write_atomic(metrics, lambda file: file.write(text))
+        files.write_atomic(metrics, lambda file: file.write(text))
         self._seconds_before = kept[-1]["seconds"] if kept else 0.0
         self._started = time.monotonic()
         return step, devices.replicate(state)
@@ -286,7 +107,8 @@ class Run:
         if free < needed:
             raise OSError(
                 f"the checkpoint of step {step} needs {needed / 2**20:.1f} MiB in "
-                f"{self.checkpoints}, where {free / 2**20:.1f} are free. {_GO_ON}"
+                f"{self.checkpoints}, where {free / 2**20:.1f} are free. "
+                f"{files.RESUME_HINT}"
             )
         try:
             checkpointer.save(step, state, force=True)
@@ -294,12 +116,12 @@ class Run:
         except (OSError, ValueError, RuntimeError) as error:
             raise OSError(
                 f"the checkpoint of step {step} cannot be written to "
-                f"{self.checkpoints}: {_one_line(error)}. {_GO_ON}"
+                f"{self.checkpoints}: {one_line(error)}. {files.RESUME_HINT}"
             ) from error
 
     def log(self, step: int, metrics: Mapping[str, Any], *, num_steps: int) -> None:
         """Appends to metrics.jsonl and prints a line: metrics, rate, time left."""
-        metrics = {k: _plain(v) for k, v in metrics.items()}
+        metrics = {k: files.plain(v) for k, v in metrics.items()}
         seconds = self.seconds
         line = json.dumps({"step": step, "seconds": round(seconds, 3), **metrics})
         path = self.workdir / "metrics.jsonl"
@@ -308,7 +130,9 @@ class Run:
                 with open(path, "a") as file:
                     file.write(line + "\n")
             except OSError as error:
-                raise OSError(f"{path} cannot be written: {error}. {_GO_ON}") from error
+                raise OSError(
+                    f"{path} cannot be written: {error}. {files.RESUME_HINT}"
+                ) from error
         if self.config.get("tensorboard", False) and devices.is_main():
             self._write_tensorboard(step, metrics)
         parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}"]
@@ -324,8 +148,8 @@ class Run:
 
     def finish(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         """Writes summary.json, which marks the run as finished, and shows it."""
-        self.summary = _plain({**summary, "seconds": round(self.seconds, 1)})
-        write_json(self.workdir / "summary.json", self.summary)
+        self.summary = files.plain({**summary, "seconds": round(self.seconds, 1)})
+        files.write_json(self.workdir / "summary.json", self.summary)
         self.show_summary()
         return self.summary
 
@@ -402,7 +226,7 @@ def load_config(workdir: Path) -> ConfigDict:
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run (there is no config.json).")
-    return ConfigDict(read_json(path))
+    return ConfigDict(files.read_json(path))
 
 
 def load_checkpoint(workdir: Path, state: Any = None) -> tuple[ConfigDict, Any]:
@@ -442,76 +266,9 @@ def _load(checkpointer, step, state, folder):
     except Exception as error:
         raise ValueError(
             f"the checkpoint of step {step} in {folder} cannot be read "
-            f"({type(error).__name__}: {_one_line(error)[:200]}). Delete it to go on "
+            f"({type(error).__name__}: {one_line(error)[:200]}). Delete it to go on "
             "from the one before."
         ) from error
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    metrics = []
-    lines = path.read_text().splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}, is damaged.") from None
-    return metrics
-
-
-def make_schedule(settings: ConfigDict, num_steps: int) -> optax.Schedule:
-    """A linear warm-up, then a constant or a cosine rate.
-
-    Raises:
-      ValueError: if the schedule is unknown.
-    """
-    rate, warmup_steps = settings.learning_rate, settings.warmup_steps
-    if settings.schedule == "cosine":
-        decay = optax.cosine_decay_schedule(rate, max(num_steps - warmup_steps, 1))
-    elif settings.schedule == "constant":
-        decay = optax.constant_schedule(rate)
-    else:
-        raise ValueError(
-            f"optimizer.schedule {settings.schedule!r} is neither constant nor cosine."
-        )
-    warmup = optax.linear_schedule(rate / (warmup_steps + 1), rate, warmup_steps)
-    return optax.join_schedules([warmup, decay], [warmup_steps])
-
-
-def make_optimizer(
-    settings: ConfigDict, num_steps: int
-) -> optax.GradientTransformation:
-    """Any optimizer of optax under the schedule of `make_schedule`.
-
-    Raises:
-      ValueError: if the optimizer, one of its options or the schedule is unknown.
-    """
-    schedule = make_schedule(settings, num_steps)
-    make = getattr(optax, settings.name, getattr(optax.contrib, settings.name, None))
-    if not callable(make):
-        raise ValueError(f"optax has no optimizer {settings.name!r}.")
-    try:
-        return make(schedule, **settings.options.to_dict())
-    except TypeError as error:
-        raise ValueError(f"optimizer.options: {error}") from None
-
-
-def check_finite(losses: np.ndarray, *, first_step: int) -> None:
-    """Raises ValueError that names the first step whose loss is not finite.
-
-    Args:
-      losses: (S,), of consecutive steps.
-      first_step: the number of the step of losses[0].
-    """
-    bad = np.flatnonzero(~np.isfinite(losses))
-    if bad.size:
-        raise ValueError(
-            f"the loss is {losses[bad[0]]} at step {first_step + bad[0]}; the last "
-            "checkpoint is from before. Lower the learning rate or clip the gradient."
-        )
 
 
 def environment() -> dict[str, Any]:
@@ -571,17 +328,6 @@ def _flatten(value, prefix=""):
     for name, inner in value.items():
         flat.update(_flatten(inner, f"{prefix}.{name}" if prefix else name))
     return flat
-
-
-def _plain(value):
-    """NumPy and JAX numbers and arrays -> what JSON can hold."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return np.asarray(value).tolist()
-    return value
 
 
 def _format(value):

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from functa import convert, pickled
+from functa import deepmind as convert
+from functa import pickled
 from functa.inner_loop import fit_latent
 from functa.metrics import psnr
 from functa.siren import LatentModulatedSiren, ModulatedSiren, coordinate_grid

@@ -21,7 +21,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 import functa
-from experiments import data, devices, runtime
+from experiments.common import data, devices, files, runs
 from functa import functaset
 
 SHARD_SIZE = 1000
@@ -53,9 +53,9 @@ def load_learner(workdir: str | Path) -> Learner:
     """The learner of a run of meta_learn or import_functa.
 
     Raises:
-      FileNotFoundError, ValueError: as `runtime.load_checkpoint`.
+      FileNotFoundError, ValueError: as `runs.load_checkpoint`.
     """
-    config, state = runtime.load_checkpoint(Path(workdir))
+    config, state = runs.load_checkpoint(Path(workdir))
     if not {"weights", "latent"} <= state.keys():
         raise ValueError(f"{workdir} is no run of meta_learn or import_functa.")
     return make_learner(config, state)
@@ -232,7 +232,7 @@ def write_functaset(
                 "label": arrays["label"][start:stop],
                 "psnr": np.asarray(functa.psnr(np.concatenate(mse)[:, -1])),
             }
-            runtime.write_npz(shard, values, every_process=True)
+            files.write_npz(shard, values, every_process=True)
             encoded += stop - start
         done += stop - start
         now = time.monotonic()
@@ -291,10 +291,10 @@ def _augment(key, images, *, flip):
 def _open_parts(parts, identity):
     """Makes the folder of shards, or empties it if its shards are of something else."""
     record = parts / "identity.json"
-    if record.exists() and runtime.read_json(record) != identity:
+    if record.exists() and files.read_json(record) != identity:
         shutil.rmtree(parts)
     if not record.exists():
-        runtime.write_json(record, identity)
+        files.write_json(record, identity)
 
 
 def _join(path, shards, *, config, params_sha256):
@@ -346,7 +346,7 @@ def _join(path, shards, *, config, params_sha256):
                 with archive.open(f"{name}.npy", "w") as member:
                     np.lib.format.write_array(member, array, allow_pickle=False)
 
-    runtime.write_atomic(path, write, mode="wb")
+    files.write_atomic(path, write, mode="wb")
     means = {
         f"{split}_psnr": float(np.mean(np.concatenate(values)))
         for split, values in psnr.items()

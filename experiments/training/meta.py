@@ -11,7 +11,8 @@ from flax import struct
 from ml_collections import ConfigDict
 
 import functa
-from experiments import data, devices, encoding, runtime
+from experiments.common import data, devices
+from experiments.training import encoding, optimizers
 
 
 @struct.dataclass
@@ -35,23 +36,23 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """Global-norm clipping, then the optimizer, with a learning rate for each part.
 
     Raises:
-      ValueError: as `runtime.make_optimizer`.
+      ValueError: as `optimizer.make_optimizer`.
     """
     settings = config.optimizer
     rates = settings.copy_and_resolve_references()
     rates.learning_rate *= settings.rate_multiplier
     parts = {"weights": settings, "rates": rates}
-    optimizers = {
-        name: runtime.make_optimizer(part, config.num_steps)
+    by_part = {
+        name: optimizers.make_optimizer(part, config.num_steps)
         for name, part in parts.items()
     }
     if not config.inner.meta_sgd:
-        optimizers["rates"] = optax.set_to_zero()
+        by_part["rates"] = optax.set_to_zero()
     clip = optax.identity()
     if settings.clip_norm:
         clip = optax.clip_by_global_norm(settings.clip_norm)
     labels = {"params": "weights", "learning_rate": "rates"}
-    return optax.chain(clip, optax.partition(optimizers, labels))
+    return optax.chain(clip, optax.partition(by_part, labels))
 
 
 def init_state(

@@ -5,8 +5,6 @@ the jitted step. Axes: N images, B of a batch, S steps.
 """
 
 import functools
-import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,16 +17,10 @@ from flax import struct
 from ml_collections import ConfigDict
 
 import lbi
-from experiments import augmentation, data, devices, runtime
-from landscape import vgg
-from landscape.convolution import matmul_conv
-from landscape.deep_linear import DeepLinear
-from landscape.vgg import VGG
-from lbi import lenet
-from lbi.lenet import LeNet
+from experiments.common import augmentation, data, devices
+from experiments.training import optimizers
 
 BN_MODES = ("batch", "frozen", "recalibrated")
-_MODELS = {"LeNet": LeNet, "VGG": VGG, "DeepLinear": DeepLinear}
 _EVALUATED_AT_ONCE = 500
 
 
@@ -71,23 +63,6 @@ class TrainState:
     @property
     def variables(self) -> dict[str, Any]:
         return {"params": self.params, "batch_stats": self.batch_stats}
-
-
-def make_model(settings: dict[str, Any], num_classes: int) -> nn.Module:
-    """The network that config.model.type names, with the other fields."""
-    settings = dict(settings)
-    kind = settings.pop("type")
-    if kind not in _MODELS:
-        raise ValueError(f"config.model.type {kind!r} is none of {', '.join(_MODELS)}.")
-    on_cpu = jax.default_backend() == "cpu"
-    if on_cpu and kind == "LeNet":
-        settings["conv"] = matmul_conv
-    if "stages" in settings:
-        settings["stages"] = tuple(map(tuple, settings["stages"]))
-    try:
-        return _MODELS[kind](num_classes=num_classes, **settings)
-    except TypeError as error:
-        raise ValueError(f"config.model: {error}") from None
 
 
 def load_images(config: ConfigDict) -> Images:
@@ -143,7 +118,7 @@ def make_optimizer(
     """
     settings = config.optimizer[method]
     if settings.name == "adam":
-        return runtime.make_optimizer(settings, num_steps)
+        return optimizers.make_optimizer(settings, num_steps)
     makers = {
         "dessilbi": lbi.dessilbi,
         "dessilbi_adam": lbi.dessilbi_adam,
@@ -159,7 +134,7 @@ def make_optimizer(
         "record_entry": True,
     }
     try:
-        schedule = runtime.make_schedule(settings, num_steps)
+        schedule = optimizers.make_schedule(settings, num_steps)
         return makers[settings.name](schedule, **options)
     except TypeError as error:
         raise ValueError(f"optimizer.{method}.options: {error}") from None
@@ -174,7 +149,7 @@ def make_penalty(
     settings = config.optimizer[method]
     return lbi.suggest_lambda(
         params,
-        runtime.make_schedule(settings, num_steps),
+        optimizers.make_schedule(settings, num_steps),
         settings.options.nu,
         num_steps,
         enter_at=config.enter_at,
@@ -450,48 +425,6 @@ def make_loss(model: nn.Module, bn_mode: str) -> Callable[[Any, Any], jax.Array]
         ).mean()
 
     return loss_fn
-
-
-def thin_model(model: nn.Module, keep: dict[str, np.ndarray]) -> nn.Module:
-    """The same kind of network with the channels that `keep` leaves in each layer."""
-
-    def width(layer, full):
-        return int(np.sum(keep[layer])) if layer in keep else full
-
-    if isinstance(model, LeNet):
-        features = [width(f"conv{i + 1}", n) for i, n in enumerate(model.features)]
-        return model.clone(features=tuple(features), hidden=width("fc1", model.hidden))
-    numbers = itertools.count(1)
-    stages = [
-        tuple(width(f"conv{next(numbers)}", n) for n in stage) for stage in model.stages
-    ]
-    hidden = [width(f"fc{i + 1}", n) for i, n in enumerate(model.hidden)]
-    return model.clone(stages=tuple(stages), hidden=tuple(hidden))
-
-
-def channel_map(model: nn.Module) -> lbi.pruning.ChannelMap:
-    """What goes with a channel of each hidden layer; see `lbi.pruning`."""
-    if isinstance(model, LeNet):
-        return lenet.channel_map()
-    return vgg.channel_map(model)
-
-
-def count_multiply_adds(
-    model: nn.Module, variables: dict[str, Any], image_shape: tuple[int, ...]
-) -> int:
-    """Multiply-adds of the convolutions and dense layers for one image, closed form."""
-    _, captured = jax.eval_shape(
-        lambda v, x: model.apply(v, x, capture_intermediates=True),
-        variables,
-        jnp.zeros((1, *image_shape)),
-    )
-    outputs = captured["intermediates"]
-    # Each weight of a kernel is used once for each position of the layer's output.
-    return sum(
-        math.prod(outputs[name]["__call__"][0].shape[1:-1]) * layer["kernel"].size
-        for name, layer in variables["params"].items()
-        if "kernel" in layer
-    )
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:

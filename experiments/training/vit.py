@@ -13,8 +13,9 @@ import optax
 from flax import struct
 from ml_collections import ConfigDict
 
-from experiments import augmentation, image_classifier, runtime
-from experiments.image_classifier import Images
+from experiments.common import augmentation, runs
+from experiments.training import classifier, loop, optimizers
+from experiments.training.classifier import Images
 from vit import Cascade, ViT
 
 
@@ -47,7 +48,7 @@ def load_images(config: ConfigDict) -> Images:
     settings = ConfigDict(config)
     # The device resizes, if it must.
     settings.image_size = 0
-    images = image_classifier.load_images(settings)
+    images = classifier.load_images(settings)
     if config.normalisation == "google":
         half = np.full_like(images.mean, 0.5)
         return images._replace(mean=half, std=half)
@@ -94,7 +95,7 @@ def make_optimizer(
     if settings.name == "muon":
         # A field of a ConfigDict cannot be a function.
         options = settings.options.to_dict()
-        schedule = runtime.make_schedule(settings, num_steps)
+        schedule = optimizers.make_schedule(settings, num_steps)
         try:
             optimizer = optax.contrib.muon(
                 schedule, muon_weight_dimension_numbers=_matrices, **options
@@ -102,7 +103,7 @@ def make_optimizer(
         except TypeError as error:
             raise ValueError(f"optimizer.options: {error}") from None
     else:
-        optimizer = runtime.make_optimizer(settings, num_steps)
+        optimizer = optimizers.make_optimizer(settings, num_steps)
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
 
 
@@ -214,7 +215,7 @@ def make_update(
 ) -> Callable[[TrainState, int, int], TrainState]:
     """The training: (state, first, last) -> state after steps first, ..., last - 1.
 
-    See `image_classifier.make_steps`, and `train` for the arguments.
+    See `classifier.make_steps`, and `train` for the arguments.
     """
     image_size = image_size or config.image_size
 
@@ -258,7 +259,7 @@ def make_update(
             accuracy=state.accuracy.at[step].set(accuracy),
         )
 
-    return image_classifier.make_steps(
+    return classifier.make_steps(
         step_fn,
         images,
         batch_size=config.batch_size,
@@ -299,7 +300,7 @@ def prepare(images: Images, pixels: jax.Array, image_size: int) -> jax.Array:
     """Resizes (B, H, W, C) to the model's size if need be, and normalises."""
     if pixels.shape[1:3] != (image_size, image_size):
         pixels = augmentation.resize(pixels, image_size)
-    return image_classifier.normalise(images, pixels)
+    return classifier.normalise(images, pixels)
 
 
 def make_predict(
@@ -307,7 +308,7 @@ def make_predict(
 ) -> Callable[[Any, np.ndarray], np.ndarray]:
     """Evaluation: (params, uint8 (N, H, W, C)) -> logits (N, K)."""
 
-    return image_classifier.in_batches(
+    return classifier.in_batches(
         lambda params, batch: model.apply(
             {"params": params}, prepare(images, batch, image_size)
         ),
@@ -316,7 +317,7 @@ def make_predict(
 
 
 def train(
-    run: runtime.Run,
+    run: runs.Run,
     model: ViT,
     images: Images,
     params: Any,
@@ -345,7 +346,7 @@ def train(
     """
     config = run.config
     image_size = image_size or config.image_size
-    steps_per_epoch = image_classifier.count_steps(images, config.batch_size)
+    steps_per_epoch = classifier.count_steps(images, config.batch_size)
     num_steps = config.num_epochs * steps_per_epoch
     if optimizer is None:
         optimizer = make_optimizer(config.optimizer, num_steps)
@@ -376,7 +377,7 @@ def train(
         )
         state = update(state, start, step)
         losses = np.asarray(state.loss[start:step])
-        runtime.check_finite(losses, first_step=start + 1)
+        loop.check_finite(losses, first_step=start + 1)
         metrics = {"loss": float(losses.mean())}
         epoch, rest = divmod(step, steps_per_epoch)
         if not rest:

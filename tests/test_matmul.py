@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from functa.product import product
+from functa.matmul import matmul as product
 
 H = np.random.default_rng(0).standard_normal((2, 5, 3)).astype(np.float32)
 W = np.random.default_rng(1).standard_normal((3, 4)).astype(np.float32)

@@ -11,7 +11,8 @@ from flax import struct
 from ml_collections import ConfigDict
 
 import functa
-from experiments import data, devices, runtime
+from experiments.common import data, devices
+from experiments.training import optimizers
 
 # Images of a task whose reconstructions are kept for the figures.
 NUM_SHOWN = 8
@@ -58,7 +59,7 @@ def init_state(config: ConfigDict, model: functa.Siren, task: Task) -> TaskState
     """The state before the first step: a function of config.seed and the task."""
     num_images, height, width, channels = task.images.shape
     keys = jax.random.split(jax.random.key(config.seed), num_images)
-    optimizer = runtime.make_optimizer(config.optimizer, task.num_steps)
+    optimizer = optimizers.make_optimizer(config.optimizer, task.num_steps)
 
     @jax.jit
     @jax.vmap
@@ -84,7 +85,7 @@ def make_update(config: ConfigDict, model: functa.Siren, task: Task):
     It does the steps first, ..., last - 1 in one dispatch; their number is traced, so
     that it compiles once.
     """
-    optimizer = runtime.make_optimizer(config.optimizer, task.num_steps)
+    optimizer = optimizers.make_optimizer(config.optimizer, task.num_steps)
     low, high = config.coord_range
     grid = functa.coordinate_grid(task.images.shape[1:3]).reshape(-1, 2)
     targets = data.to_float(task.images)

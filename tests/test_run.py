@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import runtime
+from experiments.common import files, runs
+from experiments.training import loop
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {"experiment": "none", "variant": "x", "a": {"b": 1}, "c": (2.0, None)}
@@ -23,16 +24,16 @@ CONFIG = {"experiment": "none", "variant": "x", "a": {"b": 1}, "c": (2.0, None)}
 
 def test_files_are_whole_or_not_there(tmp_path):
     path = tmp_path / "folder" / "a.json"
-    runtime.write_json(path, {"x": np.float32(1.5), "y": jnp.arange(3)})
-    assert runtime.read_json(path) == {"x": 1.5, "y": [0, 1, 2]}
+    files.write_json(path, {"x": np.float32(1.5), "y": jnp.arange(3)})
+    assert files.read_json(path) == {"x": 1.5, "y": [0, 1, 2]}
 
     def fail(file):
         file.write("half of")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="a.json cannot be written: disk full"):
-        runtime.write_atomic(path, fail)
-    assert runtime.read_json(path) == {"x": 1.5, "y": [0, 1, 2]}
+        files.write_atomic(path, fail)
+    assert files.read_json(path) == {"x": 1.5, "y": [0, 1, 2]}
     assert os.listdir(path.parent) == ["a.json"]
 
 
@@ -52,10 +53,10 @@ def full_disk(size):
 
 def test_write_beyond_the_disk_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.npz"
-    runtime.write_npz(path, {"x": np.arange(3)})
+    files.write_npz(path, {"x": np.arange(3)})
     noise = np.random.default_rng(0).normal(size=10_000)
     with full_disk(4096), pytest.raises(OSError, match="a.npz cannot be written"):
-        runtime.write_npz(path, {"x": noise})
+        files.write_npz(path, {"x": noise})
     np.testing.assert_array_equal(np.load(path)["x"], np.arange(3))
 
 
@@ -75,7 +76,7 @@ def test_run_on_a_full_disk_says_so(tmp_path):
     # Orbax's own threads print around it.
     assert "error: the checkpoint of step 10 cannot be written to" in ended.stderr
     with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
-        runtime.load_checkpoint(tmp_path)
+        runs.load_checkpoint(tmp_path)
 
 
 def test_checkpoint_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
@@ -83,7 +84,7 @@ def test_checkpoint_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=500_000))
     with (
         pytest.raises(OSError, match=r"step 3 needs 1\.0 MiB in .* 0\.5 are free"),
-        runtime.open_run(tmp_path, ConfigDict(CONFIG)) as run,
+        runs.open_run(tmp_path, ConfigDict(CONFIG)) as run,
     ):
         run.save(3, {"w": jnp.zeros(3)})
 
@@ -91,7 +92,7 @@ def test_checkpoint_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
 def test_run_resumes_state_and_metrics(tmp_path):
     config = ConfigDict(CONFIG)
     state = {"w": jnp.zeros(3), "none": None}
-    with runtime.open_run(tmp_path, config) as run:
+    with runs.open_run(tmp_path, config) as run:
         assert run.restore(state)[0] == 0
         for step in (1, 2, 3):
             run.log(step, {"loss": 1.0 / step}, num_steps=4)
@@ -100,33 +101,33 @@ def test_run_resumes_state_and_metrics(tmp_path):
     # As a kill leaves it: a line after the last checkpoint, and half a line.
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
-    with runtime.open_run(tmp_path, config) as run:
+    with runs.open_run(tmp_path, config) as run:
         step, restored = run.restore(state)
         assert step == 2 and restored["w"].tolist() == [2, 2, 2]
         assert restored["none"] is None
         assert run.seconds > 0
         run.finish({"loss": jnp.float32(0.25), "list": [1.0, 2.0]})
-    lines = runtime.read_metrics(tmp_path / "metrics.jsonl")
+    lines = files.read_metrics(tmp_path / "metrics.jsonl")
     assert [m["step"] for m in lines] == [1, 2]
-    with runtime.open_run(tmp_path, config) as run:
+    with runs.open_run(tmp_path, config) as run:
         assert run.summary["loss"] == 0.25
     assert json.loads((tmp_path / "environment.json").read_text())["versions"]["jax"]
 
 
 def test_another_config_names_the_fields(tmp_path):
-    with runtime.open_run(tmp_path, ConfigDict(CONFIG)):
+    with runs.open_run(tmp_path, ConfigDict(CONFIG)):
         pass
     other = ConfigDict({**CONFIG, "a": {"b": 2}})
     with (
         pytest.raises(ValueError, match="a.b is 1 there and 2 here. Choose another"),
-        runtime.open_run(tmp_path, other),
+        runs.open_run(tmp_path, other),
     ):
         pass
 
 
 def test_damaged_checkpoint_is_named(tmp_path):
     config, state = ConfigDict(CONFIG), {"w": jnp.arange(100.0)}
-    with runtime.open_run(tmp_path, config) as run:
+    with runs.open_run(tmp_path, config) as run:
         run.restore(state)
         run.save(5, state)
     for path in (tmp_path / "checkpoints" / "5" / "state").rglob("*"):
@@ -134,27 +135,27 @@ def test_damaged_checkpoint_is_named(tmp_path):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with (
         pytest.raises(ValueError, match="checkpoint of step 5 .* cannot be read"),
-        runtime.open_run(tmp_path, config) as run,
+        runs.open_run(tmp_path, config) as run,
     ):
         run.restore(state)
 
 
 def test_no_run_and_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
-        runtime.load_checkpoint(tmp_path)
-    with runtime.open_run(tmp_path, ConfigDict(CONFIG)):
+        runs.load_checkpoint(tmp_path)
+    with runs.open_run(tmp_path, ConfigDict(CONFIG)):
         pass
     with pytest.raises(FileNotFoundError, match="has no checkpoints"):
-        runtime.load_checkpoint(tmp_path)
+        runs.load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text('{"a"')
     with pytest.raises(ValueError, match="config.json is damaged"):
-        runtime.load_checkpoint(tmp_path)
+        runs.load_checkpoint(tmp_path)
 
 
 def test_check_finite_names_the_step():
-    runtime.check_finite(np.array([1.0, 2.0]), first_step=8)
+    loop.check_finite(np.array([1.0, 2.0]), first_step=8)
     with pytest.raises(ValueError, match="loss is nan at step 9"):
-        runtime.check_finite(np.array([1.0, np.nan, np.inf]), first_step=8)
+        loop.check_finite(np.array([1.0, np.nan, np.inf]), first_step=8)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""The networks that a config can name, and what is known of them."""
+
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+import lbi
+from experiments.networks import lenet, vgg
+from experiments.networks.convolution import matmul_conv
+from experiments.networks.deep_linear import DeepLinear
+from experiments.networks.lenet import LeNet
+from experiments.networks.vgg import VGG
+
+_MODELS = {"LeNet": LeNet, "VGG": VGG, "DeepLinear": DeepLinear}
+
+
+def make_model(settings: dict[str, Any], num_classes: int) -> nn.Module:
+    """The network that config.model.type names, with the other fields."""
+    settings = dict(settings)
+    kind = settings.pop("type")
+    if kind not in _MODELS:
+        raise ValueError(f"config.model.type {kind!r} is none of {', '.join(_MODELS)}.")
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu and kind == "LeNet":
+        settings["conv"] = matmul_conv
+    if "stages" in settings:
+        settings["stages"] = tuple(map(tuple, settings["stages"]))
+    try:
+        return _MODELS[kind](num_classes=num_classes, **settings)
+    except TypeError as error:
+        raise ValueError(f"config.model: {error}") from None
+
+
+def thin_model(model: nn.Module, keep: dict[str, np.ndarray]) -> nn.Module:
+    """The same kind of network with the channels that `keep` leaves in each layer."""
+
+    def width(layer, full):
+        return int(np.sum(keep[layer])) if layer in keep else full
+
+    if isinstance(model, LeNet):
+        features = [width(f"conv{i + 1}", n) for i, n in enumerate(model.features)]
+        return model.clone(features=tuple(features), hidden=width("fc1", model.hidden))
+    numbers = itertools.count(1)
+    stages = [
+        tuple(width(f"conv{next(numbers)}", n) for n in stage) for stage in model.stages
+    ]
+    hidden = [width(f"fc{i + 1}", n) for i, n in enumerate(model.hidden)]
+    return model.clone(stages=tuple(stages), hidden=tuple(hidden))
+
+
+def channel_map(model: nn.Module) -> lbi.pruning.ChannelMap:
+    """What goes with a channel of each hidden layer; see `lbi.pruning`."""
+    if isinstance(model, LeNet):
+        return lenet.channel_map()
+    return vgg.channel_map(model)
+
+
+def count_multiply_adds(
+    model: nn.Module, variables: dict[str, Any], image_shape: tuple[int, ...]
+) -> int:
+    """Multiply-adds of the convolutions and dense layers for one image, closed form."""
+    _, captured = jax.eval_shape(
+        lambda v, x: model.apply(v, x, capture_intermediates=True),
+        variables,
+        jnp.zeros((1, *image_shape)),
+    )
+    outputs = captured["intermediates"]
+    # Each weight of a kernel is used once for each position of the layer's output.
+    return sum(
+        math.prod(outputs[name]["__call__"][0].shape[1:-1]) * layer["kernel"].size
+        for name, layer in variables["params"].items()
+        if "kernel" in layer
+    )

@@ -1,0 +1,114 @@
+"""VGG-A with and without batch normalisation, for 32x32 images.
+
+Simonyan & Zisserman 2014 (arXiv 1409.1556), configuration A, with the classifier of
+512 units that is usual for CIFAR-10: 9,750,922 parameters, with batch normalisation
+9,756,426.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import jax
+from flax import linen as nn
+from jax import Array, lax
+
+from experiments.networks.convolution import matmul_conv
+
+# Output channels of the convolutions; a maximum over 2x2 pixels ends each stage.
+STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+
+
+class VGG(nn.Module):
+    """VGG-A; narrower with other `stages` and `hidden`.
+
+    Attributes:
+      stages: output channels of the convolutions, stage by stage.
+      hidden: units of the two hidden fully connected layers.
+      num_classes: number of logits.
+      batch_norm: whether a batch normalisation follows each convolution. Under a
+        sharded batch its statistics are those of the whole batch.
+      bn_momentum: share of the old value in the running statistics; 0 replaces them.
+      conv: replaces `jax.lax.conv_general_dilated`; None chooses by backend.
+    """
+
+    stages: tuple[tuple[int, ...], ...] = STAGES
+    hidden: tuple[int, int] = (512, 512)
+    num_classes: int = 10
+    batch_norm: bool = True
+    bn_momentum: float = 0.9
+    conv: Callable[..., Array] | None = None
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        """Images (B, H, W, C) -> logits (B, num_classes).
+
+        H and W must be divisible by 2 to the number of stages.
+
+        With `train` the batch's own statistics are used, and the running ones updated
+        (collection `batch_stats`).
+        """
+        side = 2 ** len(self.stages)
+        if images.ndim != 4 or images.shape[1] % side or images.shape[2] % side:
+            raise ValueError(
+                f"images must be (B, H, W, C) with sides divisible by {side}, got "
+                f"{images.shape}."
+            )
+        conv = self.conv
+        if conv is None:
+            on_cpu = jax.default_backend() == "cpu"
+            conv = matmul_conv if on_cpu else lax.conv_general_dilated
+        x, number = images, 0
+        for stage in self.stages:
+            for channels in stage:
+                number += 1
+                x = nn.Conv(
+                    channels,
+                    (3, 3),
+                    padding=1,
+                    kernel_init=nn.initializers.xavier_normal(),
+                    conv_general_dilated=conv,
+                    name=f"conv{number}",
+                )(x)
+                if self.batch_norm:
+                    x = nn.BatchNorm(
+                        use_running_average=not train,
+                        momentum=self.bn_momentum,
+                        name=f"bn{number}",
+                    )(x)
+                x = nn.relu(x)
+            x = _max_pool(x)
+        x = x.reshape(x.shape[0], -1)
+        for number, units in enumerate((*self.hidden, self.num_classes), start=1):
+            x = nn.Dense(
+                units, kernel_init=nn.initializers.xavier_normal(), name=f"fc{number}"
+            )(x)
+            if number <= len(self.hidden):
+                x = nn.relu(x)
+        return x
+
+
+def channel_map(model: VGG) -> dict[str, tuple[tuple[str, int], ...]]:
+    """What goes with an output channel of each hidden layer.
+
+    Returns:
+      {layer: ((path in the variables, axis), ...)}, the layer's own kernel first, then
+      its bias, batch normalisation and the next layer's inputs.
+    """
+    num_convs = sum(map(len, model.stages))
+    convs = [f"conv{i + 1}" for i in range(num_convs)]
+    layers = convs + [f"fc{i + 1}" for i in range(len(model.hidden) + 1)]
+    channels = {}
+    for number, (layer, following) in enumerate(itertools.pairwise(layers), start=1):
+        places = [(f"params/{layer}/kernel", -1), (f"params/{layer}/bias", 0)]
+        if model.batch_norm and layer in convs:
+            bn = f"bn{number}"
+            places += [(f"params/{bn}/scale", 0), (f"params/{bn}/bias", 0)]
+            places += [(f"batch_stats/{bn}/mean", 0), (f"batch_stats/{bn}/var", 0)]
+        channels[layer] = (*places, (f"params/{following}/kernel", -2))
+    return channels
+
+
+def _max_pool(x):
+    """Maximum over 2x2 pixels; the gradient of a windowed reduction is slow on CPUs."""
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
