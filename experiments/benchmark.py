@@ -31,8 +31,7 @@ from ml_collections import ConfigDict
 
 import functa
 import vit
-from experiments import figures
-from experiments.common import devices, files, launch, runs
+from experiments.common import devices, figures, files, launch, runs
 from experiments.configs import fit_image as fit_image_configs
 from experiments.configs import meta_learn as meta_learn_configs
 from experiments.configs import probe_landscape as probe_landscape_configs

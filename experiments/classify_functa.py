@@ -21,8 +21,7 @@ from flax import linen as nn
 from flax import struct
 from ml_collections import ConfigDict
 
-from experiments import figures
-from experiments.common import devices, files, launch, runs
+from experiments.common import devices, figures, files, launch, runs
 from experiments.training import loop
 from functa import classifier, functaset
 

@@ -18,8 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import functa
-from experiments import figures
-from experiments.common import data, files, launch, runs
+from experiments.common import data, figures, files, launch, runs
 from experiments.training import loop, siren
 from experiments.training.siren import Task
 from functa import functaset

@@ -16,8 +16,7 @@ import optax
 from ml_collections import ConfigDict
 
 import functa
-from experiments import figures
-from experiments.common import data, devices, files, launch, runs
+from experiments.common import data, devices, figures, files, launch, runs
 from experiments.training import encoding, loop, meta
 from functa import functaset
 

@@ -22,8 +22,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from experiments import figures
-from experiments.common import data, files, launch, runs
+from experiments.common import data, figures, files, launch, runs
 from experiments.networks import registry
 from experiments.training import classifier
 from experiments.training.classifier import Images, TrainState

@@ -20,8 +20,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 import lbi
-from experiments import figures
-from experiments.common import files, launch, runs
+from experiments.common import figures, files, launch, runs
 from experiments.networks import registry
 from experiments.training import classifier, loop, optimizers
 from experiments.training.classifier import Images

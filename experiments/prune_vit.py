@@ -21,8 +21,7 @@ from ml_collections import ConfigDict
 
 import lbi
 import vit
-from experiments import figures
-from experiments.common import files, launch, runs
+from experiments.common import figures, files, launch, runs
 from experiments.training import classifier, optimizers
 from experiments.training import vit as vit_training
 from experiments.training.classifier import Images

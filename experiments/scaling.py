@@ -22,8 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import functa
-from experiments import figures
-from experiments.common import devices, files, launch, runs
+from experiments.common import devices, figures, files, launch, runs
 from experiments.configs import meta_learn as meta_configs
 from experiments.training import encoding, meta
 

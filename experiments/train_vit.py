@@ -12,8 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import vit
-from experiments import figures
-from experiments.common import files, launch, runs
+from experiments.common import figures, files, launch, runs
 from experiments.training import classifier
 from experiments.training import vit as vit_training
 

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import classify_functa, figures
-from experiments.common import files, runs
+from experiments import classify_functa
+from experiments.common import figures, files, runs
 from experiments.configs import classify_functa as classify_functa_config
 from functa import classifier, functaset
 

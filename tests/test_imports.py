@@ -14,11 +14,8 @@ CORES = [
     name for name in ("functa", "vit", "landscape", "lbi") if (ROOT / name).is_dir()
 ]
 CORE_DEPENDENCIES = {"jax", "flax", "optax", "chex", "numpy"}
-# What the commands share; `figures` is a command that the others draw by.
-SHARED_BY_EXPERIMENTS = {"common", "configs", "networks", "training", "figures"} | {
-    *("lbi_figures", "landscape_figures", "vit_figures"),
-    *("scaling_figures", "benchmark_figures"),
-}
+# What the commands share: they never import each other.
+SHARED_BY_EXPERIMENTS = {"common", "configs", "networks", "training"}
 # Old names that warn and lead elsewhere, for one version.
 MOVED = {
     *("functa.convert", "functa.product", "lbi.support", "lbi.lenet"),

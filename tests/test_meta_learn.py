@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import functa
-from experiments import figures, meta_learn
-from experiments.common import data, files
+from experiments import meta_learn
+from experiments.common import data, figures, files
 from experiments.configs import meta_learn as configs
 from experiments.training import encoding, meta
 

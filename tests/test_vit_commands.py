@@ -12,8 +12,8 @@ import pytest
 from ml_collections import ConfigDict
 
 import vit
-from experiments import figures, prune_vit, train_vit
-from experiments.common import files, runs
+from experiments import prune_vit, train_vit
+from experiments.common import figures, files, runs
 from experiments.configs import prune_vit as prune_configs
 from experiments.configs import train_vit as train_configs
 from experiments.training import classifier, loop
