@@ -31,7 +31,8 @@ from ml_collections import ConfigDict
 
 import functa
 import vit
-from experiments.common import devices, figures, files, launch, runs
+from experiments.common import devices, figures, files, launch, runs, settings
+from experiments.configs import benchmark as configs
 from experiments.configs import fit_image as fit_image_configs
 from experiments.configs import meta_learn as meta_learn_configs
 from experiments.configs import probe_landscape as probe_landscape_configs
@@ -39,6 +40,7 @@ from experiments.configs import train_lbi as train_lbi_configs
 from experiments.configs import train_vit as train_vit_configs
 from experiments.networks import registry
 from experiments.training import classifier, encoding, meta, siren
+from experiments.training import lbi as lbi_training
 from experiments.training import vit as vit_training
 from landscape import probes
 
@@ -77,7 +79,8 @@ class HotPath(NamedTuple):
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs one benchmark; returns its summary."""
-    names = _check_config(config)
+    settings.check(config, configs.RULES)
+    names = _check_paths(config)
     with runs.open_run(workdir, config) as run, _nothing_kept():
         if run.summary is not None:
             run.say((run.workdir / "table.md").read_text())
@@ -185,7 +188,7 @@ def _meta_step(
     coords = functa.coordinate_grid((image_size, image_size)).reshape(-1, 2)
     targets = np.float32(images).reshape(batch_size, -1, channels) / 255  # (B, N, C)
     width, depth, latent_dim = model["width"], model["depth"], model["latent_dim"]
-    key = jax.random.key(config.seed)
+    key = jax.random.key(config.seeds[0])
     name = f"width={width} depth={depth} latent={latent_dim} B={batch_size}"
     multiply_adds = count_siren(
         width=width,
@@ -285,8 +288,9 @@ def _train(*, variant, method, batch_size, num_steps):
     optimizer = optax.sgd(0.01)  # the peer's
     if method != "sgd":
         # A run of 20 epochs of 60,000 images, as far as schedules go.
-        optimizer = classifier.make_optimizer(
-            config, method, variables["params"], 20 * 60_000 // batch_size
+        config.methods = (method,)
+        optimizer = lbi_training.make_optimizer(
+            config, variables["params"], 20 * 60_000 // batch_size
         )
     update = classifier.make_update(
         model, images, optimizer, batch_size=batch_size, augmented=False, seed=0
@@ -341,8 +345,8 @@ def _vit_forward(*, variant, batch_size, ratio, **model):
 def _probe(*, variant, batch_size, num_step_sizes, **model):
     """A gradient, or with step sizes the profile along it."""
     config = probe_landscape_configs.get_config(variant)
-    settings = config.model.to_dict() | {"batch_norm": True, **model}
-    model = registry.make_model(settings, _NUM_CLASSES)
+    fields = config.model.to_dict() | {"batch_norm": True, **model}
+    model = registry.make_model(fields, _NUM_CLASSES)
     images = _labelled_images(batch_size, config.image_size, 3)
     variables = _init(model, images.train[0].shape[1:])
     loss_fn = classifier.make_loss(model, config.bn_mode)
@@ -565,11 +569,8 @@ def read_torch_vgg(text: str) -> dict[str, float]:
 PEERS = {"torch_functa.py": read_torch_functa, "torch_vgg.py": read_torch_vgg}
 
 
-def _check_config(config):
+def _check_paths(config):
     """The names of all paths, those of the ceilings first."""
-    for name in ("num_rounds", "peer_every"):
-        if config[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {config[name]}.")
     if config.peers is not None:
         for program in PEERS:
             if not (Path(config.peers) / program).is_file():

@@ -21,7 +21,9 @@ from flax import linen as nn
 from flax import struct
 from ml_collections import ConfigDict
 
-from experiments.common import devices, figures, files, launch, runs
+from experiments.common import devices, figures, files, launch, runs, settings
+from experiments.common.sweep import sweep
+from experiments.configs import classify_functa as configs
 from experiments.training import loop
 from functa import classifier, functaset
 
@@ -48,72 +50,48 @@ class TrainState:
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
-    settings = make_settings(config)
-    splits = load_splits(config)
-    with runs.open_run(workdir, config) as run:
-        if run.summary is not None:
-            return run.show_summary()
+    settings.check(config, configs.RULES)
+    candidates = make_candidates(config)
+    by_seed = {seed: load_splits(config, seed) for seed in config.seeds}
+
+    def experiment(run):
+        [seed] = run.config.seeds
+        _, splits = by_seed[seed]
         num_classes = 1 + max(int(labels.max()) for _, labels in splits.values())
         model = classifier.MLP(**config.model, num_classes=num_classes)
-        state = init_state(config, model, settings, splits["train"][0])
-        first_epoch, state = run.restore(state)
-        state = _train(run, model, settings, state, splits, first_epoch)
-        return run.finish(_evaluate(run, model, settings, state, splits))
+        state = train(run, model, candidates, splits)
+        return _evaluate(run, model, candidates, state, splits)
+
+    def inputs(config):
+        [seed] = config.seeds
+        return {"functaset": by_seed[seed][0]}
+
+    return sweep(config, workdir, experiment, inputs=inputs)
 
 
-def make_settings(config: ConfigDict) -> dict[str, np.ndarray]:
+def make_candidates(config: ConfigDict) -> dict[str, np.ndarray]:
     """All combinations of config.candidates: {name: (num_candidates,)}.
 
     Raises:
-      ValueError: if a field of the config is out of its range.
+      ValueError: if there are several and no validation part to choose one by, or if
+        the activation is unknown.
     """
-    _check_config(config)
-    candidates = config.candidates.to_dict()
-    combinations = np.array(list(itertools.product(*candidates.values())))
-    return dict(zip(candidates, combinations.T, strict=True))
-
-
-def _check_config(config):
-    for name, values in config.candidates.items():
-        high = 1 if name in ("dropout_rate", "label_smoothing", "ema_decay") else np.inf
-        if not values or not all(0 <= value < high for value in values):
-            raise ValueError(
-                f"candidates.{name} must be values from 0 to below {high}, "
-                f"got {values}."
-            )
-    for name, allowed in {
-        "schedule": ("constant", "cosine"),
-        "weight_decay_type": ("decoupled", "l2"),
-    }.items():
-        if config[name] not in allowed:
-            raise ValueError(
-                f"{name} {config[name]!r} is none of {', '.join(allowed)}."
-            )
-    if not callable(getattr(nn, config.model.activation, None)):
-        raise ValueError(f"flax.linen has no activation {config.model.activation!r}.")
-    if not 0 <= config.validation_fraction < 1:
+    values = config.candidates.to_dict()
+    combinations = np.array(list(itertools.product(*values.values())))
+    if not config.validation_fraction and len(combinations) > 1:
         raise ValueError(
-            "validation_fraction must be from 0 to below 1, got "
-            f"{config.validation_fraction}."
-        )
-    num_candidates = np.prod([len(values) for values in config.candidates.values()])
-    if not config.validation_fraction and num_candidates > 1:
-        raise ValueError(
-            f"choosing one of {num_candidates} candidates needs a validation part: "
+            f"choosing one of {len(combinations)} candidates needs a validation part: "
             "set validation_fraction."
         )
-    for name in ("num_epochs", "log_every", "checkpoint_every"):
-        if config[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {config[name]}.")
-    if config.checkpoint_every % config.log_every:
-        raise ValueError(
-            "checkpoint_every must be a multiple of log_every, got "
-            f"{config.checkpoint_every} and {config.log_every}."
-        )
+    if not callable(getattr(nn, config.model.activation, None)):
+        raise ValueError(f"flax.linen has no activation {config.model.activation!r}.")
+    return dict(zip(values, combinations.T, strict=True))
 
 
-def load_splits(config: ConfigDict) -> Splits:
-    """Latents and labels of the parts `train`, `validation` (if any) and `test`.
+def load_splits(config: ConfigDict, seed: int = 0) -> tuple[str, Splits]:
+    """The digest of the weights behind a functaset, and its parts.
+
+    The parts are latents and labels of `train`, `validation` (if any) and `test`.
 
     The validation part is a fixed random choice of images of the training split.
     Training sees none of their augmented copies either.
@@ -122,14 +100,13 @@ def load_splits(config: ConfigDict) -> Splits:
       FileNotFoundError: if there is no such functaset.
       ValueError: if it is damaged or gives nothing to classify.
     """
-    path = config.functaset
+    path = config.functaset.replace("{seed}", str(seed))
     if not Path(path).exists():
         raise FileNotFoundError(
             f"there is no functaset {path}; experiments.meta_learn and "
             "experiments.make_functaset write one (--config.functaset=PATH)."
         )
     whole = functaset.load_functaset(path)
-    config.params_sha256 = whole.params_sha256
     for split in ("train", "test"):
         if not (whole.split == split).any():
             raise ValueError(f"{path} has no {split} split.")
@@ -144,7 +121,7 @@ def load_splits(config: ConfigDict) -> Splits:
         raise ValueError(
             f"{path}: {len(train.label)} training signals are not {copies} copies."
         )
-    # Not of config.seed: runs of several seeds are compared on the same images.
+    # Not of the seed: runs of several seeds are compared on the same images.
     order = np.random.default_rng(0).permutation(num_images)
     num_validation = round(config.validation_fraction * num_images)
     held_out, kept = order[:num_validation], np.sort(order[num_validation:])
@@ -164,25 +141,26 @@ def load_splits(config: ConfigDict) -> Splits:
     values = latents(train)
     splits = {name: (values[index], train.label[index]) for name, index in rows.items()}
     test = whole.select("test")
-    return splits | {"test": (latents(test), test.label)}
+    splits["test"] = latents(test), test.label
+    return whole.params_sha256, splits
 
 
 def init_state(
     config: ConfigDict,
     model: classifier.MLP,
-    settings: dict[str, np.ndarray],
+    candidates: dict[str, np.ndarray],
     latents: np.ndarray,
 ) -> TrainState:
     """The state before the first epoch; all candidates start from the same weights."""
-    num_candidates = len(settings["learning_rate"])
-    params = jax.jit(model.init)(jax.random.key(config.seed), latents[:1])["params"]
+    num_candidates = len(candidates["learning_rate"])
+    params = jax.jit(model.init)(jax.random.key(config.seeds[0]), latents[:1])["params"]
 
     def stack(tree):
         return jax.tree.map(
             lambda x: jnp.broadcast_to(x, (num_candidates, *x.shape)).copy(), tree
         )
 
-    first = {name: values[0] for name, values in settings.items()}
+    first = {name: values[0] for name, values in candidates.items()}
     best = {"params": params, "accuracy": jnp.array(-1.0), "epoch": jnp.array(0)}
     opt_state = _make_optimizer(config, first, num_steps=1).init(params)
     # Each its own copy: the buffers of the state are donated.
@@ -209,7 +187,7 @@ def _make_optimizer(config, settings, *, num_steps):
 def make_epoch(
     config: ConfigDict,
     model: classifier.MLP,
-    settings: dict[str, np.ndarray],
+    candidates: dict[str, np.ndarray],
     *,
     num_examples: int,
 ):
@@ -219,8 +197,8 @@ def make_epoch(
     the means over it, (num_candidates,).
     """
     num_steps = num_examples // config.batch_size
-    num_candidates = len(settings["learning_rate"])
-    used = {name for name, values in settings.items() if values.any()}
+    num_candidates = len(candidates["learning_rate"])
+    used = {name for name, values in candidates.items() if values.any()}
 
     def loss_fn(params, settings, latents, labels, key):
         key_noise, key_mixup, key_dropout = jax.random.split(key, 3)
@@ -271,7 +249,7 @@ def make_epoch(
             batch = devices.divide_traced((latents[indices], labels[indices]))
             # All candidates see the same batch.
             return jax.vmap(update, in_axes=(0, 0, None, None, 0))(
-                state, settings, *batch, keys
+                state, candidates, *batch, keys
             )
 
         keys = jax.random.split(key_steps, (num_steps, num_candidates))
@@ -312,46 +290,52 @@ def keep_best(state: TrainState, accuracy: jax.Array, epoch: int) -> TrainState:
     return state.replace(best=jax.tree.map(choose, now, state.best))
 
 
-def _train(run, model, settings, state, splits, first_epoch):
+def train(
+    run: runs.Run,
+    model: classifier.MLP,
+    candidates: dict[str, np.ndarray],
+    splits: Splits,
+) -> TrainState:
+    """Trains all candidates side by side as run.config says; a step is an epoch."""
     config = run.config
     on_device = devices.replicate(splits)
-    num_examples = len(splits["train"][0])
-    run_epoch = make_epoch(config, model, settings, num_examples=num_examples)
+    latents, labels = on_device["train"]
+    run_epoch = make_epoch(config, model, candidates, num_examples=len(latents))
     shown = [name for name in splits if name != "test" or config.log_test]
-    losses = []
-    if first_epoch < config.num_epochs:
-        run.say(f"compiling the epoch of {num_examples} latents ...")
-    for epoch in range(first_epoch, config.num_epochs):
-        key = jax.random.fold_in(jax.random.key(config.seed + 1), epoch)
-        state, loss = run_epoch(state, *on_device["train"], key)
-        losses.append(loss)
-        done = epoch + 1
-        last = done == config.num_epochs
-        if done % config.log_every and not last:
-            continue
-        losses = np.asarray(jax.device_get(losses))
-        loop.check_finite(losses.sum(1), first_step=done - len(losses) + 1)
+    key = jax.random.key(config.seeds[0] + 1)
+    run.say(f"compiling the epoch of {len(latents)} latents ...")
+
+    def advance(state, start, stop):
+        losses = []
+        for epoch in range(start, stop):
+            epoch_key = jax.random.fold_in(key, epoch)
+            state, loss = run_epoch(state, latents, labels, epoch_key)
+            losses.append(loss)
         accuracy = {
             name: measure_accuracy(model, state.average, *on_device[name])
             for name in shown
         }
         # Without a validation part every epoch beats the one before: the last is kept.
-        score = accuracy.get("validation", jnp.full(losses.shape[1], float(done)))
-        state = keep_best(state, score, done)
+        score = accuracy.get("validation", jnp.full(len(loss), float(stop)))
+        state = keep_best(state, score, stop)
         leader = int(np.argmax(score))
-        loss = losses.mean(0)
-        metrics = {"loss": float(loss[leader]), "loss_per_candidate": loss}
+        mean_loss = np.mean(jax.device_get(losses), axis=0)
+        metrics = {"loss": float(mean_loss[leader]), "loss_per_candidate": mean_loss}
         for name, values in accuracy.items():
             metrics[f"{name}_accuracy"] = float(values[leader])
             metrics[f"{name}_accuracy_per_candidate"] = values
-        run.log(done, metrics, num_steps=config.num_epochs)
-        losses = []
-        if done % config.checkpoint_every == 0 or last:
-            run.save(done, state)
-    return state
+        return state, losses, metrics
+
+    return loop.train(
+        run,
+        init_state(config, model, candidates, latents),
+        advance,
+        stops=loop.every(config.num_epochs, config.log_every),
+        saves=loop.every(config.num_epochs, config.checkpoint_every),
+    )
 
 
-def _evaluate(run, model, settings, state, splits):
+def _evaluate(run, model, candidates, state, splits):
     config = run.config
     chosen = int(np.argmax(state.best["accuracy"]))
     params = jax.tree.map(lambda x: x[chosen], state.best["params"])
@@ -365,7 +349,7 @@ def _evaluate(run, model, settings, state, splits):
     run.say("fitting a linear probe ...")
     probe = jax.jit(_probe_accuracy, static_argnums=0)
     probe_accuracy = probe(model.num_classes, splits["train"], splits["test"])
-    metrics = files.read_metrics(run.workdir / "metrics.jsonl")
+    metrics = run.metrics()
     arrays = {"confusion": confusion, "chosen": np.array(chosen)}
     files.write_npz(run.workdir / "arrays.npz", arrays)
     figures.draw(run.workdir)
@@ -375,7 +359,7 @@ def _evaluate(run, model, settings, state, splits):
     summary |= {
         "linear_probe_test_accuracy": probe_accuracy,
         "epoch": state.best["epoch"][chosen],
-        **{name: values[chosen] for name, values in settings.items()},
+        **{name: values[chosen] for name, values in candidates.items()},
         "num_params": sum(x.size for x in jax.tree.leaves(params)),
         **{f"num_{name}": len(labels) for name, (_, labels) in splits.items()},
     }

@@ -18,7 +18,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import functa
-from experiments.common import data, figures, files, launch, runs
+from experiments.common import data, figures, files, launch, runs, settings
+from experiments.common.sweep import sweep
+from experiments.configs import fit_image as configs
 from experiments.training import loop, siren
 from experiments.training.siren import Task
 from functa import functaset
@@ -31,22 +33,16 @@ _POINTS_AT_ONCE = 16384
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
-    _check_config(config)
+    settings.check(config, configs.RULES)
     tasks = make_tasks(config)
     config.model.out_channels = tasks[0].images.shape[-1]
-    with runs.open_run(workdir, config) as run:
-        if run.summary is not None:
-            return run.show_summary()
-        model = functaset.make_model(config.model.to_dict())
-        states = {task.name: siren.init_state(config, model, task) for task in tasks}
-        done, states = run.restore(states)
-        total = sum(task.num_steps for task in tasks)
-        first = 0
-        for task in tasks:
-            if done < first + task.num_steps:
-                _train(run, model, task, states, max(0, done - first), first, total)
-            first += task.num_steps
-        return run.finish(_evaluate(run, model, tasks, states))
+
+    def experiment(run):
+        model = functaset.make_model(run.config.model.to_dict())
+        states = train(run, model, tasks)
+        return _evaluate(run, model, tasks, states)
+
+    return sweep(config, workdir, experiment)
 
 
 def make_tasks(config: ConfigDict) -> list[Task]:
@@ -56,11 +52,17 @@ def make_tasks(config: ConfigDict) -> list[Task]:
       FileNotFoundError, ValueError: if an image cannot be read, or there are too few.
     """
     images, labels = _load_images(config)
-    settings = [config[name] for name in _PER_TASK]
-    num_tasks = max(map(len, settings))
-    settings = [s * num_tasks if len(s) == 1 else s for s in settings]
+    num_tasks = max(len(config[name]) for name in _PER_TASK)
+    columns = []
+    for name in _PER_TASK:
+        if len(config[name]) not in (1, num_tasks):
+            raise ValueError(
+                f"{name} must have one value for all tasks or {num_tasks}, one for "
+                f"each, got {config[name]!r}."
+            )
+        columns.append(config[name] * (num_tasks if len(config[name]) == 1 else 1))
     tasks = []
-    for resolution, num_images, mosaic, num_steps in zip(*settings, strict=True):
+    for resolution, num_images, mosaic, num_steps in zip(*columns, strict=True):
         used = num_images * mosaic**2
         if used > len(images):
             raise ValueError(
@@ -112,29 +114,6 @@ def _load_images(config):
 
 
 _PER_TASK = ("resolution", "num_images", "mosaic", "num_steps")
-
-
-def _check_config(config):
-    num_tasks = max(len(config[name]) for name in _PER_TASK)
-    for name in _PER_TASK:
-        if len(config[name]) not in (1, num_tasks) or min(config[name]) < 1:
-            raise ValueError(
-                f"config.{name} needs one number for all tasks or {num_tasks}, one for "
-                f"each, all at least 1; got {config[name]}."
-            )
-    snapshots = config.snapshot_steps
-    if any(s < 1 for s in snapshots) or sorted(set(snapshots)) != list(snapshots):
-        raise ValueError(f"snapshot_steps must be positive and rise, got {snapshots}.")
-    low, high = config.coord_range
-    if not low < high:
-        raise ValueError(f"coord_range must be (low, high), got {config.coord_range}.")
-    for name in ("log_every", "checkpoint_every"):
-        if config[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {config[name]}.")
-    if config.num_pixels < 0:
-        raise ValueError(f"num_pixels must not be negative, got {config.num_pixels}.")
-    if config.model.type != "Siren":
-        raise ValueError(f"config.model.type must be Siren, got {config.model.type!r}.")
 
 
 def fold_range(params: Any, coord_range: tuple[float, float]) -> Any:
@@ -204,32 +183,53 @@ def gradient_magnitude(
     return jnp.linalg.norm(jnp.stack(per_pixel, axis=-1), axis=(-2, -1))
 
 
-def _train(run, model, task, states, step, first, total):
-    """Trains a task from its `step` to its end; `first` steps of the run precede it."""
+def train(
+    run: runs.Run, model: functa.Siren, tasks: list[Task]
+) -> dict[str, siren.TaskState]:
+    """Fits the tasks one after the other; returns the state of each.
+
+    The steps of the run are those of all tasks in a row.
+    """
     config = run.config
-    update = siren.make_update(config, model, task)
-    run.say(f"task {task.name}: {len(task.images)} image(s); compiling the step ...")
-    while step < task.num_steps:
-        stops = [s for s in task.snapshots if s > step] + [
-            (step // every + 1) * every
-            for every in (config.log_every, config.checkpoint_every)
-        ]
-        start, step = step, min(stops)
-        state = states[task.name] = update(states[task.name], start, step)
-        losses = np.asarray(state.loss[start:step])
-        loop.check_finite(losses.mean(1), first_step=first + start + 1)
+    states = {task.name: siren.init_state(config, model, task) for task in tasks}
+    firsts, total = {}, 0
+    for task in tasks:
+        firsts[task.name] = total
+        total += task.num_steps
+    updates = {}
+
+    def advance(states, start, stop):
+        # No two tasks share the steps between two stops.
+        task = next(t for t in tasks if stop <= firsts[t.name] + t.num_steps)
+        name, first = task.name, firsts[task.name]
+        if name not in updates:
+            run.say(f"task {name}: {len(task.images)} image(s); compiling the step ...")
+            updates[name] = siren.make_update(config, model, task)
+        start, stop = start - first, stop - first
+        state = updates[name](states[name], start, stop)
+        losses = state.loss[start:stop]
         metrics = {
-            "task": task.name,
-            "task_step": step,
+            "task": name,
+            "task_step": stop,
             "loss": float(losses[-1].mean()),
         }
-        if step in task.snapshots:
-            state = states[task.name] = _record(config, model, task, state, step)
-            mse = np.asarray(state.mse[task.snapshots.index(step)])
+        if stop in task.snapshots:
+            state = _record(config, model, task, state, stop)
+            mse = np.asarray(state.mse[task.snapshots.index(stop)])
             metrics["psnr"] = float(functa.mean_psnr(mse))
-        run.log(first + step, metrics, num_steps=total)
-        if step % config.checkpoint_every == 0 or step == task.num_steps:
-            run.save(first + step, states)
+        return {**states, name: state}, losses, metrics
+
+    def steps(task, *intervals):
+        return {
+            firsts[task.name] + step for step in loop.every(task.num_steps, *intervals)
+        }
+
+    stops, saves = set(), set()
+    for task in tasks:
+        stops |= steps(task, config.log_every)
+        stops |= {firsts[task.name] + step for step in task.snapshots}
+        saves |= steps(task, config.checkpoint_every)
+    return loop.train(run, states, advance, stops=stops, saves=saves)
 
 
 def _record(config, model, task, state, step):

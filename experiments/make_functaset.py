@@ -12,23 +12,22 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.common import data, files, launch, runs
+from experiments.common import data, files, launch, runs, settings
+from experiments.configs import make_functaset as configs
 from experiments.training import encoding
 from functa import functaset
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Writes the functaset, or goes on with it; returns numbers about it."""
-    _check_config(config)
+    settings.check(config, configs.RULES)
     learner = encoding.load_learner(config.run)
-    config.params_sha256 = functaset.hash_params(learner.params)
     _adopt_dataset(config)
     dataset = load_dataset(config, learner.model_config["out_channels"])
-    with runs.open_run(workdir, config) as run:
-        if run.summary is not None:
-            return run.show_summary()
+
+    def experiment(run):
         run.say("compiling the inner loop ...")
-        written = encoding.write_functaset(
+        return encoding.write_functaset(
             run.workdir / "functaset.npz",
             learner,
             dataset,
@@ -39,7 +38,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             seed=config.seed,
             say=run.say,
         )
-        return run.finish(written)
+
+    weights = functaset.hash_params(learner.params)
+    return runs.run_once(workdir, config, experiment, inputs={"weights": weights})
 
 
 def load_dataset(config: ConfigDict, out_channels: int) -> dict[str, data.Arrays]:
@@ -61,16 +62,6 @@ def load_dataset(config: ConfigDict, out_channels: int) -> dict[str, data.Arrays
         stop = config.num_images or len(arrays["image"])
         dataset[split] = {name: array[:stop] for name, array in arrays.items()}
     return dataset
-
-
-def _check_config(config):
-    if not config.splits or not set(config.splits) <= set(data.SPLITS):
-        raise ValueError(
-            f"splits must be some of {', '.join(data.SPLITS)}, got {config.splits}."
-        )
-    for name, lowest in {"num_images": 0, "copies": 1, "batch_size": 1}.items():
-        if config[name] < lowest:
-            raise ValueError(f"{name} must be at least {lowest}, got {config[name]}.")
 
 
 def _adopt_dataset(config):

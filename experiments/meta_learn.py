@@ -16,31 +16,30 @@ import optax
 from ml_collections import ConfigDict
 
 import functa
-from experiments.common import data, devices, figures, files, launch, runs
-from experiments.training import encoding, loop, meta
+from experiments.common import data, devices, figures, files, launch, settings
+from experiments.common.sweep import sweep
+from experiments.configs import meta_learn as configs
+from experiments.training import encoding, meta
 from functa import functaset
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
+    settings.check(config, configs.RULES)
     dataset = {split: data.load(split=split, **config.dataset) for split in data.SPLITS}
-    images = dataset["train"]["image"]
     learner = None
     if config.init_from:
         learner = encoding.load_learner(config.init_from)
         _adopt(config, learner)
-    _complete_config(config, images.shape)
-    with runs.open_run(workdir, config) as run:
-        if run.summary is not None:
-            return run.show_summary()
-        model = functaset.make_model(config.model.to_dict())
-        optimizer = meta.make_optimizer(config)
-        state = meta.init_state(config, model, optimizer, learner)
-        first_step, state = run.restore(state)
-        update = meta.make_update(config, model, optimizer)
-        state = _train(run, state, images, update, first_step)
-        learner = encoding.make_learner(config, vars(state))
-        return run.finish(_evaluate(run, learner, dataset))
+    _complete_config(config, dataset["train"]["image"].shape)
+
+    def experiment(run):
+        model = functaset.make_model(run.config.model.to_dict())
+        state = meta.train(run, model, dataset["train"]["image"], learner)
+        trained = encoding.make_learner(run.config, vars(state))
+        return _evaluate(run, trained, dataset)
+
+    return sweep(config, workdir, experiment)
 
 
 def _adopt(config, learner):
@@ -65,55 +64,14 @@ def _complete_config(config, shape):
         raise ValueError(
             f"coarse_factor {factor} does not divide the images' {height}x{width}."
         )
-    if not 0 <= config.num_pixels <= height * width:
+    if config.num_pixels > height * width:
         raise ValueError(
-            f"num_pixels must be between 0 and {height * width}, the pixels of an "
-            f"image, got {config.num_pixels}."
+            f"num_pixels must be at most {height * width}, the pixels of an image, got "
+            f"{config.num_pixels}."
         )
     if not callable(getattr(optax, config.eval.optimizer, None)):
         raise ValueError(f"optax has no optimizer {config.eval.optimizer!r}.")
     devices.check_divisible(config.batch_size)
-    if config.num_steps < 0:
-        raise ValueError(f"num_steps must not be negative, got {config.num_steps}.")
-    for name in ("checkpoint_every", "log_every"):
-        if config[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {config[name]}.")
-    if config.checkpoint_every % config.log_every:
-        raise ValueError(
-            "checkpoint_every must be a multiple of log_every, got "
-            f"{config.checkpoint_every} and {config.log_every}."
-        )
-
-
-def _train(run, state, images, update, first_step):
-    config = run.config
-    losses, psnrs = [], []
-    compiled = set()
-    for step in range(first_step, config.num_steps):
-        coords, targets = meta.make_batch(config, images, step)
-        if targets.shape not in compiled:
-            compiled.add(targets.shape)
-            run.say(f"compiling the outer step for batches of {targets.shape} ...")
-        targets = devices.divide(targets)
-        key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
-        state, loss, psnr = update(state, coords, targets, key)
-        losses.append(loss)
-        psnrs.append(psnr)
-        done = step + 1
-        if done % config.log_every == 0 or done == config.num_steps:
-            losses = np.asarray(jax.device_get(losses))
-            loop.check_finite(losses, first_step=done - len(losses) + 1)
-            psnr = np.mean(jax.device_get(psnrs), axis=0)
-            metrics = {
-                "loss": float(losses.mean()),
-                "psnr": float(psnr[-1]),
-                "psnr_per_step": psnr,
-            }
-            run.log(done, metrics, num_steps=config.num_steps)
-            losses, psnrs = [], []
-            if done % config.checkpoint_every == 0 or done == config.num_steps:
-                run.save(done, state)
-    return state
 
 
 def _evaluate(run, learner, dataset):

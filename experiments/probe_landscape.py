@@ -22,13 +22,14 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from experiments.common import data, figures, files, launch, runs
-from experiments.networks import registry
-from experiments.training import classifier
+from experiments.common import data, figures, files, launch, settings
+from experiments.common.sweep import sweep
+from experiments.configs import probe_landscape as configs
+from experiments.training import classifier, loop
 from experiments.training.classifier import Images, TrainState
 from landscape import curvature, probes, surface
 
-NETWORKS = ("bn", "plain")
+_NETWORKS = ("bn", "plain")
 # Points of a surface between two writes of its file.
 _PIECE = 25
 
@@ -94,17 +95,17 @@ class Tools(NamedTuple):
     """What the trainings of one network with one seed share, compiled once.
 
     Attributes:
+      problem: the network, where it starts, and the images.
       init: rate -> the state before the first step.
       update: of `classifier.make_update`.
-      predict: of `classifier.make_predict`.
       probe: (state, indices of training images) -> `probes.GradientProbe`.
       eigenvalues: (key, state) -> `curvature.Eigenpairs`.
       surface_losses: (state, directions, points) -> losses.
     """
 
+    problem: classifier.Problem
     init: Callable[..., TrainState]
     update: Callable[..., TrainState]
-    predict: Callable[..., np.ndarray]
     probe: Callable[..., probes.GradientProbe]
     eigenvalues: Callable[..., curvature.Eigenpairs]
     surface_losses: Callable[..., jax.Array]
@@ -112,42 +113,46 @@ class Tools(NamedTuple):
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
-    _check_config(config)
+    settings.check(config, configs.RULES)
+    _check_surface(config)
     images = classifier.load_images(config)
-    with runs.open_run(workdir, config) as run:
-        if run.summary is not None:
-            return run.show_summary()
-        summaries = {}
-        for network in config.networks:
-            for seed in config.seeds:
-                tools = make_tools(config, images, network, seed)
-                for rate in config.learning_rates:
-                    name = f"{network}_rate{rate:g}_seed{seed}"
-                    run.say(f"--- {name}")
-                    single = ConfigDict(config)
-                    single.networks, single.seeds = (network,), (seed,)
-                    single.learning_rates = (rate,)
-                    with_surface = (
-                        config.surface.size > 0
-                        and rate == config.surface.learning_rate
-                        and seed == config.seeds[0]
-                    )
-                    folder = run.workdir / name
-                    summaries[name] = _train_one(
-                        single, folder, images, tools, with_surface=with_surface
-                    )
+
+    @functools.cache  # compiled once for all rates
+    def tools_of(network, seed):
+        return make_tools(config, images, network, seed)
+
+    def experiment(run):
+        [network], [seed] = run.config.networks, run.config.seeds
+        [rate] = run.config.learning_rates
+        with_surface = (
+            config.surface.size > 0
+            and rate == config.surface.learning_rate
+            and seed == config.seeds[0]
+        )
+        return _train_one(run, tools_of(network, seed), with_surface=with_surface)
+
+    def finish(run, summaries):
         arrays = _collect(config, run.workdir)
         files.write_npz(run.workdir / "arrays.npz", arrays)
         figures.draw(run.workdir)
-        return run.finish(make_table(config, arrays, images.num_classes, summaries))
+        return make_table(config, arrays, images.num_classes)
+
+    return sweep(
+        config,
+        workdir,
+        experiment,
+        axes={"networks": "{}", "learning_rates": "rate{:g}", "seeds": "seed{}"},
+        nested=True,
+        finish=finish,
+    )
 
 
 def make_tools(config: ConfigDict, images: Images, network: str, seed: int) -> Tools:
     """The functions of one network and seed; the learning rate is in the state."""
-    settings = config.model.to_dict() | {"batch_norm": network == "bn"}
-    model = registry.make_model(settings, images.num_classes)
-    steps_per_epoch = classifier.count_steps(images, config.batch_size)
-    num_steps = config.num_epochs * steps_per_epoch
+    single = ConfigDict(config)
+    single.seeds = (seed,)
+    problem = classifier.make_problem(single, images, batch_norm=network == "bn")
+    model, num_steps = problem.model, problem.num_steps
     optimizer = optax.chain(
         record_changes(
             num_steps, {"last_layer": config.last_layer, "all_layers": None}
@@ -155,11 +160,9 @@ def make_tools(config: ConfigDict, images: Images, network: str, seed: int) -> T
         _make_optimizer(config.optimizer),
     )
 
-    variables = classifier.init_variables(model, images, seed)
-
     def init(rate):
         # Copies: the state's buffers are donated.
-        fresh = jax.tree.map(jnp.copy, variables)
+        fresh = jax.tree.map(jnp.copy, problem.variables)
         state = classifier.init_state(fresh, optimizer, num_steps)
         opt_state = optax.tree.set(state.opt_state, learning_rate=jnp.float32(rate))
         return state.replace(opt_state=opt_state)
@@ -173,9 +176,9 @@ def make_tools(config: ConfigDict, images: Images, network: str, seed: int) -> T
         seed=seed,
     )
     return Tools(
+        problem=problem,
         init=init,
         update=update,
-        predict=classifier.make_predict(model, images),
         probe=_make_probe(config, model, images),
         eigenvalues=_make_eigenvalues(config, model, images),
         surface_losses=_make_surface(config, model, images),
@@ -273,63 +276,55 @@ def _make_surface(config, model, images):
     )
 
 
-def _train_one(config, workdir, images, tools, *, with_surface):
-    [seed], [rate] = config.seeds, config.learning_rates
-    steps_per_epoch = classifier.count_steps(images, config.batch_size)
-    num_steps = config.num_epochs * steps_per_epoch
-    intervals = [config.probe_every, config.checkpoint_every, steps_per_epoch]
+def _train_one(run, tools, *, with_surface):
+    config, problem = run.config, tools.problem
+    num_steps = problem.num_steps
+    intervals = [config.probe_every]
     if config.sharpness.every:
         intervals.append(config.sharpness.every)
-    with runs.open_run(workdir, config) as run:
-        if run.summary is not None:
-            return run.show_summary()
-        step, state = run.restore(tools.init(rate))
-        # A run that was stopped before its first checkpoint has that line already.
-        if not files.read_metrics(run.workdir / "metrics.jsonl"):
-            run.log(0, _measure(config, images, tools, state, 0), num_steps=num_steps)
-        while step < num_steps:
-            start = step
-            step = min((start // every + 1) * every for every in intervals)
-            state = tools.update(state, start, step)
-            # A run that breaks down is a finding here: it goes on, and is flagged.
-            metrics = {"loss": float(state.loss[start:step].mean())}
-            metrics |= _measure(config, images, tools, state, step)
-            run.log(step, metrics, num_steps=num_steps)
-            if step % config.checkpoint_every == 0 or step == num_steps:
-                run.save(step, state)
-        changes = optax.tree.get(state.opt_state, "changes")
-        metrics = files.read_metrics(run.workdir / "metrics.jsonl")
-        arrays = _arrays_of_run(state, changes, metrics)
-        summary = {
-            "test_accuracy": metrics[-1]["test_accuracy"],
-            "is_dead": bool(probes.is_dead(state.loss, images.num_classes)),
-            "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
-        }
-        if with_surface:
-            started = time.monotonic()
-            key = jax.random.fold_in(jax.random.key(seed), num_steps + 1)
-            arrays["surface"] = _measure_surface(run, tools, state, key)
-            # With compilation, and of this sitting alone.
-            summary["surface_seconds"] = round(time.monotonic() - started, 1)
-        files.write_npz(run.workdir / "arrays.npz", arrays)
-        return run.finish(summary)
+    # A run that diverges is a finding here: it goes on, and is flagged.
+    state = classifier.train(
+        run,
+        problem,
+        tools.init(config.learning_rates[0]),
+        tools.update,
+        measure=lambda state, step: _measure(config, tools, state, step),
+        stops={0} | loop.every(num_steps, *intervals),
+        may_diverge=True,
+    )
+    changes = optax.tree.get(state.opt_state, "changes")
+    metrics = run.metrics()
+    arrays = _arrays_of_run(state, changes, metrics)
+    summary = {
+        "test_accuracy": metrics[-1]["test_accuracy"],
+        "is_dead": bool(probes.is_dead(state.loss, problem.images.num_classes)),
+        "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
+    }
+    if with_surface:
+        started = time.monotonic()
+        key = jax.random.fold_in(jax.random.key(config.seeds[0]), num_steps + 1)
+        arrays["surface"] = _measure_surface(run, tools, state, key)
+        # With compilation, since the run was last started.
+        summary["surface_seconds"] = round(time.monotonic() - started, 1)
+    files.write_npz(run.workdir / "arrays.npz", arrays)
+    return summary
 
 
-def _measure(config, images, tools, state, step):
+def _measure(config, tools, state, step):
     """What is due at this step: lists are kept in the log, numbers also shown."""
-    num_train = len(images.train[0])
-    steps_per_epoch = classifier.count_steps(images, config.batch_size)
-    is_last = step == config.num_epochs * steps_per_epoch
+    problem = tools.problem
+    is_last = step == problem.num_steps
     metrics = {}
-    if step % steps_per_epoch == 0:
-        logits = tools.predict(state.variables, images.test[0])
-        metrics["test_accuracy"] = classifier.accuracy(logits, images.test[1])
+    if step % problem.steps_per_epoch == 0:
+        metrics["test_accuracy"] = problem.test_accuracy(state.variables)
     if step % config.probe_every == 0 or is_last:
         indices = data.batch_indices(
-            config.seeds[0], step, num_examples=num_train, batch_size=config.batch_size
+            config.seeds[0],
+            step,
+            num_examples=len(problem.images.train[0]),
+            batch_size=config.batch_size,
         )
-        probe = tools.probe(state, indices)
-        metrics["probe"] = probe._asdict()
+        metrics["probe"] = tools.probe(state, indices)._asdict()
     every = config.sharpness.every
     if every and (step % every == 0 or is_last):
         key = jax.random.fold_in(jax.random.key(config.seeds[0]), step)
@@ -398,7 +393,8 @@ def _collect(config, workdir):
         for rate in config.learning_rates:
             row = []
             for seed in config.seeds:
-                path = workdir / f"{network}_rate{rate:g}_seed{seed}" / "arrays.npz"
+                name = f"{network}_rate{rate:g}_seed{seed}"
+                path = workdir / name / "arrays.npz"
                 with np.load(path) as file:
                     row.append(dict(file))
             rows.append(row)
@@ -415,10 +411,7 @@ def _collect(config, workdir):
 
 
 def make_table(
-    config: ConfigDict,
-    arrays: dict[str, np.ndarray],
-    num_classes: int,
-    runs: dict[str, Any],
+    config: ConfigDict, arrays: dict[str, np.ndarray], num_classes: int
 ) -> dict[str, Any]:
     """Numbers with and without batch normalisation, mean and deviation over seeds.
 
@@ -479,13 +472,13 @@ def make_table(
             if "eigenvalues" in curves:
                 largest = curves["eigenvalues"][i, :, -1, 0]
                 table |= _mean_and_std(f"{at}.largest_eigenvalue_at_the_end", largest)
-    if set(config.networks) == set(NETWORKS):
+    if set(config.networks) == set(_NETWORKS):
         for suffix in ("", "_at_the_end", "_without_dead"):
             plain, bn = (table[f"{n}.envelope_width{suffix}"] for n in ("plain", "bn"))
             # A single run has no width.
             is_known = plain is not None and bn
             table[f"envelope_width_ratio{suffix}"] = plain / bn if is_known else None
-    return table | {"runs": runs}
+    return table
 
 
 def _mean_and_std(name, values):
@@ -496,29 +489,17 @@ def _mean_and_std(name, values):
     return found
 
 
-def _check_config(config):
-    for name in ("num_epochs", "checkpoint_every", "probe_every"):
-        if config[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {config[name]}.")
-    unknown = set(config.networks) - set(NETWORKS)
-    if unknown or not config.networks:
-        raise ValueError(
-            f"networks {config.networks} must be some of {', '.join(NETWORKS)}."
-        )
-    if not config.seeds or not config.learning_rates:
-        raise ValueError("seeds and learning_rates must name at least one.")
-    for name in ("learning_rates", "step_sizes"):
-        if not all(value > 0 for value in config[name]) or not config[name]:
-            raise ValueError(f"{name} must be positive, got {config[name]}.")
+def _check_surface(config):
     sizes = config.surface
     if sizes.size and sizes.learning_rate not in config.learning_rates:
         raise ValueError(
-            f"surface.learning_rate {sizes.learning_rate:g} is none of learning_rates "
-            f"{config.learning_rates}; surface.size=0 leaves the surface out."
+            f"surface.learning_rate must be one of learning_rates "
+            f"{config.learning_rates}, got {sizes.learning_rate:g}; surface.size=0 "
+            "omits the surface."
         )
-    if sizes.size and not 0 < sizes.chunk_size <= sizes.num_images:
+    if sizes.size and sizes.chunk_size > sizes.num_images:
         raise ValueError(
-            f"surface.chunk_size must be between 1 and surface.num_images "
+            f"surface.chunk_size must be at most surface.num_images "
             f"({sizes.num_images}), got {sizes.chunk_size}."
         )
 

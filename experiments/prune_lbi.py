@@ -16,13 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from ml_collections import ConfigDict
 
 import lbi
-from experiments.common import figures, files, launch, runs
+from experiments.common import figures, files, launch, runs, settings
+from experiments.common.sweep import mean_and_std
+from experiments.configs import prune_lbi as configs
 from experiments.networks import registry
-from experiments.training import classifier, loop, optimizers
+from experiments.training import classifier, optimizers
+from experiments.training import lbi as lbi_training
 from experiments.training.classifier import Images
 from lbi import pruning
 
@@ -30,52 +32,45 @@ ORDERS = ("entry", "magnitude", "random")
 
 
 class Trained(NamedTuple):
-    """What a run of train_lbi ended with.
+    """A trained network and what it was trained on.
 
     Attributes:
-      config: of that run.
-      model: the network.
-      variables: parameters and batch statistics.
+      config: of that run of train_lbi.
+      problem: the network before training, and the data set.
+      variables: parameters and batch statistics after it.
       opt_state: with the dual and the order of entry.
-      steps_per_epoch: of the training.
-      evaluate: variables -> accuracy on the test split.
-      images: the data set.
     """
 
     config: ConfigDict
-    model: nn.Module
+    problem: classifier.Problem
     variables: dict[str, Any]
     opt_state: Any
-    steps_per_epoch: int
-    evaluate: Any
-    images: Images
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Runs one experiment; returns its summary."""
-    _check_config(config)
+    """Runs or resumes one experiment; returns its summary."""
+    settings.check(config, configs.RULES)
     folders = find_runs(config)
     images = classifier.load_images(runs.load_config(folders[0]))
-    with runs.open_run(workdir, config) as run:
-        if run.summary is not None:
-            return run.show_summary()
-        rows, arrays = [], {}
-        for number, folder in enumerate(folders):
+    all_trained = [load_trained(folder, images) for folder in folders]
+    for trained in all_trained:
+        _check_layers(config, trained.problem.model)
+
+    def experiment(run):
+        rows = []
+        for folder, trained in zip(folders, all_trained, strict=True):
             run.say(f"--- {folder}")
-            trained = load_trained(folder, images)
-            _check_layers(config, trained.model)
             path = run.workdir / f"{folder.name}.json"
             if not path.exists():
-                files.write_json(path, prune_one(run, trained))
+                files.write_json(path, prune_one(run, folder.name, trained))
             rows.append(files.read_json(path))
-            # The pictures show the first run, the curves the mean over all.
-            if number == 0:
-                arrays = make_pictures(config, trained)
-        for key, values in _curves(rows).items():
-            arrays[key] = values
+        # The pictures show the first network, the curves the mean over all.
+        arrays = make_pictures(config, all_trained[0]) | _curves(rows)
         files.write_npz(run.workdir / "arrays.npz", arrays)
         figures.draw(run.workdir)
-        return run.finish({"num_runs": len(rows), **summarize(rows)})
+        return {"num_runs": len(rows), **mean_and_std(rows)}
+
+    return runs.run_once(workdir, config, experiment)
 
 
 def find_runs(config: ConfigDict) -> list[Path]:
@@ -107,39 +102,16 @@ def find_runs(config: ConfigDict) -> list[Path]:
 
 def load_trained(folder: Path, images: Images) -> Trained:
     """Restores the last checkpoint of a single run of train_lbi."""
-    config = runs.load_config(folder)
-    model = registry.make_model(config.model.to_dict(), images.num_classes)
-    steps_per_epoch = classifier.count_steps(images, config.batch_size)
-    num_steps = config.num_epochs * steps_per_epoch
-    variables = classifier.init_variables(model, images, config.seeds[0])
-    optimizer = classifier.make_optimizer(
-        config, config.methods[0], variables["params"], num_steps
-    )
-    state = classifier.init_state(variables, optimizer, num_steps)
-    _, state = runs.load_checkpoint(folder, state)
-    predict = classifier.make_predict(model, images)
-    pixels, labels = images.test
-
-    def evaluate(variables):
-        return classifier.accuracy(predict(variables, pixels), labels)
-
-    return Trained(
-        config,
-        model,
-        state.variables,
-        state.opt_state,
-        steps_per_epoch,
-        evaluate,
-        images,
-    )
+    config, problem, state = lbi_training.load(folder, images)
+    return Trained(config, problem, state.variables, state.opt_state)
 
 
-def prune_one(run: runs.Run, trained: Trained) -> dict[str, Any]:
-    """All measurements of one network: nested numbers."""
+def prune_one(run: runs.Run, name: str, trained: Trained) -> dict[str, Any]:
+    """All measurements of one network, `name` in the run: nested numbers."""
     config = run.config
     started = time.monotonic()
     importances = make_importances(config, trained)
-    dense = trained.evaluate(trained.variables)
+    dense = trained.problem.test_accuracy(trained.variables)
     run.say(f"dense: {100 * dense:.2f} %")
     # Without batch normalisation there is nothing to measure anew.
     has_bn = bool(jax.tree.leaves(trained.variables["batch_stats"]))
@@ -172,8 +144,8 @@ def prune_one(run: runs.Run, trained: Trained) -> dict[str, Any]:
 
     row["curves"] = _measure_curves(run, trained, importances, modes[-1])
     if config.finetune.epochs:
-        row["finetuned"] = _finetune_layer(run, trained, importances)
-    row["compressed"] = _compress(run, trained, importances["entry"])
+        row["finetuned"] = _finetune_layer(run, name, trained, importances)
+    row["compressed"] = _compress(run, name, trained, importances["entry"])
     row["seconds"] = time.monotonic() - started
     return row
 
@@ -188,7 +160,7 @@ def make_importances(config: ConfigDict, trained: Trained) -> dict[str, Any]:
         "magnitude": pruning.magnitude_importance(params, penalty),
         "random": [pruning.random_importance(key, params, penalty) for key in keys],
         "official": pruning.official_importance(
-            params, opt_state, trained.steps_per_epoch
+            params, opt_state, trained.problem.steps_per_epoch
         ),
     }
 
@@ -224,7 +196,9 @@ def prune_layer_officially(
 def _accuracy(config, trained, importances, order, layer, share, mode):
     if mode == "official":
         scores = importances["official"]
-        return trained.evaluate(prune_layer_officially(trained, scores, layer, share))
+        return trained.problem.test_accuracy(
+            prune_layer_officially(trained, scores, layer, share)
+        )
     variables = prune_layer(trained, importances[order], layer, share)
     return _evaluate(config, trained, variables, mode)
 
@@ -232,12 +206,12 @@ def _accuracy(config, trained, importances, order, layer, share, mode):
 def _evaluate(config, trained, variables, mode):
     if mode == "recalibrated":
         variables = classifier.recalibrate(
-            trained.model,
-            trained.images,
+            trained.problem.model,
+            trained.problem.images,
             variables,
             num_batches=config.num_recalibration_batches,
         )
-    return trained.evaluate(variables)
+    return trained.problem.test_accuracy(variables)
 
 
 def _measure_curves(run, trained, importances, mode):
@@ -278,7 +252,7 @@ def curve_sparsities(config: ConfigDict) -> list[float]:
     return sorted({*config.sparsities, *config.curve_sparsities})
 
 
-def _finetune_layer(run, trained, importances):
+def _finetune_layer(run, name, trained, importances):
     """Accuracy of config.layer at the last share after masked training."""
     config = run.config
     results = {}
@@ -286,49 +260,63 @@ def _finetune_layer(run, trained, importances):
         path = f"{config.layer}/kernel"
         importance = {config.layer: importances[order][path]}
         keep = pruning.keep_masks(importance, config.sparsities[-1])
-        variables = _train_masked(run, trained, keep, config.finetune.epochs)
-        results[order] = trained.evaluate(variables)
+        variables = _train_masked(
+            run,
+            f"{name}_masked_{order}",
+            trained,
+            keep,
+            config.finetune.epochs,
+        )
+        results[order] = trained.problem.test_accuracy(variables)
     run.say(f"{config.layer} after {config.finetune.epochs} masked epoch(s): {results}")
     return results
 
 
-def _train_masked(run, trained, keep, num_epochs):
-    """Trains on with the channels outside `keep` at zero; returns the variables."""
-    config = run.config
+def _train_masked(run, name, trained, keep, num_epochs):
+    """Trains with the channels outside `keep` at zero; returns the variables.
+
+    The training is a run of its own, `name`, inside that of `run`.
+    """
+    problem = trained.problem
     masks = pruning.channel_masks(
-        keep, registry.channel_map(trained.model), trained.variables
-    )
-    if num_epochs == 0:
-        return pruning.apply_masks(trained.variables, masks)
-    num_steps = num_epochs * trained.steps_per_epoch
-    settings = config.finetune
-    optimizer = optax.chain(
-        optimizers.make_optimizer(settings, num_steps),
-        pruning.keep_zero(masks["params"]),
+        keep, registry.channel_map(problem.model), trained.variables
     )
     variables = pruning.apply_masks(trained.variables, masks)
-    state = classifier.init_state(variables, optimizer, num_steps)
+    if num_epochs == 0:
+        return variables
+    finetune = run.config.finetune
+    problem = problem._replace(num_steps=num_epochs * problem.steps_per_epoch)
+    optimizer = optax.chain(
+        optimizers.make_optimizer(finetune, problem.num_steps),
+        pruning.keep_zero(masks["params"]),
+    )
     update = classifier.make_update(
-        trained.model,
-        trained.images,
+        problem.model,
+        problem.images,
         optimizer,
         batch_size=trained.config.batch_size,
         augmented=trained.config.augment,
-        seed=config.seed + 1,
+        seed=run.config.seed + 1,
     )
-    for first in range(0, num_steps, trained.steps_per_epoch):
-        last = first + trained.steps_per_epoch
-        state = update(state, first, last)
-        losses = np.asarray(state.loss[first:last])
-        loop.check_finite(losses, first_step=first + 1)
-        run.say(f"masked training, step {last}/{num_steps}, loss {losses.mean():.4g}")
+    config = ConfigDict(
+        finetune.to_dict()
+        | {
+            "experiment": "prune_lbi",
+            "variant": run.config.variant,
+            "num_epochs": num_epochs,
+            "checkpoint_every": problem.steps_per_epoch,
+        }
+    )
+    with runs.open_run(run.workdir / name, config) as inner:
+        state = classifier.init_state(variables, optimizer, problem.num_steps)
+        state = classifier.train(inner, problem, state, update)
     return pruning.apply_masks(state.variables, masks)
 
 
-def _compress(run, trained, importance):
+def _compress(run, name, trained, importance):
     """Keeps shares of the channels of every layer, trains on, and builds it smaller."""
     config = run.config
-    channels = registry.channel_map(trained.model)
+    channels = registry.channel_map(trained.problem.model)
     keep = {}
     for layer, share in config.compress.items():
         scores = importance[f"{layer}/kernel"]
@@ -336,19 +324,25 @@ def _compress(run, trained, importance):
         scores = scores.mean(0) if scores.ndim == 2 else scores
         keep[layer] = pruning.keep_masks({layer: scores}, 1 - share)[layer]
     before = _evaluate(config, trained, _zero_channels(trained, keep), "recalibrated")
-    masked = _train_masked(run, trained, keep, config.finetune.compressed_epochs)
+    masked = _train_masked(
+        run,
+        f"{name}_compressed",
+        trained,
+        keep,
+        config.finetune.compressed_epochs,
+    )
     if config.finetune.compressed_epochs == 0:
         masked = classifier.recalibrate(
-            trained.model,
-            trained.images,
+            trained.problem.model,
+            trained.problem.images,
             masked,
             num_batches=config.num_recalibration_batches,
         )
-    small_model = registry.thin_model(trained.model, keep)
+    small_model = registry.thin_model(trained.problem.model, keep)
     small = pruning.thin(masked, keep, channels)
-    predict = classifier.make_predict(trained.model, trained.images)
-    predict_small = classifier.make_predict(small_model, trained.images)
-    pixels, labels = trained.images.test
+    predict = classifier.make_predict(trained.problem.model, trained.problem.images)
+    predict_small = classifier.make_predict(small_model, trained.problem.images)
+    pixels, labels = trained.problem.images.test
     logits, small_logits = predict(masked, pixels), predict_small(small, pixels)
     results = {
         "kept_channels": {layer: int(mask.sum()) for layer, mask in keep.items()},
@@ -358,7 +352,7 @@ def _compress(run, trained, importance):
         "largest_logit": np.abs(logits).max(),
     }
     for name, model, variables in (
-        ("dense", trained.model, trained.variables),
+        ("dense", trained.problem.model, trained.variables),
         ("compressed", small_model, small),
     ):
         results |= {
@@ -377,8 +371,8 @@ def _compress(run, trained, importance):
 
 def _milliseconds(config, model, variables, trained):
     """Median time of a forward pass of a batch."""
-    pixels = trained.images.test[0][: config.timing_batch_size]
-    batch = classifier.normalise(trained.images, jnp.asarray(pixels))
+    pixels = trained.problem.images.test[0][: config.timing_batch_size]
+    batch = classifier.normalise(trained.problem.images, jnp.asarray(pixels))
     forward = jax.jit(model.apply)
     jax.block_until_ready(forward(variables, batch))
     times = []
@@ -400,7 +394,7 @@ def _zero_weights(trained, keep):
 
 
 def _zero_channels(trained, keep):
-    channels = registry.channel_map(trained.model)
+    channels = registry.channel_map(trained.problem.model)
     masks = pruning.channel_masks(keep, channels, trained.variables)
     return pruning.apply_masks(trained.variables, masks)
 
@@ -443,45 +437,8 @@ def _curves(rows):
     }
 
 
-def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean over the runs of every number, beside it the deviation if there are several.
-
-    Args:
-      rows: nested dicts of numbers or lists of numbers, all of one structure.
-
-    Returns:
-      Flat: {"one_layer.connected": mean, "one_layer.connected_std": ...}.
-    """
-    summary = {}
-    first = rows[0]
-    for name, value in first.items():
-        if isinstance(value, dict):
-            inner = summarize([row[name] for row in rows])
-            summary |= {f"{name}.{key}": number for key, number in inner.items()}
-            continue
-        values = np.array([row[name] for row in rows], np.float64)
-        summary[name] = values.mean(0)
-        if len(rows) > 1:
-            summary[f"{name}_std"] = values.std(0, ddof=1)
-    return summary
-
-
 def _percent(values):
     return "  ".join(f"{100 * value:.2f}" for value in values) + " %"
-
-
-def _check_config(config):
-    for name in ("sparsities", "curve_sparsities"):
-        if not all(0 <= s < 1 for s in config[name]):
-            raise ValueError(f"{name} must be from 0 to below 1, got {config[name]}.")
-    if not config.sparsities or config.num_random < 1:
-        raise ValueError("sparsities and num_random must name at least one.")
-    for name, share in config.compress.items():
-        if not 0 < share <= 1:
-            raise ValueError(f"compress.{name} must be in (0, 1], got {share}.")
-    for name in ("epochs", "compressed_epochs"):
-        if config.finetune[name] < 0:
-            raise ValueError(f"finetune.{name} must not be negative.")
 
 
 def _check_layers(config, model):

@@ -21,18 +21,13 @@ from ml_collections import ConfigDict
 
 import lbi
 import vit
-from experiments.common import figures, files, launch, runs
+from experiments.common import figures, files, launch, runs, settings
+from experiments.common.sweep import sweep
+from experiments.configs import prune_vit as configs
 from experiments.training import classifier, optimizers
 from experiments.training import vit as vit_training
 from experiments.training.classifier import Images
 from vit import cascade, checkpoint, cost, importance, slicing
-
-_SCORES = ("max", "sum", "cls", "norm", "random")
-METHODS = (
-    *("dense", *_SCORES, "constant", "range", "skip", "zero", "released_code"),
-    *("evit", "merge", "resolution"),
-    *("heads", "heads_random", "heads_lbi", "neurons_random", "neurons_lbi"),
-)
 
 
 class Network(NamedTuple):
@@ -50,6 +45,11 @@ class Network(NamedTuple):
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.model.patch_size) ** 2
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The keywords of a cascade's constructor."""
+        return {"num_layers": self.model.num_layers, "num_patches": self.num_patches}
 
     def with_cascade(self, chosen: vit.Cascade | None) -> "Network":
         return self._replace(model=self.model.clone(cascade=chosen))
@@ -69,54 +69,63 @@ class Calibration(NamedTuple):
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
-    _check_config(config)
+    settings.check(config, configs.RULES)
+    _check_methods(config)
     images = vit_training.load_images(config) if config.dataset.name else None
     dense = load_network(config, images)
-    with runs.open_run(workdir, config) as run:
-        if run.summary is not None:
-            return run.show_summary()
-        _check_same_file(run, config.checkpoint)
-        calibration = structure = None
-        if images is not None:
-            calibration = calibrate(config, dense, images)
-            lbi_methods = [m for m in config.methods if m.endswith("_lbi")]
-            if lbi_methods:
-                structure = _learn_structure(run, dense, images)
-        rows, seen = [], set()
-        for method, ratios in {"dense": (0.0,), **config.methods}.items():
-            for ratio in ratios:
-                network = prune(
-                    method, ratio, dense, calibration, structure, seed=config.seed
-                )
-                if (method, network.model, network.image_size) in seen:
-                    continue  # the knob has no step in between
-                seen.add((method, network.model, network.image_size))
-                name = f"{method}_{ratio:g}"
-                path = run.workdir / "rows" / f"{name}.json"
-                if not path.exists():
-                    started = time.monotonic()
-                    row = {"method": method, "ratio": ratio}
-                    timed = method == "dense" or method in config.timing.methods
-                    row |= measure(run, network, dense, images, timed=timed)
-                    tuned = config.tuning.methods.get(method, ())
-                    if config.tuning.num_epochs and ratio in tuned:
-                        row |= _train_on(run, name, network, dense, images)
-                    row["seconds"] = time.monotonic() - started
-                    files.write_json(path, row)
-                    _say_row(run, row)
-                rows.append(files.read_json(path))
-        arrays = _table(rows)
-        summary = {"rows": {f"{r['method']}_{r['ratio']:g}": r for r in rows}}
-        if images is not None:
-            arrays |= make_pictures(config, dense, images, calibration)
-            summary |= {"parity": _parity(run, dense, images)}
-            summary |= compare(rows)
-        files.write_npz(run.workdir / "arrays.npz", arrays)
-        _write_table(run.workdir / "table.md", rows, config.timing.batch_sizes)
-        figures.draw(run.workdir)
-        # Rows of earlier sittings count too.
-        summary["rows_seconds"] = sum(row["seconds"] for row in rows)
-        return run.finish(summary)
+    # A run that is resumed must not join the rows of two networks.
+    digest = None
+    if config.checkpoint:
+        digest = hashlib.sha256(Path(config.checkpoint).read_bytes()).hexdigest()
+    return sweep(
+        config,
+        workdir,
+        lambda run: _measure_all(run, dense, images),
+        inputs=lambda config: {"checkpoint": digest},
+    )
+
+
+def _measure_all(run, dense, images):
+    config = run.config
+    calibration = structure = None
+    if images is not None:
+        calibration = calibrate(config, dense, images)
+        if any(method.endswith("_lbi") for method in config.methods):
+            structure = _learn_structure(run, dense, images)
+    rows, seen = [], set()
+    for method, ratios in {"dense": (0.0,), **config.methods}.items():
+        for ratio in ratios:
+            network = prune(
+                method, ratio, dense, calibration, structure, seed=config.seeds[0]
+            )
+            if (method, network.model, network.image_size) in seen:
+                continue  # the knob has no step in between
+            seen.add((method, network.model, network.image_size))
+            name = f"{method}_{ratio:g}"
+            path = run.workdir / "rows" / f"{name}.json"
+            if not path.exists():
+                started = time.monotonic()
+                row = {"method": method, "ratio": ratio}
+                timed = method == "dense" or method in config.timing.methods
+                row |= measure(run, network, dense, images, timed=timed)
+                tuned = config.tuning.methods.get(method, ())
+                if config.tuning.num_epochs and ratio in tuned:
+                    row |= _fine_tune(run, name, network, dense, images)
+                row["seconds"] = time.monotonic() - started
+                files.write_json(path, row)
+                _say_row(run, row)
+            rows.append(files.read_json(path))
+    arrays = _table(rows)
+    summary = {"rows": {f"{r['method']}_{r['ratio']:g}": r for r in rows}}
+    if images is not None:
+        arrays |= make_pictures(config, dense, images, calibration)
+        summary |= {"parity": _parity(run, dense, images)}
+        summary |= compare(rows)
+    files.write_npz(run.workdir / "arrays.npz", arrays)
+    _write_table(run.workdir / "table.md", rows, config.timing.batch_sizes)
+    figures.draw(run.workdir)
+    # Rows of earlier sittings count too.
+    return summary | {"rows_seconds": sum(row["seconds"] for row in rows)}
 
 
 def load_network(config: ConfigDict, images: Images | None) -> Network:
@@ -145,7 +154,7 @@ def load_network(config: ConfigDict, images: Images | None) -> Network:
         )
     model = vit.make(num_classes=1000, **config.model.to_dict(), **options)
     shape = (1, config.image_size, config.image_size, channels)
-    variables = jax.jit(model.init)(jax.random.key(config.seed), jnp.zeros(shape))
+    variables = jax.jit(model.init)(jax.random.key(config.seeds[0]), jnp.zeros(shape))
     return Network(model, variables["params"], config.image_size, channels)
 
 
@@ -193,55 +202,126 @@ def prune(
     Args:
       method: its name.
       ratio: plateau of the ramp over the layers; of "constant" and "range" the mean
-        over all but the first; of heads and neurons the share of each layer. "evit",
-        "merge" and "resolution" are set to what costs most nearly as much as "max".
+        over all layers but the first; of heads and neurons the share of each layer.
+        "evit", "merge" and "resolution" are set to cost as nearly as possible what
+        "max" costs.
       dense: the whole network.
       calibration: for "range" and "heads".
       structure: for "heads_lbi" and "neurons_lbi", scores of each layer.
       seed: of "random", "heads_random" and "neurons_random".
     """
-    model, num_layers = dense.model, dense.model.num_layers
-    num_patches = dense.num_patches
-    sizes = {"num_layers": num_layers, "num_patches": num_patches}
     if method == "dense" or ratio == 0:
         return dense
-    if method in _SCORES:
-        cumulative = method in ("max", "sum", "random")
+    return _METHODS[method](
+        dense, ratio, calibration=calibration, structure=structure, seed=seed
+    )
+
+
+def _by_score(score, cumulative, **options):
+    def prune_by_score(dense, ratio, *, seed, **_):
         return dense.with_cascade(
             cascade.report(
-                ratio, **sizes, score=method, cumulative=cumulative, seed=seed
+                ratio,
+                **dense.sizes,
+                score=score,
+                cumulative=cumulative,
+                seed=seed,
+                **options,
             )
         )
-    if method in ("skip", "zero"):
-        return dense.with_cascade(cascade.report(ratio, **sizes, semantics=method))
-    if method in ("constant", "range"):
-        ratios = cascade.constant_ratios(ratio, num_layers)
-        if method == "range":
-            ratios = cascade.range_ratios(ratio, calibration.ranges)
-        return dense.with_cascade(cascade.from_ratios(ratios, num_patches))
-    if method == "released_code":
-        return dense.with_cascade(cascade.released_code(**sizes, plateau=ratio))
-    target = dense.with_cascade(cascade.report(ratio, **sizes)).cost.total
-    if method == "evit":
-        rates = np.linspace(0.2, 1, 161)
-        candidates = [dense.with_cascade(cascade.evit(r, **sizes)) for r in rates]
-    elif method == "merge":
-        candidates = [
-            dense.with_cascade(cascade.token_merging(n, **sizes))
-            for n in range(num_patches // 2)
-        ]
-    elif method == "resolution":
-        patch = model.patch_size
-        candidates = [
-            dense._replace(
-                image_size=side * patch,
-                params=_resize_positions(dense.params, side),
-            )
-            for side in range(1, dense.image_size // patch)
-        ]
-    else:
-        return _slice(method, ratio, dense, calibration, structure, seed)
+
+    return prune_by_score
+
+
+def _constant(dense, ratio, **_):
+    ratios = cascade.constant_ratios(ratio, dense.model.num_layers)
+    return dense.with_cascade(cascade.from_ratios(ratios, dense.num_patches))
+
+
+def _by_range(dense, ratio, *, calibration, **_):
+    ratios = cascade.range_ratios(ratio, calibration.ranges)
+    return dense.with_cascade(cascade.from_ratios(ratios, dense.num_patches))
+
+
+def _released_code(dense, ratio, **_):
+    return dense.with_cascade(cascade.released_code(**dense.sizes, plateau=ratio))
+
+
+def _evit(dense, ratio, **_):
+    rates = np.linspace(0.2, 1, 161)
+    candidates = [dense.with_cascade(cascade.evit(r, **dense.sizes)) for r in rates]
+    return _at_equal_cost(dense, ratio, candidates)
+
+
+def _merge(dense, ratio, **_):
+    candidates = [
+        dense.with_cascade(cascade.token_merging(num_merged, **dense.sizes))
+        for num_merged in range(dense.num_patches // 2)
+    ]
+    return _at_equal_cost(dense, ratio, candidates)
+
+
+def _resolution(dense, ratio, **_):
+    patch = dense.model.patch_size
+    candidates = [
+        dense._replace(
+            image_size=side * patch, params=_resize_positions(dense.params, side)
+        )
+        for side in range(1, dense.image_size // patch)
+    ]
+    return _at_equal_cost(dense, ratio, candidates)
+
+
+def _at_equal_cost(dense, ratio, candidates):
+    """The candidate that costs most nearly what "max" costs at the ratio."""
+    target = dense.with_cascade(cascade.report(ratio, **dense.sizes)).cost.total
     return min(candidates, key=lambda network: abs(network.cost.total - target))
+
+
+def _slices(what, by):
+    """Removes a share of the heads or neurons of every layer for good."""
+
+    def prune_weights(dense, ratio, *, calibration, structure, seed):
+        model = dense.model
+        total = model.num_heads if what == "heads" else model.mlp_dim
+        if by == "random":
+            rng = np.random.default_rng(seed)
+            scores = [rng.random(total) for _ in range(model.num_layers)]
+        elif by == "lbi":
+            scores = structure[what]
+        else:
+            scores = list(calibration.head_scores)
+        count = cascade.keep_counts([ratio], total)[0]
+        kept = slicing.largest(scores, [max(count, 1)] * model.num_layers)
+        cut = slicing.keep_heads if what == "heads" else slicing.keep_neurons
+        smaller, params = cut(model, dense.params, kept)
+        return dense._replace(model=smaller, params=params)
+
+    return prune_weights
+
+
+# name -> (dense, ratio, *, calibration, structure, seed) -> the pruned network.
+_METHODS = {
+    "max": _by_score("max", cumulative=True),
+    "sum": _by_score("sum", cumulative=True),
+    "cls": _by_score("cls", cumulative=False),
+    "norm": _by_score("norm", cumulative=False),
+    "random": _by_score("random", cumulative=True),
+    "constant": _constant,
+    "range": _by_range,
+    "skip": _by_score("max", cumulative=True, semantics="skip"),
+    "zero": _by_score("max", cumulative=True, semantics="zero"),
+    "released_code": _released_code,
+    "evit": _evit,
+    "merge": _merge,
+    "resolution": _resolution,
+    "heads": _slices("heads", "scores"),
+    "heads_random": _slices("heads", "random"),
+    "heads_lbi": _slices("heads", "lbi"),
+    "neurons_random": _slices("neurons", "random"),
+    "neurons_lbi": _slices("neurons", "lbi"),
+}
+METHODS = ("dense", *_METHODS)
 
 
 def _resize_positions(params, grid_size):
@@ -250,26 +330,6 @@ def _resize_positions(params, grid_size):
     resized = checkpoint.resize_positions(np.asarray(positions), grid_size)
     embedding = {"posembed_input": {"pos_embedding": resized}}
     return params | {"Transformer": encoder | embedding}
-
-
-def _slice(method, ratio, dense, calibration, structure, seed):
-    """Removes a share of every layer's heads or neurons for good."""
-    what, _, by = method.partition("_")
-    model = dense.model
-    total = model.num_heads if what == "heads" else model.mlp_dim
-    scores = [np.zeros(total)] * model.num_layers
-    if by == "random":
-        rng = np.random.default_rng(seed)
-        scores = [rng.random(total) for _ in scores]
-    elif by == "lbi":
-        scores = structure[what]
-    else:
-        scores = list(calibration.head_scores)
-    count = cascade.keep_counts([ratio], total)[0]
-    kept = slicing.largest(scores, [max(count, 1)] * model.num_layers)
-    cut = slicing.keep_heads if what == "heads" else slicing.keep_neurons
-    smaller, params = cut(model, dense.params, kept)
-    return dense._replace(model=smaller, params=params)
 
 
 def measure(
@@ -357,8 +417,8 @@ def _accuracy(network, params, images):
     return classifier.accuracy(predict(params, pixels), labels)
 
 
-def _train_on(run, name, network, dense, images):
-    """Accuracy after config.tuning, pruned all the while."""
+def _fine_tune(run, name, network, dense, images):
+    """Accuracy after config.tuning, with the pruning in place."""
     config = _tuning_config(run.config, dense.image_size)
     weight = run.config.tuning.teacher_weight
     teacher = vit_training.Teacher(dense.model, dense.params, weight)
@@ -380,7 +440,7 @@ def _tuning_config(config, image_size):
         | {
             "num_epochs": config.tuning.num_epochs,
             "image_size": image_size,
-            "seed": config.seed,
+            "seeds": config.seeds,
         }
     )
 
@@ -555,7 +615,7 @@ def _write_table(path, rows, batch_sizes):
         "in MLP": lambda row: _mean(row["mlp_tokens"]),
         "parameters": lambda row: f"{row['num_params']:,}",
         "accuracy (%)": lambda row: f"{100 * row['accuracy']:.2f}",
-        "trained on (%)": lambda row: f"{100 * row['tuned_accuracy']:.2f}",
+        "fine-tuned (%)": lambda row: f"{100 * row['tuned_accuracy']:.2f}",
         "predicted": lambda row: f"{row['predicted_speedup']:.2f}",
     }
     for batch in batch_sizes:
@@ -583,24 +643,9 @@ def _mean(counts):
     return f"{np.mean(counts):.1f}"
 
 
-def _check_same_file(run, checkpoint):
-    """A run that is resumed must not join the rows of two networks."""
-    if not checkpoint:
-        return
-    digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
-    path = run.workdir / "network.json"
-    if not path.exists():
-        files.write_json(path, {"checkpoint": checkpoint, "sha256": digest})
-    elif files.read_json(path)["sha256"] != digest:
-        raise ValueError(
-            f"{checkpoint} has changed since {run.workdir} was begun. Delete that "
-            "folder or choose another --workdir."
-        )
-
-
 def _say_row(run, row):
     parts = [f"{row['method']} {row['ratio']:g}: {100 * row['saved']:.1f} % saved"]
-    for name, text in (("accuracy", "accuracy"), ("tuned_accuracy", "trained on")):
+    for name, text in (("accuracy", "accuracy"), ("tuned_accuracy", "fine-tuned")):
         if name in row:
             parts.append(f"{text} {100 * row[name]:.2f} %")
     parts += [
@@ -612,50 +657,22 @@ def _say_row(run, row):
     run.say(", ".join(parts))
 
 
-def _check_config(config):
-    unknown = set(config.methods) - set(METHODS[1:])
-    if unknown:
-        raise ValueError(
-            f"methods {', '.join(sorted(unknown))}: choose among "
-            f"{', '.join(METHODS[1:])}; the whole network is always measured."
-        )
-    for method, ratios in config.methods.items():
-        if not ratios or not all(0 < ratio < 1 for ratio in ratios):
-            raise ValueError(
-                f"methods.{method} must be ratios between 0 and 1, got {ratios}."
-            )
-    for part in ("timing", "tuning"):
-        unknown = set(config[part].methods) - set(METHODS)
+def _check_methods(config):
+    for entry, allowed in (
+        (config.methods, METHODS[1:]),  # the whole network is always measured
+        (config.timing.methods, METHODS),
+        (config.tuning.methods, METHODS),
+    ):
+        unknown = set(entry) - set(allowed)
         if unknown:
             raise ValueError(
-                f"{part}.methods has {', '.join(sorted(unknown))}, which is none of "
-                f"{', '.join(METHODS)}."
+                f"methods must be among {', '.join(allowed)}; got "
+                f"{', '.join(sorted(unknown))}."
             )
-    for name in ("parity_ratio", "pictured_ratio"):
-        if not 0 < config[name] < 1:
-            raise ValueError(f"{name} must lie between 0 and 1, got {config[name]}.")
-    for name, value in (
-        ("num_calibration", config.num_calibration),
-        ("num_pictured", config.num_pictured),
-        ("timing.num_rounds", config.timing.num_rounds),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    for name, value in (
-        ("timing.gradient_batch_size", config.timing.gradient_batch_size),
-        ("tuning.num_epochs", config.tuning.num_epochs),
-    ):
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, got {value}.")
-    if not 0 <= config.tuning.teacher_weight <= 1:
-        raise ValueError(
-            "tuning.teacher_weight must be in [0, 1], got "
-            f"{config.tuning.teacher_weight}."
-        )
     vit_training.check_stages(config.tuning.training)
     needy = [m for m in config.methods if m in ("range", "heads") or m[-4:] == "_lbi"]
     if needy and not config.dataset.name:
-        raise ValueError(f"{', '.join(needy)} cannot do without a data set.")
+        raise ValueError(f"methods {', '.join(needy)} need a data set.")
 
 
 if __name__ == "__main__":

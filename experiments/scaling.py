@@ -22,8 +22,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import functa
-from experiments.common import devices, figures, files, launch, runs
+from experiments.common import devices, figures, files, launch, runs, settings
 from experiments.configs import meta_learn as meta_configs
+from experiments.configs import scaling as configs
 from experiments.training import encoding, meta
 
 _PACKAGES = ("functa", "vit", "landscape", "lbi")
@@ -31,12 +32,9 @@ _PACKAGES = ("functa", "vit", "landscape", "lbi")
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs all measurements; returns the summary."""
-    for name in ("num_starts", "images_per_device", "num_rounds", "encode_batch_size"):
-        if config[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {config[name]}.")
-    with runs.open_run(workdir, config) as run:
-        if run.summary is not None:
-            return run.show_summary()
+    settings.check(config, configs.RULES)
+
+    def measure(run):
         summary = {}
         for package in _PACKAGES:
             times = [_time_import(package) for _ in range(config.num_starts)]
@@ -67,7 +65,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         arrays |= dict(zip(names, np.array(encoded).T, strict=True))
         files.write_npz(run.workdir / "arrays.npz", arrays)
         figures.draw(run.workdir)
-        return run.finish(summary | arrays)
+        return summary | arrays
+
+    return runs.run_once(workdir, config, measure)
 
 
 def _time_import(package):
@@ -115,17 +115,17 @@ def _in_process(function, *args, num_devices=1):
 
 def _time_meta_step(config):
     """Images per second of the outer step of meta_learn's cifar10_cpu variant."""
-    settings = meta_configs.get_config("cifar10_cpu")
-    settings.model.out_channels = 3
-    settings.batch_size = config.images_per_device * jax.device_count()
-    model = functa.make_model(settings.model.to_dict())
-    optimizer = meta.make_optimizer(settings)
-    state = meta.init_state(settings, model, optimizer)
-    update = meta.make_update(settings, model, optimizer)
+    meta_config = meta_configs.get_config("cifar10_cpu")
+    meta_config.model.out_channels = 3
+    meta_config.batch_size = config.images_per_device * jax.device_count()
+    model = functa.make_model(meta_config.model.to_dict())
+    optimizer = meta.make_optimizer(meta_config)
+    state = meta.init_state(meta_config, model, optimizer)
+    update = meta.make_update(meta_config, model, optimizer)
     rng = np.random.default_rng(config.seed)
-    shape = (settings.batch_size, 32, 32, 3)
+    shape = (meta_config.batch_size, 32, 32, 3)
     images = rng.integers(0, 256, shape, dtype=np.uint8)
-    coords, targets = meta.make_batch(settings, images, 10**6)
+    coords, targets = meta.make_batch(meta_config, images, 10**6)
     targets = devices.divide(targets)
     times = []
     for number in range(1 + config.num_rounds):
@@ -133,7 +133,7 @@ def _time_meta_step(config):
         state, *_ = update(state, coords, targets, jax.random.key(number))
         jax.block_until_ready(state)
         times.append(time.perf_counter() - started)
-    return settings.batch_size / float(np.median(times[1:]))
+    return meta_config.batch_size / float(np.median(times[1:]))
 
 
 class _Synthetic:
@@ -153,12 +153,12 @@ class _Synthetic:
 
 def _encode(config, num_images):
     """Encodes synthetic images: images per second, and the process's peak in MiB."""
-    settings = meta_configs.get_config("smoke")
-    settings.model.out_channels = 1
-    model = functa.make_model(settings.model.to_dict())
-    optimizer = meta.make_optimizer(settings)
-    state = meta.init_state(settings, model, optimizer)
-    learner = encoding.make_learner(settings, vars(state))
+    meta_config = meta_configs.get_config("smoke")
+    meta_config.model.out_channels = 1
+    model = functa.make_model(meta_config.model.to_dict())
+    optimizer = meta.make_optimizer(meta_config)
+    state = meta.init_state(meta_config, model, optimizer)
+    learner = encoding.make_learner(meta_config, vars(state))
     labels = np.zeros(num_images, np.int32)
     dataset = {"train": {"image": _Synthetic(num_images), "label": labels}}
     with tempfile.TemporaryDirectory() as folder:

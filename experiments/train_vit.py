@@ -12,40 +12,44 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import vit
-from experiments.common import figures, files, launch, runs
+from experiments.common import figures, files, launch, settings
+from experiments.common.sweep import sweep
+from experiments.configs import train_vit as configs
 from experiments.training import classifier
 from experiments.training import vit as vit_training
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
-    _check_config(config)
+    settings.check(config, configs.RULES)
+    vit_training.check_stages(config)
     images = vit_training.load_images(config)
+    return sweep(config, workdir, lambda run: _train_one(run, images))
+
+
+def _train_one(run, images):
+    config = run.config
     model, params = make_model(config, images)
-    with runs.open_run(workdir, config) as run:
-        if run.summary is not None:
-            return run.show_summary()
-        predict = vit_training.make_predict(model, images, config.image_size)
+    predict = vit_training.make_predict(model, images, config.image_size)
+    pixels, labels = images.test
 
-        def evaluate(state):
-            pixels, labels = images.test
-            logits = predict(state.average, pixels)
-            return {"test_accuracy": classifier.accuracy(logits, labels)}
+    def evaluate(state):
+        logits = predict(state.average, pixels)
+        return {"test_accuracy": classifier.accuracy(logits, labels)}
 
-        state = vit_training.train(run, model, images, params, evaluate=evaluate)
-        vit.save_checkpoint(run.workdir / "model.npz", model, state.average)
-        metrics = files.read_metrics(run.workdir / "metrics.jsonl")
-        accuracies = [m["test_accuracy"] for m in metrics if "test_accuracy" in m]
-        summary = evaluate(state) | {
-            "best_test_accuracy": max(accuracies),
-            "train_accuracy": metrics[-1]["train_accuracy"],
-            "num_params": sum(x.size for x in jax.tree.leaves(params)),
-        }
-        steps_per_epoch = classifier.count_steps(images, config.batch_size)
-        arrays = {"steps_per_epoch": np.array(steps_per_epoch)}
-        files.write_npz(run.workdir / "arrays.npz", arrays)
-        figures.draw(run.workdir)
-        return run.finish(summary)
+    state = vit_training.train(run, model, images, params, evaluate=evaluate)
+    vit.save_checkpoint(run.workdir / "model.npz", model, state.average)
+    metrics = run.metrics()
+    accuracies = [m["test_accuracy"] for m in metrics if "test_accuracy" in m]
+    steps_per_epoch = classifier.count_steps(images, config.batch_size)
+    arrays = {"steps_per_epoch": np.array(steps_per_epoch)}
+    files.write_npz(run.workdir / "arrays.npz", arrays)
+    figures.draw(run.workdir)
+    return evaluate(state) | {
+        "best_test_accuracy": max(accuracies),
+        "train_accuracy": metrics[-1]["train_accuracy"],
+        "num_params": sum(x.size for x in jax.tree.leaves(params)),
+    }
 
 
 def make_model(config, images):
@@ -68,15 +72,8 @@ def make_model(config, images):
         raise ValueError(f"config.model: {error}") from None
     channels = images.train[0].shape[-1]
     shape = (1, config.image_size, config.image_size, channels)
-    variables = jax.jit(model.init)(jax.random.key(config.seed), jnp.zeros(shape))
+    variables = jax.jit(model.init)(jax.random.key(config.seeds[0]), jnp.zeros(shape))
     return model, variables["params"]
-
-
-def _check_config(config):
-    for name in ("num_epochs", "log_every", "checkpoint_every", "evaluate_every"):
-        if config[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {config[name]}.")
-    vit_training.check_stages(config)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.common import settings
+
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(
     path.stem
@@ -17,16 +19,28 @@ NAMES = sorted(
 @pytest.mark.parametrize("name", NAMES)
 def test_variants(name):
     module = importlib.import_module(f"experiments.configs.{name}")
+    assert module.get_config().variant == next(iter(module.VARIANTS))
     for variant in module.VARIANTS:
         config = module.get_config(variant)
         assert (config.experiment, config.variant) == (name, variant)
-        # Documented, and what a run folder can keep.
-        assert f"{variant}" in module.get_config.__doc__
+        # Documented, within the rules, and what a run folder can keep.
+        assert variant in module.__doc__
+        settings.check(config, module.RULES)
         json.loads(config.to_json_best_effort())
-    with pytest.raises(ValueError, match="variant 'nothing' is none of"):
+    with pytest.raises(ValueError, match="variant 'nothing' must be one of"):
         module.get_config("nothing")
     smoke = module.get_config("smoke")
     assert smoke.get("dataset", {}).get("name") in (None, "digits", "photograph")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rules_are_of_fields(name):
+    module = importlib.import_module(f"experiments.configs.{name}")
+    config = module.get_config()
+    for field, rule in module.RULES.items():
+        # Nothing obeys the rule of a field that is not there.
+        with pytest.raises(ValueError, match="must be"):
+            settings.check(config, {field: rule._replace(holds=lambda value: False)})
 
 
 @pytest.mark.parametrize("name", NAMES)

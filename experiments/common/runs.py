@@ -1,4 +1,4 @@
-"""What a run is: its folder, its exact resume, its log, and how a command starts.
+"""A run: its folder, its exact resume, its log.
 
 A run folder holds `config.json`, `environment.json`, `metrics.jsonl`, `checkpoints/`,
 `figures/`, `arrays.npz` (what the figures are drawn from) and `summary.json`. Files are
@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ _PACKAGES = (
 
 
 class Run:
-    """An open run folder. `with open_run(workdir, config) as run:` makes one.
+    """An open run folder; `open_run` makes one.
 
     Attributes:
       workdir: the folder.
@@ -39,7 +39,12 @@ class Run:
       summary: what a finished run recorded, or None.
     """
 
-    def __init__(self, workdir: Path, config: ConfigDict):
+    def __init__(
+        self,
+        workdir: Path,
+        config: ConfigDict,
+        inputs: Mapping[str, str | None] | None = None,
+    ):
         self.workdir = Path(workdir)
         self.config = config
         self.summary = None
@@ -54,6 +59,7 @@ class Run:
             _check_same_config(files.read_json(stored), ours, self.workdir)
         else:
             files.write_json(stored, ours)
+        self._check_inputs(inputs or {})
         if (self.workdir / "summary.json").exists():
             self.summary = files.read_json(self.workdir / "summary.json")
         else:
@@ -63,6 +69,10 @@ class Run:
     def seconds(self) -> float:
         """Wall-clock seconds spent on this run, earlier sittings included."""
         return self._seconds_before + time.monotonic() - self._started
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """What has been logged, oldest first."""
+        return files.read_metrics(self.workdir / "metrics.jsonl")
 
     @property
     def checkpoints(self) -> Path:
@@ -148,7 +158,7 @@ class Run:
 
     def finish(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         """Writes summary.json, which marks the run as finished, and shows it."""
-        self.summary = files.plain({**summary, "seconds": round(self.seconds, 1)})
+        self.summary = files.plain({"seconds": round(self.seconds, 1), **summary})
         files.write_json(self.workdir / "summary.json", self.summary)
         self.show_summary()
         return self.summary
@@ -169,6 +179,19 @@ class Run:
             self._checkpointer.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+    def _check_inputs(self, inputs):
+        """Remembers what the run was begun with, and refuses anything else later."""
+        path = self.workdir / "inputs.json"
+        known = files.read_json(path) if path.exists() else {}
+        for name, digest in inputs.items():
+            if known.setdefault(name, digest) != digest:
+                raise ValueError(
+                    f"the {name} of {self.workdir} has changed since that run was "
+                    "begun. Delete that folder or choose another --workdir."
+                )
+        if known:
+            files.write_json(path, known)
 
     def _open_checkpointer(self):
         if self._checkpointer is None:
@@ -197,23 +220,58 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(workdir: Path, config: ConfigDict) -> Iterator[Run]:
+def open_run(
+    workdir: Path,
+    config: ConfigDict,
+    *,
+    inputs: Mapping[str, str | None] | None = None,
+) -> Iterator[Run]:
     """Opens or resumes the run in `workdir`.
 
+    Args:
+      workdir: the run folder.
+      config: the configuration.
+      inputs: digests of the files that the run starts from, which a resumed run must
+        find unchanged.
+
     Raises:
-      ValueError: if the folder holds a run of another configuration.
+      ValueError: if the folder holds a run of another configuration or of other inputs.
     """
-    run = Run(workdir, config)
+    run = Run(workdir, config, inputs)
     if run.summary is not None:
         run.say(f"{workdir} is finished; delete it or choose another --workdir.")
     try:
         yield run
     except BaseException:
-        # What went wrong first is what is reported.
+        # The first error is the one to report.
         with contextlib.suppress(Exception):
             run.close()
         raise
     run.close()
+
+
+def run_once(
+    workdir: Path,
+    config: ConfigDict,
+    experiment: Callable[[Run], Mapping[str, Any]],
+    *,
+    inputs: Mapping[str, str | None] | None = None,
+) -> dict[str, Any]:
+    """Runs or resumes `experiment` in `workdir`; a finished run shows its summary.
+
+    Args:
+      workdir: the run folder.
+      config: the configuration.
+      experiment: open run -> summary.
+      inputs: see `open_run`.
+
+    Returns:
+      The summary.
+    """
+    with open_run(workdir, config, inputs=inputs) as run:
+        if run.summary is not None:
+            return run.show_summary()
+        return run.finish(experiment(run))
 
 
 def load_config(workdir: Path) -> ConfigDict:

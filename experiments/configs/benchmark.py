@@ -2,109 +2,27 @@
 
     python -m experiments.benchmark --config=experiments/configs/benchmark.py:VARIANT
 
-The table of variants and results is in the README.
+Variants:
+  all: everything; five minutes on two cores.
+  functa: meta-learning, encoding and fitting.
+  optimizers: a step of LeNet and of VGG-A by each optimizer, and of SGD.
+  lenet: LeNet alone.
+  vgg: VGG-A alone.
+  scaling: the meta-step against batch, image side, latent size and inner steps, one
+    at a time; three minutes.
+  paper: the meta-step at the size of the paper, with each sine and dtype; needs a GPU.
+  smoke: a little of everything at tiny sizes.
 """
 
-from ml_collections import ConfigDict, config_dict
+import functools
 
-VARIANTS = ("all", "functa", "optimizers", "lenet", "vgg", "scaling", "paper", "smoke")
+from experiments.common import settings
 
 _METHODS = ("adam", "dessilbi", "dessilbi_adam")
 
 
-def get_config(variant: str = "all") -> ConfigDict:
-    """Settings of one variant.
-
-    Args:
-      variant:
-        all: everything; five minutes on two cores.
-        functa: meta-learning, encoding and fitting.
-        optimizers: a step of LeNet and of VGG-A by each optimizer, and of SGD.
-        lenet, vgg: one of the two networks alone.
-        scaling: the meta-step against batch, image side, latent size and inner steps,
-          the others fixed; three minutes.
-        paper: the meta-step at the size of the paper, with each sine and dtype; needs
-          a GPU.
-        smoke: a little of everything at tiny sizes.
-    """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}.")
-    config = ConfigDict()
-    config.experiment = "benchmark"
-    config.variant = variant
-    config.tensorboard = False
-
-    # The paths take turns, so often and for so long; a call is never cut short.
-    config.num_rounds = 7
-    config.seconds_per_turn = 0.2
-    # A folder with torch_functa.py and torch_vgg.py, to be run at the start of every
-    # so many rounds by a Python that has torch (this one if none is given).
-    config.peers = config_dict.placeholder(str)
-    config.peer_python = config_dict.placeholder(str)
-    config.peer_every = 3
-
-    # What is known by which name, and of what size: a function of benchmark.py and its
-    # keywords; `variant` is that of the command's own config, which says the rest. Its
-    # time is also given over that of `reference`, if that is measured too.
-    sizes = _tiny_sizes() if variant == "smoke" else _sizes()
-    config.sizes = ConfigDict(sizes)
-    # Of which so many are measured.
-    config.paths = tuple(n for n in sizes if not n.startswith("product"))
-    # What to draw: {keyword: values}, measured as KEYWORD_VALUE.
-    config.axes = ConfigDict()
-
-    groups = {
-        "functa": ("meta", "encode", "fit"),
-        "optimizers": ("lenet", "vgg"),
-        "lenet": ("lenet",),
-        "vgg": ("vgg",),
-    }
-    if variant in groups:
-        config.paths = tuple(
-            name for name in config.paths if name.startswith(groups[variant])
-        )
-    elif variant == "scaling":
-        config.num_rounds = 5
-        config.axes = ConfigDict(
-            {
-                "batch_size": (4, 8, 16, 32, 64),
-                "image_size": (8, 16, 32, 64),
-                "latent_dim": (16, 64, 256, 1024),
-                "num_steps": (1, 2, 3, 4, 5),
-            }
-        )
-        fixed = _meta_step(64, 4, 64, 16) | {"image_size": 16}
-        sizes = {
-            f"{axis}_{value}": fixed | {axis: value}
-            for axis, values in config.axes.items()
-            for value in values
-        }
-        config.paths = tuple(sizes)
-        config.sizes = ConfigDict(_products(1024, 8) | sizes)
-    elif variant == "paper":
-        whole = _meta_step(512, 15, 256, 32) | {"points_per_group": 0}
-        exact = whole | {"fast_sine": False}
-        sizes = {
-            "exact_sine": exact,
-            "fast_sine": whole | {"reference": "exact_sine"},
-            "exact_sine_bfloat16": exact
-            | {"dtype": "bfloat16", "reference": "exact_sine"},
-            "fast_sine_bfloat16": whole
-            | {"dtype": "bfloat16", "reference": "exact_sine"},
-            "groups_of_8": exact
-            | {"points_per_group": 8192, "reference": "exact_sine"},
-        }
-        config.paths = tuple(sizes)
-        config.sizes = ConfigDict(_products(8192, 8) | sizes)
-    if variant == "smoke":
-        config.num_rounds = 3
-        config.seconds_per_turn = 0.0
-        config.axes = ConfigDict({"num_images": (1, 2)})
-    return config
-
-
 def _sizes():
-    """The paths of all variants but smoke and scaling."""
+    """The paths of all variants but smoke, scaling and paper."""
     sizes = _products(1024, 8)
     for width, depth, latent_dim, batch_size in (
         (128, 5, 128, 16),
@@ -226,3 +144,91 @@ def _probes(variant, batch_size, num_step_sizes, **model):
         "gradient": gradient | {"num_step_sizes": 0},
         "probe": gradient | {"num_step_sizes": num_step_sizes, "reference": "gradient"},
     }
+
+
+def _scaling():
+    """One path for each value of each axis, the others fixed."""
+    axes = {
+        "batch_size": (4, 8, 16, 32, 64),
+        "image_size": (8, 16, 32, 64),
+        "latent_dim": (16, 64, 256, 1024),
+        "num_steps": (1, 2, 3, 4, 5),
+    }
+    fixed = _meta_step(64, 4, 64, 16) | {"image_size": 16}
+    sizes = {
+        f"{axis}_{value}": fixed | {axis: value}
+        for axis, values in axes.items()
+        for value in values
+    }
+    return {"num_rounds": 5, "axes": axes} | _measured(_products(1024, 8) | sizes)
+
+
+def _paper():
+    whole = _meta_step(512, 15, 256, 32) | {"points_per_group": 0}
+    exact = whole | {"fast_sine": False}
+    compared = {"reference": "exact_sine"}
+    rounded = compared | {"dtype": "bfloat16"}
+    return _measured(
+        _products(8192, 8)
+        | {
+            "exact_sine": exact,
+            "fast_sine": whole | compared,
+            "exact_sine_bfloat16": exact | rounded,
+            "fast_sine_bfloat16": whole | rounded,
+            "groups_of_8": exact | compared | {"points_per_group": 8192},
+        }
+    )
+
+
+def _measured(sizes, *prefixes):
+    """Settings that measure the paths of these prefixes; products are not paths."""
+    names = [name for name in sizes if not name.startswith("product")]
+    return {
+        "sizes": sizes,
+        "paths": tuple(n for n in names if not prefixes or n.startswith(prefixes)),
+    }
+
+
+BASE = {
+    "tensorboard": False,
+    # Rounds in which the paths take turns, and the length of a turn; a call is never
+    # cut short.
+    "num_rounds": 7,
+    "seconds_per_turn": 0.2,
+    # A folder with torch_functa.py and torch_vgg.py; a Python with torch (this one if
+    # None) runs them at the start of every `peer_every` rounds.
+    "peers": settings.Optional(str),
+    "peer_python": settings.Optional(str),
+    "peer_every": 3,
+    # name -> {"kind": a function of benchmark.py, its keywords}. `variant` is a variant
+    # of the command's own config, which gives the remaining settings; `reference` is a
+    # path whose time this one is compared with, if both are measured.
+    # paths: names of those to run.
+    **_measured(_sizes()),
+    # Axes of the figure: {keyword: values}, each measured as KEYWORD_VALUE.
+    "axes": {},
+}
+
+VARIANTS = {
+    "all": {},
+    "functa": _measured(_sizes(), "meta", "encode", "fit"),
+    "optimizers": _measured(_sizes(), "lenet", "vgg"),
+    "lenet": _measured(_sizes(), "lenet"),
+    "vgg": _measured(_sizes(), "vgg"),
+    "scaling": _scaling(),
+    "paper": _paper(),
+    "smoke": {
+        "num_rounds": 3,
+        "seconds_per_turn": 0.0,
+        "axes": {"num_images": (1, 2)},
+        **_measured(_tiny_sizes()),
+    },
+}
+
+RULES = {
+    "num_rounds": settings.at_least(1),
+    "seconds_per_turn": settings.at_least(0),
+    "peer_every": settings.at_least(1),
+}
+
+get_config = functools.partial(settings.build, "benchmark", BASE, VARIANTS)

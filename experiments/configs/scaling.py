@@ -2,43 +2,47 @@
 
     python -m experiments.scaling --config=experiments/configs/scaling.py:VARIANT
 
-The table of variants and results is in the README.
+Variants:
+  cpu: up to 8 virtual devices and a million images; minutes on two cores.
+  smoke: the same in small.
 """
 
-from ml_collections import ConfigDict
+import functools
 
-VARIANTS = ("cpu", "smoke")
+from experiments.common import settings
 
-
-def get_config(variant: str = "cpu") -> ConfigDict:
-    """Settings of one variant.
-
-    Args:
-      variant:
-        cpu: up to 8 virtual devices and a million images; minutes on two cores.
-        smoke: the same in small.
-    """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}.")
-    config = ConfigDict()
-    config.experiment = "scaling"
-    config.variant = variant
-    config.seed = 0
-    config.tensorboard = False
+BASE = {
+    "seed": 0,
+    "tensorboard": False,
     # Repetitions of each start; the median counts.
-    config.num_starts = 3
+    "num_starts": 3,
     # Virtual devices, each with so many 32x32 images of a meta-learning step.
-    config.num_devices = (1, 2, 4, 8)
-    config.images_per_device = 4
-    config.num_rounds = 5
+    "num_devices": (1, 2, 4, 8),
+    "images_per_device": 4,
+    "num_rounds": 5,
     # Synthetic 8x8 images encoded into a functaset.
-    config.num_images = (1000, 10_000, 100_000, 1_000_000)
-    config.encode_batch_size = 1000
-    if variant == "smoke":
-        config.num_starts = 1
-        config.num_devices = (2,)
-        config.images_per_device = 1
-        config.num_rounds = 2
-        config.num_images = (100,)
-        config.encode_batch_size = 100
-    return config
+    "num_images": (1000, 10_000, 100_000, 1_000_000),
+    "encode_batch_size": 1000,
+}
+VARIANTS = {
+    "cpu": {},
+    "smoke": {
+        "encode_batch_size": 100,
+        "images_per_device": 1,
+        "num_devices": (2,),
+        "num_images": (100,),
+        "num_rounds": 2,
+        "num_starts": 1,
+    },
+}
+RULES = {
+    "num_starts": settings.at_least(1),
+    "images_per_device": settings.at_least(1),
+    "num_rounds": settings.at_least(1),
+    "encode_batch_size": settings.at_least(1),
+    "num_devices": settings.each(settings.at_least(1)),
+    "num_images": settings.each(settings.at_least(1)),
+    "seed": settings.at_least(0),
+}
+
+get_config = functools.partial(settings.build, "scaling", BASE, VARIANTS)

@@ -5,7 +5,7 @@ the jitted step. Axes: N images, B of a batch, S steps.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +16,9 @@ from flax import linen as nn
 from flax import struct
 from ml_collections import ConfigDict
 
-import lbi
-from experiments.common import augmentation, data, devices
-from experiments.training import optimizers
+from experiments.common import augmentation, data, devices, runs
+from experiments.networks import registry
+from experiments.training import loop
 
 BN_MODES = ("batch", "frozen", "recalibrated")
 _EVALUATED_AT_ONCE = 500
@@ -108,79 +108,6 @@ def _enlarge(images, side):
     return np.pad(images, ((0, 0), *pads, (0, 0)))
 
 
-def make_optimizer(
-    config: ConfigDict, method: str, params: Any, num_steps: int
-) -> optax.GradientTransformation:
-    """The optimizer config.optimizer[method]; `params` are those before training.
-
-    Raises:
-      ValueError: if the optimizer, one of its options or the schedule is unknown.
-    """
-    settings = config.optimizer[method]
-    if settings.name == "adam":
-        return optimizers.make_optimizer(settings, num_steps)
-    makers = {
-        "dessilbi": lbi.dessilbi,
-        "dessilbi_adam": lbi.dessilbi_adam,
-        "adam_then_dessilbi": adam_then_dessilbi,
-    }
-    if settings.name not in makers:
-        raise ValueError(
-            f"optimizer.{method}.name {settings.name!r} is none of adam, "
-            f"{', '.join(makers)}."
-        )
-    options = settings.options.to_dict() | {
-        "penalty": make_penalty(config, method, params, num_steps),
-        "record_entry": True,
-    }
-    try:
-        schedule = optimizers.make_schedule(settings, num_steps)
-        return makers[settings.name](schedule, **options)
-    except TypeError as error:
-        raise ValueError(f"optimizer.{method}.options: {error}") from None
-
-
-def make_penalty(
-    config: ConfigDict, method: str, params: Any, num_steps: int
-) -> lbi.penalty.Rules:
-    """What config.penalty asks for: "auto", or "suggested" for these parameters."""
-    if config.penalty != "suggested":
-        return config.penalty
-    settings = config.optimizer[method]
-    return lbi.suggest_lambda(
-        params,
-        optimizers.make_schedule(settings, num_steps),
-        settings.options.nu,
-        num_steps,
-        enter_at=config.enter_at,
-    )
-
-
-def adam_then_dessilbi(
-    learning_rate: optax.Schedule, **options: Any
-) -> optax.GradientTransformationExtraArgs:
-    """The report's DessiLBI+Adam: a whole step of Adam, then a whole one of DessiLBI.
-
-    Both take the same gradient; the coupling and the dual see the weights in between.
-    It is no discretisation of DessiLBI and is here to repeat the report's numbers.
-    """
-    adam = optax.adam(learning_rate)
-    dessilbi = lbi.dessilbi(learning_rate, **options)
-
-    def init_fn(params):
-        return adam.init(params), dessilbi.init(params)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        first, adam_state = adam.update(updates, state[0], params)
-        between = optax.apply_updates(params, first)
-        second, dessilbi_state = dessilbi.update(updates, state[1], between)
-        total = jax.tree.map(lambda a, b: a + b, first, second)
-        return total, (adam_state, dessilbi_state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
 def count_steps(images: Images, batch_size: int) -> int:
     """Steps of an epoch; the remainder that does not fill a batch is dropped."""
     num_examples = len(images.train[0])
@@ -192,14 +119,96 @@ def count_steps(images: Images, batch_size: int) -> int:
     return num_examples // batch_size
 
 
-def init_variables(model: nn.Module, images: Images, seed: int) -> dict[str, Any]:
-    """Parameters and batch statistics ({} without) before the first step."""
+class Problem(NamedTuple):
+    """A classification problem as training starts on it.
+
+    Attributes:
+      model: the network.
+      variables: its parameters and batch statistics ({} without) before the first step.
+      images: the data set.
+      predict: (variables, uint8 (N, H, W, C)) -> logits (N, K), running statistics.
+      steps_per_epoch: the remainder that does not fill a batch is dropped.
+      num_steps: of the training.
+    """
+
+    model: nn.Module
+    variables: dict[str, Any]
+    images: Images
+    predict: Callable[[dict[str, Any], np.ndarray], np.ndarray]
+    steps_per_epoch: int
+    num_steps: int
+
+    def test_accuracy(self, variables: dict[str, Any]) -> float:
+        """Share of the test images that the network classifies correctly."""
+        pixels, labels = self.images.test
+        return accuracy(self.predict(variables, pixels), labels)
+
+
+def make_problem(config: ConfigDict, images: Images, **fields: Any) -> Problem:
+    """The problem of config.model on images.
+
+    Args:
+      config: model, batch_size, num_epochs and seeds, of which the first counts.
+      images: the data set.
+      **fields: fields of the network in place of those of config.model.
+    """
+    model = registry.make_model(config.model.to_dict() | fields, images.num_classes)
     shape = (1, *images.train[0].shape[1:])
-    variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros(shape))
-    return {
-        "params": variables["params"],
-        "batch_stats": variables.get("batch_stats", {}),
-    }
+    variables = jax.jit(model.init)(jax.random.key(config.seeds[0]), jnp.zeros(shape))
+    steps_per_epoch = count_steps(images, config.batch_size)
+    return Problem(
+        model=model,
+        variables={
+            "params": variables["params"],
+            "batch_stats": variables.get("batch_stats", {}),
+        },
+        images=images,
+        predict=make_predict(model, images),
+        steps_per_epoch=steps_per_epoch,
+        num_steps=config.num_epochs * steps_per_epoch,
+    )
+
+
+def train(
+    run: runs.Run,
+    problem: Problem,
+    state: TrainState,
+    update: Callable[[TrainState, int, int], TrainState],
+    *,
+    measure: Callable[[TrainState, int], dict[str, Any]] = lambda state, step: {},
+    stops: Iterable[int] = (),
+    may_diverge: bool = False,
+) -> TrainState:
+    """Trains a classifier; every epoch ends with the accuracy over its batches.
+
+    Args:
+      run: the open run folder, with checkpoint_every in its config.
+      problem: the problem.
+      state: before the first step.
+      update: of `make_update`.
+      measure: (state, step) -> further metrics to log at a stop.
+      stops: steps at which to log, besides the ends of epochs and the checkpoints.
+      may_diverge: see `loop.train`.
+    """
+    steps_per_epoch = problem.steps_per_epoch
+
+    def advance(state, start, stop):
+        metrics = {}
+        if stop > start:
+            state = update(state, start, stop)
+        if stop and stop % steps_per_epoch == 0:
+            epoch = state.accuracy[stop - steps_per_epoch : stop]
+            metrics["train_accuracy"] = float(epoch.mean())
+        return state, state.loss[start:stop], metrics | measure(state, stop)
+
+    return loop.train(
+        run,
+        state,
+        advance,
+        stops=loop.every(problem.num_steps, steps_per_epoch).union(stops),
+        saves=loop.every(problem.num_steps, run.config.checkpoint_every),
+        may_diverge=may_diverge,
+    )
 
 
 def init_state(

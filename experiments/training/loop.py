@@ -1,6 +1,75 @@
-"""The training loop."""
+"""The one training loop: restore, advance from stop to stop, check, log, save."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
+
+from experiments.common import runs
+
+Advance = Callable[[Any, int, int], tuple[Any, np.ndarray, dict[str, Any]]]
+
+
+def train(
+    run: runs.Run,
+    state: Any,
+    advance: Advance,
+    *,
+    stops: Iterable[int],
+    saves: Iterable[int],
+    may_diverge: bool = False,
+) -> Any:
+    """Trains `state` to the last stop; resumes exactly where a checkpoint was written.
+
+    Args:
+      run: the open run folder, which keeps metrics and checkpoints.
+      state: before the first step; what a checkpoint holds.
+      advance: (state, start, stop) -> the state after the steps start, ..., stop - 1,
+        their losses (stop - start, ...), and the metrics to log at `stop`. It must be a
+        function of its arguments alone, for a resumed run to end like an uninterrupted
+        one.
+      stops: steps at which to log; the last of them ends the training. A stop at 0
+        measures before the first step.
+      saves: steps after which to write a checkpoint; those between stops become stops.
+      may_diverge: whether a loss that is not finite is a finding and not an error.
+
+    Returns:
+      The trained state.
+
+    Raises:
+      ValueError: names the first step whose loss is not finite.
+    """
+    saves = set(saves)
+    stops = sorted(saves.union(stops))
+    step, state = run.restore(state)
+    # A run that was killed before its first checkpoint has that line already.
+    if 0 in stops and not run.metrics():
+        _, _, metrics = advance(state, 0, 0)
+        run.log(0, metrics, num_steps=stops[-1])
+    for stop in stops:
+        if stop <= step:
+            continue
+        state, losses, metrics = advance(state, step, stop)
+        losses = np.asarray(losses)
+        if not may_diverge:
+            per_step = losses.reshape(len(losses), -1).sum(1)
+            check_finite(per_step, first_step=step + 1)
+        metrics = {"loss": float(losses.mean()), **metrics}
+        run.log(stop, metrics, num_steps=stops[-1])
+        if stop in saves:
+            run.save(stop, state)
+        step = stop
+    return state
+
+
+def every(num_steps: int, *intervals: int) -> set[int]:
+    """The multiples of each interval up to `num_steps`, and `num_steps` itself."""
+    if num_steps == 0:
+        return set()
+    steps = {num_steps}
+    for interval in intervals:
+        steps.update(range(interval, num_steps, interval))
+    return steps
 
 
 def check_finite(losses: np.ndarray, *, first_step: int) -> None:

@@ -11,8 +11,8 @@ from flax import struct
 from ml_collections import ConfigDict
 
 import functa
-from experiments.common import data, devices
-from experiments.training import encoding, optimizers
+from experiments.common import data, devices, runs
+from experiments.training import encoding, loop, optimizers
 
 
 @struct.dataclass
@@ -63,7 +63,7 @@ def init_state(
 ) -> TrainState:
     """The state before the first step: a function of config.seed, or a learner's."""
     if learner is None:
-        key_params, key_rates = jax.random.split(jax.random.key(config.seed))
+        key_params, key_rates = jax.random.split(jax.random.key(config.seeds[0]))
         latent = model.initial_latent()
         shape = latent.shape if config.inner.meta_sgd else ()
         if config.inner.rates_per_step:
@@ -133,7 +133,7 @@ def make_batch(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The coordinates (N, d) and targets (B, N, C) that update number `step` sees."""
     indices = data.batch_indices(
-        config.seed, step, num_examples=len(images), batch_size=config.batch_size
+        config.seeds[0], step, num_examples=len(images), batch_size=config.batch_size
     )
     targets = data.to_float(images[indices])
     if step < config.coarse_steps:
@@ -144,10 +144,55 @@ def make_batch(
     coords = functa.coordinate_grid(targets.shape[1:3]).reshape(-1, 2)
     targets = targets.reshape(len(targets), -1, targets.shape[-1])  # (B, N, C)
     if config.num_pixels and config.num_pixels < len(coords):
-        rng = np.random.default_rng((config.seed, step, 1))
+        rng = np.random.default_rng((config.seeds[0], step, 1))
         kept = rng.choice(len(coords), config.num_pixels, replace=False)
         coords, targets = coords[kept], targets[:, kept]
     return coords, targets
+
+
+def train(
+    run: runs.Run,
+    model: functa.LatentModulatedSiren | functa.ModulatedSiren,
+    images: np.ndarray,
+    learner: encoding.Learner | None = None,
+) -> TrainState:
+    """Meta-learns on images as run.config says; resumes from a checkpoint.
+
+    Args:
+      run: the open run folder.
+      model: the field.
+      images: uint8 (N, H, W, C).
+      learner: where training starts, instead of random weights.
+    """
+    config = run.config
+    num_steps = config.num_steps
+    optimizer = make_optimizer(config)
+    update = make_update(config, model, optimizer)
+    key = jax.random.key(config.seeds[0] + 1)
+    compiled = set()
+
+    def advance(state, start, stop):
+        losses, psnrs = [], []
+        for step in range(start, stop):
+            coords, targets = make_batch(config, images, step)
+            if targets.shape not in compiled:
+                compiled.add(targets.shape)
+                run.say(f"compiling the outer step for batches of {targets.shape} ...")
+            state, loss, psnr = update(
+                state, coords, devices.divide(targets), jax.random.fold_in(key, step)
+            )
+            losses.append(loss)
+            psnrs.append(psnr)
+        psnr = np.mean(jax.device_get(psnrs), axis=0)
+        return state, losses, {"psnr": float(psnr[-1]), "psnr_per_step": psnr}
+
+    return loop.train(
+        run,
+        init_state(config, model, optimizer, learner),
+        advance,
+        stops=loop.every(num_steps, config.log_every),
+        saves=loop.every(num_steps, config.checkpoint_every),
+    )
 
 
 def _num_groups(batch_size, num_points, points_per_group):

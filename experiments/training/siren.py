@@ -56,9 +56,9 @@ class TaskState:
 
 
 def init_state(config: ConfigDict, model: functa.Siren, task: Task) -> TaskState:
-    """The state before the first step: a function of config.seed and the task."""
+    """The state before the first step: a function of config.seeds and the task."""
     num_images, height, width, channels = task.images.shape
-    keys = jax.random.split(jax.random.key(config.seed), num_images)
+    keys = jax.random.split(jax.random.key(config.seeds[0]), num_images)
     optimizer = optimizers.make_optimizer(config.optimizer, task.num_steps)
 
     @jax.jit
@@ -94,7 +94,7 @@ def make_update(config: ConfigDict, model: functa.Siren, task: Task):
     coords, targets = devices.replicate(batch)
     sampled = 0 < config.num_pixels < len(coords)
     devices.check_divisible(config.num_pixels if sampled else len(coords))
-    key = jax.random.key(config.seed + 1)
+    key = jax.random.key(config.seeds[0] + 1)
 
     def loss_fn(params, coords, target):
         values = model.apply({"params": params}, coords)

@@ -3,6 +3,7 @@
 Axes: B images, H W C of an image, K classes, S steps.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -220,7 +221,7 @@ def make_update(
     image_size = image_size or config.image_size
 
     def step_fn(state, step, pixels, labels, *teacher_params):
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        key = jax.random.fold_in(jax.random.key(config.seeds[0]), step)
         keys = jax.random.split(key, 4)
         pixels, targets = augmentation.mix(
             keys[1],
@@ -263,7 +264,7 @@ def make_update(
         step_fn,
         images,
         batch_size=config.batch_size,
-        seed=config.seed,
+        seed=config.seeds[0],
         constants=() if teacher is None else (teacher.params,),
     )
 
@@ -350,44 +351,40 @@ def train(
     num_steps = config.num_epochs * steps_per_epoch
     if optimizer is None:
         optimizer = make_optimizer(config.optimizer, num_steps)
-    state = init_state(params, optimizer, num_steps)
-    step, state = run.restore(state)
     num_patches = (image_size // model.patch_size) ** 2
     starts = [start * config.num_epochs for start, _ in config.stages]
-    compiled = None
-    while step < num_steps:
-        stage = sum(start <= step // steps_per_epoch for start in starts)
-        if stage != compiled:
-            settings = in_stage(config, stage)
-            keep = settings.patch_dropout
-            run.say(f"compiling; {100 * keep:.0f} % of the patches ...")
-            update = make_update(
-                patch_dropout(model, num_patches, keep),
-                images,
-                optimizer,
-                settings,
-                image_size=image_size,
-                teacher=teacher,
-            )
-            compiled = stage
-        start = step
-        step = min(
-            (start // every + 1) * every
-            for every in (config.log_every, config.checkpoint_every, steps_per_epoch)
+
+    @functools.cache
+    def update_of(stage):
+        settings = in_stage(config, stage)
+        keep = settings.patch_dropout
+        run.say(f"compiling; {100 * keep:.0f} % of the patches ...")
+        return make_update(
+            patch_dropout(model, num_patches, keep),
+            images,
+            optimizer,
+            settings,
+            image_size=image_size,
+            teacher=teacher,
         )
-        state = update(state, start, step)
-        losses = np.asarray(state.loss[start:step])
-        loop.check_finite(losses, first_step=start + 1)
-        metrics = {"loss": float(losses.mean())}
-        epoch, rest = divmod(step, steps_per_epoch)
+
+    def advance(state, start, stop):
+        stage = sum(first <= start // steps_per_epoch for first in starts)
+        state = update_of(stage)(state, start, stop)
+        metrics = {}
+        epoch, rest = divmod(stop, steps_per_epoch)
         if not rest:
-            metrics["train_accuracy"] = float(
-                state.accuracy[step - steps_per_epoch : step].mean()
-            )
-            due = epoch % config.evaluate_every == 0 or step == num_steps
+            accuracy = state.accuracy[stop - steps_per_epoch : stop].mean()
+            metrics["train_accuracy"] = float(accuracy)
+            due = epoch % config.evaluate_every == 0 or stop == num_steps
             if evaluate is not None and due:
                 metrics |= evaluate(state)
-        run.log(step, metrics, num_steps=num_steps)
-        if step % config.checkpoint_every == 0 or step == num_steps:
-            run.save(step, state)
-    return state
+        return state, state.loss[start:stop], metrics
+
+    return loop.train(
+        run,
+        init_state(params, optimizer, num_steps),
+        advance,
+        stops=loop.every(num_steps, config.log_every, steps_per_epoch),
+        saves=loop.every(num_steps, config.checkpoint_every),
+    )

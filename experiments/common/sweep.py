@@ -1,0 +1,104 @@
+"""The same experiment over seeds and other axes, and the mean over the seeds."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments.common import runs
+
+Summary = dict[str, Any]
+_OVER_SEEDS = {"seeds": "seed{}"}
+
+
+def sweep(
+    config: ConfigDict,
+    workdir: Path,
+    experiment: Callable[[runs.Run], Summary],
+    *,
+    axes: Mapping[str, str] = _OVER_SEEDS,
+    nested: bool = False,
+    inputs: Callable[[ConfigDict], Mapping[str, str | None]] = lambda config: {},
+    finish: Callable[[runs.Run, dict[str, Summary]], Summary] | None = None,
+) -> Summary:
+    """Runs an experiment for every combination of the values of some fields.
+
+    A single combination runs in `workdir` itself. Several each have a run folder of
+    their own inside it, named by the axes (`adam_seed0`), and the outer folder has the
+    summary over all. Each run resumes on its own.
+
+    Args:
+      config: its fields of `axes` are tuples of values.
+      workdir: the run folder.
+      experiment: open run, whose config has one value in each axis -> summary.
+      axes: field -> how its value is written in the name of a run.
+      nested: whether a single combination has a folder of its own, too.
+      inputs: config of one run -> digests of its input files; see `runs.open_run`.
+      finish: (outer run, {name: summary}) -> the outer summary; the default is the
+        mean and deviation over all runs.
+
+    Returns:
+      The summary; of several runs with their summaries under "runs".
+    """
+    combinations = list(itertools.product(*(config[field] for field in axes)))
+    if len(combinations) == 1 and not nested:
+        return runs.run_once(workdir, config, experiment, inputs=inputs(config))
+
+    def run_all(run):
+        summaries = {}
+        for values in combinations:
+            single = ConfigDict(config)
+            single.update(dict(zip(axes, zip(values), strict=True)))
+            name = "_".join(map(str.format, axes.values(), values))
+            run.say(f"--- {name}")
+            summaries[name] = runs.run_once(
+                run.workdir / name, single, experiment, inputs=inputs(single)
+            )
+        if finish is None:
+            table = mean_and_std(list(summaries.values()))
+            table.pop("seconds_std", None)
+        else:
+            table = finish(run, summaries)
+        seconds = sum(summary["seconds"] for summary in summaries.values())
+        return {**table, "seconds": seconds, "runs": summaries}
+
+    return runs.run_once(workdir, config, run_all)
+
+
+def mean_and_std(rows: Sequence[Mapping[str, Any]]) -> Summary:
+    """Mean of every number over the rows and, of several rows, the deviation (n - 1).
+
+    Args:
+      rows: nested dicts of numbers or lists of numbers, all of one structure. Values
+        that are no numbers are kept where all rows have the same.
+
+    Returns:
+      Flat: {"accuracy": mean, "accuracy_std": deviation, "layer.conv1": mean, ...}.
+    """
+    table = {}
+    for name, value in rows[0].items():
+        values = [row.get(name) for row in rows]
+        if isinstance(value, Mapping):
+            inner = mean_and_std(values)
+            table |= {f"{name}.{key}": number for key, number in inner.items()}
+        elif type(value) is int and all(other == value for other in values):
+            table[name] = value  # a count
+        elif _are_numbers(values):
+            numbers = np.array(values, np.float64)
+            table[name] = numbers.mean(0)
+            if len(rows) > 1:
+                table[f"{name}_std"] = numbers.std(0, ddof=1)
+        elif all(other == value for other in values):
+            table[name] = value
+    return table
+
+
+def _are_numbers(values):
+    """Whether the values are numbers, or lists of numbers of one length."""
+    try:
+        return np.array(values).dtype.kind in "iuf"
+    except ValueError:
+        return False

@@ -1,0 +1,210 @@
+"""Training by DessiLBI and its rivals: optimizers, penalties, the path."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+import lbi
+from experiments.common import runs
+from experiments.training import classifier, loop, optimizers
+from experiments.training.classifier import Images, Problem, TrainState
+
+# Of 500 training images, for a network with batch normalization.
+_NUM_RECALIBRATION_BATCHES = 5
+
+
+def train(run: runs.Run, problem: Problem) -> TrainState:
+    """Trains by the one method of run.config.methods; resumes from a checkpoint."""
+    config = run.config
+    optimizer = make_optimizer(config, problem.variables["params"], problem.num_steps)
+    _forecast(run, problem)
+    update = classifier.make_update(
+        problem.model,
+        problem.images,
+        optimizer,
+        batch_size=config.batch_size,
+        augmented=config.augment,
+        seed=config.seeds[0],
+    )
+    steps_per_epoch = problem.steps_per_epoch
+
+    def measure_epoch(state, step):
+        return {} if step % steps_per_epoch else measure(problem, state)
+
+    run.say(f"compiling the step of {config.methods[0]} ...")
+    return classifier.train(
+        run,
+        problem,
+        classifier.init_state(problem.variables, optimizer, problem.num_steps),
+        update,
+        measure=measure_epoch,
+        stops=loop.every(problem.num_steps, config.log_every),
+    )
+
+
+def load(folder: Path, images: Images) -> tuple[ConfigDict, Problem, TrainState]:
+    """The configuration, the problem and the trained state of a run of train_lbi.
+
+    Raises:
+      FileNotFoundError, ValueError: as `runs.load_checkpoint`.
+    """
+    config = runs.load_config(folder)
+    problem = classifier.make_problem(config, images)
+    optimizer = make_optimizer(config, problem.variables["params"], problem.num_steps)
+    state = classifier.init_state(problem.variables, optimizer, problem.num_steps)
+    _, state = runs.load_checkpoint(folder, state)
+    return config, problem, state
+
+
+def make_optimizer(
+    config: ConfigDict, params: Any, num_steps: int
+) -> optax.GradientTransformation:
+    """The optimizer of config.optimizer that config.methods[0] names.
+
+    Args:
+      config: methods, optimizer, penalty and enter_at.
+      params: before training.
+      num_steps: of the training.
+
+    Raises:
+      ValueError: if the optimizer, one of its options or the schedule is unknown.
+    """
+    [method] = config.methods
+    settings = config.optimizer[method]
+    if settings.name == "adam":
+        return optimizers.make_optimizer(settings, num_steps)
+    makers = {
+        "dessilbi": lbi.dessilbi,
+        "dessilbi_adam": lbi.dessilbi_adam,
+        "adam_then_dessilbi": adam_then_dessilbi,
+    }
+    if settings.name not in makers:
+        raise ValueError(
+            f"optimizer.{method}.name must be one of adam, {', '.join(makers)}; got "
+            f"{settings.name!r}."
+        )
+    options = settings.options.to_dict() | {
+        "penalty": make_penalty(config, params, num_steps),
+        "record_entry": True,
+    }
+    try:
+        schedule = optimizers.make_schedule(settings, num_steps)
+        return makers[settings.name](schedule, **options)
+    except TypeError as error:
+        raise ValueError(f"optimizer.{method}.options: {error}") from None
+
+
+def make_penalty(config: ConfigDict, params: Any, num_steps: int) -> lbi.penalty.Rules:
+    """The penalties of config.penalty: "auto", or "suggested" for these parameters."""
+    if config.penalty != "suggested":
+        return config.penalty
+    settings = config.optimizer[config.methods[0]]
+    return lbi.suggest_lambda(
+        params,
+        optimizers.make_schedule(settings, num_steps),
+        settings.options.nu,
+        num_steps,
+        enter_at=config.enter_at,
+    )
+
+
+def adam_then_dessilbi(
+    learning_rate: optax.Schedule, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The report's DessiLBI+Adam: a whole step of Adam, then a whole one of DessiLBI.
+
+    Both take the same gradient; the coupling and the dual see the weights in between.
+    It does not discretize DessiLBI; it is here to repeat the report's numbers.
+    """
+    adam = optax.adam(learning_rate)
+    dessilbi = lbi.dessilbi(learning_rate, **options)
+
+    def init_fn(params):
+        return adam.init(params), dessilbi.init(params)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        first, adam_state = adam.update(updates, state[0], params)
+        between = optax.apply_updates(params, first)
+        second, dessilbi_state = dessilbi.update(updates, state[1], between)
+        total = jax.tree.map(lambda a, b: a + b, first, second)
+        return total, (adam_state, dessilbi_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _forecast(run, problem):
+    """Says how the path can be expected to run, before the steps are spent."""
+    config = run.config
+    settings = config.optimizer[config.methods[0]]
+    if settings.name == "adam":
+        return
+    params, num_steps = problem.variables["params"], problem.num_steps
+    schedule = optimizers.make_schedule(settings, num_steps)
+    clocked = schedule, settings.options.nu, num_steps
+    penalty = make_penalty(config, params, num_steps)
+    expected = lbi.forecast_entries(params, *clocked, penalty)
+    decaying = lbi.forecast_entries(
+        params, *clocked, penalty, decaying=True, kappa=settings.options.kappa
+    )
+    run.say(
+        f"clock at the end {lbi.final_clock(*clocked):.3g}; groups that enter if "
+        "their norms stay (if the coupling alone moves them): "
+        + ", ".join(
+            f"{name} {100 * share:.0f} % ({100 * decaying[name]:.0f} %)"
+            for name, share in expected.items()
+        )
+    )
+    if not any(expected.values()):
+        run.say(
+            "warning: no group can enter; the run would only decay its weights. Take "
+            "--config.penalty=suggested, a smaller nu or a higher rate."
+        )
+
+
+def measure(problem: Problem, state: TrainState) -> dict[str, Any]:
+    """Test accuracy of the dense and the sparse network, and the clock of the path.
+
+    The sparse network is W on the support, its batch statistics recalibrated.
+    """
+    metrics = {"test_accuracy": problem.test_accuracy(state.variables)}
+    if not lbi.find_states(state.opt_state):
+        return metrics
+    sparse = {
+        **state.variables,
+        "params": lbi.sparse_params(state.params, state.opt_state),
+    }
+    sparse = classifier.recalibrate(
+        problem.model,
+        problem.images,
+        sparse,
+        num_batches=_NUM_RECALIBRATION_BATCHES,
+    )
+    inside = lbi.in_support(state.opt_state)
+    total = sum(x.size for x in inside.values())
+    return metrics | {
+        "sparse_test_accuracy": problem.test_accuracy(sparse),
+        "clock": float(lbi.clock(state.opt_state)),
+        "density": sum(int(x.sum()) for x in inside.values()) / total,
+        "density_per_layer": {k: float(v.mean()) for k, v in inside.items()},
+    }
+
+
+def path_arrays(problem: Problem, state: TrainState) -> dict[str, np.ndarray]:
+    """When each group entered, and its norm at the end: arrays for the figures."""
+    arrays = {
+        "steps_per_epoch": np.array(problem.steps_per_epoch),
+        "num_steps": np.array(problem.num_steps),
+    }
+    entries = lbi.entry_steps(state.opt_state)
+    assigned = lbi.path.penalties_of(state.opt_state)
+    leaves = lbi.penalty.named_leaves(state.params)
+    for path, steps in entries.items():
+        layer = path.removesuffix("/kernel")
+        arrays[f"entry_{layer}"] = steps.ravel()
+        arrays[f"norm_{layer}"] = np.ravel(assigned[path].norms(leaves[path]))
+    return arrays

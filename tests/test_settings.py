@@ -1,0 +1,79 @@
+"""Configurations as data: variants, optional fields, rules."""
+
+import pytest
+
+from experiments.common import settings
+
+BASE = {
+    "rate": 0.1,
+    "sizes": (1, 2),
+    "path": settings.Optional(str),
+    "model": {"type": "A", "width": 3},
+}
+VARIANTS = {
+    "first": {},
+    "second": {"model.width": 5, "path": "x"},
+    "third": {"model": {"type": "B", "depth": 7}},
+}
+
+
+def build(variant=None):
+    return settings.build("none", BASE, VARIANTS, variant)
+
+
+def test_variants():
+    assert build().variant == "first" and build().path is None
+    second, third = build("second"), build("third")
+    assert second.model.to_dict() == {"type": "A", "width": 5} and second.path == "x"
+    assert third.model.to_dict() == {"type": "B", "depth": 7}
+    # A field that may be None takes only values of its type.
+    second.path = None
+    second.path = "y"
+    with pytest.raises(TypeError):
+        second.path = 3
+
+
+def test_configs_share_nothing():
+    one, two = build(), build()
+    one.model.width, one.path = 9, "z"
+    assert two.model.width == 3 and two.path is None and BASE["model"]["width"] == 3
+
+
+def test_unknown_variant_and_field():
+    with pytest.raises(
+        ValueError, match="'fourth' must be one of first, second, third"
+    ):
+        build("fourth")
+    with pytest.raises(ValueError, match="unknown field 'model.hight'"):
+        settings.build("none", BASE, {"x": {"model.hight": 1}})
+
+
+@pytest.mark.parametrize(
+    ("rule", "good", "bad"),
+    [
+        (settings.at_least(1), (1, 2.5), (0, float("nan"), float("inf"), "1")),
+        (settings.above(0), (0.1,), (0, -1)),
+        (settings.within("[0, 1)"), (0, 0.5), (1, -0.1, None)),
+        (settings.within("(0, 1]"), (1,), (0, 1.1)),
+        (settings.one_of("a", "b"), ("a",), ("c", None)),
+        (settings.each(settings.at_least(1)), ((1, 2),), ((), (0,), 3)),
+        (settings.each(settings.at_least(1), empty=True), ((),), ((0,),)),
+        (settings.optional(settings.at_least(1)), (None, 2), (0,)),
+        (settings.SEEDS, ((0, 7),), ((), (-1,), (2**64,), 3)),
+    ],
+)
+def test_rules(rule, good, bad):
+    for value, is_good in [(v, True) for v in good] + [(v, False) for v in bad]:
+        config = {"a": {"b": value}}
+        if is_good:
+            settings.check(config, {"a.b": rule})
+        else:
+            with pytest.raises(ValueError, match="a.b must be .* got"):
+                settings.check(config, {"a.b": rule})
+
+
+def test_star_checks_every_field():
+    rules = {"a.*.x": settings.at_least(1)}
+    settings.check({"a": {"p": {"x": 1}, "q": {"x": 2}}}, rules)
+    with pytest.raises(ValueError, match=r"a.q.x must be at least 1, got 0\."):
+        settings.check({"a": {"p": {"x": 1}, "q": {"x": 0}}}, rules)
