@@ -23,6 +23,8 @@ from functa.siren import ModulatedSiren as ModulatedSiren
 from functa.siren import Siren as Siren
 from functa.siren import coordinate_grid as coordinate_grid
 
+__version__ = "0.1.0"
+
 
 def __getattr__(name):
     # Modules that moved, under their old names for one version.

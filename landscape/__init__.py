@@ -6,6 +6,8 @@ from landscape import curvature, probes, surface
 
 __all__ = ["curvature", "probes", "surface"]
 
+__version__ = "0.1.0"
+
 
 def __getattr__(name):
     # Modules that moved, under their old names for one version.

@@ -39,6 +39,8 @@ __all__ = [
     "suggest_lambda",
 ]
 
+__version__ = "0.1.0"
+
 
 def __getattr__(name):
     # Modules that moved, under their old names for one version.

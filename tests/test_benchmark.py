@@ -31,6 +31,7 @@ def write_peers(folder, functa, vgg=""):
     (folder / "torch_vgg.py").write_text(vgg)
 
 
+@pytest.mark.slow
 def test_numbers_of_a_run_are_consistent(smoke):
     config, workdir, summary = smoke
     names = ("product_float32", "product_bfloat16", *config.paths)
@@ -62,6 +63,7 @@ def test_numbers_of_a_run_are_consistent(smoke):
     assert len(table.splitlines()) == len(names) + 2
 
 
+@pytest.mark.slow
 def test_peers_are_measured_in_between(smoke):
     _, _, summary = smoke
     for name in ("meta", "meta_bfloat16"):
@@ -72,6 +74,7 @@ def test_peers_are_measured_in_between(smoke):
     assert "over_peer" not in summary["encode"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_shows_its_table(smoke, capsys):
     config, workdir, summary = smoke
     assert benchmark.train_and_evaluate(config, workdir) == summary
@@ -150,6 +153,7 @@ def test_bad_settings_are_refused(tmp_path, path, value, message):
         benchmark.train_and_evaluate(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_what_grows_along_an_axis_is_drawn(smoke):
     _, workdir, summary = smoke
     with np.load(workdir / "arrays.npz") as arrays:

@@ -45,9 +45,11 @@ EVERY_TRAINER = """
 import sys
 import jax, numpy as np, optax
 import functa
+from experiments.common import devices
 from experiments.configs import fit_image as fit_configs
 from experiments.configs import meta_learn as meta_configs
 from experiments.networks.vgg import VGG
+from experiments.training import classifier, encoding, meta, siren
 
 rng = np.random.default_rng(0)
 results = {"num_devices": np.array(jax.device_count())}
@@ -102,13 +104,11 @@ np.savez(sys.argv[1], **{jax.tree_util.keystr(k): np.asarray(v) for k, v in leav
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_numbers_of_one(tmp_path):
-    results = []
-    for num_devices in (1, 8):
-        path = tmp_path / f"{num_devices}.npz"
-        finish(start(["-c", EVERY_TRAINER, str(path)], num_devices))
-        results.append(dict(np.load(path)))
-    one, eight = results
+    paths = {num_devices: tmp_path / f"{num_devices}.npz" for num_devices in (1, 8)}
+    finish(*(start(["-c", EVERY_TRAINER, str(paths[n])], n) for n in paths))
+    one, eight = (dict(np.load(path)) for path in paths.values())
     assert one.pop("['num_devices']") == 1 and eight.pop("['num_devices']") == 8
     assert one.keys() == eight.keys() and len(one) > 30
     for name in one:
@@ -157,6 +157,7 @@ def start_two_processes(name, workdir, *options):
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_are_killed_resume_and_write_what_one_writes(tmp_path):
     options = [
         "--config=experiments/configs/meta_learn.py:smoke",

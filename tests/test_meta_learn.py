@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 def small_config(**changes):
     config = configs.get_config("smoke")
     config.model.out_channels = 1
+    config.inner.num_steps = 2  # what is unrolled is compiled so often
     for name, value in changes.items():
         group, _, field = name.rpartition("__")
         (config[group] if group else config)[field] = value
@@ -65,7 +66,7 @@ def test_update_equals_plain_gradient_descent_on_the_meta_loss():
             coords,
             targets,
             learning_rate=weights["learning_rate"],
-            num_steps=3,
+            num_steps=config.inner.num_steps,
         )
         return info.loss[:, -1].mean()
 
@@ -85,7 +86,7 @@ def test_update_equals_plain_gradient_descent_on_the_meta_loss():
 
 
 def test_update_compiles_once_and_learns():
-    config = small_config()
+    config = small_config(inner__num_steps=3)
     state, update = start(config)
     losses = []
     for step in range(12):
@@ -101,13 +102,13 @@ def test_update_compiles_once_and_learns():
     ("changes", "shape"),
     [
         ({"inner__meta_sgd": True, "inner__rates_per_step": False}, (8,)),
-        ({"inner__meta_sgd": True}, (3, 8)),
-        ({"inner__meta_sgd": False}, (3, 1)),
+        ({"inner__meta_sgd": True}, (2, 8)),
+        ({"inner__meta_sgd": False}, (2, 1)),
         ({"inner__meta_sgd": False, "inner__rates_per_step": False}, ()),
     ],
 )
 def test_rates(changes, shape):
-    config = small_config(**changes, inner__rate_clip=(0.25, 0.3))
+    config = small_config(**changes, inner__rate_clip=(0.25, 0.3), inner__unroll=False)
     state, update = start(config)
     before = np.asarray(state.weights["learning_rate"])
     assert before.shape == shape
@@ -160,7 +161,7 @@ def test_direct_modulation_without_a_latent():
     config = small_config()
     config.model = {"type": "ModulatedSiren", "width": 8, "depth": 3, "out_channels": 1}
     state, update = start(config)
-    assert state.weights["learning_rate"].shape == (3, 16)
+    assert state.weights["learning_rate"].shape == (2, 16)
     state, loss, _ = update(state, *some_batch(config), jax.random.key(0))
     assert np.isfinite(loss)
 
@@ -200,6 +201,7 @@ def run_to_the_end(config, workdir):
     return summary, encoding.load_learner(workdir)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     options = ["--config.num_steps=40", "--config.checkpoint_every=5"]
     command = [

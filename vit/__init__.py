@@ -16,3 +16,5 @@ __all__ = [
     "save_checkpoint",
     "slicing",
 ]
+
+__version__ = "0.1.0"
