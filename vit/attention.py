@@ -190,7 +190,7 @@ class FromHeads(nn.Module):
 
 
 def _flat_init(num_inputs):
-    """Xavier-uniform initializer of kernels whose first `num_inputs` axes are inputs."""
+    """Xavier-uniform initializer; the first `num_inputs` axes are inputs."""
 
     def init(key, shape, dtype=jnp.float32):
         flat = math.prod(shape[:num_inputs]), math.prod(shape[num_inputs:])
