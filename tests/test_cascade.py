@@ -1,4 +1,4 @@
-"""Cascade pruning against NumPy loops; masked against compact; presets and errors."""
+"""Cascade pruning against NumPy loops; masked against compact; old names; errors."""
 
 import itertools
 
@@ -9,9 +9,11 @@ import pytest
 import vit_oracle
 from vit_oracle import compiled, run
 
+from vit import attention as attentions
 from vit import cascade as cascades
-from vit.cascade import Cascade, Tokens
-from vit.model import Attended, ViT
+from vit import schedules, tokens
+from vit.cascade import Cascade
+from vit.model import ViT
 
 # All axes differ: 2 images of 15 x 20, 12 patches of 5 x 5, D 10, H 4, d 6, M 14, K 7.
 SIZES = {
@@ -161,28 +163,28 @@ SPECIAL = {
     "fuse": (DROP | {"fuse": True, "keep": (12, 6)}, COMPACT),
     "fuse-norm": (DROP | {"fuse": True, "score": "norm"}, COMPACT),
     "evit": (
-        vars(cascades.evit(0.5, num_layers=3, num_patches=12)),
+        vars(schedules.evit(0.5, num_layers=3, num_patches=12)),
         COMPACT,
     ),
     "merge": (
-        vars(cascades.token_merging(3, num_layers=3, num_patches=12)),
+        vars(schedules.token_merging(3, num_layers=3, num_patches=12)),
         COMPACT,
     ),
     "merge-and-heads": (
-        vars(cascades.token_merging(5, num_layers=3, num_patches=12))
+        vars(schedules.token_merging(5, num_layers=3, num_patches=12))
         | {"keep_heads": (2, 1, 3), "head_score": "confidence"},
         COMPACT,
     ),
     "released-schedule": (
         vars(
-            cascades.released_code(
+            schedules.released_code(
                 num_layers=6, num_patches=12, plateau=0.9, stale_threshold=False
             )
         ),
         cascades.MODES,
     ),
     "released-code": (
-        vars(cascades.released_code(num_layers=6, num_patches=12, plateau=0.9)),
+        vars(schedules.released_code(num_layers=6, num_patches=12, plateau=0.9)),
         MASKED,
     ),
 }
@@ -389,100 +391,6 @@ def test_what_is_pruned_everywhere_has_no_effect_and_no_gradient(semantics, mode
     assert loss != changed
 
 
-# By hand.
-
-
-def tokens_of(x, scores):
-    x = jnp.asarray(x, jnp.float32)
-    position = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    return Tokens(x, position, jnp.asarray(scores, jnp.float32))
-
-
-def test_fused_token_is_the_mean_weighted_by_the_scores():
-    x = np.random.default_rng(0).normal(size=(1, 6, 3))
-    scores = np.array([[9.0, 0.1, 0.5, 0.3, 0.2, 0.6]])
-    cascade = Cascade(keep=(5,), keep_mlp=(3,), fuse=True)
-    tokens = run(
-        lambda tokens: cascades.mlp_layer(
-            cascade, 0, tokens, lambda x: x, lambda x: 0 * x
-        ),
-        tokens_of(x, scores),
-    )
-    # CLS, the two best and the mean of numbers 1, 3 and 4 by 1/6, 3/6 and 2/6.
-    np.testing.assert_array_equal(tokens.position, [[0, 2, 5, -1]])
-    np.testing.assert_allclose(tokens.x[:, :3], x[:, [0, 2, 5]], rtol=1e-6)
-    mean = (x[0, 1] + 3 * x[0, 3] + 2 * x[0, 4]) / 6
-    np.testing.assert_allclose(tokens.x[0, 3], mean, rtol=1e-5)
-    mean = (0.1 + 3 * 0.3 + 2 * 0.2) / 6
-    np.testing.assert_allclose(tokens.score, [[9, 0.5, 0.6, mean]], rtol=1e-5)
-
-
-def test_merging_by_hand():
-    # Angles of the keys: 2 is like 1, 4 is like 5 but less so, 6 is like 5 and not by
-    # much; CLS is exactly like 3 and stays.
-    degrees = np.radians([90, 0, 4, 90, 180, 190, 220])
-    keys = np.stack([np.cos(degrees), np.sin(degrees)], axis=1)[None]
-    x = np.arange(14.0).reshape(1, 7, 2) ** 2
-    sizes = jnp.array([[1.0, 1.0, 2.0, 1.0, 1.0, 3.0, 1.0]])
-    tokens = tokens_of(x, np.zeros((1, 7)))._replace(weights=sizes)
-    cascade = Cascade(keep=(6,), keep_mlp=(4,), score="merge")
-
-    def half_layer(tokens):
-        def attend(x, weights):
-            assert weights is tokens.weights
-            return Attended(0 * x, None, jnp.asarray(keys, jnp.float32))
-
-        return cascades.attention_layer(cascade, 0, tokens, lambda x: x, attend)
-
-    tokens = run(half_layer, tokens)
-    np.testing.assert_array_equal(tokens.position, [[0, 6, 1, 3, 5]])
-    np.testing.assert_array_equal(tokens.weights, [[1, 1, 3, 1, 4]])
-    expected = [
-        x[0, 0],
-        x[0, 6],
-        (x[0, 1] + 2 * x[0, 2]) / 3,
-        x[0, 3],
-        (x[0, 4] + 3 * x[0, 5]) / 4,
-    ]
-    np.testing.assert_allclose(tokens.x[0], expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("num_tokens", [9, 10])
-@pytest.mark.parametrize("num_merged", [1, 3, 4])
-def test_merging_matches_numpy(num_tokens, num_merged):
-    rng = np.random.default_rng(num_tokens + num_merged)
-    x, keys = rng.normal(size=(2, 2, num_tokens, 3))
-    sizes = rng.integers(1, 5, (2, num_tokens))
-    tokens = tokens_of(x, np.zeros((2, num_tokens)))
-    tokens = tokens._replace(weights=jnp.asarray(sizes, jnp.float32))
-    before = num_tokens - 1
-    cascade = Cascade(keep=(before,), keep_mlp=(before - num_merged,), score="merge")
-    merged = run(
-        lambda tokens: cascades.attention_layer(
-            cascade,
-            0,
-            tokens,
-            lambda x: x,
-            lambda x, _: Attended(0 * x, None, jnp.asarray(keys, jnp.float32)),
-        ),
-        tokens,
-    )
-    for image in range(2):
-        expected = vit_oracle.merge(
-            [
-                vit_oracle.Token(x[image, i], i, size=int(sizes[image, i]))
-                for i in range(num_tokens)
-            ],
-            keys[image],
-            num_merged,
-        )
-        positions = [token.position for token in expected]
-        assert merged.position[image].tolist() == positions
-        assert merged.weights[image].tolist() == [token.size for token in expected]
-        x_expected = np.stack([token.x for token in expected])
-        np.testing.assert_allclose(merged.x[image], x_expected, rtol=0, atol=1e-6)
-
-
 def test_merged_tokens_have_the_attention_of_all_their_members():
     """Merging equal tokens changes nothing: a key of size m counts m times."""
     model = make(Cascade(keep=(12, 10), keep_mlp=(10, 10), score="merge"))
@@ -505,38 +413,6 @@ def test_merged_tokens_have_the_attention_of_all_their_members():
     assert_close(merged, expected)
 
 
-def test_top_mask_and_indices_match_loops_and_ties_go_to_the_first():
-    rng = np.random.default_rng(0)
-    score = rng.integers(0, 4, (5, 11)).astype(np.float32)
-    score[0, 3], score[1, 4], score[2] = np.inf, -np.inf, 1.0
-    values = rng.normal(size=(5, 11, 2)).astype(np.float32)
-
-    def choose(score, values, count):
-        mask = cascades.top_mask(score, count)
-        indices = cascades.mask_to_indices(mask, count)
-        return mask, indices, cascades.take(values, indices)
-
-    counts = 0, 1, 4, 10, 11
-    chosen = run(lambda *x: [choose(*x, count) for count in counts], score, values)
-    for count, (mask, indices, taken) in zip(counts, chosen, strict=True):
-        for row in range(5):
-            order = sorted(range(11), key=lambda i: (-score[row, i], i))
-            kept = sorted(order[:count])
-            assert np.flatnonzero(mask[row]).tolist() == kept
-            assert indices[row].tolist() == kept
-            np.testing.assert_array_equal(taken[row], values[row][kept])
-
-
-def test_heads_are_chosen_by_batch_or_image_and_ties_go_to_the_first():
-    scores = jnp.array([[3.0, 1.0, 2.0, 2.0], [0.0, 6.0, 1.0, 1.0]])
-    heads = cascades.Heads(keep=2, score="max", scope="image", mode="masked")
-    mask = cascades.choose_heads(heads, scores)
-    np.testing.assert_array_equal(mask, [[1, 0, 1, 0], [0, 1, 1, 0]])
-    # Means 1.5, 3.5, 1.5, 1.5.
-    mask = cascades.choose_heads(heads._replace(scope="batch"), scores)
-    np.testing.assert_array_equal(mask, [[1, 1, 0, 0]] * 2)
-
-
 def test_attention_is_asked_for_where_a_later_choice_needs_it():
     def queries(num_patches=9, **options):
         cascade = Cascade(**options)
@@ -549,117 +425,18 @@ def test_attention_is_asked_for_where_a_later_choice_needs_it():
     assert queries(**drop, score="cls") == ["cls", "cls", None, None]
     assert queries(**drop, score="norm") == [None] * 4
     assert queries(**drop, resets=(1,)) == [None, "all", None, None]
-    # Tokens may return: every layer that leaves some out chooses anew.
+    # Tokens may return: every layer that leaves some out chooses again.
     skip = {"semantics": "skip", "keep": (5, 5, 9)}
     assert queries(**skip) == ["all", "all", None]
     assert queries(semantics="zero", keep=(5, 5)) == ["all", "all"]
     assert cascades.scored_query(None, 0, 9) is None
 
 
-# Presets.
-
-
-def test_ratios_become_counts_by_flooring_what_is_pruned():
-    # 0.29 * 100 is 28.999999999999996 and 0.57 * 100 is 56.99999999999999.
-    assert cascades.keep_counts([0.29, 0.57, 0.0, 0.999], 100) == [71, 43, 100, 1]
-    # 19.6, 9.9 and 130.666.. pruned of 196, 99 and 196.
-    assert cascades.keep_counts([0.1], 196) == [177]
-    assert cascades.keep_counts([0.1], 99) == [90]
-    assert cascades.keep_counts([2 / 3], 196) == [66]
-    for num_patches in (7, 64, 100, 196):
-        for pruned in range(num_patches):
-            kept = cascades.keep_counts([pruned / num_patches], num_patches)
-            assert kept == [num_patches - pruned]
-
-
-def test_dropped_counts_never_grow_and_others_do():
-    ratios, mlp_ratios = [0.5, 0.1, 0.6], [0.2, 0.55, 0.0]
-    cascade = cascades.from_ratios(ratios, 20, mlp_ratios)
-    assert cascade.counts == ((10, 10), (10, 9), (8, 8))
-    cascade = cascades.from_ratios(
-        ratios, 20, mlp_ratios, semantics="skip", score="sum"
-    )
-    assert cascade.counts == ((10, 16), (18, 9), (8, 20))
-    assert (cascade.semantics, cascade.score) == ("skip", "sum")
-    assert cascades.from_ratios([0.1, 0.5], 20).counts == ((18, 18), (10, 10))
-
-
-@pytest.mark.parametrize("ratio", [0.3, 0.6])
-def test_ramp_is_the_released_codes_for_12_layers(ratio):
-    # 0 for layers 0 to 2, a sixth more each, the plateau from layer 8 on.
-    sixths = [0, 0, 0, 1, 2, 3, 4, 5, 6, 6, 6, 6]
-    expected = [ratio * sixth / 6 for sixth in sixths]
-    np.testing.assert_allclose(cascades.ramp_ratios(ratio, 12), expected, rtol=1e-12)
-    cascade = cascades.report(ratio, num_layers=12, num_patches=196, score="sum")
-    pruned = [int(ratio * sixth * 196 / 6 + 1e-9) for sixth in sixths]
-    assert cascade == Cascade(
-        keep=tuple(196 - p for p in pruned),
-        keep_mlp=tuple(196 - p for p in pruned),
-        score="sum",
-    )
-
-
-def test_ramp_in_proportion_and_by_hand():
-    expected = [0, 0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4]
-    np.testing.assert_allclose(cascades.ramp_ratios(0.4, 8), expected, rtol=1e-12)
-    np.testing.assert_allclose(
-        cascades.ramp_ratios(0.6, 4, start=1, length=2), [0, 0.3, 0.6, 0.6], rtol=1e-12
-    )
-    assert cascades.ramp_ratios(0.5, 1) == [0.5]
-
-
-def test_constant_ratios_spare_the_first_layers():
-    assert cascades.constant_ratios(0.3, 4) == [0.0, 0.3, 0.3, 0.3]
-    assert cascades.constant_ratios(0.3, 3, start=0) == [0.3, 0.3, 0.3]
-
-
-def test_range_ratios_by_hand():
-    # Deviations -.2, 0, .2 over the largest: -1, 0, 1.
-    ratios = cascades.range_ratios(0.4, [0.9, 0.1, 0.3, 0.5])
-    np.testing.assert_allclose(ratios, [0, 0.2, 0.4, 0.6], rtol=1e-12)
-    ratios = cascades.range_ratios(0.4, [0.1, 0.3, 0.5], gamma=0.25, start=0)
-    np.testing.assert_allclose(ratios, [0.3, 0.4, 0.5], rtol=1e-12)
-    # Nothing to follow.
-    ratios = cascades.range_ratios(0.4, [0.5] * 3)
-    np.testing.assert_allclose(ratios, [0, 0.4, 0.4], rtol=1e-12)
-    assert cascades.range_ratios(0.0, [0.1, 0.2, 0.7]) == [0, 0, 0]
-
-
-@pytest.mark.parametrize(
-    ("ratio", "gamma"),
-    [(0.1, 0.5), (0.1, 3), (0.5, 1), (0.5, 3), (0.7, 0.9), (0.85, 0.5), (0.9, -0.9)],
-)
-def test_range_ratios_keep_their_mean_and_bounds(ratio, gamma):
-    ranges = np.random.default_rng(1).uniform(size=12)
-    ratios = cascades.range_ratios(ratio, ranges, gamma=gamma, start=2)
-    assert ratios[:2] == [0, 0] and len(ratios) == 12
-    assert 0 <= min(ratios) and max(ratios) <= 0.9
-    np.testing.assert_allclose(np.mean(ratios[2:]), ratio, rtol=1e-9)
-    # A longer range never prunes less.
-    steps = np.diff(np.array(ratios[2:])[np.argsort(ranges[2:])])
-    assert np.all(np.sign(gamma) * steps >= -1e-12)
-
-
-@pytest.mark.parametrize("double_counter", [True, False])
-def test_released_code_zeroes_the_documented_counts(double_counter):
-    attention = [0, 0, 0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.3, 0.3, 0.3]
-    mlp = [0.04 * layer for layer in range(12)]
-    schedule = [0, 2, 4, 6, 8, 10] * 2 if double_counter else range(12)
-    cascade = cascades.released_code(double_counter=double_counter)
-    # 197 tokens compete, CLS among them.
-    pruned = [(196 - keep, 196 - keep_mlp) for keep, keep_mlp in cascade.counts]
-    assert pruned == [(int(attention[i] * 197), int(mlp[i] * 197)) for i in schedule]
-    assert cascade.resets == ((6,) if double_counter else ())
-    assert (cascade.semantics, cascade.mode, cascade.score) == ("zero", "masked", "max")
-    assert cascade.cumulative and cascade.stale_threshold and not cascade.keep_cls
-    assert (cascade.alpha, cascade.beta) == (0.0, 1.0)
-
-
 def test_stale_thresholds_prune_fewer_than_asked():
     """Scores grow in each layer, so that few are below a threshold of the old ones."""
     options = {"num_layers": 6, "num_patches": 12, "plateau": 0.9}
     stale, fresh = (
-        cascades.released_code(**options, stale_threshold=flag)
+        schedules.released_code(**options, stale_threshold=flag)
         for flag in (True, False)
     )
     params = vit_oracle.random_params(make(stale), IMAGES)
@@ -671,24 +448,8 @@ def test_stale_thresholds_prune_fewer_than_asked():
     assert asked == 2 * sum(12 - keep for keep in fresh.keep_mlp) > 2 * few
 
 
-def test_evit_has_the_published_counts():
-    cascade = cascades.evit(0.7, num_layers=12, num_patches=196, fuse=False)
-    # ceil(.7 * 196) = 138, ceil(.7 * 138) = 97, ceil(.7 * 97) = 68.
-    assert cascade.keep == (196,) * 4 + (138,) * 3 + (97,) * 3 + (68,) * 2
-    assert cascade.keep_mlp == (196,) * 3 + (138,) * 3 + (97,) * 3 + (68,) * 3
-    assert (cascade.score, cascade.cumulative, cascade.fuse) == ("cls", False, False)
-    cascade = cascades.evit(0.7, num_layers=12, num_patches=196)
-    # With a fused one: 139, ceil(.7 * 139) + 1 = 99, ceil(.7 * 99) + 1 = 71.
-    assert cascade.keep_mlp == (196,) * 3 + (139,) * 3 + (99,) * 3 + (71,) * 3
-    assert cascade.fuse
-    cascade = cascades.evit(0.5, num_layers=4, num_patches=10, layers=[2], fuse=False)
-    assert cascade.counts == ((10, 10), (10, 10), (10, 5), (5, 5))
-    cascade = cascades.evit(1.0, num_layers=4, num_patches=10)
-    assert cascade.counts == ((10, 10),) * 4
-
-
 def test_fused_token_stands_at_the_end_of_evits_tokens():
-    cascade = cascades.evit(0.5, num_layers=3, num_patches=12)
+    cascade = schedules.evit(0.5, num_layers=3, num_patches=12)
     params = vit_oracle.random_params(make(cascade), IMAGES)
     images = vit_oracle.random_images(IMAGES)
     trace = oracle(cascade, params, images)
@@ -698,18 +459,35 @@ def test_fused_token_stands_at_the_end_of_evits_tokens():
     assert all(row[-1] == -1 for row in trace.at_hand[-1])
 
 
+# Old names, for one version.
+
+
 @pytest.mark.parametrize(
-    ("num_merged", "after"),
+    ("old", "new"),
+    [("report", schedules.cp_vit), ("start", cascades.initial_tokens)],
+)
+def test_renamed_functions_work_and_warn(old, new):
+    with pytest.warns(DeprecationWarning, match=f"vit.cascade.{old} is now vit."):
+        assert getattr(cascades, old) is new
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
     [
-        (13, [184, 171, 158, 145, 132, 119, 106, 93, 80, 67, 54, 41]),
-        # The last has 21 tokens, of which half of 20 can go.
-        (16, [181, 165, 149, 133, 117, 101, 85, 69, 53, 37, 21, 11]),
+        (
+            schedules,
+            "constant_ratios evit from_ratios keep_counts ramp_ratios range_ratios "
+            "released_code token_merging",
+        ),
+        (attentions, "Heads choose_heads"),
+        (tokens, "Tokens mask_to_indices take top_mask"),
     ],
 )
-def test_merging_has_the_published_token_counts(num_merged, after):
-    cascade = cascades.token_merging(num_merged, num_layers=12, num_patches=196)
-    assert [keep + 1 for keep in cascade.keep_mlp] == after
-    assert [keep + 1 for keep in cascade.keep] == [197, *after[:-1]]
+def test_moved_functions_are_found_in_cascade(module, names):
+    for name in names.split():
+        assert getattr(cascades, name) is getattr(module, name)
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        cascades.absent  # noqa: B018
 
 
 # Errors.
@@ -718,102 +496,65 @@ def test_merging_has_the_published_token_counts(num_merged, after):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"semantics": "forget"}, "semantics 'forget' is none of drop, skip, zero"),
-        ({"mode": "fast"}, "mode 'fast' is none of compact, masked"),
-        ({"score": "min"}, "score 'min' is none of max, sum, cls, norm, random, merge"),
-        ({"head_score": "sum"}, "head_score 'sum' is none of max, confidence"),
-        ({"head_scope": "layer"}, "head_scope 'layer' is none of batch, image"),
-        ({"keep": (3, -1)}, r"keep must be one count of at least 0 .* got \(3, -1\)"),
-        ({"keep_mlp": (3,)}, r"keep_mlp must be .* each of the 2 layers, got \(3,\)"),
+        (
+            {"semantics": "forget"},
+            "must be one of drop, skip, zero; got 'forget'",
+        ),
+        ({"mode": "fast"}, "mode must be one of compact, masked; got 'fast'"),
+        ({"score": "min"}, "one of max, sum, cls, norm, random, merge; got 'min'"),
+        ({"head_score": "sum"}, "head_score must be one of max, confidence; got 'sum'"),
+        (
+            {"head_scope": "layer"},
+            "must be one of batch, image; got 'layer'",
+        ),
+        ({"keep": (3, -1)}, r"keep must have one count of at least 0 .* got \(3, -1\)"),
+        ({"keep_mlp": (3,)}, r"keep_mlp must have .* each of the 2 layers, got \(3,\)"),
         ({"keep_heads": (2, 0)}, r"keep_heads must .* at least 1 .* got \(2, 0\)"),
-        ({"keep_heads": (2, 1, 1)}, "keep_heads must be one count"),
+        ({"keep_heads": (2, 1, 1)}, "keep_heads must have one count"),
         ({"keep": (3, 4)}, r"must not grow from layer .* got \[3, 3, 4, 4\]"),
         ({"keep_mlp": (6, 4)}, r"must not grow from layer .* got \[5, 6, 3, 4\]"),
-        ({"keep_cls": False}, "keep_cls=False is for semantics 'skip' and 'zero'"),
+        ({"keep_cls": False}, "keep_cls=False requires semantics 'skip' or 'zero'"),
         (
             {"keep_cls": False, "semantics": "zero", "score": "cls"},
-            "not for score 'cls'",
+            "a score other than 'cls'",
         ),
-        ({"score": "merge"}, "must be the `keep_mlp` of the layer before"),
+        ({"score": "merge"}, "must equal the `keep_mlp` of the layer before"),
         (
             {"score": "merge", "keep_mlp": (3, 2), "mode": "masked"},
-            "merging is compact drop without fuse",
+            "'merge' requires semantics 'drop', mode 'compact' and fuse=F",
         ),
         (
             {"score": "merge", "keep_mlp": (3, 2), "semantics": "skip"},
-            "merging is compact drop without fuse",
+            "'merge' requires semantics 'drop', mode 'compact' and fuse=F",
         ),
         (
             {"score": "merge", "keep_mlp": (3, 2), "fuse": True},
-            "merging is compact drop without fuse",
+            "'merge' requires semantics 'drop', mode 'compact' and fuse=F",
         ),
         (
             {"score": "merge", "keep_mlp": (3, 1)},
             r"can merge at most half of its patches, got \[5, 3, 3, 1\]",
         ),
-        ({"fuse": True, "semantics": "skip"}, "fuse is for compact drop only"),
-        ({"fuse": True, "mode": "masked"}, "fuse is for compact drop only"),
-        ({"fuse": True, "keep": (5, 0)}, "fuse is for compact drop only, with a patch"),
+        (
+            {"fuse": True, "semantics": "skip"},
+            "fuse requires semantics 'drop'",
+        ),
+        (
+            {"fuse": True, "mode": "masked"},
+            "fuse requires semantics 'drop'",
+        ),
+        ({"fuse": True, "keep": (5, 0)}, "mode 'compact' and at least one patch"),
         (
             {"keep_heads": (2, 1), "head_scope": "image"},
-            "head_scope='image'.* save nothing; take mode='masked'",
+            "head_scope='image' cannot save work .* use mode='masked'",
         ),
-        ({"stale_threshold": True}, "semantics='zero', mode='masked' only"),
+        ({"stale_threshold": True}, "requires semantics='zero' and mode='masked'"),
         (
             {"stale_threshold": True, "semantics": "zero"},
-            "semantics='zero', mode='masked' only",
+            "requires semantics='zero' and mode='masked'",
         ),
     ],
 )
 def test_cascades_that_do_not_fit_together_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Cascade(**({"keep": (5, 3)} | options))
-
-
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (lambda: cascades.from_ratios([0.1, 1.0], 9), r"lie in \[0, 1\), got 1.0"),
-        (lambda: cascades.from_ratios([-0.1], 9), r"lie in \[0, 1\), got -0.1"),
-        (lambda: cascades.from_ratios([0.1], 9, [1.5]), r"lie in \[0, 1\), got 1.5"),
-        (lambda: cascades.from_ratios([float("nan")], 9), r"lie in \[0, 1\), got nan"),
-        (
-            lambda: cascades.from_ratios([0.1, 0.2], 9, [0.1]),
-            "2 ratios do not go with 1 mlp_ratios",
-        ),
-        (
-            lambda: cascades.report(1.0, num_layers=4, num_patches=9),
-            r"lie in \[0, 1\), got 1.0",
-        ),
-        (
-            lambda: cascades.evit(0.0, num_layers=4, num_patches=9),
-            r"keep_rate must lie in \(0, 1\], got 0.0",
-        ),
-        (
-            lambda: cascades.evit(1.1, num_layers=4, num_patches=9),
-            r"keep_rate must lie in \(0, 1\], got 1.1",
-        ),
-        (
-            lambda: cascades.token_merging(-1, num_layers=4, num_patches=9),
-            "num_merged must be at least 0, got -1",
-        ),
-        (
-            lambda: cascades.range_ratios(0.95, [0.1, 0.2]),
-            r"ratio must lie in \[0, 0.9\] .* got 0.95 and 1",
-        ),
-        (lambda: cascades.range_ratios(-0.1, [0.1, 0.2]), r"got -0.1 and 1"),
-        (
-            lambda: cascades.range_ratios(0.5, [0.1, 0.2], start=2),
-            "start below 2, got 0.5 and 2",
-        ),
-        (lambda: cascades.range_ratios(0.5, [0.1, 0.2], largest=1.0), "got 0.5 and 1"),
-        (
-            # One layer prunes nothing, the others at most 0.9.
-            lambda: cascades.range_ratios(0.7, [0.1, 0.2, 0.3], gamma=3, start=0),
-            "mean of 0.7 is out of reach with gamma 3",
-        ),
-    ],
-)
-def test_wrong_ratios_are_refused(function, message):
-    with pytest.raises(ValueError, match=message):
-        function()

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import vit_oracle
 
-from vit import cascade as cascades
-from vit import cost
+from vit import cost, schedules
 from vit import model as models
-from vit.cascade import Cascade
+from vit.cascade import MODES, Cascade
 from vit.model import ViT
 
 SIZES = {"num_layers": 12, "num_patches": 196}
@@ -36,7 +35,7 @@ def test_dense_networks_cost_what_is_published(variant, giga):
 )
 def test_plateaus_of_the_ramp_save_what_is_computed_for_vit_b(ratio, percent):
     model = models.make("B", 0, 16)
-    share = saved(model, cascades.report(ratio, **SIZES))
+    share = saved(model, schedules.cp_vit(ratio, **SIZES))
     # There the pruned tokens are not floored.
     assert 0 <= percent - 100 * share < 0.25
 
@@ -44,14 +43,14 @@ def test_plateaus_of_the_ramp_save_what_is_computed_for_vit_b(ratio, percent):
 @pytest.mark.parametrize(("keep_rate", "giga"), [(0.7, 3.00), (0.5, 2.28)])
 def test_evit_costs_what_is_published(keep_rate, giga):
     model = models.make("S", 0, 16)
-    cascade = cascades.evit(keep_rate, **SIZES, fuse=False)
+    cascade = schedules.evit(keep_rate, **SIZES, fuse=False)
     assert abs(cost.count(model.clone(cascade=cascade), 224).total / 1e9 - giga) < 0.01
 
 
 @pytest.mark.parametrize(("num_merged", "percent"), [(8, 25.4), (13, 41.0), (16, 50.1)])
 def test_merging_saves_what_is_computed_for_vit_b(num_merged, percent):
     model = models.make("B", 0, 16)
-    share = saved(model, cascades.token_merging(num_merged, **SIZES))
+    share = saved(model, schedules.token_merging(num_merged, **SIZES))
     # The matching itself is counted here, and there it is not.
     assert 0 <= percent - 100 * share < 1
 
@@ -107,7 +106,7 @@ def test_zeroed_tokens_are_one_row_and_masked_ones_cost_all():
             Cascade(**options, semantics=semantics, mode=mode), 12, 3
         )
         for semantics in ("skip", "zero")
-        for mode in cascades.MODES
+        for mode in MODES
     }
     assert counts["skip", "compact"] == ((13, 8), (6, 13), (1, 4))
     # One row more, unless nothing is zeroed.
@@ -174,12 +173,12 @@ def test_products_of_other_networks(options):
 
 
 def test_products_of_merging_and_of_a_query_alone():
-    merging = cascades.token_merging(12, num_layers=3, num_patches=64)
+    merging = schedules.token_merging(12, num_layers=3, num_patches=64)
     # Sums of sizes: the two sides of 65, 53 and 41 tokens.
     check_against_xla(
         ViT(**SMALL, cascade=merging), uncounted=33 * 32 + 27 * 26 + 21 * 20
     )
-    evit = cascades.evit(0.6, num_layers=3, num_patches=64)
+    evit = schedules.evit(0.6, num_layers=3, num_patches=64)
     # Where 65, 41 and 26 tokens attend, CLS's row is computed once more for the scores,
     # and a sum over them makes the fused token.
     assert evit.counts == ((64, 40), (40, 25), (25, 16))
@@ -250,7 +249,7 @@ def test_what_does_not_fit_is_refused():
         cost.count(model, 30)
     with pytest.raises(ValueError, match="33x33 .* multiples of 4"):
         cost.count_params(model, 33)
-    with pytest.raises(ValueError, match="gelu 'relu' is none of"):
+    with pytest.raises(ValueError, match="gelu must be one of tanh, erf; got 'relu'"):
         cost.count(model.clone(gelu="relu"), 32)
     with pytest.raises(
         ValueError, match="cascade is for 2 layers and at least 9 patch"

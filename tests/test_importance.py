@@ -173,13 +173,13 @@ def test_attention_range_matches_loops():
 
 def test_wrong_forms_and_grids_are_refused():
     probs = jnp.ones((2, 4, 6, 6)) / 6
-    with pytest.raises(ValueError, match="form 'mean' is none of max, sum"):
+    with pytest.raises(ValueError, match="form must be one of max, sum; got 'mean'"):
         importance.patch_scores(probs, form="mean")
-    with pytest.raises(ValueError, match="form 'sum' is none of max, confidence"):
+    with pytest.raises(ValueError, match="one of max, confidence; got 'sum'"):
         importance.head_scores(probs, form="sum")
-    with pytest.raises(ValueError, match=r"is not that of CLS and a grid \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"CLS and a grid of \(2, 3\)"):
         importance.attention_range(probs, (2, 3))
-    with pytest.raises(ValueError, match="range is measured on the whole network"):
+    with pytest.raises(ValueError, match="measure the range on the whole network"):
         importance.attention_range(probs[:, :, :1], (1, 5))
     with pytest.raises(AssertionError):
         importance.patch_scores(probs[0])

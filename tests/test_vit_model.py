@@ -12,6 +12,7 @@ import vit_oracle
 from flax import traverse_util
 from vit_oracle import compiled, run
 
+from vit import attention
 from vit import model as models
 from vit.cascade import Cascade
 from vit.model import DropPath, PatchEmbedding, ViT
@@ -119,7 +120,7 @@ def test_patches_are_taken_row_by_row():
 # Names, starts and kinds of numbers.
 
 
-def test_parameters_have_the_official_names_and_shapes():
+def test_parameters_have_googles_names_and_shapes():
     model = make(representation_size=9, num_layers=1, patch_size=10, stem=(4,))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 20, 30, 2)))
     flat = traverse_util.flatten_dict(shapes["params"], sep="/")
@@ -312,12 +313,12 @@ def test_training_draws_the_cascades_random_scores_anew():
         ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"stem": (4,)}, "patch_size 5 must be a multiple of 2 with 1 conv"),
-        ({"num_heads": 0}, "num_heads must be at least 1, once or for each of the 2"),
+        ({"num_heads": 0}, "num_heads must be at least 1, as one number or one for"),
         ({"num_heads": (3, 3, 3)}, r"num_heads .* got \(3, 3, 3\)"),
         ({"mlp_dim": (14, 0)}, r"mlp_dim must be at least 1.* got \(14, 0\)"),
-        ({"head_dim": None}, "hidden_size 10 does not divide by num_heads 3; give"),
-        ({"head_dim": None, "num_heads": (1, 2)}, r"num_heads \(1, 2\); give head_dim"),
-        ({"gelu": "relu"}, "gelu 'relu' is none of tanh, erf"),
+        ({"head_dim": None}, "hidden_size 10 is not divisible by num_heads 3; set"),
+        ({"head_dim": None, "num_heads": (1, 2)}, r"num_heads \(1, 2\); set head_dim"),
+        ({"gelu": "relu"}, "gelu must be one of tanh, erf; got 'relu'"),
         ({"dropout_rate": 1.0}, r"dropout_rate must lie in \[0, 1\), got 1.0"),
         ({"drop_path_rate": -0.1}, r"drop_path_rate must lie in \[0, 1\), got -0.1"),
         (
@@ -330,11 +331,11 @@ def test_training_draws_the_cascades_random_scores_anew():
         ),
         (
             {"cascade": Cascade(keep=(8, 6), keep_mlp=(6, 6), score="merge")},
-            "merging starts with 8 patches, the network with 12",
+            "merges from 8 patches on, but the network has 12",
         ),
         (
             {"cascade": Cascade(keep=(9, 9), keep_heads=(3, 4))},
-            "layer 1 has 3 heads, keep_heads is 4",
+            "keep_heads must be at most 3 in layer 1, got 4",
         ),
     ],
 )
@@ -363,5 +364,16 @@ def test_variants_are_made_by_name():
         mlp_dim=7,
         dtype=jnp.bfloat16,
     )
-    with pytest.raises(ValueError, match="variant 'XL' is none of Ti, S, B, L"):
+    with pytest.raises(ValueError, match="must be one of Ti, S, B, L, .* got 'XL'"):
         models.make("XL", 5, 32)
+
+
+def test_the_attention_is_found_in_model():
+    for name in (
+        "Attended",
+        "FromHeads",
+        "MultiHeadDotProductAttention",
+        "ToHeads",
+        "attention_probs",
+    ):
+        assert getattr(models, name) is getattr(attention, name)

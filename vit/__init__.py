@@ -1,6 +1,6 @@
 """Vision Transformers with cascade pruning of patches and heads."""
 
-from vit import cascade, cost, importance, slicing
+from vit import attention, cascade, cost, importance, schedules, slicing, tokens
 from vit.cascade import Cascade
 from vit.checkpoint import load_checkpoint, save_checkpoint
 from vit.model import ViT, make
@@ -8,13 +8,16 @@ from vit.model import ViT, make
 __all__ = [
     "Cascade",
     "ViT",
+    "attention",
     "cascade",
     "cost",
     "importance",
     "load_checkpoint",
     "make",
     "save_checkpoint",
+    "schedules",
     "slicing",
+    "tokens",
 ]
 
 __version__ = "0.1.0"

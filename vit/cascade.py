@@ -1,32 +1,39 @@
-"""Cascade pruning: which tokens and heads each layer works on (CP-ViT, 2203.04570).
+"""Cascade pruning: the tokens and heads that each layer works on (CP-ViT, 2203.04570).
 
-A `Cascade` is a static description: token counts are Python ints, so that nothing
-compiles anew; which tokens they are is chosen for every image. Two modes give the same
-logits: "masked" works on all tokens and hides the pruned ones, "compact" gathers the
-kept ones and leaves out the work. The semantics say what becomes of a pruned token:
+A `Cascade` is static: token counts are Python ints, so shapes never depend on values
+and nothing is recompiled. Which tokens are kept is decided for each image. Both modes
+give the same logits: "masked" computes all tokens and hides the pruned ones, "compact"
+gathers the kept ones and skips the work. The semantics define what happens to a pruned
+token:
 
-  drop   it is gone for all following layers (default; nested sets);
-  skip   this layer leaves it as it is and hides it from the others; it may return;
-  zero   the authors' released code: its normalised row is set to zero, so that it still
-         is a key and still gets the constant update of a zero row; it may return.
+  drop   it is removed from all later layers (default; the kept sets are nested);
+  skip   this layer does not change it and hides it from the others; it may return;
+  zero   the released code: its normalized row is set to zero, so it remains a key and
+         receives the constant update of a zero row; it may return.
 
-What makes the modes one computation is the multiplicity of a token, `weights`: 0 for a
-hidden one, m for the one row that stands for m zeroed rows, the group's size for merged
-ones. A key's logit gets its logarithm.
+Both modes are one computation because every row has a weight, the number of tokens it
+represents: 0 for a hidden token, m for the one row that replaces m zeroed rows, the
+size of the group for a merged token. The logarithm of the weight is added to the logit
+of the row's key.
 
-Axes: B images, n tokens at hand (CLS first), P patches, D width, L layers.
+`vit.schedules` constructs cascades, `attention_layer` and `mlp_layer` apply them.
+
+Axes: B images, n current tokens (CLS first), P patches, D width, L layers.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import importlib
+import warnings
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vit import importance
+from vit.attention import Attended, Heads
+from vit.attention import choose_heads as choose_heads
+from vit.tokens import Tokens, fuse, gather, mask_to_indices, merge, take, top_mask
 
 SEMANTICS = ("drop", "skip", "zero")
 MODES = ("compact", "masked")
@@ -36,33 +43,38 @@ SCOPES = ("batch", "image")
 
 @dataclasses.dataclass(frozen=True)
 class Cascade:
-    """What each layer of a Vision Transformer works on.
+    """The tokens and heads that each layer of a Vision Transformer works on.
 
     Attributes:
-      keep: patches that each layer's attention works on, (L,). CLS comes on top.
-      keep_mlp: patches that each layer's MLP works on, (L,); None: those of `keep`.
-      semantics: what becomes of a pruned token: "drop", "skip" or "zero".
+      keep: patches in each layer's attention, (L,). CLS is added.
+      keep_mlp: patches in each layer's MLP, (L,); None uses `keep`.
+      semantics: what happens to a pruned token: "drop", "skip" or "zero".
       mode: "compact" or "masked".
-      score: what ranks the patches: "max" or "sum" (`importance.patch_scores`), "cls"
-        (EViT's), "norm" (of the token), "random", or "merge": tokens are not pruned but
-        merged with similar ones before the MLP (token merging, arXiv 2210.09461).
-      alpha: of `importance.patch_scores`.
-      beta: likewise.
-      cumulative: whether the scores of the layers are added up. The attention of layer
-        l prunes by what the layers before it gave, its MLP by that with its own.
-      fuse: keep the pruned tokens' mean, weighted by their scores, as one of the kept
-        tokens (EViT); only for compact drop.
-      keep_heads: heads whose values are used, (L,); None: all. They are chosen anew for
-        every batch or image; for a fixed choice see `vit.slicing`.
-      head_score: form of `importance.head_scores`.
-      head_scope: "batch": the same heads for the whole batch; "image": each its own,
-        masked only.
-      keep_cls: whether CLS is always kept; the released code lets it compete.
-      resets: layers before which the scores start again from zero.
-      stale_threshold: the released code's mistake: the MLP's threshold is taken from
-        the scores before its layer and compared with those after; only for masked zero.
-      seed: of the random scores, one draw for each place in the batch, where `apply`
-        is given no rng "cascade".
+      score: what ranks the patches: "max" or "sum" (forms of
+        `importance.patch_scores`), "cls" (attention of CLS, as in EViT), "norm" (norm
+        of the token), "random", or "merge" (no ranking: tokens are merged into similar
+        ones before the MLP, as in token merging, arXiv 2210.09461).
+      alpha: weight of what a token attends to, see `importance.patch_scores`.
+      beta: weight of what attends to a token, see `importance.patch_scores`.
+      cumulative: whether scores are summed over the layers. The attention of layer l
+        uses the scores of the layers before it, its MLP those of layer l too.
+      fuse: whether the mean of the pruned tokens, weighted by their scores, stays as
+        one of the kept tokens (EViT); only with semantics "drop" in mode "compact".
+      keep_heads: heads used in each layer, (L,); None uses all. They are chosen again
+        for every batch or image; `vit.slicing` removes a fixed choice for good.
+      head_score: "max" or "confidence", a form of `importance.head_scores`.
+      head_scope: "batch" chooses the same heads for the whole batch, "image" chooses
+        for each image (only in mode "masked").
+      keep_cls: whether CLS is always kept; in the released code it competes.
+      resets: layers before which the scores are set back to zero.
+      stale_threshold: an error of the released code: the threshold of the MLP is taken
+        from the scores before the layer and compared with those after it; only with
+        semantics "zero" in mode "masked".
+      seed: seed of the random scores, which differ by place in the batch; unused if
+        `apply` is given the rng "cascade".
+
+    Raises:
+      ValueError: if a field is out of range, or the fields do not fit together.
     """
 
     keep: tuple[int, ...]
@@ -90,9 +102,10 @@ class Cascade:
             ("head_score", importance.HEAD_FORMS),
             ("head_scope", SCOPES),
         ):
-            if getattr(self, name) not in allowed:
+            value = getattr(self, name)
+            if value not in allowed:
                 raise ValueError(
-                    f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}."
+                    f"{name} must be one of {', '.join(allowed)}; got {value!r}."
                 )
         for name in ("keep", "keep_mlp", "keep_heads"):
             counts = getattr(self, name)
@@ -101,7 +114,7 @@ class Cascade:
             lowest = 1 if name == "keep_heads" else 0
             if len(counts) != len(self.keep) or min(counts) < lowest:
                 raise ValueError(
-                    f"{name} must be one count of at least {lowest} for each of the "
+                    f"{name} must have one count of at least {lowest} for each of the "
                     f"{len(self.keep)} layers, got {counts}."
                 )
         self._check_combinations()
@@ -110,13 +123,13 @@ class Cascade:
         path = [count for pair in self.counts for count in pair]
         if self.semantics == "drop" and any(np.diff(path) > 0):
             raise ValueError(
-                "a dropped token does not return: the counts must not grow from layer "
-                f"to layer, attention before MLP, got {path}."
+                "a dropped token cannot return: counts must not grow from layer to "
+                f"layer, attention before MLP, got {path}."
             )
         if not self.keep_cls and (self.semantics == "drop" or self.score == "cls"):
             raise ValueError(
-                "keep_cls=False is for semantics 'skip' and 'zero', where CLS is not "
-                "lost, and not for score 'cls', which CLS gives."
+                "keep_cls=False requires semantics 'skip' or 'zero', which never lose "
+                "CLS, and a score other than 'cls'."
             )
         compact_drop = self.semantics == "drop" and self.mode == "compact"
         if self.score == "merge":
@@ -124,263 +137,48 @@ class Cascade:
             before = [attention_only[0], *[pair[1] for pair in self.counts[:-1]]]
             if not compact_drop or self.fuse or attention_only != before:
                 raise ValueError(
-                    "merging is compact drop without fuse, and happens before the MLP: "
-                    "each `keep` must be the `keep_mlp` of the layer before."
+                    "score 'merge' requires semantics 'drop', mode 'compact' and "
+                    "fuse=False, and merges before the MLP only: each `keep` must "
+                    "equal the `keep_mlp` of the layer before."
                 )
             if any(before - after > before // 2 for before, after in self.counts):
                 raise ValueError(
                     f"a layer can merge at most half of its patches, got {path}."
                 )
         if self.fuse and (not compact_drop or min(path) < 1):
-            raise ValueError("fuse is for compact drop only, with a patch to keep.")
+            raise ValueError(
+                "fuse requires semantics 'drop', mode 'compact' and at least one patch "
+                "in every layer."
+            )
         if self.head_scope == "image" and self.mode == "compact" and self.keep_heads:
             raise ValueError(
-                "heads of each image's own (head_scope='image') save nothing; take "
+                "head_scope='image' cannot save work in mode 'compact'; use "
                 "mode='masked'."
             )
         if self.stale_threshold and (self.semantics, self.mode) != ("zero", "masked"):
             raise ValueError(
-                "stale_threshold prunes a number of tokens that is not known before: "
-                "semantics='zero', mode='masked' only."
+                "stale_threshold prunes a number of tokens that depends on the image: "
+                "it requires semantics='zero' and mode='masked'."
             )
 
     @property
     def counts(self) -> tuple[tuple[int, int], ...]:
-        """Patches in the attention and the MLP of each layer, (L, 2)."""
+        """Patches in the attention and in the MLP of each layer, (L, 2)."""
         mlp = self.keep if self.keep_mlp is None else self.keep_mlp
         return tuple(zip(self.keep, mlp, strict=True))
 
 
-def from_ratios(
-    ratios: Sequence[float],
-    num_patches: int,
-    mlp_ratios: Sequence[float] | None = None,
-    **options: Any,
-) -> Cascade:
-    """The cascade that prunes these shares of the patches in each layer.
-
-    floor(ratio * num_patches) patches are pruned. Under "drop" a layer never has more
-    tokens than the one before, whatever its ratio.
-
-    Args:
-      ratios: of each layer's attention, in [0, 1), (L,).
-      num_patches: P, CLS not counted.
-      mlp_ratios: of each layer's MLP; None: those of the attention.
-      **options: further fields of `Cascade`.
-
-    Raises:
-      ValueError: if a ratio is outside [0, 1), or the options do not fit.
-    """
-    keep = keep_counts(ratios, num_patches)
-    mlp = keep if mlp_ratios is None else keep_counts(mlp_ratios, num_patches)
-    if len(mlp) != len(keep):
-        raise ValueError(f"{len(keep)} ratios do not go with {len(mlp)} mlp_ratios.")
-    if options.get("semantics", "drop") == "drop":
-        path = np.minimum.accumulate(np.stack([keep, mlp], axis=1).ravel())
-        keep, mlp = path.reshape(-1, 2).T.tolist()
-    return Cascade(keep=tuple(keep), keep_mlp=tuple(mlp), **options)
-
-
-def keep_counts(ratios: Sequence[float], num_patches: int) -> list[int]:
-    """num_patches - floor(ratio * num_patches) for each ratio."""
-    wrong = [ratio for ratio in ratios if not 0 <= ratio < 1]
-    if wrong:
-        raise ValueError(f"ratios must lie in [0, 1), got {wrong[0]}.")
-    # 0.29 * 100 is 28.999999999999996.
-    return [num_patches - math.floor(r * num_patches + 1e-9) for r in ratios]
-
-
-def constant_ratios(ratio: float, num_layers: int, *, start: int = 1) -> list[float]:
-    """The same ratio from layer `start` on."""
-    return [ratio if layer >= start else 0.0 for layer in range(num_layers)]
-
-
-def ramp_ratios(
-    ratio: float,
-    num_layers: int,
-    *,
-    start: int | None = None,
-    length: int | None = None,
-) -> list[float]:
-    """The released code's form: a ramp of `length` layers from `start`, then `ratio`.
-
-    The default is its 3 and 6 layers of 12, in proportion for other depths.
-    """
-    start = num_layers // 4 if start is None else start
-    length = max(num_layers // 2, 1) if length is None else length
-    return [
-        ratio * min(max(layer - start + 1, 0) / length, 1.0)
-        for layer in range(num_layers)
-    ]
-
-
-def range_ratios(
-    ratio: float,
-    ranges: Sequence[float],
-    *,
-    gamma: float = 0.5,
-    largest: float = 0.9,
-    start: int = 1,
-) -> list[float]:
-    """Ratios that follow the measured attention range of each layer.
-
-    r_l = ratio * (1 + gamma * z_l), with z_l the range minus the mean range over the
-    largest deviation, all over the layers from `start` on; clipped to [0, largest] and
-    scaled so that their mean is `ratio` again. The paper has a formula of this purpose
-    that could not be read; this one is ours.
-
-    Args:
-      ratio: mean over the pruned layers.
-      ranges: of each layer, (L,); see `importance.attention_range`.
-      gamma: how much the layers differ.
-      largest: no layer prunes more.
-      start: the first layer that prunes.
-
-    Raises:
-      ValueError: if the ratio is above `largest`, no layer is left, or the mean cannot
-        be reached, as may be where gamma is 1 or more.
-    """
-    values = np.asarray(ranges[start:], np.float64)
-    if not 0 <= ratio <= largest < 1 or not len(values):
-        raise ValueError(
-            f"ratio must lie in [0, {largest}] and start below {len(ranges)}, got "
-            f"{ratio} and {start}."
-        )
-    deviation = values - values.mean()
-    z = deviation / max(np.abs(deviation).max(), 1e-12)
-    ratios = np.clip(ratio * (1 + gamma * z), 0, largest)
-    # Scaling may push a layer over the edge; what it loses the others take.
-    for _ in range(len(values)):
-        free = ratios < largest
-        missing = ratio * len(ratios) - ratios.sum()
-        if abs(missing) < 1e-12 or not free.any() or not ratios[free].sum():
-            break
-        ratios[free] *= 1 + missing / ratios[free].sum()
-        ratios = np.minimum(ratios, largest)
-    if abs(ratios.mean() - ratio) > 1e-9:
-        raise ValueError(
-            f"a mean of {ratio} is out of reach with gamma {gamma}: layers that prune "
-            f"nothing stay so, and {largest} is the most; take a smaller gamma."
-        )
-    return [0.0] * start + ratios.tolist()
-
-
-def report(
-    ratio: float, *, num_layers: int, num_patches: int, **options: Any
-) -> Cascade:
-    """The setting of the report's Tables 6 and 7: `ratio` is the plateau of the ramp.
-
-    Cumulative maxima, one set of tokens for attention and MLP, CLS kept, dropped for
-    good. Further fields of `Cascade` may be given.
-    """
-    ratios = ramp_ratios(ratio, num_layers)
-    return from_ratios(ratios, num_patches, **options)
-
-
-def released_code(
-    *,
-    num_layers: int = 12,
-    num_patches: int = 196,
-    plateau: float = 0.3,
-    mode: str = "masked",
-    stale_threshold: bool = True,
-    double_counter: bool = True,
-) -> Cascade:
-    """The authors' released code (ok858ok/CP-ViT) as written, its mistakes as flags.
-
-    Rows are zeroed after the normalisation, CLS competes with the rest, the MLP has a
-    larger ratio of its own, 2/15 of the plateau for each layer.
-
-    Args:
-      num_layers: L; its schedule is meant for 12.
-      num_patches: P.
-      plateau: of the attention's ratios: 0.3 in the source.
-      mode: "masked" or "compact".
-      stale_threshold: compare the MLP's new scores with a threshold of the old ones.
-      double_counter: its layer counter advances twice a block, so that the second half
-        of the network repeats the first, scores reset.
-    """
-    slope = plateau * 2 / 15
-    largest = 1 / max(1, (num_layers - 1) * 2 / 15)
-    if not 0 <= plateau < largest:
-        raise ValueError(
-            f"plateau must lie in [0, {largest:.3f}) with {num_layers} layers, for the "
-            f"MLP prunes more, got {plateau}."
-        )
-    schedule = [
-        2 * layer % num_layers if double_counter else layer
-        for layer in range(num_layers)
-    ]
-    # Shares of all tokens, CLS among them.
-    num_tokens = num_patches + 1
-    ramp = ramp_ratios(plateau, num_layers, start=3, length=6)
-    attention = [math.floor(ramp[i] * num_tokens + 1e-9) for i in schedule]
-    mlp = [math.floor(slope * i * num_tokens + 1e-9) for i in schedule]
-    return Cascade(
-        keep=tuple(num_patches - pruned for pruned in attention),
-        keep_mlp=tuple(num_patches - pruned for pruned in mlp),
-        semantics="zero",
-        mode=mode,
-        keep_cls=False,
-        resets=(num_layers - num_layers // 2,) if double_counter else (),
-        stale_threshold=stale_threshold,
-    )
-
-
-def evit(
-    keep_rate: float,
-    *,
-    num_layers: int,
-    num_patches: int,
-    layers: Sequence[int] | None = None,
-    fuse: bool = True,
-) -> Cascade:
-    """EViT (Liang et al. 2022): some layers drop all but a share between their halves.
-
-    Args:
-      keep_rate: share kept, in (0, 1].
-      num_layers: L.
-      num_patches: P.
-      layers: which; None: a quarter, a half and three quarters (3, 6, 9 of 12).
-      fuse: keep the mean of the dropped as one token more.
-    """
-    if not 0 < keep_rate <= 1:
-        raise ValueError(f"keep_rate must lie in (0, 1], got {keep_rate}.")
-    if layers is None:
-        layers = [num_layers * i // 4 for i in (1, 2, 3)]
-    keep, keep_mlp, left = [], [], num_patches
-    for layer in range(num_layers):
-        keep.append(left)
-        if layer in layers and keep_rate < 1:
-            left = min(math.ceil(keep_rate * left - 1e-9) + fuse, left)
-        keep_mlp.append(left)
-    return Cascade(
-        keep=tuple(keep),
-        keep_mlp=tuple(keep_mlp),
-        score="cls",
-        cumulative=False,
-        fuse=fuse,
-    )
-
-
-def token_merging(num_merged: int, *, num_layers: int, num_patches: int) -> Cascade:
-    """Token merging (Bolya et al. 2023): every layer merges `num_merged` tokens away.
-
-    At most half of a layer's tokens, CLS left out, can be merged; later layers then
-    merge fewer.
-    """
-    if num_merged < 0:
-        raise ValueError(f"num_merged must be at least 0, got {num_merged}.")
-    keep, keep_mlp, left = [], [], num_patches
-    for _ in range(num_layers):
-        keep.append(left)
-        left -= min(num_merged, left // 2)
-        keep_mlp.append(left)
-    return Cascade(keep=tuple(keep), keep_mlp=tuple(keep_mlp), score="merge")
-
-
 def check_fits(cascade: Cascade, num_patches: int, num_layers: int) -> None:
-    """Raises ValueError if a cascade is not for a network of this size."""
+    """Checks that a cascade fits a network.
+
+    Args:
+      cascade: the cascade.
+      num_patches: P of the network.
+      num_layers: L of the network.
+
+    Raises:
+      ValueError: if it does not.
+    """
     largest = max(max(pair) for pair in cascade.counts)
     if len(cascade.keep) != num_layers or largest > num_patches:
         raise ValueError(
@@ -389,42 +187,24 @@ def check_fits(cascade: Cascade, num_patches: int, num_layers: int) -> None:
         )
     if cascade.score == "merge" and cascade.keep[0] != num_patches:
         raise ValueError(
-            f"merging starts with {cascade.keep[0]} patches, the network with "
-            f"{num_patches}."
+            f"the cascade merges from {cascade.keep[0]} patches on, but the network "
+            f"has {num_patches}."
         )
 
 
-class Tokens(NamedTuple):
-    """The tokens between two layers.
-
-    Attributes:
-      x: (B, n, D), CLS first.
-      position: original number of each, 0 for CLS, -1 for a fused one, (B, n).
-      score: what ranks them, (B, n), float32.
-      weights: how many each stands for, (B, n); None is one.
-      previous: what ranked them before the layer's attention, for the stale threshold.
-    """
-
-    x: jax.Array
-    position: jax.Array
-    score: jax.Array
-    weights: jax.Array | None = None
-    previous: jax.Array | None = None
-
-
-class Heads(NamedTuple):
-    """A choice of heads for one layer's attention: see `Cascade`."""
-
-    keep: int
-    score: str
-    scope: str
-    mode: str
-
-
-def start(
+def initial_tokens(
     cascade: Cascade | None, x: jax.Array, key: jax.Array | None = None
 ) -> Tokens:
-    """The tokens (B, 1 + P, D) before the first layer; `key` is for random scores."""
+    """The tokens before the first layer.
+
+    Args:
+      cascade: how the network is pruned, or None.
+      x: embeddings of CLS and patches, (B, 1 + P, D).
+      key: PRNG key of the random scores; None uses the cascade's seed.
+
+    Returns:
+      1 + P tokens per image.
+    """
     batch, num_tokens, _ = x.shape
     score = jnp.zeros((batch, num_tokens))
     if cascade is not None and cascade.score == "random":
@@ -438,39 +218,60 @@ def start(
 
 
 def heads_of(cascade: Cascade | None, layer: int, num_heads: int) -> Heads | None:
-    """Which heads the layer chooses; None if it keeps all `num_heads`."""
+    """How a layer chooses its heads.
+
+    Args:
+      cascade: how the network is pruned, or None.
+      layer: index of the layer.
+      num_heads: H of this layer.
+
+    Returns:
+      The choice; None if the layer uses all its heads.
+
+    Raises:
+      ValueError: if the cascade keeps more heads than the layer has.
+    """
     if cascade is None or cascade.keep_heads is None:
         return None
     keep = cascade.keep_heads[layer]
     if keep > num_heads:
-        raise ValueError(f"layer {layer} has {num_heads} heads, keep_heads is {keep}.")
+        raise ValueError(
+            f"keep_heads must be at most {num_heads} in layer {layer}, got {keep}."
+        )
     if keep == num_heads:
         return None
     return Heads(keep, cascade.head_score, cascade.head_scope, cascade.mode)
 
 
 def scored_query(cascade: Cascade | None, layer: int, num_patches: int) -> str | None:
-    """Whose attention probabilities layer `layer` must give: "all", "cls" or None.
+    """The queries whose attention probabilities the scores of a layer need.
 
-    None also where no later choice of tokens depends on them: then the layer can run
-    its attention fused.
+    Args:
+      cascade: how the network is pruned, or None.
+      layer: index of the layer.
+      num_patches: P of the network for semantics "skip" and "zero"; for "drop" it does
+        not matter.
+
+    Returns:
+      "all", "cls" or None. None also means that no later selection depends on these
+      scores, so that the layer can use a fused attention kernel.
     """
     if cascade is None or cascade.score in ("norm", "random", "merge"):
         return None
-    if not any(_chooses(cascade, layer, num_patches)):
+    if not any(_selects(cascade, layer, num_patches)):
         return None
     return "cls" if cascade.score == "cls" else "all"
 
 
-def _chooses(cascade, layer, num_patches):
-    """Whether each choice after the attention of `layer` leaves a token out."""
+def _selects(cascade, layer, num_patches):
+    """For each selection after the attention of `layer`: does it prune a token?"""
     path = [count for pair in cascade.counts for count in pair]
     for point in range(2 * layer + 1, len(path)):
         if point % 2 == 0 and point // 2 in cascade.resets:
-            # What was scored before is forgotten here.
+            # Earlier scores are discarded here.
             return
         if cascade.semantics == "drop":
-            # A choice of all that are left is none.
+            # Keeping all remaining tokens needs no scores.
             yield path[point] < path[point - 1]
         else:
             yield path[point] < num_patches
@@ -481,17 +282,20 @@ def attention_layer(
     layer: int,
     tokens: Tokens,
     norm: Callable[[jax.Array], jax.Array],
-    attend: Callable[[jax.Array, jax.Array | None], Any],
+    attend: Callable[[jax.Array, jax.Array | None], Attended],
 ) -> Tokens:
-    """The first half of a block: prunes by the layers before, attends, scores.
+    """First half of a block: prunes by earlier scores, attends, updates the scores.
 
     Args:
-      cascade: what to work on; None is everything.
-      layer: its number.
-      tokens: before it.
-      norm: the normalisation before the attention.
-      attend: (normalised tokens, weights) -> record with `update` (B, n, D), `probs`
-        and `keys`, as `model.Attended`.
+      cascade: how the network is pruned; None computes everything.
+      layer: index of the layer.
+      tokens: tokens before the block.
+      norm: normalization before the attention, (B, n, D) -> (B, n, D).
+      attend: attention, (normalized tokens (B, n, D), weights (B, n) or None) ->
+        `Attended`.
+
+    Returns:
+      The tokens after the attention; with score "merge" also merged.
     """
     if cascade is None:
         return tokens._replace(x=tokens.x + attend(norm(tokens.x), None).update)
@@ -510,18 +314,18 @@ def attention_layer(
             return attended.update, None
         if query == "cls":
             return attended.update, importance.cls_scores(attended.probs, weights)
-        gained = importance.patch_scores(
+        scores = importance.patch_scores(
             attended.probs,
             weights,
             form=cascade.score,
             alpha=cascade.alpha,
             beta=cascade.beta,
         )
-        return attended.update, gained
+        return attended.update, scores
 
     tokens = _half_layer(cascade, tokens, cascade.counts[layer][0], norm, apply)
     if cascade.score == "merge":
-        tokens = _merge(tokens, keys, cascade.counts[layer][1])
+        tokens = merge(tokens, keys, cascade.counts[layer][1])
     return tokens
 
 
@@ -532,7 +336,18 @@ def mlp_layer(
     norm: Callable[[jax.Array], jax.Array],
     mlp: Callable[[jax.Array], jax.Array],
 ) -> Tokens:
-    """The second half of a block: prunes by the scores so far, applies the MLP."""
+    """Second half of a block: prunes by the current scores, applies the MLP.
+
+    Args:
+      cascade: how the network is pruned; None computes everything.
+      layer: index of the layer.
+      tokens: tokens after the attention.
+      norm: normalization before the MLP, (B, n, D) -> (B, n, D).
+      mlp: (B, n, D) -> (B, n, D).
+
+    Returns:
+      The tokens after the block.
+    """
     if cascade is None:
         return tokens._replace(x=tokens.x + mlp(norm(tokens.x)))
     keep = cascade.counts[layer][1]
@@ -546,71 +361,79 @@ def mlp_layer(
 
 
 def _half_layer(cascade, tokens, keep, norm, apply):
-    """Applies half a layer to the `keep` best patches and CLS, as the semantics say.
+    """Applies half a layer to CLS and the `keep` patches that rank highest.
 
-    apply(normalised x, weights) -> update like x, gained scores (B, n) or None.
+    apply(normalized x, weights) returns an update like x, and scores (B, n) or None.
     """
-    num_tokens = tokens.x.shape[1]
-    rank_by = _ranking(cascade, tokens)
-    if keep + 1 >= num_tokens:
-        update, gained = apply(norm(tokens.x), tokens.weights)
-        everything = jnp.ones(tokens.score.shape, bool)
-        return _advance(cascade, tokens, update, gained, everything)
-    selected = top_mask(rank_by, keep + 1)
-    if cascade.mode == "masked":
-        if cascade.semantics == "zero":
-            x = norm(tokens.x) * selected[..., None]
-            update, gained = apply(x, None)
-            everything = jnp.ones_like(selected)
-            return _advance(cascade, tokens, update, gained, everything)
-        weights = selected.astype(jnp.float32)
-        update, gained = apply(norm(tokens.x), weights)
-        if cascade.semantics == "drop":
-            tokens = tokens._replace(weights=weights)
-        update = update * selected[..., None]
-        return _advance(cascade, tokens, update, gained, selected)
+    ranking = _ranking(cascade, tokens)
+    keeps_all = keep + 1 >= tokens.x.shape[1]
+    if not keeps_all and (cascade.semantics, cascade.mode) == ("drop", "compact"):
+        shorten = fuse if cascade.fuse else gather
+        tokens = shorten(tokens, ranking, keep + 1)
+        keeps_all = True
+    if keeps_all:
+        update, scores = apply(norm(tokens.x), tokens.weights)
+        return _advance(cascade, tokens, update, scores)
+    selected = top_mask(ranking, keep + 1)
+    half_layer = _masked if cascade.mode == "masked" else _compact
+    return half_layer(cascade, tokens, selected, keep, norm, apply)
+
+
+def _masked(cascade, tokens, selected, keep, norm, apply):
+    """Half a layer on all tokens: those not selected are hidden or set to zero."""
+    del keep
+    if cascade.semantics == "zero":
+        update, scores = apply(norm(tokens.x) * selected[..., None], None)
+        return _advance(cascade, tokens, update, scores)
+    weights = selected.astype(jnp.float32)
+    update, scores = apply(norm(tokens.x), weights)
     if cascade.semantics == "drop":
-        tokens = _drop(cascade, tokens, selected, rank_by, keep + 1)
-        update, gained = apply(norm(tokens.x), tokens.weights)
-        everything = jnp.ones(tokens.score.shape, bool)
-        return _advance(cascade, tokens, update, gained, everything)
+        tokens = tokens._replace(weights=weights)
+    update = update * selected[..., None]
+    return _advance(cascade, tokens, update, scores, selected)
+
+
+def _compact(cascade, tokens, selected, keep, norm, apply):
+    """Half a layer on the gathered rows, for tokens that may return."""
     indices = mask_to_indices(selected, keep + 1)
     x = norm(take(tokens.x, indices))
     weights = None
     if cascade.semantics == "zero":
-        # The zeroed rows are all alike: one row stands for them.
+        # All zeroed rows are equal: one row represents them.
         batch, _, width = x.shape
         x = jnp.concatenate([x, jnp.zeros((batch, 1, width), x.dtype)], axis=1)
-        weights = jnp.ones(x.shape[:2]).at[:, -1].set(num_tokens - keep - 1)
-    update, gained = apply(x, weights)
-    # The place of each kept token among the kept ones; the others take the last row,
-    # which is that of the zeroed tokens, or are left alone.
-    places = jnp.cumsum(selected, axis=1) - 1
-    places = jnp.where(selected, places, x.shape[1] - 1)
+        weights = jnp.ones(x.shape[:2])
+        weights = weights.at[:, -1].set(selected.shape[1] - keep - 1)
+    update, scores = apply(x, weights)
+    # The row of each kept token among the kept ones. The other tokens point at the last
+    # row: with "zero" it is the row of the zeroed tokens, with "skip" it is not used.
+    rows = jnp.cumsum(selected, axis=1) - 1
+    rows = jnp.where(selected, rows, x.shape[1] - 1)
     touched = selected
     if cascade.semantics == "zero":
         touched = jnp.ones_like(selected)
-    update = jnp.where(touched[..., None], take(update, places), 0)
-    if gained is not None:
-        gained = jnp.where(touched, take(gained, places), 0)
-    return _advance(cascade, tokens, update, gained, touched)
+    update = jnp.where(touched[..., None], take(update, rows), 0)
+    if scores is not None:
+        scores = jnp.where(touched, take(scores, rows), 0)
+    return _advance(cascade, tokens, update, scores, touched)
 
 
-def _advance(cascade, tokens, update, gained, scored):
-    """Adds the update, and the gained scores of the tokens that were scored."""
+def _advance(cascade, tokens, update, new_scores, scored=None):
+    """Adds the update and the new scores; `scored` (B, n) masks tokens, None is all."""
     tokens = tokens._replace(x=tokens.x + update)
-    if gained is None:
+    if new_scores is None:
         return tokens
-    gained = jax.lax.stop_gradient(gained)
+    new_scores = jax.lax.stop_gradient(new_scores)
+    scored = jnp.ones(new_scores.shape, bool) if scored is None else scored
     if cascade.cumulative:
-        score = tokens.score + jnp.where(scored, gained, 0)
+        score = tokens.score + jnp.where(scored, new_scores, 0)
     else:
-        score = jnp.where(scored, gained, tokens.score)
+        score = jnp.where(scored, new_scores, tokens.score)
     return tokens._replace(score=score)
 
 
 def _ranking(cascade, tokens):
-    """What ranks the tokens: CLS first if it is kept, those that are gone last."""
+    """Ranks the tokens, (B, n): CLS first if it is always kept, hidden tokens last."""
     score = tokens.score
     if cascade.score == "norm":
         score = jnp.linalg.norm(tokens.x.astype(jnp.float32), axis=-1)
@@ -622,90 +445,33 @@ def _ranking(cascade, tokens):
     return score
 
 
-def _drop(cascade, tokens, selected, rank_by, count):
-    """The selected tokens alone; with `fuse` the last of them is the others' mean."""
-    fused = None
-    if cascade.fuse:
-        count -= 1
-        selected = top_mask(rank_by, count)
-        shares = jnp.where(selected, 0.0, rank_by)
-        shares = shares / jnp.maximum(shares.sum(1, keepdims=True), 1e-12)
-        fused = jnp.einsum("bn,bnd->bd", shares, tokens.x)[:, None]
-        score = jnp.sum(shares * tokens.score, axis=1, keepdims=True)
-    indices = mask_to_indices(selected, count)
-    kept = Tokens(*(x if x is None else take(x, indices) for x in tokens))
-    if fused is None:
-        return kept
-    nowhere = jnp.full_like(kept.position[:, :1], -1)
-    return kept._replace(
-        x=jnp.concatenate([kept.x, fused.astype(kept.x.dtype)], axis=1),
-        position=jnp.concatenate([kept.position, nowhere], axis=1),
-        score=jnp.concatenate([kept.score, score], axis=1),
-    )
+# The constructors of `vit.schedules`, which imports this module, are also found here.
+_IN_SCHEDULES = {
+    "constant_ratios",
+    "evit",
+    "from_ratios",
+    "keep_counts",
+    "ramp_ratios",
+    "range_ratios",
+    "released_code",
+    "token_merging",
+}
+# Old names, for one version.
+_RENAMED = {
+    "report": ("vit.schedules", "cp_vit"),
+    "start": ("vit.cascade", "initial_tokens"),
+}
 
 
-def _merge(tokens, keys, keep):
-    """Bipartite soft matching: merges tokens until CLS and `keep` are left.
-
-    Alternate tokens form the sides A (with CLS) and B; the tokens of A whose keys are
-    most like one of B are merged into it, as means weighted by the groups' sizes.
-    """
-    batch, num_tokens, _ = tokens.x.shape
-    num_merged = num_tokens - 1 - keep
-    if not num_merged:
-        return tokens
-    keys = jax.lax.stop_gradient(keys.astype(jnp.float32))
-    keys = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
-    likeness = jnp.einsum("bid,bjd->bij", keys[:, ::2], keys[:, 1::2])
-    best = jnp.max(likeness, axis=2).at[:, 0].set(-jnp.inf)  # (B, A)
-    merged = top_mask(best, num_merged)
-    onto = jax.nn.one_hot(jnp.argmax(likeness, axis=2), likeness.shape[2])
-    onto = onto * merged[..., None]  # (B, A, B)
-    left = mask_to_indices(~merged, best.shape[1] - num_merged)
-
-    def split(x):
-        return take(x[:, ::2], left), x[:, 1::2]
-
-    sizes = tokens.weights
-    size = sizes[:, 1::2] + jnp.einsum("bij,bi->bj", onto, sizes[:, ::2])
-    weighted = tokens.x * sizes[..., None]
-    x = weighted[:, 1::2] + jnp.einsum("bij,bid->bjd", onto, weighted[:, ::2])
-    x = (x / size[..., None]).astype(tokens.x.dtype)
-    return Tokens(
-        x=jnp.concatenate([split(tokens.x)[0], x], axis=1),
-        position=jnp.concatenate(split(tokens.position), axis=1),
-        score=jnp.concatenate(split(tokens.score), axis=1),
-        weights=jnp.concatenate([split(sizes)[0], size], axis=1),
-    )
-
-
-def choose_heads(heads: Heads, scores: jax.Array) -> jax.Array:
-    """Mask (B, H) of the heads with the largest scores (B, H), by batch or by image."""
-    if heads.scope == "batch":
-        scores = jnp.broadcast_to(scores.mean(0, keepdims=True), scores.shape)
-    return top_mask(jax.lax.stop_gradient(scores), heads.keep)
-
-
-def top_mask(score: jax.Array, count: int) -> jax.Array:
-    """Mask (B, n) of the `count` largest of each row; of equals the first ones.
-
-    Ranks by comparing all pairs: n is some hundreds, and sorting is slow on the CPU.
-    """
-    ahead = score[:, None, :] > score[:, :, None]
-    order = jnp.arange(score.shape[1])
-    earlier = (order[None, :] < order[:, None])[None]
-    ahead |= (score[:, None, :] == score[:, :, None]) & earlier
-    return jnp.sum(ahead, axis=2) < count
-
-
-def mask_to_indices(mask: jax.Array, count: int) -> jax.Array:
-    """Indices (B, count), rising, of the `count` True entries of each row (B, n)."""
-    place = jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, -1)
-    hit = place[:, None, :] == jnp.arange(count)[None, :, None]  # (B, count, n)
-    return jnp.sum(jnp.where(hit, jnp.arange(mask.shape[1])[None, None], 0), axis=2)
-
-
-def take(x: jax.Array, indices: jax.Array) -> jax.Array:
-    """Rows of each image: x (B, n, ...), indices (B, k) -> (B, k, ...)."""
-    # Whole rows at a time, unlike take_along_axis.
-    return jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x, indices)
+def __getattr__(name):
+    if name in _IN_SCHEDULES:
+        return getattr(importlib.import_module("vit.schedules"), name)
+    if name in _RENAMED:
+        module, new = _RENAMED[name]
+        warnings.warn(
+            f"vit.cascade.{name} is now {module}.{new}.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(importlib.import_module(module), new)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.")

@@ -1,16 +1,17 @@
-"""Checkpoints of Vision Transformers: others' files and ours -> `ViT` and its params.
+"""Checkpoints of Vision Transformers: reads common formats, writes one.
 
-`load_checkpoint` reads
-  .npz          google-research/vision_transformer and AugReg, in the spelling before
-                Flax Linen and in Linen's; big_vision with a CLS token, its layers
-                stacked or not; what `save_checkpoint` wrote
+`load_checkpoint` returns a `ViT` and its parameters. It reads
+  .npz          google-research/vision_transformer and AugReg, with the names used
+                before Flax Linen and with Linen's; big_vision with a CLS token, layers
+                stacked or separate; files of `save_checkpoint`
   .safetensors  timm; Hugging Face transformers
-The layout is told by the names in the file, the architecture by the shapes. Nothing in
-a file is run: neither format needs pickle, and pickled content is refused.
+The names in the file determine the layout, the shapes determine the architecture.
+Nothing in a file is executed: neither format needs pickle, and pickled content is
+rejected.
 
-Linen's names are ours, so that one table per foreign layout says all: from its names to
-Linen's, # for the number of a block. PyTorch stores linear maps output by input, and
-the heads of an attention as one axis; `_from_torch` knows that from our name.
+We use Linen's names, so one table per foreign layout suffices: from its names to
+Linen's, with # for the index of a block. PyTorch stores linear maps as output by input
+and the heads of an attention as one axis; `_from_torch` converts both by our name.
 
 Axes: p side of a patch, C channels, D width, H heads, d width of a head, P patches,
 g rows of the grid of patches.
@@ -42,32 +43,48 @@ def load_checkpoint(
     *,
     num_heads: int | None = None,
 ) -> tuple[ViT, dict]:
-    """Reads a Vision Transformer, ready for `model.apply({"params": params}, images)`.
+    """Reads a Vision Transformer for `model.apply({"params": params}, images)`.
 
-    Files differ in what shapes cannot tell: GELU and epsilon are set to what the file's
-    home computes with ("tanh" and 1e-6 of Google, "erf" and 1e-6 of timm, "erf" and
-    1e-12 of Hugging Face), or to what `save_checkpoint` and Hugging Face's config.json
-    beside the file say. How images are scaled is the caller's: Google's own weights
-    expect [-1, 1].
+    GELU and epsilon cannot be inferred from shapes. They are those of the library that
+    wrote the file ("tanh" and 1e-6 for Google, "erf" and 1e-6 for timm, "erf" and 1e-12
+    for Hugging Face), unless the file comes from `save_checkpoint` or a config.json of
+    Hugging Face is in the same folder: then they are read from there. The caller must
+    scale the images as in training; Google's weights expect [-1, 1].
 
     Args:
-      path: ends in .npz or .safetensors.
-      image_size: side of the images in pixels; the position embedding is resized to
-        their grid by `resize_positions`. None keeps the file's.
-      num_classes: None or the file's own number keeps its head, and the `pre_logits`
-        layer before it. Another number puts zeros in their place, as Google does for
-        fine-tuning; 0 puts nothing there.
-      num_heads: H, for files of PyTorch, which do not tell it. None is that of
-        config.json beside a file of Hugging Face, else heads of width 64.
+      path: a file that ends in .npz or .safetensors.
+      image_size: side of the images in pixels; `resize_positions` resizes the position
+        embedding to their grid. None keeps the position embedding of the file.
+      num_classes: None, or the number of the file, keeps its head and the `pre_logits`
+        layer before it. Another number replaces them by a head of zeros, as Google does
+        for fine-tuning; 0 removes them.
+      num_heads: H, for PyTorch files, whose shapes do not determine it. None reads it
+        from Hugging Face's config.json, or else assumes heads of width 64.
 
     Returns:
-      The model, and its float32 params as nested dicts. Layers that differ in heads or
-      in the width of the MLP give tuples. A file without head gives num_classes=0.
+      The model and its float32 parameters as nested dicts. `num_heads` or `mlp_dim` is
+      a tuple if layers differ. A file without a head gives num_classes=0.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if the file is damaged, of another format or of an architecture that
-        `ViT` is not, or if the arguments do not fit it.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if the file is damaged, has another format or an architecture that
+        `ViT` does not support, or if the arguments do not fit it.
+
+    Example:
+      >>> import tempfile
+      >>> import jax, jax.numpy as jnp
+      >>> import vit
+      >>> model = vit.make("cifar_128", num_classes=10, patch_size=4, num_layers=1)
+      >>> params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     vit.save_checkpoint(f"{folder}/model.npz", model, params)
+      ...     model, params = vit.load_checkpoint(
+      ...         f"{folder}/model.npz", image_size=32, num_classes=5
+      ...     )
+      >>> model.num_classes, params["head"]["kernel"].shape
+      (5, (128, 5))
+      >>> params["Transformer"]["posembed_input"]["pos_embedding"].shape
+      (1, 65, 128)
     """
     path = Path(path)
     arrays = _read(path)
@@ -86,7 +103,8 @@ def load_checkpoint(
         fields = _architecture(arrays) | settings
         if num_heads not in (None, fields["num_heads"]):
             raise ValueError(
-                f"num_heads is {fields['num_heads']} in this file, got {num_heads}."
+                f"num_heads must be {fields['num_heads']} for this file, got "
+                f"{num_heads}."
             )
         if num_classes not in (None, fields["num_classes"]):
             _replace_head(arrays, fields, num_classes)
@@ -116,25 +134,38 @@ def save_checkpoint(
 ) -> None:
     """Writes a .npz with the names and shapes of google-research/vision_transformer.
 
-    One entry more, `meta`, holds in JSON what shapes do not tell: `gelu` and `ln_eps`.
-    The other fields are those of a run: `cascade`, the dropout rates and the compute
-    dtype come back at their defaults. The file is written beside `path` and moved into
-    place, so that a kill leaves an older one whole.
+    An additional entry, `meta`, stores the fields that shapes do not determine as JSON:
+    `gelu` and `ln_eps`. Fields of a run are not stored: after loading, `cascade`, the
+    dropout rates and the compute dtype have their defaults. The file is written under a
+    temporary name and moved into place, so that an interruption leaves an existing file
+    intact.
 
     Args:
-      path: ends in .npz.
-      model: whose params they are.
-      params: nested dicts, pruned heads and MLP columns left out or not.
+      path: a name that ends in .npz.
+      model: the model of these parameters.
+      params: nested dicts; `vit.slicing` may have removed heads and neurons.
       dtype: "float32" or "float16". NumPy's format has no bfloat16.
 
     Raises:
-      ValueError: if the name, the dtype or the params do not fit.
+      ValueError: if the name, the dtype or the parameters do not fit.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import jax, jax.numpy as jnp
+      >>> import vit
+      >>> model = vit.make("cifar_128", num_classes=10, patch_size=4, num_layers=1)
+      >>> params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder, "model.npz")
+      ...     vit.save_checkpoint(path, model, params, dtype="float16")
+      ...     vit.load_checkpoint(path)[0] == model
+      True
     """
     path = Path(path)
     if path.suffix.lower() != ".npz":
-        raise ValueError(f"the name of a checkpoint must end in .npz, got {path}.")
+        raise ValueError(f"path must end in .npz, got {path}.")
     if dtype not in ("float32", "float16"):
-        raise ValueError(f"dtype must be float32 or float16, got {dtype!r}.")
+        raise ValueError(f"dtype must be one of float32, float16; got {dtype!r}.")
     arrays = {
         name: np.asarray(value)
         for name, value in traverse_util.flatten_dict(params, sep="/").items()
@@ -144,7 +175,7 @@ def save_checkpoint(
         value = _float32(name, value)
         largest = np.max(np.abs(value), where=np.isfinite(value), initial=0)
         if largest > np.finfo(dtype).max:
-            raise ValueError(f"{name} holds {largest}, too large for {dtype}.")
+            raise ValueError(f"{name} contains {largest}, too large for {dtype}.")
         arrays[name] = value.astype(dtype)
     arrays[_SETTINGS] = json.dumps({"gelu": model.gelu, "ln_eps": float(model.ln_eps)})
     temporary = path.with_name(f".{path.name}.tmp")
@@ -159,15 +190,15 @@ def save_checkpoint(
 
 
 def resize_positions(positions: np.ndarray, grid_size: int) -> np.ndarray:
-    """Position embeddings for another grid of patches, by Google's rule.
+    """Resizes position embeddings to another grid of patches, by Google's rule.
 
-    Linear along both axes, corners upon corners: new row i lies at the old row
-    i (g_old - 1) / (g_new - 1), as `scipy.ndimage.zoom(order=1)` has it.
-    `jax.image.resize` aligns the borders instead, and timm and Hugging Face resize by
+    Interpolation is linear along both axes with aligned corners: new row i is old row
+    i (g_old - 1) / (g_new - 1), as in `scipy.ndimage.zoom(order=1)`. In contrast,
+    `jax.image.resize` aligns the borders, and timm and Hugging Face interpolate with
     cubics.
 
     Args:
-      positions: (1, 1 + g_old^2, D), the CLS token's first, which stays.
+      positions: (1, 1 + g_old^2, D); the first one belongs to CLS and is not changed.
       grid_size: g_new.
 
     Returns:
@@ -190,7 +221,7 @@ def resize_positions(positions: np.ndarray, grid_size: int) -> np.ndarray:
     return np.concatenate([cls, grid], axis=1)
 
 
-# Names: each layout's -> ours.
+# Names: from each layout to ours.
 
 _SETTINGS = "meta"
 _POSITIONS = "Transformer/posembed_input/pos_embedding"
@@ -203,7 +234,7 @@ _TIMM = {
     "pos_embed": _POSITIONS,
     "patch_embed.proj": "embedding",
     "blocks.#.norm1": f"{_BLOCK}/LayerNorm_0",
-    "blocks.#.attn.query": f"{_ATTENTION}/query",  # The thirds of qkv, by `_split`.
+    "blocks.#.attn.query": f"{_ATTENTION}/query",  # Thirds of qkv, see `_split`.
     "blocks.#.attn.key": f"{_ATTENTION}/key",
     "blocks.#.attn.value": f"{_ATTENTION}/value",
     "blocks.#.attn.proj": f"{_ATTENTION}/out",
@@ -229,7 +260,7 @@ _HUGGING_FACE = {
     "layernorm": "Transformer/encoder_norm",
     "classifier": "head",
 }
-# Before Linen, all modules of a block shared one counter.
+# Before Linen, the modules of a block were numbered with one counter.
 _PRE_LINEN = {
     "LayerNorm_2": "LayerNorm_1",
     "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
@@ -237,18 +268,18 @@ _PRE_LINEN = {
 }
 _BIG_VISION = {"pos_embedding": _POSITIONS, "Transformer/pos_embedding": _POSITIONS}
 
-# Added before the CLS token joins, these may have no row for it.
+# Embeddings of these names may lack the row of CLS, if added before CLS is prepended.
 _WITHOUT_CLS_ROW = {*_BIG_VISION, "pos_embed"}
-_UNUSED = r"(vit\.)?pooler\.dense\."  # Hugging Face's, no part of a classifier
+_UNUSED = r"(vit\.)?pooler\.dense\."  # Of Hugging Face; classifiers do not use it.
 _UNSUPPORTED = {
     r"dist_token|head_dist|distillation": "a distillation token (DeiT)",
     r"\.ls\d\.|\.gamma_\d|layer_scale": "layer scale",
-    r"\b(q|k|query|key)_(norm|ln)\b": "normalising queries and keys (qk-norm)",
+    r"\b(q|k|query|key)_(norm|ln)\b": "normalizing queries and keys (qk-norm)",
     r"reg_token|register_token": "register tokens",
     r"mlp\.(fc1_[gx]|w\d+|weights_in)\b": "a gated MLP (SwiGLU)",
     r"MAPHead|^probe$|attn_pool": "pooling by attention (MAP)",
     r"\bfc_norm\b": "pooling by average (GAP)",
-    r"\bnorm_pre\b": "a normalisation before the blocks",
+    r"\bnorm_pre\b": "a normalization before the blocks",
     r"conv_root|patch_embed\.backbone": "a convolutional stem (hybrid)",
 }
 
@@ -275,7 +306,7 @@ def _torch_names(modules):
 
 
 def _google_names():
-    """Linen's names, which are ours, and what they were called before."""
+    """Linen's names, which are ours, and those used before Linen."""
     ours = _torch_names(_TIMM).values()
     older = {
         name.replace(new, old): name
@@ -286,7 +317,7 @@ def _google_names():
     return dict(zip(ours, ours, strict=True)) | older | _BIG_VISION
 
 
-# A classifier of Hugging Face has its encoder under "vit.", an encoder alone has not.
+# Hugging Face prefixes the encoder of a classifier with "vit.", but not a lone encoder.
 _HUGGING_FACE |= {f"vit.{name}": ours for name, ours in _HUGGING_FACE.items()}
 _LAYOUTS = {
     "google": _Layout(_google_names(), "tanh", 1e-6),
@@ -296,7 +327,7 @@ _LAYOUTS = {
 
 
 def _our_name(name, layout):
-    """Our name of a parameter, or None."""
+    """Our name of a parameter; None if it has none."""
     block = re.search(r"(?<=[._])\d+(?=[./])", name)
     if block is None:
         return layout.names.get(name)
@@ -308,15 +339,15 @@ def _our_name(name, layout):
 
 
 def _from_foreign(arrays: Arrays, path: Path, num_heads: int | None):
-    """Brings the arrays of a foreign file into our layout, whatever their dtypes.
+    """Converts the arrays of a foreign file to our layout; dtypes do not change.
 
     Returns:
-      {our name: array}, in which what has no name of ours keeps its own, and the fields
-      of `ViT` that shapes do not tell.
+      {our name: array}, where an unknown parameter keeps its name, and the fields of
+      `ViT` that shapes do not determine.
     """
     for prefix in ("opt/target/", "params/"):
         inside = [name for name in arrays if name.startswith(prefix)]
-        if inside:  # The others are the optimiser's.
+        if inside:  # The other arrays belong to the optimizer.
             arrays = {name.removeprefix(prefix): arrays[name] for name in inside}
     for pattern, what in _UNSUPPORTED.items():
         if found := [name for name in arrays if re.search(pattern, name)]:
@@ -330,8 +361,8 @@ def _from_foreign(arrays: Arrays, path: Path, num_heads: int | None):
     home = max(known, key=known.get)
     if not known[home]:
         raise ValueError(
-            "these are no parameters of a Vision Transformer as Google, timm or "
-            f"Hugging Face name them: {_first(arrays)}."
+            "the file must contain a Vision Transformer with the parameter names of "
+            f"Google, timm or Hugging Face, got {_first(arrays)}."
         )
     layout = _LAYOUTS[home]
     ours, sources = {}, {}
@@ -340,7 +371,7 @@ def _from_foreign(arrays: Arrays, path: Path, num_heads: int | None):
             continue
         target = _our_name(name, layout) or name
         if target in sources:
-            raise ValueError(f"{sources[target]} and {name} are the same parameter.")
+            raise ValueError(f"{sources[target]} and {name} name the same parameter.")
         ours[target], sources[target] = value, name
 
     settings = {"gelu": layout.gelu, "ln_eps": layout.ln_eps}
@@ -356,7 +387,7 @@ def _from_foreign(arrays: Arrays, path: Path, num_heads: int | None):
 
 
 def _split(name: str, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """The parameters that some store as one, along its first axis."""
+    """Splits arrays that hold several parameters along their first axis."""
     stacked, fused = "/encoderblock/", ".attn.qkv."  # big_vision, timm
     if stacked in name and value.ndim:
         for i, layer in enumerate(value):
@@ -370,12 +401,12 @@ def _split(name: str, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _torch_head_dim(arrays, num_heads):
-    """d, where the heads of an attention are one axis of H d."""
+    """d, for attentions that store their heads as one axis of size H d."""
     name = f"{_ATTENTION}/query/kernel".replace("#", "0")
     width, _ = _shape(arrays, name, "(H d, D)")
     if num_heads is None and width % 64:
         raise ValueError(
-            f"an attention of width {width} does not divide into heads of 64: give "
+            f"an attention of width {width} is not divisible into heads of 64; set "
             "num_heads."
         )
     if num_heads is not None and width % num_heads:
@@ -386,7 +417,7 @@ def _torch_head_dim(arrays, num_heads):
 
 
 def _from_torch(name: str, value: np.ndarray, head_dim: int) -> np.ndarray:
-    """One of PyTorch's parameters in our layout; if it does not fit, as it is."""
+    """Converts a PyTorch parameter to our layout; one of unexpected shape is kept."""
     *_, module, leaf = f"/{name}".split("/")
     if leaf == "kernel" and value.ndim == 4:
         return value.transpose(2, 3, 1, 0)  # (D, C, p, p) -> (p, p, C, D)
@@ -402,14 +433,14 @@ def _from_torch(name: str, value: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def _add_cls_row(arrays, sources):
-    """Gives the CLS token the position zero if the file has none for it."""
+    """Adds a position embedding of zeros for CLS if the file has none."""
     shape = arrays[_POSITIONS].shape if _POSITIONS in arrays else ()
     if len(shape) != 3 or not _is_square(shape[1]):
         return
     if "cls" not in arrays:
         raise ValueError(
-            f"not supported: pooling by average (GAP), {shape[1]} positions and no CLS "
-            "token."
+            f"not supported: pooling by average (GAP), {shape[1]} positions without a "
+            "CLS token."
         )
     if sources[_POSITIONS] in _WITHOUT_CLS_ROW:
         positions = _float32(_POSITIONS, arrays[_POSITIONS])
@@ -417,7 +448,7 @@ def _add_cls_row(arrays, sources):
 
 
 def _hugging_face_settings(path):
-    """What a config.json tells of `ViT`'s fields, if there is one."""
+    """The fields of `ViT` in a config.json; none if the file does not exist."""
     if not path.exists():
         return {}
     config = _json_object(path, path.read_bytes())
@@ -431,8 +462,8 @@ def _hugging_face_settings(path):
         activation = str(settings["gelu"])
         if activation not in _HUGGING_FACE_GELU:
             raise ValueError(
-                f"hidden_act {activation!r} of {path.name} is none of "
-                f"{', '.join(_HUGGING_FACE_GELU)}."
+                f"hidden_act of {path.name} must be one of "
+                f"{', '.join(_HUGGING_FACE_GELU)}; got {activation!r}."
             )
         settings["gelu"] = _HUGGING_FACE_GELU[activation]
     return _check_settings(path.name, settings)
@@ -442,7 +473,7 @@ _HUGGING_FACE_GELU = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "t
 
 
 def _own_settings(entry):
-    """The fields in a file of `save_checkpoint`; None in any other."""
+    """The fields stored by `save_checkpoint`; None for other files."""
     if entry is None:
         return None
     settings = _json_object(_SETTINGS, str(entry))
@@ -454,9 +485,9 @@ def _json_object(name, text):
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is no JSON: {error}.") from error
+        raise ValueError(f"{name} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{name} must hold a JSON object, holds {value!r}.")
+        raise ValueError(f"{name} must hold a JSON object, got {value!r}.")
     return value
 
 
@@ -470,7 +501,7 @@ def _check_settings(source, settings):
     }
     for name, value in settings.items():
         if not allowed[name](value):
-            raise ValueError(f"{source} gives {value!r} for {name}.")
+            raise ValueError(f"{source} has the invalid value {value!r} for {name}.")
     return settings
 
 
@@ -478,7 +509,7 @@ def _check_settings(source, settings):
 
 
 def _architecture(arrays: Arrays) -> dict[str, Any]:
-    """The fields of `ViT` that the shapes of our parameters tell."""
+    """The fields of `ViT` that the shapes of our parameters determine."""
     side, _, _, hidden_size = _shape(arrays, "embedding/kernel", "(p, p, C, D)")
     stem = []
     while (name := f"stem_{len(stem)}/kernel") in arrays:
@@ -491,8 +522,8 @@ def _architecture(arrays: Arrays) -> dict[str, Any]:
     mlp_dim = [shape[1] for shape in first]
     if mlp_dim == [2 * shape[0] for shape in second]:
         raise ValueError(
-            "not supported: a gated MLP (SwiGLU), Dense_0 is twice as wide as Dense_1 "
-            "takes."
+            "not supported: a gated MLP (SwiGLU), Dense_0 has twice as many outputs as "
+            "Dense_1 has inputs."
         )
     num_heads = _once([shape[1] for shape in queries])
     head_dim = queries[0][2]
@@ -513,15 +544,17 @@ def _architecture(arrays: Arrays) -> dict[str, Any]:
 
 def _shape(arrays, name, axes):
     if name not in arrays:
-        raise ValueError(f"{name} {axes} is missing among {_first(arrays)}.")
+        raise ValueError(
+            f"{name} {axes} is missing; the file contains {_first(arrays)}."
+        )
     shape = arrays[name].shape
     if len(shape) != axes.count(",") + 1:
-        raise ValueError(f"{name} has shape {shape}, needs {axes}.")
+        raise ValueError(f"{name} must have shape {axes}, got {shape}.")
     return shape
 
 
 def _shapes(arrays, name, axes, num_layers):
-    """The shape in each layer; where there is none, that of the first to have one."""
+    """The shape in each layer; a layer without one gets that of the first other."""
     names = [name.replace("#", str(layer)) for layer in range(num_layers)]
     shapes = [np.shape(arrays.get(name)) for name in names]
     known = [shape for shape in shapes if len(shape) == axes.count(",") + 1]
@@ -531,7 +564,7 @@ def _shapes(arrays, name, axes, num_layers):
 
 
 def _width(arrays, module):
-    """Outputs of a dense layer; None if there is no such layer."""
+    """Number of outputs of a dense layer; None if the file lacks the layer."""
     if not any(name.startswith(f"{module}/") for name in arrays):
         return None
     return _shape(arrays, f"{module}/kernel", "(D, out)")[1]
@@ -542,7 +575,7 @@ def _once(sizes):
 
 
 def _replace_head(arrays, fields, num_classes):
-    """Puts a head of zeros onto the CLS token, none if num_classes is 0; in place."""
+    """Replaces the head by zeros, or removes it if num_classes is 0; in place."""
     for name in list(arrays):
         if name.startswith(("head/", "pre_logits/")):
             del arrays[name]
@@ -554,7 +587,7 @@ def _replace_head(arrays, fields, num_classes):
 
 
 def _check_fits(model, arrays):
-    """Raises ValueError unless the arrays are the model's, by name and shape."""
+    """Raises ValueError if names and shapes of the arrays are not the model's."""
     num_patches, channels, side = 1, 1, model.patch_size
     if _POSITIONS in arrays:
         num_patches = max(_shape(arrays, _POSITIONS, "(1, 1 + P, D)")[1] - 1, 1)
@@ -584,18 +617,18 @@ def _check_fits(model, arrays):
 
 
 def _first(names: Iterable[str], limit: int = 5) -> str:
-    """The first few names, for errors."""
+    """The first names, for error messages."""
     names = list(names)
     return ", ".join(names[:limit] + ["..."] * (len(names) > limit))
 
 
 def _grid_size(positions):
-    """g of (1, 1 + g^2, D)."""
+    """g of position embeddings (1, 1 + g^2, D)."""
     num_patches = positions.shape[1] - 1
     if not _is_square(num_patches):
         raise ValueError(
-            f"{_POSITIONS} has {num_patches} positions beside that of the CLS token; "
-            "allowed are squares: 1, 4, 9, ..."
+            f"{_POSITIONS} must have a square number of positions (1, 4, 9, ...) after "
+            f"that of CLS, got {num_patches}."
         )
     return math.isqrt(num_patches)
 
@@ -606,9 +639,9 @@ def _is_square(number):
 
 def _float32(name: str, value: np.ndarray) -> np.ndarray:
     if value.dtype.kind == "V" and value.dtype.itemsize == 2:
-        value = value.view(jnp.bfloat16)  # What NumPy's format makes of it.
+        value = value.view(jnp.bfloat16)  # How NumPy stores it.
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(f"{name} is of {value.dtype}, not of floats.")
+        raise ValueError(f"{name} must have a floating-point dtype, got {value.dtype}.")
     return np.asarray(value, np.float32)
 
 
@@ -616,43 +649,44 @@ def _float32(name: str, value: np.ndarray) -> np.ndarray:
 
 
 def _read(path: Path) -> Arrays:
-    """Every array of a file, by its name there."""
+    """Every array of a file, by its name in the file."""
     if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint {path}.")
+        raise FileNotFoundError(f"checkpoint {path} does not exist.")
     kind = path.suffix.lower()
     if path.is_dir() or kind not in _READERS:
         raise ValueError(
-            f"a checkpoint is a file that ends in {' or '.join(_READERS)}, got "
+            f"a checkpoint must be a file that ends in {' or '.join(_READERS)}, got "
             f"{'the directory ' * path.is_dir()}{path}."
         )
     with path.open("rb") as file:
         try:
             return _READERS[kind](file)
-        # Damaged bytes may raise anything inside zipfile, NumPy and json.
+        # zipfile, NumPy and json may raise any exception on damaged bytes.
         except Exception as error:
             raise ValueError(
-                f"{path} is damaged, or no {kind} file of arrays "
+                f"{path} is damaged or is not a {kind} file of arrays "
                 f"({type(error).__name__}: {error})."
             ) from error
 
 
 def _read_npz(file):
     if not zipfile.is_zipfile(file):
-        raise ValueError("it is no zip archive, or truncated")
+        raise ValueError("it is truncated or is not a zip archive")
     file.seek(0)
     with np.load(file, allow_pickle=False) as npz:
         arrays = {name: npz[name] for name in npz.files}
     for name, value in arrays.items():
         if not isinstance(value, np.ndarray):
-            raise ValueError(f"{name} is no array")
+            raise ValueError(f"{name} is not an array")
     return arrays
 
 
 def _read_safetensors(file):
-    """Header length (uint64), header (JSON), then the arrays in C order.
+    """Reads the length of the header (uint64), the header (JSON) and the arrays.
 
-    The header is {name: {"dtype", "shape", "data_offsets": [begin, end]}}, offsets from
-    its end, and perhaps a text under "__metadata__"; all is little-endian.
+    The header is {name: {"dtype", "shape", "data_offsets": [begin, end]}}, with offsets
+    from its end, and may have a text under "__metadata__". Arrays are in C order, all
+    numbers are little-endian.
     """
     length = int.from_bytes(file.read(8), "little")
     if length > _MAX_HEADER:
@@ -664,14 +698,16 @@ def _read_safetensors(file):
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
             raise ValueError(
-                f"{name} is of {entry['dtype']}; read are {', '.join(_DTYPES)}"
+                f"the dtype of {name} must be one of {', '.join(_DTYPES)}; got "
+                f"{entry['dtype']}"
             )
         dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), entry["shape"]
         begin, end = entry["data_offsets"]
         size = math.prod(shape)
         if not 0 <= begin <= end <= len(buffer) or end - begin != size * dtype.itemsize:
             raise ValueError(
-                f"{name} {shape} lies at bytes {begin} to {end} of {len(buffer)}"
+                f"{name} of shape {shape} does not fit bytes {begin} to {end} of "
+                f"{len(buffer)}"
             )
         array = np.frombuffer(buffer, dtype, count=size, offset=begin)
         arrays[name] = array.reshape(shape)

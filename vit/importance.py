@@ -1,8 +1,9 @@
-"""How much patches and heads matter, read off the attention (CP-ViT, arXiv 2203.04570).
+"""Importance of patches and heads, computed from attention (CP-ViT, arXiv 2203.04570).
 
-A[h, i, j] is the probability with which query i of head h attends to key j. Where a key
-stands for several tokens (`weights`), A holds their sum. Axes: B images, H heads,
-Q queries, N tokens (CLS first), d width of a head.
+A[h, i, j] is the probability with which query i of head h attends to key j. If a key
+represents several tokens (`weights`), A holds the sum of their probabilities.
+
+Axes: B images, H heads, Q queries, N tokens (CLS first).
 """
 
 import chex
@@ -21,20 +22,21 @@ def patch_scores(
     alpha: float = 0.0,
     beta: float = 1.0,
 ) -> jax.Array:
-    """Informativeness of each token in one layer, summed over the heads.
+    """Importance of each token in one layer, summed over the heads.
 
-    P[j] = sum_h (alpha * reduce_i A[h, j, i] + beta * reduce_i A[h, i, j]), where the
-    reduction is a sum (the equation of the report's 2.3.2) or a maximum (the authors'
-    code, with alpha = 0). In the sum form a row's sum is 1 whatever the token, so alpha
-    adds a constant there.
+    P[j] = sum_h (alpha * reduce_i A[h, j, i] + beta * reduce_i A[h, i, j]), where
+    `reduce` is a sum (the equation of the report's 2.3.2) or a maximum (the released
+    code, with alpha = 0). In the sum form the alpha term is the same constant for every
+    token, because each row of A sums to 1.
 
     Args:
       probs: attention probabilities, (B, H, N, N).
-      weights: number of tokens that each stands for, (B, N) or None for one. Those of
-        weight zero do not vote, and a group's probability is shared by its members.
+      weights: number of tokens that each row represents, (B, N); None means one each.
+        Queries of weight zero do not vote; the probability of a group is divided
+        equally among its members.
       form: "max" or "sum".
-      alpha: weight of what the token attends to.
-      beta: weight of what attends to the token.
+      alpha: weight of the attention that the token pays.
+      beta: weight of the attention that the token receives.
 
     Returns:
       (B, N), float32; zero for tokens of weight zero.
@@ -65,11 +67,11 @@ def patch_scores(
 
 
 def cls_scores(probs: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-    """Attention of the CLS token to each, mean over the heads (EViT, arXiv 2202.07800).
+    """Attention from CLS to each token, mean over the heads (EViT, arXiv 2202.07800).
 
     Args:
-      probs: (B, H, Q, N), whose first query is CLS.
-      weights: as in `patch_scores`.
+      probs: attention probabilities, (B, H, Q, N); the first query is CLS.
+      weights: number of tokens that each row represents, (B, N); None means one each.
 
     Returns:
       (B, N), float32.
@@ -82,18 +84,19 @@ def cls_scores(probs: jax.Array, weights: jax.Array | None = None) -> jax.Array:
 def head_scores(
     probs: jax.Array, weights: jax.Array | None = None, *, form: str = "max"
 ) -> jax.Array:
-    """Informativeness of each head of one layer, for each image.
+    """Importance of each head in one layer, for each image.
 
-    The authors' code scores no head. The report's sum over i and j of A[h, i, j] is the
-    number of tokens for every head and ranks none. What is left is
+    The released code has no score for heads. The report's sum of A[h, i, j] over i and
+    j equals the number of tokens for every head, so it cannot rank heads. Two forms
+    remain:
 
     * "max": the sum over j of max_i A[h, i, j], the report's "sum of patch
       informativeness in this head" with its maxima;
     * "confidence": the sum over i of max_j A[h, i, j].
 
     Args:
-      probs: (B, H, N, N).
-      weights: as in `patch_scores`.
+      probs: attention probabilities, (B, H, N, N).
+      weights: number of tokens that each row represents, (B, N); None means one each.
       form: "max" or "confidence".
 
     Returns:
@@ -117,27 +120,29 @@ def head_scores(
 def attention_range(
     probs: jax.Array, grid: tuple[int, int], *, distance: int = 3
 ) -> jax.Array:
-    """Share of the patches whose strongest key lies at least `distance` patches away.
+    """Share of the patches whose strongest key is at least `distance` patches away.
 
-    Long ranges mean that a few informative patches draw every query (the vertical lines
-    of the report's figure 14), so that more can be pruned. CLS is left out on both
-    sides; distances are Chebyshev's, on the grid.
+    A long range means that all queries attend to a few informative patches (the
+    vertical lines of the report's figure 14), so that more patches can be pruned. CLS
+    is excluded as query and as key. Distances on the grid are Chebyshev distances.
 
     Args:
-      probs: (B, H, N, N) with N = 1 + grid[0] * grid[1].
+      probs: attention probabilities of the whole network, (B, H, N, N) with
+        N = 1 + grid[0] * grid[1].
       grid: rows and columns of patches.
-      distance: in patches.
+      distance: smallest distance that counts as long, in patches.
 
     Returns:
       A scalar in [0, 1].
 
     Raises:
-      ValueError: if the tokens are not CLS and the grid.
+      ValueError: if the tokens are not CLS and the whole grid.
     """
     if probs.shape[-2:] != (1 + grid[0] * grid[1],) * 2:
         raise ValueError(
-            f"attention {probs.shape} is not that of CLS and a grid {grid}; the range "
-            "is measured on the whole network."
+            f"probs must have {1 + grid[0] * grid[1]} queries and keys, CLS and a grid "
+            f"of {grid}, got shape {probs.shape}; measure the range on the whole "
+            "network, without a cascade."
         )
     strongest = jnp.argmax(probs[:, :, 1:, 1:], axis=-1)  # (B, H, P)
     patches = jnp.arange(grid[0] * grid[1])
@@ -154,4 +159,4 @@ def _per_member(probs, weights):
 
 def _check_form(form, forms):
     if form not in forms:
-        raise ValueError(f"form {form!r} is none of {', '.join(forms)}.")
+        raise ValueError(f"form must be one of {', '.join(forms)}; got {form!r}.")

@@ -1,9 +1,9 @@
-"""Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929), prunable.
+"""Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) that can be pruned.
 
-Parameters carry the names of google-research/vision_transformer, so that its files load
-as they are. What is special here is `ViT.cascade`: which tokens and heads every layer
-works on. It changes no parameter: `model.clone(cascade=...)` prunes a network and
-`cascade=None` gives it back.
+Parameters carry the names and shapes of google-research/vision_transformer, so its
+files load without conversion. One field is new: `ViT.cascade`, the tokens and heads
+that each layer works on. It changes no parameter: `model.clone(cascade=...)` prunes a
+network, and `model.clone(cascade=None)` restores it.
 
 Axes: B images, N tokens (CLS first), P patches, D width, H heads, d width of a head,
 M width of the MLP, L layers, K classes.
@@ -11,17 +11,21 @@ M width of the MLP, L layers, K classes.
 
 import functools
 import itertools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from vit import cascade as cascades
-from vit import importance
-from vit.cascade import Cascade, Tokens
+from vit.attention import Attended as Attended
+from vit.attention import FromHeads as FromHeads
+from vit.attention import MultiHeadDotProductAttention as MultiHeadDotProductAttention
+from vit.attention import ToHeads as ToHeads
+from vit.attention import attention_probs as attention_probs
+from vit.cascade import Cascade
+from vit.tokens import Tokens
 
 _GELU = {"tanh": nn.gelu, "erf": functools.partial(nn.gelu, approximate=False)}
 
@@ -30,7 +34,7 @@ VARIANTS = {
     "S": {"hidden_size": 384, "num_layers": 12, "num_heads": 6, "mlp_dim": 1536},
     "B": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "mlp_dim": 3072},
     "L": {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "mlp_dim": 4096},
-    # For images of 32 pixels, in patches of 4.
+    # For images of 32 x 32 pixels in patches of 4 x 4.
     "cifar_128": {
         "hidden_size": 128,
         "num_layers": 7,
@@ -52,47 +56,33 @@ VARIANTS = {
 }
 
 
-class Attended(NamedTuple):
-    """What an attention gives.
-
-    Attributes:
-      update: (B, N, D).
-      probs: attention probabilities in float32: (B, H, N, N), of the CLS query alone
-        (B, H, 1, N), or None if nothing asked for them.
-      keys: mean over the heads, (B, N, d).
-    """
-
-    update: jax.Array
-    probs: jax.Array | None
-    keys: jax.Array
-
-
 class ViT(nn.Module):
     """A Vision Transformer that classifies by its CLS token.
 
     Attributes:
-      num_classes: K; 0 leaves the head out, the output is the normalised CLS token.
+      num_classes: K; 0 omits the head, and the output is the normalized CLS token.
       patch_size: side of a patch in pixels.
-      stem: channels of convolutions before the patches, 3x3 with stride 2 (Xiao et al.
-        2021, arXiv 2106.14881): small images need fewer epochs with some. A patch is
-        then patch_size / 2**len(stem) of what they give. () is the original.
+      stem: channels of the convolutions before the patches, each 3x3 with stride 2
+        (Xiao et al. 2021, arXiv 2106.14881); they reduce the epochs that small images
+        need. A patch then has patch_size / 2**len(stem) positions of their output per
+        side. () is the original network.
       hidden_size: D.
       num_layers: L.
-      num_heads: H, or one for each layer.
-      mlp_dim: M, or one for each layer.
+      num_heads: H, or one number per layer, (L,).
+      mlp_dim: M, or one number per layer, (L,).
       head_dim: d; None is D / H.
       representation_size: width of the layer before the head that ImageNet-21k files
-        have (`pre_logits`); None leaves it out.
-      gelu: "tanh" (Google's files) or "erf" (timm's and Hugging Face's).
-      ln_eps: epsilon of the layer normalisations.
-      dropout_rate: after the position embedding and in the MLPs, in training.
-      drop_path_rate: of the last layer's residual branches, in training; it grows
-        linearly from zero at the first.
-      cascade: what each layer works on; None is everything.
-      attention_implementation: of `jax.nn.dot_product_attention`, where the
-        probabilities are not needed: None, "xla" or "cudnn".
-      dtype: of the matrix products. Parameters, softmax, scores, normalisations and
-        logits are float32.
+        have (`pre_logits`); None omits it.
+      gelu: "tanh" (Google's files) or "erf" (those of timm and Hugging Face).
+      ln_eps: epsilon of the layer normalizations.
+      dropout_rate: rate after the position embedding and in the MLPs, in training.
+      drop_path_rate: rate of the last layer's residual branches, in training; it grows
+        linearly from zero in the first layer.
+      cascade: the tokens and heads that each layer works on; None is all.
+      attention_implementation: argument of `jax.nn.dot_product_attention`, which is
+        used where the probabilities are not needed: None, "xla" or "cudnn".
+      dtype: compute dtype of the matrix products. Parameters, softmax, scores,
+        normalizations and logits are float32.
     """
 
     num_classes: int
@@ -114,17 +104,24 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """Logits (B, K) of images (B, H, W, C), scaled as the weights expect them.
+        """Classifies images.
 
-        In training the rng "dropout" is needed where a rate is not zero. The rng
-        "cascade", if given, draws a cascade's random scores. Intermediates:
-        of each layer `attention` (B, H, n, n), `tokens`, the original numbers of the
-        tokens (B, n) at hand after it, and `score` (B, n). Those at hand are those it
-        worked on only under compact "drop": hidden and zeroed ones stay at hand.
+        Training needs the rng "dropout" if a rate is not zero. The rng "cascade", if
+        given, draws the random scores of a cascade. Each layer stores three
+        intermediates: `attention` (B, H, n, n), `tokens`, the positions of the n
+        current tokens (B, n), and `score` (B, n). Only compact "drop" removes rows; in
+        all other cases hidden and zeroed tokens are among the n.
+
+        Args:
+          images: (B, H, W, C), scaled as the parameters expect it.
+          train: whether dropout and drop path are active.
+
+        Returns:
+          Logits (B, K), or the CLS token (B, D) if `num_classes` is 0.
 
         Raises:
-          ValueError: if the images do not divide into patches, or the model or its
-            cascade do not fit.
+          ValueError: if the images do not divide into patches, or the fields of the
+            model or its cascade do not fit together.
         """
         check_model(self)
         num_patches = count_patches(images.shape[1:3], self.patch_size)
@@ -179,9 +176,9 @@ class ViT(nn.Module):
 
 
 class StemBlock(nn.Module):
-    """3x3 convolution with stride 2, normalisation and GELU: sides are halved.
+    """3x3 convolution with stride 2, normalization and GELU; halves the sides.
 
-    A matrix product of shifted slices, as the patch embedding is one.
+    Computed as a matrix product of shifted slices, see `PatchEmbedding`.
     """
 
     channels: int
@@ -206,10 +203,10 @@ _OFFSETS = tuple(itertools.product(range(3), repeat=2))
 
 
 class PatchEmbedding(nn.Module):
-    """Each patch times one matrix: (B, H, W, C) -> (B, P, D).
+    """Multiplies each patch by one matrix: (B, H, W, C) -> (B, P, D).
 
-    A convolution whose stride is its size, as a matrix product: the gradient of XLA's
-    convolutions is slow on the CPU.
+    This is a convolution whose stride equals its size. It is computed as a matrix
+    product because the gradient of XLA's convolutions is slow on the CPU.
     """
 
     hidden_size: int
@@ -234,7 +231,7 @@ class PatchEmbedding(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Position embedding, the blocks and the last normalisation: -> CLS (B, D)."""
+    """Position embedding, blocks, last normalization: (B, 1 + P, D) -> CLS (B, D)."""
 
     num_layers: int
     make_block: Callable[[int], nn.Module]
@@ -247,7 +244,7 @@ class Encoder(nn.Module):
         x = x + PositionEmbedding(name="posembed_input")(x)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         key = self.make_rng("cascade") if self.has_rng("cascade") else None
-        tokens = cascades.start(self.cascade, x, key)
+        tokens = cascades.initial_tokens(self.cascade, x, key)
         for layer in range(self.num_layers):
             tokens = self.make_block(layer)(tokens, train=train)
         norm = nn.LayerNorm(self.ln_eps, name="encoder_norm")
@@ -255,6 +252,8 @@ class Encoder(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
+    """A learned vector per position: (B, N, D) -> (1, N, D)."""
+
     @nn.compact
     def __call__(self, x):
         shape = (1, *x.shape[1:])
@@ -262,7 +261,7 @@ class PositionEmbedding(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Attention and MLP, each behind a normalisation and beside a residual path."""
+    """Attention and MLP, each with a normalization before it and a residual path."""
 
     layer: int
     num_heads: int
@@ -316,132 +315,8 @@ class EncoderBlock(nn.Module):
         return cascades.mlp_layer(*position, tokens, norm_1, transform)
 
 
-class MultiHeadDotProductAttention(nn.Module):
-    """Self-attention whose heads can be chosen and whose tokens have multiplicities.
-
-    Attributes:
-      num_heads: H.
-      head_dim: d.
-      heads: how many heads to keep and how; None keeps all.
-      query: whose probabilities are returned: "all", "cls" or None. While intermediates
-        are collected, all are.
-      implementation: of `jax.nn.dot_product_attention`.
-      dtype: of the matrix products.
-    """
-
-    num_heads: int
-    head_dim: int
-    heads: cascades.Heads | None
-    query: str | None
-    implementation: str | None
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array, weights: jax.Array | None) -> Attended:
-        """Attends from each token of x (B, N, D) to all.
-
-        Args:
-          x: normalised tokens.
-          weights: for how many tokens each stands, (B, N) or None for one: its key's
-            logit gets the logarithm. Zero takes a token out.
-        """
-        shape = (self.num_heads, self.head_dim)
-        x = x.astype(self.dtype)
-        query = ToHeads(shape, self.dtype, name="query")(x)
-        key = ToHeads(shape, self.dtype, name="key")(x)
-        to_value = ToHeads(shape, self.dtype, name="value")
-        out = FromHeads(x.shape[-1], shape, self.dtype, name="out")
-        bias = None
-        if weights is not None:
-            bias = jnp.where(weights > 0, jnp.log(jnp.maximum(weights, 1e-9)), _HIDDEN)
-            bias = bias[:, None, None, :]  # (B, 1, 1, N)
-        asked = self.query
-        if self.heads is not None or self.is_mutable_collection("intermediates"):
-            asked = "all"
-        probs = None
-        if asked is not None:
-            first = query[:, :1] if asked == "cls" else query
-            probs = attention_probs(first, key, bias)
-        if asked != "all":
-            attended = jax.nn.dot_product_attention(
-                query, key, to_value(x), bias, implementation=self.implementation
-            )
-            return Attended(out(attended), probs, key.mean(2))
-        kept = mask = None
-        if self.heads is not None:
-            scores = importance.head_scores(probs, weights, form=self.heads.score)
-            mask = cascades.choose_heads(self.heads, scores)  # (B, H)
-            if self.heads.mode == "compact":
-                # The same for the whole batch: the others' values are never made.
-                kept = cascades.mask_to_indices(mask[:1], self.heads.keep)[0]
-                mask = None
-        used = probs if kept is None else probs[:, kept]
-        attended = jnp.einsum(
-            "bhqk,bkhd->bqhd", used.astype(self.dtype), to_value(x, kept)
-        )
-        if mask is not None:
-            attended = attended * mask[:, None, :, None].astype(self.dtype)
-        return Attended(out(attended, kept), probs, key.mean(2))
-
-
-def attention_probs(
-    query: jax.Array, key: jax.Array, bias: jax.Array | None = None
-) -> jax.Array:
-    """Softmax of query (B, Q, H, d) by key (B, N, H, d): float32 (B, H, Q, N)."""
-    logits = jnp.einsum(
-        "bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32
-    )
-    logits = logits / jnp.sqrt(jnp.float32(query.shape[-1]))
-    return nn.softmax(logits if bias is None else logits + bias)
-
-
-class ToHeads(nn.Module):
-    """x (B, N, D) -> queries, keys or values (B, N, H, d), of some heads if asked."""
-
-    shape: tuple[int, int]
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x, heads=None):
-        kernel = self.param("kernel", _flat_init(1), (x.shape[-1], *self.shape))
-        bias = self.param("bias", nn.initializers.zeros, self.shape)
-        if heads is not None:
-            kernel, bias = kernel[:, heads], bias[heads]
-        flat = kernel.reshape(kernel.shape[0], -1).astype(self.dtype)
-        y = x @ flat + bias.reshape(-1).astype(self.dtype)[None, None]
-        return y.reshape(*x.shape[:-1], *bias.shape)
-
-
-class FromHeads(nn.Module):
-    """Heads' outputs (B, N, H, d) -> their sum of projections (B, N, D)."""
-
-    hidden_size: int
-    shape: tuple[int, int]
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x, heads=None):
-        kernel = self.param("kernel", _flat_init(2), (*self.shape, self.hidden_size))
-        bias = self.param("bias", nn.initializers.zeros, (self.hidden_size,))
-        if heads is not None:
-            kernel = kernel[heads]
-        flat = kernel.reshape(-1, self.hidden_size).astype(self.dtype)
-        y = x.reshape(*x.shape[:-2], -1) @ flat
-        return y + bias.astype(self.dtype)[None, None]
-
-
-def _flat_init(num_inputs):
-    """Xavier's uniform draw for a kernel whose first `num_inputs` axes are inputs."""
-
-    def init(key, shape, dtype=jnp.float32):
-        flat = math.prod(shape[:num_inputs]), math.prod(shape[num_inputs:])
-        return nn.initializers.xavier_uniform()(key, flat, dtype).reshape(shape)
-
-    return init
-
-
 class MlpBlock(nn.Module):
-    """Two dense layers with a GELU between: (B, N, D) likewise."""
+    """Two dense layers with a GELU between them: (B, N, D) -> (B, N, D)."""
 
     mlp_dim: int
     gelu: str
@@ -465,7 +340,7 @@ class MlpBlock(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): leaves out an image's whole update."""
+    """Stochastic depth (Huang et al. 2016): drops the whole update of random images."""
 
     rate: float
     deterministic: bool
@@ -479,18 +354,37 @@ class DropPath(nn.Module):
         return jnp.where(kept, x / (1 - self.rate), 0)
 
 
-# A logit that no other is so small as: its probability is exactly zero in float32.
-_HIDDEN = -1e9
-
-
 def make(variant: str, num_classes: int, patch_size: int, **options: Any) -> ViT:
-    """A ViT of `VARIANTS`, with further fields or others in their place.
+    """Makes a model of `VARIANTS`.
+
+    Args:
+      variant: a key of `VARIANTS`: "Ti", "S", "B", "L", or "cifar_128", "cifar_192",
+        "cifar_256" for images of 32 x 32 pixels.
+      num_classes: K; 0 omits the head.
+      patch_size: side of a patch in pixels.
+      **options: other fields of `ViT`; they override those of the variant.
+
+    Returns:
+      The model, without parameters.
 
     Raises:
       ValueError: if the variant is unknown.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import vit
+      >>> model = vit.make("Ti", num_classes=10, patch_size=16, num_layers=2)
+      >>> images = jnp.zeros((1, 32, 48, 3))
+      >>> logits, variables = jax.eval_shape(
+      ...     model.init_with_output, jax.random.key(0), images
+      ... )
+      >>> logits.shape, variables["params"]["embedding"]["kernel"].shape
+      ((1, 10), (16, 16, 3, 192))
     """
     if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}.")
+        raise ValueError(
+            f"variant must be one of {', '.join(VARIANTS)}; got {variant!r}."
+        )
     return ViT(
         num_classes=num_classes,
         patch_size=patch_size,
@@ -499,15 +393,15 @@ def make(variant: str, num_classes: int, patch_size: int, **options: Any) -> ViT
 
 
 def per_layer(value: int | tuple[int, ...], layer: int) -> int:
-    """The entry of one layer of a number that may be the same for all."""
+    """The value of one layer, for fields that have one value or one per layer."""
     return value if isinstance(value, int) else value[layer]
 
 
 def count_patches(image_shape: tuple[int, int], patch_size: int) -> int:
-    """P for images of (height, width).
+    """Number of patches P of images with shape (height, width).
 
     Raises:
-      ValueError: if they do not divide into patches.
+      ValueError: if the images do not divide into patches.
     """
     height, width = image_shape
     if height % patch_size or width % patch_size or not min(height, width):
@@ -519,7 +413,11 @@ def count_patches(image_shape: tuple[int, int], patch_size: int) -> int:
 
 
 def check_model(model: ViT) -> None:
-    """Raises ValueError if the fields of a model do not fit each other."""
+    """Checks that the fields of a model fit together.
+
+    Raises:
+      ValueError: if they do not.
+    """
     for name in ("patch_size", "hidden_size", "num_layers"):
         if getattr(model, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(model, name)}.")
@@ -533,18 +431,18 @@ def check_model(model: ViT) -> None:
         values = (value,) * model.num_layers if isinstance(value, int) else value
         if len(values) != model.num_layers or min(values) < 1:
             raise ValueError(
-                f"{name} must be at least 1, once or for each of the "
+                f"{name} must be at least 1, as one number or one for each of the "
                 f"{model.num_layers} layers, got {value}."
             )
     if model.head_dim is None:
         heads = model.num_heads
         if not isinstance(heads, int) or model.hidden_size % heads:
             raise ValueError(
-                f"hidden_size {model.hidden_size} does not divide by num_heads "
-                f"{heads}; give head_dim."
+                f"hidden_size {model.hidden_size} is not divisible by num_heads "
+                f"{heads}; set head_dim."
             )
     if model.gelu not in _GELU:
-        raise ValueError(f"gelu {model.gelu!r} is none of {', '.join(_GELU)}.")
+        raise ValueError(f"gelu must be one of {', '.join(_GELU)}; got {model.gelu!r}.")
     for name in ("dropout_rate", "drop_path_rate"):
         if not 0 <= getattr(model, name) < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {getattr(model, name)}.")

@@ -1,9 +1,10 @@
-"""Removes heads and neurons for good: a smaller network with the same logits.
+"""Removes heads and neurons from the weights: a smaller network with the same logits.
 
-A choice per image or batch (`Cascade.keep_heads`) must still look at every head. One
-that is fixed, out of scores over calibration images, is cut out of the weights.
+A choice per image or batch (`Cascade.keep_heads`) must compute the scores of every
+head. A fixed choice, for example from scores on calibration images, needs no scores:
+the other heads are removed from the weights.
 
-Axes: L layers, H heads, M width of an MLP.
+Axes: L layers, D width, H heads, d width of a head, M width of an MLP.
 """
 
 from collections.abc import Sequence
@@ -20,22 +21,29 @@ _ATTENTION, _MLP = "MultiHeadDotProductAttention_0", "MlpBlock_0"
 
 
 def largest(scores: Sequence[np.ndarray], counts: Sequence[int]) -> Kept:
-    """Indices, rising, of each layer's `counts[l]` largest scores; ties to the first.
+    """Ascending indices of each layer's largest scores; ties go to the first.
 
     Args:
-      scores: for each layer, (H,) or (M,).
-      counts: how many to keep of each layer, at least one.
+      scores: scores of each layer's heads (H,) or neurons (M,); L entries.
+      counts: number of indices to keep in each layer, at least 1, (L,).
+
+    Returns:
+      L tuples; tuple l has counts[l] indices.
 
     Raises:
       ValueError: if a count is not between 1 and the number of scores.
     """
     if len(scores) != len(counts):
-        raise ValueError(f"{len(scores)} layers of scores, {len(counts)} counts.")
+        raise ValueError(
+            "scores and counts must have one entry per layer, got "
+            f"{len(scores)} scores and {len(counts)} counts."
+        )
     kept = []
     for layer, (score, count) in enumerate(zip(scores, counts, strict=True)):
         if not 1 <= count <= len(score):
             raise ValueError(
-                f"layer {layer} can keep 1 to {len(score)}, got the count {count}."
+                f"the count of layer {layer} must be between 1 and {len(score)}, got "
+                f"{count}."
             )
         order = np.argsort(-np.asarray(score), kind="stable")
         kept.append(tuple(sorted(order[:count].tolist())))
@@ -43,26 +51,38 @@ def largest(scores: Sequence[np.ndarray], counts: Sequence[int]) -> Kept:
 
 
 def keep_heads(model: ViT, params: Any, kept: Kept) -> tuple[ViT, Any]:
-    """The network with these heads of each layer alone, and its parameters.
+    """Keeps the given heads of each layer and removes the others.
 
     Args:
       model: the network; its cascade must not choose heads itself.
       params: its parameters.
-      kept: for each layer the indices of the heads that stay.
+      kept: indices of the heads that each layer keeps, L sequences.
 
     Returns:
-      The smaller model and parameters: the logits are those of `mask_heads`, but for a
-      cascade that ranks tokens by attention or merges them: there the heads that are
-      gone have no say, while masked ones still do.
+      The smaller model and its parameters. Its logits are those of `mask_heads`, with
+      one exception: a cascade that ranks tokens by attention, or merges them, uses all
+      heads there, masked ones included, and only the remaining heads here.
 
     Raises:
-      ValueError: if a layer would keep no head or one that it has not.
+      ValueError: if a layer would keep no head, or a head that it does not have.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import vit
+      >>> model = vit.make("cifar_128", num_classes=10, patch_size=4, num_layers=2)
+      >>> images = jnp.zeros((1, 8, 8, 3))
+      >>> params = model.init(jax.random.key(0), images)["params"]
+      >>> smaller, params = vit.slicing.keep_heads(model, params, [(0, 2), (3,)])
+      >>> smaller.num_heads
+      (2, 1)
+      >>> smaller.apply({"params": params}, images).shape
+      (1, 10)
     """
     heads = [models.per_layer(model.num_heads, i) for i in range(model.num_layers)]
     _check(kept, heads, "heads")
     if model.cascade is not None and model.cascade.keep_heads is not None:
         raise ValueError(
-            "the cascade chooses heads (keep_heads); set it to None first."
+            "the cascade chooses heads itself; set its keep_heads to None first."
         )
 
     def cut(layer, block):
@@ -83,18 +103,18 @@ def keep_heads(model: ViT, params: Any, kept: Kept) -> tuple[ViT, Any]:
 
 
 def keep_neurons(model: ViT, params: Any, kept: Kept) -> tuple[ViT, Any]:
-    """The network with these hidden neurons of each MLP alone, and its parameters.
+    """Keeps the given hidden neurons of each MLP and removes the others.
 
     Args:
       model: the network.
       params: its parameters.
-      kept: for each layer the indices of the neurons that stay.
+      kept: indices of the neurons that each layer keeps, L sequences.
 
     Returns:
-      The smaller model and parameters: the logits are those of `mask_neurons`.
+      The smaller model and its parameters. Its logits are those of `mask_neurons`.
 
     Raises:
-      ValueError: if a layer would keep no neuron or one that it has not.
+      ValueError: if a layer would keep no neuron, or a neuron that it does not have.
     """
     widths = [models.per_layer(model.mlp_dim, i) for i in range(model.num_layers)]
     _check(kept, widths, "neurons")
@@ -111,12 +131,30 @@ def keep_neurons(model: ViT, params: Any, kept: Kept) -> tuple[ViT, Any]:
 
 
 def mask_heads(model: ViT, params: Any, kept: Kept) -> Any:
-    """Parameters in which all but these heads have no effect: they put out zeros."""
+    """Sets the outputs of the other heads to zero; shapes stay as they are.
+
+    Args:
+      model: the network.
+      params: its parameters.
+      kept: indices of the heads that each layer keeps, L sequences.
+
+    Returns:
+      Parameters of the same shapes.
+    """
     return _mask(model, params, kept, (_ATTENTION, "out"))
 
 
 def mask_neurons(model: ViT, params: Any, kept: Kept) -> Any:
-    """Parameters in which all but these hidden neurons have no effect."""
+    """Sets the outputs of the other hidden neurons to zero; shapes stay as they are.
+
+    Args:
+      model: the network.
+      params: its parameters.
+      kept: indices of the neurons that each layer keeps, L sequences.
+
+    Returns:
+      Parameters of the same shapes.
+    """
     return _mask(model, params, kept, (_MLP, "Dense_1"))
 
 
@@ -144,12 +182,17 @@ def _map_blocks(function, model, params):
 
 def _check(kept, sizes, what):
     if len(kept) != len(sizes):
-        raise ValueError(f"kept has {len(kept)} layers, the network {len(sizes)}.")
+        raise ValueError(
+            f"kept must have one entry for each of the {len(sizes)} layers, got "
+            f"{len(kept)}."
+        )
     for layer, (index, size) in enumerate(zip(kept, sizes, strict=True)):
         if not len(index) or min(index) < 0 or max(index) >= size:
             raise ValueError(
-                f"layer {layer} has the {what} 0 to {size - 1} and must keep at least "
-                f"one of them, got {tuple(index)}."
+                f"layer {layer} has {what} 0 to {size - 1} and must keep at least one "
+                f"of them, got {tuple(index)}."
             )
         if len(set(index)) != len(index):
-            raise ValueError(f"layer {layer} keeps some {what} twice: {tuple(index)}.")
+            raise ValueError(
+                f"the {what} that layer {layer} keeps must differ, got {tuple(index)}."
+            )

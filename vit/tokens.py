@@ -1,0 +1,147 @@
+"""The tokens between two layers: selecting, gathering, fusing and merging them.
+
+Nothing here knows of a cascade: counts are Python ints, scores are arrays.
+
+Token merging follows Bolya et al. 2023 (arXiv 2210.09461), the fused token follows EViT
+(Liang et al. 2022, arXiv 2202.07800).
+
+Axes: B images, n current tokens (CLS first), k kept tokens, D width, d width of a head.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Tokens(NamedTuple):
+    """The tokens between two layers.
+
+    Attributes:
+      x: embeddings, (B, n, D); the CLS token comes first.
+      position: position of each token in the input sequence, (B, n): 0 for CLS, -1 for
+        a fused token.
+      score: importance of each token, (B, n), float32.
+      weights: number of tokens that each row represents, (B, n); None means one each.
+      previous: ranking before the attention of this layer, (B, n); only the stale
+        threshold of the released code needs it.
+    """
+
+    x: jax.Array
+    position: jax.Array
+    score: jax.Array
+    weights: jax.Array | None = None
+    previous: jax.Array | None = None
+
+
+def top_mask(score: jax.Array, count: int) -> jax.Array:
+    """Mask (B, n) of the `count` largest scores of each row; ties go to the first.
+
+    Compares all pairs: n is a few hundred, and sorting is slow on the CPU.
+    """
+    ahead = score[:, None, :] > score[:, :, None]
+    order = jnp.arange(score.shape[1])
+    earlier = (order[None, :] < order[:, None])[None]
+    ahead |= (score[:, None, :] == score[:, :, None]) & earlier
+    return jnp.sum(ahead, axis=2) < count
+
+
+def mask_to_indices(mask: jax.Array, count: int) -> jax.Array:
+    """Ascending indices (B, count) of the `count` True entries of each row (B, n)."""
+    place = jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, -1)
+    hit = place[:, None, :] == jnp.arange(count)[None, :, None]  # (B, count, n)
+    return jnp.sum(jnp.where(hit, jnp.arange(mask.shape[1])[None, None], 0), axis=2)
+
+
+def take(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """Rows of each image: x (B, n, ...) and indices (B, k) give (B, k, ...)."""
+    # Gathers whole rows; take_along_axis gathers single numbers.
+    return jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x, indices)
+
+
+def gather(tokens: Tokens, ranking: jax.Array, count: int) -> Tokens:
+    """The `count` tokens that rank highest, in their order.
+
+    Args:
+      tokens: n tokens per image.
+      ranking: the larger, the more important, (B, n).
+      count: k.
+
+    Returns:
+      k tokens per image.
+    """
+    indices = mask_to_indices(top_mask(ranking, count), count)
+    return Tokens(
+        *(field if field is None else take(field, indices) for field in tokens)
+    )
+
+
+def fuse(tokens: Tokens, ranking: jax.Array, count: int) -> Tokens:
+    """The `count` - 1 tokens that rank highest and the weighted mean of the others.
+
+    The fused token comes last and has position -1 (EViT).
+
+    Args:
+      tokens: n tokens per image.
+      ranking: the larger, the more important, (B, n). It is the weight in the mean.
+      count: k, the fused token included.
+
+    Returns:
+      k tokens per image.
+    """
+    count -= 1
+    selected = top_mask(ranking, count)
+    shares = jnp.where(selected, 0.0, ranking)
+    shares = shares / jnp.maximum(shares.sum(1, keepdims=True), 1e-12)
+    x = jnp.einsum("bn,bnd->bd", shares, tokens.x)[:, None]  # (B, 1, D)
+    score = jnp.sum(shares * tokens.score, axis=1, keepdims=True)
+    kept = gather(tokens, ranking, count)
+    no_position = jnp.full_like(kept.position[:, :1], -1)
+    return kept._replace(
+        x=jnp.concatenate([kept.x, x.astype(kept.x.dtype)], axis=1),
+        position=jnp.concatenate([kept.position, no_position], axis=1),
+        score=jnp.concatenate([kept.score, score], axis=1),
+    )
+
+
+def merge(tokens: Tokens, keys: jax.Array, keep: int) -> Tokens:
+    """Bipartite soft matching: merges tokens until CLS and `keep` others remain.
+
+    Tokens are assigned alternately to a set A (which contains CLS) and a set B. The
+    tokens of A whose keys are most similar to a key of B are merged into that token of
+    B, as means weighted by the number of tokens they represent. CLS is never merged.
+
+    Args:
+      tokens: n tokens per image, with `weights`.
+      keys: what similarity is measured on, (B, n, d).
+      keep: tokens left, CLS not counted; at least half of them.
+
+    Returns:
+      1 + keep tokens per image: the rest of A first, then B.
+    """
+    num_merged = tokens.x.shape[1] - 1 - keep
+    if not num_merged:
+        return tokens
+    keys = jax.lax.stop_gradient(keys.astype(jnp.float32))
+    keys = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
+    similarity = jnp.einsum("bid,bjd->bij", keys[:, ::2], keys[:, 1::2])
+    best = jnp.max(similarity, axis=2).at[:, 0].set(-jnp.inf)  # (B, A)
+    merged = top_mask(best, num_merged)
+    onto = jax.nn.one_hot(jnp.argmax(similarity, axis=2), similarity.shape[2])
+    onto = onto * merged[..., None]  # (B, A, B)
+    rest = mask_to_indices(~merged, best.shape[1] - num_merged)
+
+    def split(x):
+        return take(x[:, ::2], rest), x[:, 1::2]
+
+    sizes = tokens.weights
+    size = sizes[:, 1::2] + jnp.einsum("bij,bi->bj", onto, sizes[:, ::2])
+    weighted = tokens.x * sizes[..., None]
+    x = weighted[:, 1::2] + jnp.einsum("bij,bid->bjd", onto, weighted[:, ::2])
+    x = (x / size[..., None]).astype(tokens.x.dtype)
+    return Tokens(
+        x=jnp.concatenate([split(tokens.x)[0], x], axis=1),
+        position=jnp.concatenate(split(tokens.position), axis=1),
+        score=jnp.concatenate(split(tokens.score), axis=1),
+        weights=jnp.concatenate([split(sizes)[0], size], axis=1),
+    )
