@@ -21,6 +21,7 @@ large for one batch go through `mean_over_batches`:
 Axes: n parameters in all, S Lanczos steps, R random vectors, K batches.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -29,9 +30,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
-from landscape.probes import check_floating, check_scalar
+from landscape.checks import LossFn, check_floating, check_like, scalar_loss
 
-LossFn = Callable[[Any, Any], Array]
 Matvec = Callable[[Any], Any]
 
 
@@ -113,6 +113,7 @@ def leading_eigenvalues(
     num: int = 1,
     num_smallest: int = 0,
     num_steps: int = 30,
+    initial_vector: Any = None,
     start: Any = None,
 ) -> Eigenpairs:
     """The algebraically largest eigenvalues, and the smallest, by Lanczos' method.
@@ -144,11 +145,19 @@ def leading_eigenvalues(
             "num and num_smallest must be >= 0 and together between 1 and num_steps "
             f"({num_steps}), got {num} and {num_smallest}."
         )
-    key, start_key = jax.random.split(key)
-    if start is None:
-        first = jax.random.normal(start_key, (size,), dtype)
+    if start is not None:
+        warnings.warn(
+            "leading_eigenvalues(start=...) is now initial_vector.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        initial_vector = start
+    key, vector_key = jax.random.split(key)
+    if initial_vector is None:
+        first = jax.random.normal(vector_key, (size,), dtype)
     else:
-        first = ravel_pytree(_cast_like("start", start, params))[0].astype(dtype)
+        initial_vector = _cast_like("initial_vector", initial_vector, params)
+        first = ravel_pytree(initial_vector)[0].astype(dtype)
     with jax.default_matmul_precision("highest"):
         basis, tridiagonal, remainder = _lanczos(key, product, first, num_steps)
         values, rotation = jnp.linalg.eigh(tridiagonal)
@@ -365,31 +374,6 @@ def mean_over_batches(function: Callable[[Any], Any], batches: Any) -> Any:
     return jax.tree.map(lambda x: x / jnp.asarray(count, x.dtype), total)
 
 
-def scalar_loss(loss_fn: LossFn, params: Any, batch: Any) -> Array:
-    """loss_fn(params, batch); ValueError if that is not a scalar."""
-    loss = loss_fn(params, batch)
-    check_scalar(loss)
-    return loss
-
-
-def check_like(name: str, tree: Any, params: Any) -> None:
-    """Raises ValueError unless `tree` has the structure and the shapes of `params`."""
-    expected, found = (jax.tree.structure(x) for x in (params, tree))
-    if expected != found:
-        raise ValueError(
-            f"{name} must have the structure of params, {expected}, got {found}."
-        )
-    shapes = zip(
-        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(tree), strict=True
-    )
-    for (path, param), leaf in shapes:
-        if jnp.shape(param) != jnp.shape(leaf):
-            raise ValueError(
-                f"{name}{jax.tree_util.keystr(path)} must have the shape "
-                f"{jnp.shape(param)} of params, got {jnp.shape(leaf)}."
-            )
-
-
 def _cast_like(name, tree, params):
     check_floating(params)
     check_like(name, tree, params)
@@ -430,17 +414,17 @@ def _flatten(matvec, params):
 # matfree has a Lanczos recurrence too, but it divides by zero where the Krylov space
 # closes, as it does from a converged eigenvector; what would be left to take from it is
 # shorter than its calls.
-def _lanczos(key, product, start, num_steps):
-    """Lanczos' recurrence, every vector orthogonalised against all before it.
+def _lanczos(key, product, first, num_steps):
+    """Lanczos' recurrence, every vector orthogonalized against all before it.
 
     Returns:
       The basis (S, n), the tridiagonal matrix (S, S) and the norm of what is left, ().
       Where the space closes it goes on from a random vector, uncoupled to the others:
       new directions, no weight for the first vector's quadrature.
     """
-    eps = jnp.finfo(start.dtype).eps
+    eps = jnp.finfo(first.dtype).eps
 
-    def orthogonalise(vector, basis):
+    def orthogonalize(vector, basis):
         # In floating point once is not enough, twice is (Parlett 1998, section 6.9).
         for _ in range(2):
             vector = vector - (basis @ vector) @ basis
@@ -461,19 +445,19 @@ def _lanczos(key, product, start, num_steps):
         fresh = jax.random.normal(step_key, left.shape, left.dtype)
 
         def begin_again():
-            direction = orthogonalise(fresh, basis)
+            direction = orthogonalize(fresh, basis)
             return direction / jnp.linalg.norm(direction)
 
         vector = lax.cond(beta == 0, begin_again, lambda: left / beta)
         basis = basis.at[index].set(vector)
         image = product(vector)
         scale = jnp.maximum(scale, jnp.linalg.norm(image))
-        return (basis, orthogonalise(image, basis), scale), (vector @ image, beta)
+        return (basis, orthogonalize(image, basis), scale), (vector @ image, beta)
 
-    basis = jnp.zeros((num_steps, start.size), start.dtype)
-    carry = basis, start, jnp.zeros([], start.dtype)
+    basis = jnp.zeros((num_steps, first.size), first.dtype)
+    carry = basis, first, jnp.zeros([], first.dtype)
     indices = jnp.arange(num_steps)
     (basis, left, scale), (diagonal, betas) = lax.scan(step, carry, indices)
-    beside = jnp.diag(betas[1:], 1)
-    tridiagonal = jnp.diag(diagonal) + beside + beside.T
+    off_diagonal = jnp.diag(betas[1:], 1)
+    tridiagonal = jnp.diag(diagonal) + off_diagonal + off_diagonal.T
     return basis, tridiagonal, coupling(left, scale)

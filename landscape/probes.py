@@ -52,6 +52,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from landscape.checks import check_floating, check_scalar, path_name
+
 
 class GradientProbe(NamedTuple):
     """Loss and gradient along the gradient; probes stack along leading axes.
@@ -275,9 +277,9 @@ def consecutive_change(
             if jnp.shape(other) != jnp.shape(leaf):
                 raise ValueError(
                     f"{name} must have the shapes of params, got {jnp.shape(other)} "
-                    f"for {jnp.shape(leaf)} at {_path_name(path)}."
+                    f"for {jnp.shape(leaf)} at {path_name(path)}."
                 )
-    paths = [_path_name(path) for path, _ in leaves]
+    paths = [path_name(path) for path, _ in leaves]
     chosen = [
         i for i, p in enumerate(paths) if pattern is None or re.search(pattern, p)
     ]
@@ -383,31 +385,6 @@ def is_dead(
     return ~is_finite | (end >= math.log(num_classes) - tolerance)
 
 
-def check_floating(params: Any) -> None:
-    """Raises ValueError if a parameter has no gradient: not of floating point."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    if not leaves:
-        raise ValueError("params holds no arrays.")
-    for path, leaf in leaves:
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(
-                f"params must be floating point to have gradients, got {dtype} at "
-                f"{_path_name(path)!r}."
-            )
-
-
-def check_scalar(loss: Any) -> None:
-    """Raises ValueError if a loss is not a floating-point scalar."""
-    if not jax.tree_util.all_leaves([loss]):
-        got = f"a {type(loss).__name__}"
-    elif jnp.shape(loss) or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-        got = f"{jnp.result_type(loss)} of shape {jnp.shape(loss)}"
-    else:
-        return
-    raise ValueError(f"loss_fn must return a floating-point scalar, got {got}.")
-
-
 def _checked_step_sizes(step_sizes):
     """As an array (S,) of floats."""
     array = jnp.asarray(step_sizes, float)
@@ -425,10 +402,6 @@ def _checked_step_sizes(step_sizes):
 
 def _is_known(tree):
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
-
-
-def _path_name(path):
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _widen(array):

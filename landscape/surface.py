@@ -3,8 +3,8 @@
 Li et al. 2018 (arXiv 1712.09913). A plane of two filter-normalised directions:
 
     first_key, second_key = jax.random.split(key)
-    first = filter_normalised_direction(first_key, params)
-    second = filter_normalised_direction(second_key, params, orthogonal_to=first)
+    first = filter_normalized_direction(first_key, params)
+    second = filter_normalized_direction(second_key, params, orthogonal_to=first)
     points = grid(np.linspace(-1, 1, 51), np.linspace(-1, 1, 51))
     scan = jax.jit(functools.partial(loss_surface, loss_fn))
     losses = scan(params, batch, [first, second], points).reshape(51, 51)
@@ -16,6 +16,7 @@ of a training run: the directions of `trajectory_pca`, its `origin` as `params`.
 Axes: N points, D directions, T steps of a trajectory, K batches.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,11 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from landscape.curvature import LossFn, check_like, scalar_loss
-from landscape.probes import check_floating
+from landscape.checks import LossFn, check_floating, check_like, scalar_loss
 
 
-def filter_normalised_direction(
+def filter_normalized_direction(
     key: Array, params: Any, *, orthogonal_to: Any = None
 ) -> Any:
     """A random direction, each filter as long as that of the weights.
@@ -171,8 +171,8 @@ def fill_missing(
     if piece < 1:
         raise ValueError(f"piece must be >= 1, got {piece}.")
     missing = np.flatnonzero(np.isnan(losses))
-    for start in range(0, len(missing), piece):
-        places = missing[start : start + piece]
+    for first in range(0, len(missing), piece):
+        places = missing[first : first + piece]
         # The last piece is filled up by its own last point.
         padded = np.pad(places, (0, piece - len(places)), mode="edge")
         found = np.asarray(evaluate(coordinates[padded]))[: len(places)]
@@ -266,3 +266,15 @@ def _filter_norms(leaf):
 
 def _filter_axes(leaf):
     return tuple(range(leaf.ndim - 1))
+
+
+def __getattr__(name):
+    # The old name, for one version.
+    if name != "filter_normalised_direction":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}.")
+    warnings.warn(
+        f"{__name__}.{name} is now {__name__}.filter_normalized_direction.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return filter_normalized_direction
