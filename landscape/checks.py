@@ -1,4 +1,4 @@
-"""DOC"""
+"""Checks of arguments that the modules of landscape/ share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,10 @@ LossFn = Callable[[Any, Any], Array]
 
 
 def check_floating(params: Any) -> None:
-    """Raises ValueError if a parameter has no gradient: not of floating point."""
+    """Raises ValueError if a parameter is not floating point and has no gradient."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
-        raise ValueError("params holds no arrays.")
+        raise ValueError("params contains no arrays.")
     for path, leaf in leaves:
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
@@ -36,7 +36,7 @@ def check_scalar(loss: Any) -> None:
 
 
 def scalar_loss(loss_fn: LossFn, params: Any, batch: Any) -> Array:
-    """loss_fn(params, batch); ValueError if that is not a scalar."""
+    """loss_fn(params, batch); raises ValueError if it is not a scalar."""
     loss = loss_fn(params, batch)
     check_scalar(loss)
     return loss
@@ -61,5 +61,5 @@ def check_like(name: str, tree: Any, params: Any) -> None:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A key path of jax.tree_util as "block/layer/kernel"."""
+    """Formats a key path of jax.tree_util as "block/layer/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,4 +1,4 @@
-"""Channels: which parameters belong to an output channel, their masks, thinner networks.
+"""Channels: the parameters that belong to each, their masks, thinner networks.
 
 A channel map lists the parameters that are removed together with an output channel of a
 layer: its filter, bias and batch normalization, and the inputs of the next layer. It is
@@ -27,7 +27,7 @@ ChannelMap = Mapping[str, Sequence[tuple[str, int]]]
 def channel_masks(
     keep: Mapping[str, np.ndarray], channel_map: ChannelMap, variables: Any
 ) -> Any:
-    """Masks of whole channels, False for every parameter that belongs to a removed channel.
+    """Masks of whole channels, False for every parameter of a removed channel.
 
     The masks cover the filter, bias and batch normalization of a channel and the
     weights that read it. The contribution of a removed channel is therefore zero for
@@ -68,8 +68,8 @@ def thin(
     Example:
       >>> import jax.numpy as jnp, numpy as np
       >>> from lbi import channels
-      >>> variables = {"a": {"kernel": jnp.ones((2, 3))}, "b": {"kernel": jnp.ones((3,
-      4))}}
+      >>> a, b = {"kernel": jnp.ones((2, 3))}, {"kernel": jnp.ones((3, 4))}
+      >>> variables = {"a": a, "b": b}
       >>> channel_map = {"a": (("a/kernel", 1), ("b/kernel", 0))}
       >>> keep = {"a": np.array([True, False, True])}
       >>> smaller = channels.thin(variables, keep, channel_map)

@@ -264,8 +264,9 @@ def dessilbi(
       >>> optimizer = lbi.dessilbi(0.05, nu=1.0, momentum=0.0)
       >>> state = optimizer.init(params)
       >>> for _ in range(40):
-      ...     updates, state = optimizer.update(jax.grad(loss_fn)(params), state,
-      params) ...     params = optax.apply_updates(params, updates)
+      ...     grads = jax.grad(loss_fn)(params)
+      ...     updates, state = optimizer.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
       >>> print(lbi.in_support(state)["kernel"])  # only the large weight has entered
       [[ True False]]
 
