@@ -462,7 +462,7 @@ def _lanczos(key, product, first, num_steps):
 
     def coupling(vector, scale):
         # Below rounding error the remainder has no meaningful direction. Replacing it
-        by  # zero changes no eigenvalue by more than this norm.
+        # by zero changes no eigenvalue by more than this norm.
         norm = jnp.linalg.norm(vector)
         return jnp.where(norm <= 10 * eps * scale, 0, norm)
 
