@@ -132,8 +132,8 @@ def probe_gradient(
       >>> from landscape import probes
       >>> loss_fn = lambda params, batch: 0.5 * jnp.sum(batch * params["w"] ** 2)
       >>> params, curvature = {"w": jnp.ones(2)}, jnp.array([1.0, 3.0])
-      >>> probe = probes.probe_gradient(loss_fn, params, curvature, jnp.array([0.1,
-      0.2]))
+      >>> etas = jnp.array([0.1, 0.2])
+      >>> probe = probes.probe_gradient(loss_fn, params, curvature, etas)
       >>> print(f"{probes.effective_beta(probe):.3f}")  # at most the curvature 3
       2.864
 
