@@ -1,18 +1,21 @@
 """Curvature of a loss: Hessian products, eigenvalues, trace, spectral density.
 
-All but the products take `matvec`, which multiplies a tree like the parameters by a
-symmetric matrix; the loss is any `loss_fn(params, batch)`. Sharpness while training:
+The vector products take a `loss_fn(params, batch)`. The other functions take `matvec`,
+which multiplies a tree like the parameters by a symmetric matrix. To track the
+sharpness during training:
 
     @jax.jit
-    def sharpness(key, params, batch, start):
+    def sharpness(key, params, batch, vector):
         matvec = functools.partial(hessian_vector_product, loss_fn, params, batch)
-        found = leading_eigenvalues(key, matvec, params, num_steps=10, start=start)
+        found = leading_eigenvalues(
+            key, matvec, params, num_steps=10, initial_vector=vector
+        )
         return found.values[0], jax.tree.map(lambda x: x[0], found.vectors)
 
-The second result is the next `start`. Gradient descent is stable where the learning
-rate times the first is below 2. The parameters are an argument of the jitted function:
-closed over they would be constants, and XLA spend minutes on folding them. Data too
-large for one batch go through `mean_over_batches`:
+Pass the second result as `vector` in the next call. Gradient descent is stable if the
+learning rate times the sharpness is below 2. Make the parameters an argument of the
+jitted function: XLA would treat captured parameters as constants and spend minutes on
+folding them. For data too large for one batch use `mean_over_batches`:
 
     matvec = lambda v: mean_over_batches(
         lambda batch: hessian_vector_product(loss_fn, params, batch, v), batches
@@ -21,6 +24,7 @@ large for one batch go through `mean_over_batches`:
 Axes: n parameters in all, S Lanczos steps, R random vectors, K batches.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -29,28 +33,29 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
-from landscape.probes import check_floating, check_scalar
+from landscape.checks import LossFn, check_floating, check_like, scalar_loss
 
-LossFn = Callable[[Any, Any], Array]
 Matvec = Callable[[Any], Any]
 
 
 def hessian_vector_product(
     loss_fn: LossFn, params: Any, batch: Any, vector: Any
 ) -> Any:
-    """H v, forward over reverse: about the cost of three gradients (Pearlmutter 1994).
+    """H v by forward-over-reverse differentiation (Pearlmutter 1994).
+
+    The cost is about three gradients.
 
     Args:
       loss_fn: maps (params, batch) to a scalar.
-      params: where the Hessian is taken.
-      batch: handed to `loss_fn`.
+      params: where the Hessian is evaluated.
+      batch: passed to `loss_fn`.
       vector: v, a tree like `params`.
 
     Returns:
       A tree like `params`.
 
     Raises:
-      ValueError: if the loss is not a scalar, or `vector` no tree like `params`.
+      ValueError: if the loss is not a scalar, or `vector` is not a tree like `params`.
     """
     vector = _cast_like("vector", vector, params)
     with jax.default_matmul_precision("highest"):
@@ -65,23 +70,24 @@ def gauss_newton_vector_product(
     batch: Any,
     vector: Any,
 ) -> Any:
-    """J^T H_L J v of a loss L(f(params)), J the Jacobian of f (Schraudolph 2002).
+    """J^T H_L J v for a loss L(f(params)), with J the Jacobian of f (Schraudolph 2002).
 
-    The Hessian without the curvature of f: positive semi-definite for a convex L, and
-    the Fisher information where L is the cross-entropy of f's logits.
+    This is the Hessian without the curvature of f. It is positive semi-definite for a
+    convex L, and equals the Fisher information if L is the cross-entropy of the logits
+    f.
 
     Args:
       outputs_fn: f, maps (params, batch) to outputs of any structure.
       loss_of_outputs: L, maps (outputs, batch) to a scalar.
-      params: where the matrix is taken.
-      batch: handed to both.
+      params: where the matrix is evaluated.
+      batch: passed to both functions.
       vector: v, a tree like `params`.
 
     Returns:
       A tree like `params`.
 
     Raises:
-      ValueError: if the loss is not a scalar, or `vector` no tree like `params`.
+      ValueError: if the loss is not a scalar, or `vector` is not a tree like `params`.
     """
     vector = _cast_like("vector", vector, params)
     with jax.default_matmul_precision("highest"):
@@ -92,12 +98,13 @@ def gauss_newton_vector_product(
 
 
 class Eigenpairs(NamedTuple):
-    """What `leading_eigenvalues` finds; k = num + num_smallest.
+    """Result of `leading_eigenvalues`; k = num + num_smallest.
 
     Attributes:
-      values: (k,), descending.
-      vectors: a tree like the parameters, each leaf with an axis k in front; of norm 1.
-      residuals: |A v - value v|, (k,): some eigenvalue is at most that far away.
+      values: (k,); the `num` largest in descending order, then the smallest, ascending.
+      vectors: a tree like the parameters, with a leading axis k; of norm 1.
+      residuals: |A v - value v|, (k,); the distance to the nearest eigenvalue is at
+        most this.
     """
 
     values: Array
@@ -113,29 +120,49 @@ def leading_eigenvalues(
     num: int = 1,
     num_smallest: int = 0,
     num_steps: int = 30,
+    initial_vector: Any = None,
     start: Any = None,
 ) -> Eigenpairs:
     """The algebraically largest eigenvalues, and the smallest, by Lanczos' method.
 
-    The matrix may be indefinite: the sharpness is the largest, whatever the size of a
-    negative one. The largest are never overestimated, and judged by `residuals`. Copies
-    of a repeated eigenvalue appear only when the steps go on after its convergence.
+    The matrix may be indefinite. The sharpness is the largest eigenvalue, even if a
+    negative one has a larger magnitude. The largest eigenvalues are never
+    overestimated; `residuals` measure their accuracy. Copies of a repeated eigenvalue
+    appear only if the iteration continues after the first copy has converged.
+
+    Example:
+      >>> import functools, jax, jax.numpy as jnp
+      >>> from landscape import curvature
+      >>> loss_fn = lambda params, batch: 0.5 * jnp.sum(batch * params**2)
+      >>> params, diagonal = jnp.ones(3), jnp.array([1.0, -4.0, 2.0])
+      >>> matvec = functools.partial(
+      ...     curvature.hessian_vector_product, loss_fn, params, diagonal
+      ... )
+      >>> found = curvature.leading_eigenvalues(
+      ...     jax.random.key(0), matvec, params, num_steps=3
+      ... )
+      >>> print(f"{found.values[0]:.3f}")
+      2.000
 
     Args:
-      key: draws the first vector, and a new one wherever the Krylov space closes.
-      matvec: product with a symmetric matrix. If it is not finite, neither are values.
+      key: draws the initial vector, and a new one whenever the Krylov space is
+        exhausted.
+      matvec: product with a symmetric matrix. If its result is not finite, neither are
+        the eigenvalues.
       params: a tree of the shapes and dtypes that `matvec` takes.
-      num: eigenvalues from the upper end, >= 0.
-      num_smallest: eigenvalues from the lower end, >= 0; they cost nothing more.
-      num_steps: S, products; the basis takes S times the memory of the parameters.
-      start: a tree like `params` to begin with, of any norm, in place of a random one:
-        the eigenvector of an earlier step of training, or the sum of several.
+      num: number of eigenvalues from the upper end, >= 0.
+      num_smallest: number of eigenvalues from the lower end, >= 0; at no extra cost.
+      num_steps: S, number of products; the basis takes S times the memory of the
+        parameters.
+      initial_vector: a tree like `params`, of any norm, instead of a random one: the
+        eigenvector of an earlier training step, or the sum of several.
+      start: the old name of `initial_vector`, for one version.
 
     Returns:
       Eigenpairs, the `num` largest and then the `num_smallest` smallest.
 
     Raises:
-      ValueError: if a number is out of range, or a tree not like `params`.
+      ValueError: if a number is out of range, or a tree is not like `params`.
     """
     product, size, dtype, unravel = _flatten(matvec, params)
     _check_steps(num_steps, size)
@@ -144,11 +171,19 @@ def leading_eigenvalues(
             "num and num_smallest must be >= 0 and together between 1 and num_steps "
             f"({num_steps}), got {num} and {num_smallest}."
         )
-    key, start_key = jax.random.split(key)
-    if start is None:
-        first = jax.random.normal(start_key, (size,), dtype)
+    if start is not None:
+        warnings.warn(
+            "leading_eigenvalues(start=...) is now initial_vector.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        initial_vector = start
+    key, vector_key = jax.random.split(key)
+    if initial_vector is None:
+        first = jax.random.normal(vector_key, (size,), dtype)
     else:
-        first = ravel_pytree(_cast_like("start", start, params))[0].astype(dtype)
+        initial_vector = _cast_like("initial_vector", initial_vector, params)
+        first = ravel_pytree(initial_vector)[0].astype(dtype)
     with jax.default_matmul_precision("highest"):
         basis, tridiagonal, remainder = _lanczos(key, product, first, num_steps)
         values, rotation = jnp.linalg.eigh(tridiagonal)
@@ -177,31 +212,32 @@ def trace(
     num_matvecs: int,
     method: Literal["hutchinson", "hutch++"] = "hutchinson",
 ) -> Estimate:
-    """Trace from products with random signs.
+    """Estimates the trace from products with random sign vectors.
 
-    Hutchinson 1989 is the mean of z^T A z, exact for a diagonal A. Hutch++ (Meyer et
-    al. 2021, arXiv 2010.09649, algorithm 1) takes a third of the products to find an
-    orthonormal Q that spans what A does mostly, a third for tr(Q^T A Q) and the rest
-    for Hutchinson's estimate of what Q leaves. It is better where few eigenvalues make
-    up most of the trace, and exact when they all fit in; it holds Q, a third of
-    `num_matvecs` times the parameters.
+    Hutchinson 1989: the mean of z^T A z, exact for a diagonal A. Hutch++ (Meyer et al.
+    2021, arXiv 2010.09649, algorithm 1) uses a third of the products to find an
+    orthonormal Q that approximates the dominant eigenspace of A, a third for tr(Q^T A
+    Q), and the rest for Hutchinson's estimate on the complement of Q. It is more
+    accurate if few eigenvalues make up most of the trace, and exact if Q spans the
+    range of A. It stores Q, which takes `num_matvecs` / 3 times the memory of the
+    parameters.
 
     Args:
       key: draws the signs.
       matvec: product with a symmetric matrix.
       params: a tree of the shapes and dtypes that `matvec` takes.
-      num_matvecs: products in all; hutchinson needs 2, hutch++ 4.
-      method: hutchinson or hutch++.
+      num_matvecs: total number of products; at least 2 for hutchinson, 4 for hutch++.
+      method: "hutchinson" or "hutch++".
 
     Returns:
-      The estimate, unbiased. Its standard error is that of Hutchinson's mean; under
-      Hutch++ of the last part, the only random one once Q is drawn.
+      The unbiased estimate. Its standard error is that of Hutchinson's mean. For
+      Hutch++ it covers the last part, the only random one once Q is drawn.
 
     Raises:
-      ValueError: if `num_matvecs` is too small, or `method` unknown.
+      ValueError: if `num_matvecs` is too small, or `method` is unknown.
     """
     if method not in ("hutchinson", "hutch++"):
-        raise ValueError(f"method must be hutchinson or hutch++, got {method!r}.")
+        raise ValueError(f'method must be "hutchinson" or "hutch++", got {method!r}.')
     least = 2 if method == "hutchinson" else 4
     if num_matvecs < least:
         raise ValueError(
@@ -233,11 +269,11 @@ def trace(
 
 
 class Quadrature(NamedTuple):
-    """The spectrum as points: the mean of f over it is about sum(weights * f(nodes)).
+    """The spectrum as weighted points: the mean of f is sum(weights * f(nodes)).
 
     Attributes:
-      nodes: eigenvalues, (R, S).
-      weights: (R, S), >= 0; all together sum to 1.
+      nodes: approximate eigenvalues, (R, S).
+      weights: (R, S), >= 0; they sum to 1.
     """
 
     nodes: Array
@@ -252,19 +288,21 @@ def lanczos_quadrature(
     num_samples: int = 10,
     num_steps: int = 80,
 ) -> Quadrature:
-    """The distribution of all eigenvalues (stochastic Lanczos quadrature).
+    """The distribution of all eigenvalues, by stochastic Lanczos quadrature.
 
     Golub & Welsch 1969; Ghorbani et al. 2019 (arXiv 1901.10159), here with random signs
-    in place of Gaussian vectors. From z / sqrt(n) the tridiagonal matrix T has
-    eigenvalues (nodes) and squared first entries of eigenvectors (weights) that give
-    z^T f(A) z / n exactly for polynomials f of degree up to 2 S - 1.
+    instead of Gaussian vectors. Started from z / sqrt(n), Lanczos' method returns a
+    tridiagonal matrix. Its eigenvalues (nodes) and the squared first entries of its
+    eigenvectors (weights) give z^T f(A) z / n exactly for polynomials f of degree up to
+    2 S - 1.
 
     Args:
       key: draws the vectors.
       matvec: product with a symmetric matrix.
       params: a tree of the shapes and dtypes that `matvec` takes.
-      num_samples: R, vectors, one after the other. 10 with 80 steps give a quick look.
-      num_steps: S, products for each vector.
+      num_samples: R, number of vectors, processed one after the other. 10 vectors with
+        80 steps give a first impression.
+      num_steps: S, number of products per vector.
 
     Returns:
       Nodes and weights; `spectral_density` smooths them.
@@ -290,16 +328,16 @@ def lanczos_quadrature(
 
 
 def spectral_density(quadrature: Quadrature, grid: Array, *, sigma: float) -> Array:
-    """The quadrature as a density: each node a Gaussian that integrates to its weight.
+    """Density of the quadrature: each node is a Gaussian that integrates to its weight.
 
     Args:
-      quadrature: of `lanczos_quadrature`.
+      quadrature: result of `lanczos_quadrature`.
       grid: eigenvalues at which to evaluate, (G,).
       sigma: width of the Gaussians, > 0, in the unit of the eigenvalues; 1% of their
         range is usual.
 
     Returns:
-      Density for each unit of eigenvalue, (G,); its integral over the line is 1.
+      Density per unit of eigenvalue, (G,); its integral over the line is 1.
 
     Raises:
       ValueError: if sigma is not positive.
@@ -315,22 +353,23 @@ def spectral_density(quadrature: Quadrature, grid: Array, *, sigma: float) -> Ar
 
 
 def sam_sharpness(loss_fn: LossFn, params: Any, batch: Any, radius: float) -> Array:
-    """How much the loss rises one step of length `radius` up its gradient.
+    """Increase of the loss after one step of length `radius` along its gradient.
 
-    L(w + radius g / |g|) - L(w), the first-order answer to the worst loss in a ball of
-    sharpness-aware minimisation (Foret et al. 2021, arXiv 2010.01412, equation 2).
+    L(w + radius g / |g|) - L(w), the first-order approximation of the largest increase
+    in a ball, as in sharpness-aware minimization (Foret et al. 2021, arXiv 2010.01412,
+    eq. 2).
 
     Args:
       loss_fn: maps (params, batch) to a scalar.
       params: w.
-      batch: handed to `loss_fn`.
+      batch: passed to `loss_fn`.
       radius: Euclidean length over all parameters together, > 0.
 
     Returns:
-      (); 0 where the gradient is zero.
+      (); 0 if the gradient is zero.
 
     Raises:
-      ValueError: if the loss is not a scalar, or the radius not positive.
+      ValueError: if the loss is not a scalar, or the radius is not positive.
     """
     if not isinstance(radius, jax.core.Tracer) and not radius > 0:
         raise ValueError(f"radius must be > 0, got {radius}.")
@@ -345,14 +384,14 @@ def sam_sharpness(loss_fn: LossFn, params: Any, batch: Any, radius: float) -> Ar
 
 
 def mean_over_batches(function: Callable[[Any], Any], batches: Any) -> Any:
-    """Mean of function(batch), one batch after the other: the memory of one.
+    """Mean of function(batch) over batches, processed one at a time to save memory.
 
     Args:
       function: maps a batch to arrays of any structure: a loss, a gradient, H v.
-      batches: K batches of one size, a tree of leaves (K, B, ...).
+      batches: K batches of equal size, a tree of leaves (K, B, ...).
 
     Returns:
-      What `function` returns, averaged.
+      The average, with the structure of the result of `function`.
     """
     count = jax.tree.leaves(batches)[0].shape[0]
     one = jax.eval_shape(function, jax.tree.map(lambda x: x[0], batches))
@@ -363,31 +402,6 @@ def mean_over_batches(function: Callable[[Any], Any], batches: Any) -> Any:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
     total, _ = lax.scan(add, zeros, batches)
     return jax.tree.map(lambda x: x / jnp.asarray(count, x.dtype), total)
-
-
-def scalar_loss(loss_fn: LossFn, params: Any, batch: Any) -> Array:
-    """loss_fn(params, batch); ValueError if that is not a scalar."""
-    loss = loss_fn(params, batch)
-    check_scalar(loss)
-    return loss
-
-
-def check_like(name: str, tree: Any, params: Any) -> None:
-    """Raises ValueError unless `tree` has the structure and the shapes of `params`."""
-    expected, found = (jax.tree.structure(x) for x in (params, tree))
-    if expected != found:
-        raise ValueError(
-            f"{name} must have the structure of params, {expected}, got {found}."
-        )
-    shapes = zip(
-        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(tree), strict=True
-    )
-    for (path, param), leaf in shapes:
-        if jnp.shape(param) != jnp.shape(leaf):
-            raise ValueError(
-                f"{name}{jax.tree_util.keystr(path)} must have the shape "
-                f"{jnp.shape(param)} of params, got {jnp.shape(leaf)}."
-            )
 
 
 def _cast_like(name, tree, params):
@@ -405,15 +419,15 @@ def _check_steps(num_steps, size):
 
 
 def _map_keys(function, key, num):
-    """function(key) of `num` keys, one after the other, stacked."""
-    # Under vmap a loop over an array of keys counts as their reuse.
+    """Stacks function(key) for `num` keys, evaluated one after the other."""
+    # JAX reports key reuse for a loop over an array of keys under vmap.
     return lax.map(lambda i: function(jax.random.fold_in(key, i)), jnp.arange(num))
 
 
 def _flatten(matvec, params):
     """`matvec` on vectors (n,), n, their dtype, and vector -> tree."""
     flat, unravel_flat = ravel_pytree(params)
-    # The recurrence needs float32 though the parameters have less.
+    # The recurrence needs at least float32, whatever the dtype of the parameters.
     dtype = jnp.promote_types(flat.dtype, jnp.float32)
 
     def unravel(vector):
@@ -427,27 +441,28 @@ def _flatten(matvec, params):
     return product, flat.size, dtype, unravel
 
 
-# matfree has a Lanczos recurrence too, but it divides by zero where the Krylov space
-# closes, as it does from a converged eigenvector; what would be left to take from it is
-# shorter than its calls.
-def _lanczos(key, product, start, num_steps):
-    """Lanczos' recurrence, every vector orthogonalised against all before it.
+# The recurrence of matfree divides by zero when the Krylov space is exhausted, which
+# happens when the initial vector is a converged eigenvector.
+def _lanczos(key, product, first, num_steps):
+    """Lanczos' recurrence with full reorthogonalization.
 
     Returns:
-      The basis (S, n), the tridiagonal matrix (S, S) and the norm of what is left, ().
-      Where the space closes it goes on from a random vector, uncoupled to the others:
-      new directions, no weight for the first vector's quadrature.
+      The basis (S, n), the tridiagonal matrix (S, S) and the norm of the remainder, ().
+      When the Krylov space is exhausted, the recurrence continues from a random vector
+      orthogonal to the basis. It finds new directions, which have no weight in the
+      quadrature of the first vector.
     """
-    eps = jnp.finfo(start.dtype).eps
+    eps = jnp.finfo(first.dtype).eps
 
-    def orthogonalise(vector, basis):
-        # In floating point once is not enough, twice is (Parlett 1998, section 6.9).
+    def orthogonalize(vector, basis):
+        # Two passes are necessary and sufficient (Parlett 1998, section 6.9).
         for _ in range(2):
             vector = vector - (basis @ vector) @ basis
         return vector
 
     def coupling(vector, scale):
-        # Below rounding it is no direction, and no eigenvalue moves by more than it.
+        # Below rounding error the remainder has no meaningful direction. Replacing it
+        # by zero changes no eigenvalue by more than this norm.
         norm = jnp.linalg.norm(vector)
         return jnp.where(norm <= 10 * eps * scale, 0, norm)
 
@@ -455,25 +470,25 @@ def _lanczos(key, product, start, num_steps):
         basis, left, scale = carry
         beta = coupling(left, scale)
 
-        # Drawn whether needed or not: under vmap both branches run, and a key in one
-        # of them counts as reused. It is cheap beside the product.
+        # Drawn in every step: under vmap both branches run, and JAX reports a key that
+        # is used inside one of them as reused. The cost is small next to the product.
         step_key = jax.random.fold_in(key, index)
         fresh = jax.random.normal(step_key, left.shape, left.dtype)
 
         def begin_again():
-            direction = orthogonalise(fresh, basis)
+            direction = orthogonalize(fresh, basis)
             return direction / jnp.linalg.norm(direction)
 
         vector = lax.cond(beta == 0, begin_again, lambda: left / beta)
         basis = basis.at[index].set(vector)
         image = product(vector)
         scale = jnp.maximum(scale, jnp.linalg.norm(image))
-        return (basis, orthogonalise(image, basis), scale), (vector @ image, beta)
+        return (basis, orthogonalize(image, basis), scale), (vector @ image, beta)
 
-    basis = jnp.zeros((num_steps, start.size), start.dtype)
-    carry = basis, start, jnp.zeros([], start.dtype)
+    basis = jnp.zeros((num_steps, first.size), first.dtype)
+    carry = basis, first, jnp.zeros([], first.dtype)
     indices = jnp.arange(num_steps)
     (basis, left, scale), (diagonal, betas) = lax.scan(step, carry, indices)
-    beside = jnp.diag(betas[1:], 1)
-    tridiagonal = jnp.diag(diagonal) + beside + beside.T
+    off_diagonal = jnp.diag(betas[1:], 1)
+    tridiagonal = jnp.diag(diagonal) + off_diagonal + off_diagonal.T
     return basis, tridiagonal, coupling(left, scale)

@@ -1,22 +1,22 @@
-"""How loss and gradient change along the gradient, and between steps of training.
+"""How loss and gradient change along the gradient and between training steps.
 
 Santurkar et al. 2018 (arXiv 1805.11604), section 3.1: at parameters w with gradient g
-of a batch, look at w - eta g for a range of step sizes eta, on the same batch and with
-respect to all parameters. `probe_gradient` measures the whole profile over eta; the
-three quantities of the paper are ranges of it:
+of a batch, evaluate w - eta g for a range of step sizes eta, on the same batch and with
+respect to all parameters. `probe_gradient` measures the whole profile over eta. The
+three quantities of the paper are ranges of this profile:
 
     loss variation             min and max over eta of  L(w - eta g)
     gradient predictiveness    min and max over eta of  ||grad L(w - eta g) - g||
     effective beta-smoothness  max over eta of  ||grad L(w - eta g) - g|| / (eta ||g||)
 
-Two readings that go by the same names elsewhere have names of their own here:
-`consecutive_change` compares the gradients of two steps of training, on two batches,
+Some authors use the same names for two other quantities. Here they have their own
+names: `consecutive_change` compares the gradients of two training steps on two batches,
 and `envelope` is the band of the losses of runs with different learning rates.
 
-A `loss_fn(params, batch)` that returns a scalar is all that is asked for. What else the
-loss depends on is said there, first of all the mode of a batch normalisation:
+All functions need only a `loss_fn(params, batch)` that returns a scalar. This function
+defines what else the loss depends on, in particular the mode of batch normalization:
 
-    def batch_mode(params, batch):  # as in training; the new statistics are dropped
+    def batch_mode(params, batch):  # as in training; discards the new statistics
         variables = {"params": params, "batch_stats": batch_stats}
         logits, _ = model.apply(
             variables, batch["image"], train=True, mutable=["batch_stats"]
@@ -35,11 +35,11 @@ loss depends on is said there, first of all the mode of a batch normalisation:
         variables = {"params": params, **fresh}
         return cross_entropy(model.apply(variables, batch["image"]), batch["label"])
 
-The paper's mode is that of training; the frozen one hides how the normalisation couples
-the examples. A loss that draws, as dropout does, takes its key from the batch, for all
-points to see the same draw.
+The paper uses the mode of training; the frozen mode hides the coupling of the examples
+by the normalization. A random loss, for example with dropout, should take its key from
+the batch, so that all points use the same draw.
 
-Axes: S step sizes, R runs, T steps of training.
+Axes: S step sizes, R runs, T training steps.
 """
 
 import math
@@ -52,15 +52,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from landscape.checks import check_floating, check_scalar, path_name
+
 
 class GradientProbe(NamedTuple):
     """Loss and gradient along the gradient; probes stack along leading axes.
 
-    All are float32, or wider where the parameters are. Norms are of all parameters
-    together, g is the gradient at w, and g' that at w - eta g.
+    All values are float32, or wider if the parameters are. Norms are over all
+    parameters together; g is the gradient at w, g' the gradient at w - eta g.
 
-    Where g is zero no step moves: distances and betas are 0 and cosines 1. The cosine
-    is 0 where only g' is zero.
+    If g is zero, no step moves the parameters: distances and betas are 0 and cosines 1.
+    The cosine is 0 if only g' is zero.
 
     Attributes:
       loss: L(w), ().
@@ -69,13 +71,13 @@ class GradientProbe(NamedTuple):
       losses: L(w - eta g), (S,).
       grad_distances: ||g' - g||, (S,).
       relative_grad_distances: ||g' - g|| / ||g||, (S,).
-      cosines: of the angle between g' and g, (S,).
+      cosines: cosine of the angle between g' and g, (S,).
       betas: ||g' - g|| / (eta ||g||), (S,). Tends to ||H g|| / ||g|| with the Hessian H
         as eta tends to 0.
       filter_distances: size of the step relative to the weights, (S,): the root mean
-        square over the filters f of ||eta g_f|| / ||w_f||. The filters are the indices
-        of the last axis of every parameter of rank 2 or more; those with zero norm are
-        left out, and the distance is 0 if none remains.
+        square over the filters f of ||eta g_f|| / ||w_f||. Filters are the indices of
+        the last axis of every parameter of rank 2 or more. Filters with zero norm are
+        excluded; the distance is 0 if none remains.
     """
 
     loss: Array
@@ -90,13 +92,13 @@ class GradientProbe(NamedTuple):
 
 
 class ConsecutiveChange(NamedTuple):
-    """Change between two steps of training.
+    """Change between two training steps.
 
     Attributes:
       grad_distance: ||g_next - g||, ().
       step_norm: ||w_next - w||, ().
-      beta: ||g_next - g|| / ||w_next - w||, (); 0 where neither changed, inf where only
-        the gradient did.
+      beta: ||g_next - g|| / ||w_next - w||, (); 0 if neither changed, inf if only the
+        gradient did.
     """
 
     grad_distance: Array
@@ -112,34 +114,43 @@ def probe_gradient(
 ) -> GradientProbe:
     """Measures loss and gradient at w - eta g for every step size eta.
 
-    It costs 1 + S gradients, one after the other, and the memory of one step of
-    gradient descent and one more gradient. Matrix products run at the highest
-    precision, unless `loss_fn` sets its own: differences of gradients drown in the
-    rounding of less. Compile it once and call it throughout training:
+    The cost is 1 + S gradients, computed one after the other; the memory is that of a
+    gradient descent step and one more gradient. Matrix products use the highest
+    precision unless `loss_fn` sets its own, because at a lower precision rounding hides
+    differences of gradients. Compile the function once and call it throughout training:
 
         probe = jax.jit(functools.partial(probe_gradient, loss_fn))
         result = probe(params, batch, step_sizes)
 
-    Rectifiers make beta jump with eta, so that the largest says as much about the
-    range of step sizes as about the loss. Where a normalisation makes the loss
-    invariant to the scale c of a weight, the gradient scales as 1 / c and beta as
-    1 / c^2; compare such networks by the relative measures and at equal filter
-    distances.
+    With rectifiers beta jumps as a function of eta, so the largest beta depends on the
+    range of step sizes as much as on the loss. If a normalization makes the loss
+    invariant to the scale c of a weight, the gradient scales as 1 / c and beta as 1 /
+    c^2. Compare such networks by the relative measures and at equal filter distances.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from landscape import probes
+      >>> loss_fn = lambda params, batch: 0.5 * jnp.sum(batch * params["w"] ** 2)
+      >>> params, curvature = {"w": jnp.ones(2)}, jnp.array([1.0, 3.0])
+      >>> etas = jnp.array([0.1, 0.2])
+      >>> probe = probes.probe_gradient(loss_fn, params, curvature, etas)
+      >>> print(f"{probes.effective_beta(probe):.3f}")  # at most the curvature 3
+      2.864
 
     Args:
-      loss_fn: maps parameters and batch to a scalar.
-      params: tree of floating-point arrays; what is narrower than float32 reaches
+      loss_fn: maps (params, batch) to a scalar.
+      params: w, a tree of floating-point arrays. Arrays narrower than float32 reach
         `loss_fn` as float32.
-      batch: what `loss_fn` takes; every point sees the same.
-      step_sizes: eta > 0, (S,). The values are checked unless they are traced.
+      batch: passed to `loss_fn`, the same at every point.
+      step_sizes: eta > 0, (S,). Values are checked unless they are traced.
 
     Returns:
-      The profile. Under a transformation it may hold values that are not finite: give
-      what comes out of it to `check_finite`.
+      The profile over the step sizes. Under a transformation it can contain values that
+      are not finite; pass its result to `check_finite`.
 
     Raises:
-      ValueError: if the loss is not a scalar, a step size not positive, a parameter
-        not of floating point, or, outside of transformations, a result not finite.
+      ValueError: if the loss is not a scalar, a step size is not positive, a parameter
+        is not floating point, or, outside of transformations, a result is not finite.
     """
     check_floating(params)
     step_sizes = _checked_step_sizes(step_sizes)
@@ -187,7 +198,7 @@ def probe_gradient(
 
 
 def check_finite(probe: GradientProbe) -> None:
-    """Raises ValueError if a probe, or one of a stack, holds nan or inf.
+    """Raises ValueError if a probe, or one probe of a stack, contains nan or inf.
 
     The message names the quantity, the step size and, in a stack, the index.
     """
@@ -210,8 +221,8 @@ def check_finite(probe: GradientProbe) -> None:
 def loss_variation(probe: GradientProbe) -> tuple[Array, Array]:
     """Smallest and largest loss over the step sizes, (), (); leading axes stay.
 
-    As in the paper the range is that of the steps: `probe.loss`, where no step is
-    taken, does not belong to it.
+    As in the paper the range covers the steps only. It excludes `probe.loss`, the loss
+    without a step.
     """
     return jnp.min(probe.losses, axis=-1), jnp.max(probe.losses, axis=-1)
 
@@ -219,9 +230,9 @@ def loss_variation(probe: GradientProbe) -> tuple[Array, Array]:
 def gradient_predictiveness(probe: GradientProbe) -> tuple[Array, Array]:
     """Smallest and largest ||g' - g|| over the step sizes, (), (); leading axes stay.
 
-    Small is predictive, but scales with the gradient: a dead run (`is_dead`), whose
-    gradient is nearly zero, looks excellent. Read it beside `probe.grad_norm` or take
-    the range of `probe.relative_grad_distances`.
+    A small value means a predictive gradient, but it scales with the gradient: a dead
+    run (`is_dead`), whose gradient is nearly zero, has an excellent value. Compare it
+    with `probe.grad_norm`, or use the range of `probe.relative_grad_distances`.
     """
     distances = probe.grad_distances
     return jnp.min(distances, axis=-1), jnp.max(distances, axis=-1)
@@ -240,26 +251,26 @@ def consecutive_change(
     *,
     pattern: str | None = None,
 ) -> ConsecutiveChange:
-    """Compares the gradients of two consecutive steps of training.
+    """Compares the gradients of two consecutive training steps.
 
-    No measure of Santurkar et al.: the two gradients are of different batches, so their
-    distance holds the noise of the batches beside the curvature; and the step is the
-    optimizer's, not one along the gradient.
+    This is not a measure of Santurkar et al. The two gradients are of different
+    batches, so their distance contains batch noise in addition to curvature, and the
+    step is the optimizer's, not a step along the gradient.
 
     Args:
       params: w, a tree of floating-point arrays.
-      grads: g, the gradient at w on the batch of the step; a tree like w.
+      grads: g, the gradient at w on the batch of the step; a tree like `params`.
       next_params: w after the step.
-      next_grads: the gradient there on the next batch.
-      pattern: chooses the parameters whose path "block/layer/kernel" `re.search` finds
-        it in, for example those of the last layer; None takes all.
+      next_grads: the gradient at `next_params` on the next batch.
+      pattern: selects the parameters whose path "block/layer/kernel" matches by
+        `re.search`, for example those of the last layer; None selects all.
 
     Returns:
       The two distances and their ratio.
 
     Raises:
-      ValueError: if the trees do not match, a parameter is not of floating point, or
-        no path matches.
+      ValueError: if the trees do not match, a parameter is not floating point, or no
+        path matches.
     """
     check_floating(params)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
@@ -275,9 +286,9 @@ def consecutive_change(
             if jnp.shape(other) != jnp.shape(leaf):
                 raise ValueError(
                     f"{name} must have the shapes of params, got {jnp.shape(other)} "
-                    f"for {jnp.shape(leaf)} at {_path_name(path)}."
+                    f"for {jnp.shape(leaf)} at {path_name(path)}."
                 )
-    paths = [_path_name(path) for path, _ in leaves]
+    paths = [path_name(path) for path, _ in leaves]
     chosen = [
         i for i, p in enumerate(paths) if pattern is None or re.search(pattern, p)
     ]
@@ -299,22 +310,22 @@ def consecutive_change(
 
 
 def envelope(losses: Array, is_dead: Array | None = None) -> tuple[Array, Array]:
-    """The band that the losses of several runs fill, step by step.
+    """The band between the smallest and the largest loss of several runs, per step.
 
-    No slice of a loss landscape: runs with different learning rates are at different
-    points. How wide it is says how much the learning rate matters; one dead run, of
-    `is_dead`, can make up all of it.
+    This is not a slice of a loss landscape, since runs with different learning rates
+    are at different points. Its width shows how much the learning rate matters. A
+    single dead run (`is_dead`) can account for the whole width.
 
     Args:
-      losses: of R runs over T steps, (R, T).
-      is_dead: runs to leave out, bool (R,); None leaves out none.
+      losses: losses of R runs over T steps, (R, T).
+      is_dead: runs to exclude, bool (R,); None excludes none.
 
     Returns:
       The smallest and the largest loss at each step, (T,) and (T,).
 
     Raises:
-      ValueError: if the shapes do not fit; and, unless traced, if all runs are dead or
-        one that is not has a loss that is not finite.
+      ValueError: if the shapes do not fit or, unless traced, if all runs are dead or a
+        run that is not dead has a loss that is not finite.
     """
     losses = jnp.asarray(losses)
     if losses.ndim != 2:
@@ -344,22 +355,22 @@ def envelope(losses: Array, is_dead: Array | None = None) -> tuple[Array, Array]
 def is_dead(
     losses: Array, num_classes: int, *, num_last: int = 20, tolerance: float = 0.02
 ) -> Array:
-    """Whether a run has ended as a constant classifier, or broken down.
+    """Whether a run ended as a constant classifier or diverged.
 
-    Dead is a run whose last training losses have a mean of at least
-    log(num_classes) - tolerance, or that has any loss that is not finite. The outputs
-    of such a network no longer depend on its inputs and its gradient is nearly zero,
-    so that its loss variation and gradient predictiveness look better than those of
-    any network that learns.
+    A run is dead if the mean of its last training losses is at least
+    log(num_classes) - tolerance, or if any loss is not finite. The outputs of such a
+    network no longer depend on its inputs and its gradient is nearly zero. Its loss
+    variation and gradient predictiveness therefore look better than those of a network
+    that learns.
 
-    A run that has not yet begun to learn is flagged too: ask at the end. Classes are
-    taken to be equally frequent; elsewhere chance is the entropy of their frequencies,
-    below log(num_classes).
+    A run that has not yet begun to learn is flagged too, so call this at the end of
+    training. Classes are assumed to be equally frequent; otherwise the loss at chance
+    level is the entropy of their frequencies, which is below log(num_classes).
 
     Args:
-      losses: cross-entropies of training in nats, (..., T).
+      losses: training cross-entropies in nats, (..., T).
       num_classes: K >= 2.
-      num_last: how many losses at the end to average, >= 1; of all if T is smaller.
+      num_last: number of final losses to average, >= 1; all of them if T is smaller.
       tolerance: in nats, >= 0.
 
     Returns:
@@ -383,38 +394,13 @@ def is_dead(
     return ~is_finite | (end >= math.log(num_classes) - tolerance)
 
 
-def check_floating(params: Any) -> None:
-    """Raises ValueError if a parameter has no gradient: not of floating point."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    if not leaves:
-        raise ValueError("params holds no arrays.")
-    for path, leaf in leaves:
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(
-                f"params must be floating point to have gradients, got {dtype} at "
-                f"{_path_name(path)!r}."
-            )
-
-
-def check_scalar(loss: Any) -> None:
-    """Raises ValueError if a loss is not a floating-point scalar."""
-    if not jax.tree_util.all_leaves([loss]):
-        got = f"a {type(loss).__name__}"
-    elif jnp.shape(loss) or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-        got = f"{jnp.result_type(loss)} of shape {jnp.shape(loss)}"
-    else:
-        return
-    raise ValueError(f"loss_fn must return a floating-point scalar, got {got}.")
-
-
 def _checked_step_sizes(step_sizes):
-    """As an array (S,) of floats."""
+    """The step sizes as a float array (S,)."""
     array = jnp.asarray(step_sizes, float)
     if array.ndim != 1 or not array.size:
         raise ValueError(f"step_sizes must be (S,), S > 0, got shape {array.shape}.")
     if _is_known(step_sizes):
-        # As they are used: what rounds to zero is no step.
+        # In the dtype in which they are used, where small values may round to zero.
         values = np.asarray(step_sizes).astype(array.dtype)
         if not np.all((values > 0) & np.isfinite(values)):
             raise ValueError(
@@ -425,10 +411,6 @@ def _checked_step_sizes(step_sizes):
 
 def _is_known(tree):
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
-
-
-def _path_name(path):
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _widen(array):
@@ -445,7 +427,7 @@ def _dot(left, right):
 
 
 def _divide(numerator, denominator, *, otherwise):
-    """Their ratio, or `otherwise` where the denominator is zero; nan stays nan."""
+    """The ratio, or `otherwise` where the denominator is zero; nan stays nan."""
     is_zero = denominator == 0
     return jnp.where(is_zero, otherwise, numerator / jnp.where(is_zero, 1, denominator))
 

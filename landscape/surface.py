@@ -1,21 +1,23 @@
-"""Loss along a line or over a plane through the parameters, and the directions of it.
+"""Loss along a line or over a plane through the parameters, and their directions.
 
-Li et al. 2018 (arXiv 1712.09913). A plane of two filter-normalised directions:
+Li et al. 2018 (arXiv 1712.09913). A plane of two filter-normalized directions:
 
     first_key, second_key = jax.random.split(key)
-    first = filter_normalised_direction(first_key, params)
-    second = filter_normalised_direction(second_key, params, orthogonal_to=first)
+    first = filter_normalized_direction(first_key, params)
+    second = filter_normalized_direction(second_key, params, orthogonal_to=first)
     points = grid(np.linspace(-1, 1, 51), np.linspace(-1, 1, 51))
     scan = jax.jit(functools.partial(loss_surface, loss_fn))
     losses = scan(params, batch, [first, second], points).reshape(51, 51)
 
-From one network (0) to another (1): the direction is their difference,
-`jax.tree.map(jnp.subtract, other, params)`, the points are `grid(fractions)`. The path
-of a training run: the directions of `trajectory_pca`, its `origin` as `params`.
+To interpolate from one network (0) to another (1), use their difference
+`jax.tree.map(jnp.subtract, other, params)` as the direction and `grid(fractions)` as
+the points. To draw the path of a training run, use the directions of `trajectory_pca`
+and its `origin` as `params`.
 
 Axes: N points, D directions, T steps of a trajectory, K batches.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,33 +26,32 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from landscape.curvature import LossFn, check_like, scalar_loss
-from landscape.probes import check_floating
+from landscape.checks import LossFn, check_floating, check_like, scalar_loss
 
 
-def filter_normalised_direction(
+def filter_normalized_direction(
     key: Array, params: Any, *, orthogonal_to: Any = None
 ) -> Any:
-    """A random direction, each filter as long as that of the weights.
+    """A random direction in which each filter has the norm of the filter in `params`.
 
-    d_f <- d_f / |d_f| |w_f| of a Gaussian d (Li et al. 2018, section 4), so that
-    scaling a filter before a normalisation leaves the surface as it is. A filter is
-    what makes one output: leaf[..., f]. Biases and normalisations (leaves with fewer
-    than two axes) stay where they are: zero.
+    d_f <- d_f / |d_f| |w_f| for a Gaussian d (Li et al. 2018, section 4). The surface
+    is then invariant to the scale of a filter before a normalization. A filter is the
+    set of weights of one output: leaf[..., f]. The direction is zero for biases and
+    normalizations (leaves with fewer than two axes).
 
     Args:
       key: draws the direction.
       params: the weights, with output channels last.
-      orthogonal_to: a direction, a tree like `params`. Each filter is first made
-        orthogonal to its counterpart there and then scaled, so that its length is that
-        of the weights and the directions are orthogonal, both exactly. A filter of one
-        entry has no orthogonal direction and is zero.
+      orthogonal_to: a direction, a tree like `params`. Each filter is made orthogonal
+        to its counterpart and then scaled, so that both its norm and the orthogonality
+        are exact. A filter with a single entry has no orthogonal direction and gets
+        zero.
 
     Returns:
       A tree like `params`.
 
     Raises:
-      ValueError: if a parameter is not of floating point, or `orthogonal_to` is no tree
+      ValueError: if a parameter is not floating point, or `orthogonal_to` is not a tree
         like `params`.
     """
     check_floating(params)
@@ -69,7 +70,7 @@ def filter_normalised_direction(
 def grid(*axes: Any) -> np.ndarray:
     """All points with coordinates from D axes, (N, D), the last axis fastest.
 
-    A surface over it is `losses.reshape([len(axis) for axis in axes])`.
+    Reshape losses to a surface with `losses.reshape([len(axis) for axis in axes])`.
     """
     return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(axes))
 
@@ -85,22 +86,32 @@ def loss_surface(
 ) -> Array:
     """Losses at params + sum_d coordinates[:, d] directions[d].
 
-    The parameters of a point exist only while it is worked on: memory does not grow
-    with the number of points. For a data set in K batches let `loss_fn` be
-    `lambda p, batches: mean_over_batches(lambda b: loss(p, b), batches)`, of
-    `landscape.curvature`.
+    The parameters of a point exist only during its evaluation, so memory does not grow
+    with the number of points. For a data set in K batches use the `loss_fn`
+    `lambda p, batches: mean_over_batches(lambda b: loss(p, b), batches)` with
+    `landscape.curvature.mean_over_batches`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from landscape import surface
+      >>> loss_fn = lambda params, batch: jnp.sum(params**2)
+      >>> direction = jnp.array([1.0, 0.0])
+      >>> points = surface.grid([-1.0, 0.0, 2.0])
+      >>> print(surface.loss_surface(loss_fn, jnp.zeros(2), None, [direction], points))
+      [1. 0. 4.]
 
     Args:
       loss_fn: maps (params, batch) to a scalar.
-      params: the origin.
-      batch: handed to `loss_fn`.
+      params: the origin, a tree of arrays.
+      batch: passed to `loss_fn`.
       directions: D trees like `params`.
       coordinates: (N, D).
-      batch_size: points worked on at once; None is one by one. More use a GPU better
-        where the network is small, and take as many times the memory.
+      batch_size: number of points evaluated at once; None evaluates one at a time.
+        Larger values use a GPU better for small networks and need proportionally more
+        memory.
 
     Returns:
-      (N,). Far from the origin losses may overflow to inf or NaN.
+      (N,). Far from the origin losses may overflow to inf or nan.
 
     Raises:
       ValueError: if the loss is not a scalar, a direction is not like `params`, or
@@ -137,10 +148,10 @@ def fill_missing(
     *,
     piece: int,
 ) -> Iterator[np.ndarray]:
-    """Works through the points of a surface that are NaN, some at a time.
+    """Evaluates the points of a surface that are still nan, one piece at a time.
 
-    Whoever saves each array it yields can stop and go on from the last, with the same
-    numbers in the end:
+    A caller that saves each yielded array can stop and later resume from the last one,
+    with the same final result:
 
         losses = np.full(len(points), np.nan, np.float32)  # or an array saved before
         for losses in fill_missing(evaluate, points, losses, piece=25):
@@ -148,14 +159,14 @@ def fill_missing(
 
     Args:
       evaluate: maps points (piece, D) to losses (piece,): a jitted `loss_surface`.
-        Every call has that shape, so that it compiles once.
+        Every call has this shape, so it compiles once.
       coordinates: (N, D).
-      losses: (N,), NaN where not yet known.
-      piece: points in each call, >= 1.
+      losses: (N,), nan where not yet evaluated.
+      piece: number of points per call, >= 1.
 
     Yields:
-      A new array (N,) after each piece. A loss that is NaN itself is written as inf: it
-      is known, and not a number that a plot could show either.
+      A new array (N,) after each piece. A loss that is nan is stored as inf, which
+      marks it as evaluated.
 
     Raises:
       ValueError: if the shapes do not fit or a coordinate is not finite.
@@ -171,9 +182,9 @@ def fill_missing(
     if piece < 1:
         raise ValueError(f"piece must be >= 1, got {piece}.")
     missing = np.flatnonzero(np.isnan(losses))
-    for start in range(0, len(missing), piece):
-        places = missing[start : start + piece]
-        # The last piece is filled up by its own last point.
+    for first in range(0, len(missing), piece):
+        places = missing[first : first + piece]
+        # The last piece is padded with its last point.
         padded = np.pad(places, (0, piece - len(places)), mode="edge")
         found = np.asarray(evaluate(coordinates[padded]))[: len(places)]
         losses[places] = np.where(np.isnan(found), np.inf, found)
@@ -181,13 +192,14 @@ def fill_missing(
 
 
 class TrajectoryPlane(NamedTuple):
-    """The plane of `trajectory_pca`.
+    """The plane found by `trajectory_pca`.
 
     Attributes:
-      directions: two trees like the parameters, orthogonal and of norm 1; zero where
-        the trajectory has no such direction.
+      directions: two trees like the parameters, orthonormal; zero if the trajectory has
+        no such direction.
       coordinates: the trajectory in the plane, (T, 2).
-      explained: share of the squared distances from the origin within each, (2,).
+      explained: fraction of the squared distances from the origin along each direction,
+        (2,).
     """
 
     directions: tuple[Any, Any]
@@ -196,19 +208,20 @@ class TrajectoryPlane(NamedTuple):
 
 
 def trajectory_pca(trajectory: Any, origin: Any) -> TrajectoryPlane:
-    """The plane through `origin` that is nearest to a trajectory.
+    """The plane through `origin` that is closest to a trajectory.
 
-    Li et al. 2018, section 7.2, on the matrix X of theta_t - origin, with the last
-    parameters as origin. X is not centred, which the authors' code does: the plane
-    passes through the origin, where its surface is drawn. The mean as origin gives the
-    usual PCA. X has few rows and many columns, so its T x T Gram matrix is decomposed.
+    Li et al. 2018, section 7.2, applied to the matrix X of theta_t - origin, with the
+    last parameters as origin. The authors' code centers X; this function does not, so
+    that the plane contains the origin around which its surface is drawn. With the mean
+    as origin the result is the usual PCA. X has few rows and many columns, so the
+    function decomposes its T x T Gram matrix.
 
     Args:
-      trajectory: parameters of T >= 2 steps stacked, a tree of leaves (T, ...).
-      origin: a tree like those of one step.
+      trajectory: parameters of T >= 2 steps, stacked; a tree of leaves (T, ...).
+      origin: a tree like the parameters of one step.
 
     Returns:
-      The plane. A direction has the sign that makes its largest coordinate positive.
+      The plane. The sign of each direction makes its largest coordinate positive.
 
     Raises:
       ValueError: if the trees do not fit.
@@ -226,7 +239,7 @@ def trajectory_pca(trajectory: Any, origin: Any) -> TrajectoryPlane:
         largest = jnp.argmax(jnp.abs(vectors), axis=0)
         vectors = vectors * jnp.sign(vectors[largest, jnp.arange(2)])[None, :]
         total = jnp.trace(gram)
-        # What is left of a direction that is not there is rounding.
+        # Eigenvalues below this bound are rounding errors.
         real = values > len(gram) * jnp.finfo(gram.dtype).eps * total
         lengths = jnp.sqrt(jnp.where(real, values, 1))
         weights = jnp.where(real, 1 / lengths, 0)[None, :] * vectors  # (T, 2)
@@ -247,7 +260,7 @@ def _direction_of_leaf(key, param, other):
     direction = jax.random.normal(key, param.shape, param.dtype)
     if other is not None:
         other = _unit_filters(jnp.asarray(other, param.dtype))
-        # The second time for the rounding of the first.
+        # The second pass removes the rounding error of the first.
         for _ in range(2):
             along = jnp.sum(direction * other, axis=_filter_axes(param), keepdims=True)
             direction = direction - along * other
@@ -266,3 +279,15 @@ def _filter_norms(leaf):
 
 def _filter_axes(leaf):
     return tuple(range(leaf.ndim - 1))
+
+
+def __getattr__(name):
+    # The old name, for one version.
+    if name != "filter_normalised_direction":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}.")
+    warnings.warn(
+        f"{__name__}.{name} is now {__name__}.filter_normalized_direction.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return filter_normalized_direction

@@ -2,7 +2,7 @@
 
 import importlib
 
-from lbi import path, penalty, pruning
+from lbi import channels, path, penalty, pruning
 from lbi.dessilbi import dessilbi, dessilbi_adam, structural_coupling
 from lbi.path import (
     clock,
@@ -21,6 +21,7 @@ from lbi.penalty import L1, GroupL2
 __all__ = [
     "GroupL2",
     "L1",
+    "channels",
     "clock",
     "density",
     "dessilbi",

@@ -1,20 +1,23 @@
-"""DessiLBI: structural sparsity found while training, as an optax transformation.
+"""DessiLBI: structural sparsity found during training, as an optax transformation.
 
-Fu et al. 2020 (arXiv 2007.02010); code DessiLBI2020/DessiLBI. Beside the dense
-weights W runs a structure parameter Gamma, tied to them by ||W - Gamma||^2 / (2 nu),
-that starts at zero and takes in group after group, the important ones first:
+Fu et al. 2020 (arXiv 2007.02010); released code: DessiLBI2020/DessiLBI. The method
+couples the dense weights W to a structure parameter Gamma of the same shape by
+||W - Gamma||^2 / (2 nu). Gamma is zero at first. Groups of its entries become nonzero
+one after another, important ones first:
 
     W     <-  W - kappa alpha (grad L(W) + (W - Gamma) / nu)
-    V     <-  V + (alpha / nu) (W - Gamma)              of the old W and Gamma
+    V     <-  V + (alpha / nu) (W - Gamma)              (old W and old Gamma)
     Gamma <-  kappa prox(V)
 
-While a group is out, its Gamma is zero and the coupling is a decoupled weight decay of
-1 / nu; its dual is V_g = sum alpha W_g / nu, and it enters when the norm of that passes
-lambda. V needs W, its own state and a step size but never the gradient: hence one link
-of a chain is enough, and its place in the chain says which variant it is.
+While the Gamma of a group is zero, the coupling acts on the group as a decoupled weight
+decay of 1 / nu, and the dual of the group is V_g = sum alpha W_g / nu. The group enters
+the support when ||V_g|| exceeds lambda. The update of V needs W, the state and a step
+size, but not the gradient. The method is therefore one link of an optax chain, and its
+position in the chain selects the variant.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -30,29 +33,30 @@ ScalarOrSchedule = float | Array | Callable[[Array], Any]
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Rules:
-    """The penalties of a state, hashable: what `penalty=` was given."""
+class FrozenSpec:
+    """What `penalty` was given, hashable, so that it can be static under jit."""
 
     value: Any
 
     @classmethod
-    def make(cls, rules: penalties.Rules) -> "Rules":
-        if isinstance(rules, tuple | list):
+    def make(cls, spec: penalties.PenaltySpec) -> "FrozenSpec":
+        """Freezes a penalty or a (nested) mapping of patterns."""
+        if isinstance(spec, tuple | list):
             raise ValueError(
-                "a penalty for several parameters is a mapping of patterns, got "
-                f"{rules!r}."
+                "several penalties must be given as a mapping of patterns, got "
+                f"{spec!r}."
             )
-        if isinstance(rules, Mapping):
-            return cls(tuple((p, cls.make(rule)) for p, rule in rules.items()))
-        return cls(rules)
+        if isinstance(spec, Mapping):
+            return cls(tuple((p, cls.make(choice)) for p, choice in spec.items()))
+        return cls(spec)
 
     def assign(self, params: Any) -> dict[str, penalties.Penalty]:
-        """{path: penalty} of the parameters that have one."""
+        """Returns {path: penalty} of the parameters that have one."""
         return penalties.assign(self._unpack(), params)
 
     def _unpack(self):
         if isinstance(self.value, tuple):
-            return {p: rule._unpack() for p, rule in self.value}
+            return {p: choice._unpack() for p, choice in self.value}
         return self.value
 
 
@@ -62,13 +66,15 @@ class StructuralCouplingState(NamedTuple):
     Attributes:
       count: number of updates, (), int32.
       clock: T = sum of alpha / nu so far, (), float32. A group whose mean norm is below
-        lambda / T cannot have entered.
-      kappa: that of the last update, (), float32.
-      dual: V, a tree like the parameters, float32 or wider; zero where no penalty is.
-      first_entry: the number of updates after which each group was first in the
-        support, int32, -1 if it never was; () without `record_entry`. Its arrays are
-        one for each group, which `optax.tree.map_params` does not know.
-      rules: the penalties; no leaf of the tree.
+        lambda / T cannot have entered the support.
+      kappa: value at the last update, (), float32.
+      dual: V, a tree like the parameters, float32 or wider; zero for parameters without
+        a penalty.
+      first_entry: number of updates after which each group first entered the support,
+        -1 if it never did; int32, one entry per group. () without `record_entry`. Its
+        leaves do not have the shapes of the parameters, so `optax.tree.map_params` does
+        not recognize them.
+      spec: the penalties; static, not a leaf of the tree.
     """
 
     count: Array
@@ -76,27 +82,38 @@ class StructuralCouplingState(NamedTuple):
     kappa: Array
     dual: Any
     first_entry: Any
-    rules: Rules
+    spec: FrozenSpec
+
+    @property
+    def rules(self) -> FrozenSpec:
+        """The old name of `spec`, for one version."""
+        warnings.warn(
+            "StructuralCouplingState.rules is now spec.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.spec
 
 
 def structural_coupling(
     dual_learning_rate: ScalarOrSchedule,
     nu: ScalarOrSchedule,
     kappa: ScalarOrSchedule = 1.0,
-    penalty: penalties.Rules = "auto",
+    penalty: penalties.PenaltySpec = "auto",
     *,
     record_entry: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds (W - Gamma) / nu to the updates and advances the dual of Gamma.
 
-    The place in the chain decides the method; `lr` is `optax.scale_by_learning_rate`:
+    The position in the chain selects the method. Below, `lr` stands for
+    `optax.scale_by_learning_rate`:
 
     ================================================  =================================
     chain                                             method
     ================================================  =================================
     coupling, lr(kappa alpha)                         DessiLBI as in the paper
-    add_decayed_weights, trace(m), coupling,          the authors' code, with momentum
-      lr(kappa alpha)                                   and weight decay
+    add_decayed_weights, trace(m), coupling,          the authors' released code, with
+      lr(kappa alpha)                                   momentum and weight decay
     coupling, trace(m), lr(kappa alpha)               heavy ball on the augmented loss
     scale_by_adam, coupling, lr(alpha)                DessiLBI+Adam, decoupled as AdamW
     coupling, scale_by_adam, lr(alpha)                DessiLBI+Adam on the augmented
@@ -104,27 +121,41 @@ def structural_coupling(
     clip, scale_by_anything, coupling, lr(alpha)      any other optimizer
     ================================================  =================================
 
-    The dual sees the parameters only, so it moves at its own rate whatever scales W's
-    step: give it the schedule of the learning rate. Wrap the whole chain in
-    `optax.apply_if_finite` or `optax.MultiSteps`, that the dual pauses with the rest.
+    The dual depends on the parameters only. It advances at its own rate, whatever
+    scales the step of W, so pass the schedule of the learning rate here too. To pause
+    the dual together with the other states, wrap the whole chain in
+    `optax.apply_if_finite` or `optax.MultiSteps`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import lbi
+      >>> coupling = lbi.structural_coupling(0.1, nu=20.0, penalty=lbi.L1(0.5))
+      >>> optimizer = optax.chain(
+      ...     optax.scale_by_adam(), coupling, optax.scale_by_learning_rate(0.1)
+      ... )
+      >>> params = {"kernel": jnp.ones((2, 3))}
+      >>> state = optimizer.init(params)
+      >>> updates, state = optimizer.update(params, state, params)
+      >>> print(f"{lbi.clock(state):.3f}")
+      0.005
 
     Args:
       dual_learning_rate: alpha >= 0, or a schedule of it.
-      nu: > 0, or a schedule. Smaller ties Gamma closer to W: more weight decay on the
-        groups that are out (1 / nu), and earlier entry.
-      kappa: > 0, or a schedule. Damping: Gamma is kappa times the shrunk dual.
+      nu: coupling, > 0, or a schedule. A smaller nu ties Gamma closer to W: weights
+        outside the support decay faster (by 1 / nu), and groups enter earlier.
+      kappa: damping, > 0, or a schedule. Gamma is kappa times the shrunk dual.
       penalty: "auto" (GroupL2 over the last axis for rank 4, L1 for rank 2, lambda 1),
-        a penalty, or a mapping of path patterns; see `lbi.penalty.assign`. Parameters
-        without a penalty are left alone.
-      record_entry: also keeps the update at which each group entered, one int32 each;
-        `lbi.pruning.entry_importance` needs it.
+        one penalty, or a mapping of path patterns; see `lbi.penalty.assign`. Parameters
+        without a penalty keep their updates.
+      record_entry: whether to record the update at which each group entered, one int32
+        per group. `lbi.pruning.entry_importance` needs this record.
 
     Returns:
-      A transformation; its update needs `params`.
+      A gradient transformation. Its `update` needs `params`.
 
     Raises:
-      ValueError: if a number is out of range, the rules are of no known kind, a group
-        axis does not fit (at init), or `params` is missing (at update).
+      ValueError: if a number is out of range, `penalty` is of an unknown kind, a group
+        axis does not fit (in `init`), or `params` is missing (in `update`).
     """
     check_positive(nu=nu, kappa=kappa)
     if not callable(dual_learning_rate) and _is_known(dual_learning_rate):
@@ -132,19 +163,19 @@ def structural_coupling(
             raise ValueError(
                 f"dual_learning_rate must be >= 0, got {dual_learning_rate}."
             )
-    rules = Rules.make(penalty)
+    spec = FrozenSpec.make(penalty)
 
     def init_fn(params):
-        assigned = rules.assign(params)
+        assigned = spec.assign(params)
         paths = list(penalties.named_leaves(params))
         if isinstance(penalty, Mapping) and paths and not assigned:
             raise ValueError(
-                f"no pattern of the penalty is found in any path: {', '.join(penalty)} "
-                f"in {', '.join(paths)}."
+                f"no pattern of the penalty matches any path: got patterns "
+                f"{', '.join(penalty)} and paths {', '.join(paths)}."
             )
 
         def groups(path, dual):
-            # Without a penalty there are no groups, but the place stays filled.
+            # A parameter without a penalty has no groups; () keeps the tree structure.
             chosen = assigned.get(penalties.path_name(path))
             shape = () if chosen is None else jax.eval_shape(chosen.norms, dual).shape
             return jnp.full(shape, -1, jnp.int32)
@@ -160,7 +191,7 @@ def structural_coupling(
             first_entry=jax.tree_util.tree_map_with_path(groups, dual)
             if record_entry
             else (),
-            rules=rules,
+            spec=spec,
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -170,7 +201,7 @@ def structural_coupling(
                 "structural_coupling needs the parameters: call "
                 "update(grads, state, params)."
             )
-        assigned = rules.assign(params)
+        assigned = spec.assign(params)
         alpha, nu_now, kappa_now = (
             _value(x, state.count) for x in (dual_learning_rate, nu, kappa)
         )
@@ -181,7 +212,7 @@ def structural_coupling(
             chosen = assigned.get(penalties.path_name(path))
             if chosen is None:
                 return jnp.zeros_like(dual)
-            # The Gamma that belongs to this dual was made with the last kappa.
+            # The current Gamma was computed with the kappa of the last update.
             gamma = _cast(state.kappa, dual) * chosen.prox(dual)
             return (param.astype(dual.dtype) - gamma) / _cast(nu_now, dual)
 
@@ -204,7 +235,7 @@ def structural_coupling(
             kappa=jnp.asarray(kappa_now, jnp.float32),
             dual=dual,
             first_entry=first_entry,
-            rules=rules,
+            spec=spec,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -216,30 +247,49 @@ def dessilbi(
     kappa: ScalarOrSchedule = 1.0,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
-    penalty: penalties.Rules = "auto",
+    penalty: penalties.PenaltySpec = "auto",
     *,
     nesterov: bool = False,
     weight_decay_mask: Any = None,
     record_entry: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """DessiLBI by stochastic gradient descent; the authors' optimizer and defaults.
+    """DessiLBI with stochastic gradient descent, with the authors' defaults.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import lbi
+      >>> target = jnp.array([[3.0, 0.1]])
+      >>> loss_fn = lambda params: jnp.sum((params["kernel"] - target) ** 2)
+      >>> params = {"kernel": jnp.zeros((1, 2))}
+      >>> optimizer = lbi.dessilbi(0.05, nu=1.0, momentum=0.0)
+      >>> state = optimizer.init(params)
+      >>> for _ in range(40):
+      ...     grads = jax.grad(loss_fn)(params)
+      ...     updates, state = optimizer.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(lbi.in_support(state)["kernel"])  # only the large weight has entered
+      [[ True False]]
 
     Args:
-      learning_rate: alpha, or a schedule: W steps by kappa alpha and the dual by
-        alpha / nu, the convention of the paper and of the authors' code. To tune kappa
-        with W's rate fixed, divide by it here.
-      nu: coupling, > 0; `mu` in the authors' code.
+      learning_rate: alpha, or a schedule. W advances by kappa alpha and the dual by
+        alpha / nu, as in the paper and in the released code. To tune kappa at a fixed
+        rate of W, pass the rate of W divided by kappa.
+      nu: coupling, > 0; named `mu` in the released code.
       kappa: damping, > 0.
-      momentum: of the gradient of the loss; the coupling is not smoothed. 0 is the
-        paper's plain iteration.
-      weight_decay: added to the gradient before the momentum.
+      momentum: decay of the momentum of the loss gradient, which excludes the coupling.
+        0 gives the paper's iteration.
+      weight_decay: coefficient, added to the gradient before the momentum.
       penalty: see `structural_coupling`.
-      nesterov: Nesterov's momentum.
-      weight_decay_mask: as of `optax.add_decayed_weights`; None decays all but rank 1.
+      nesterov: whether to use Nesterov's momentum.
+      weight_decay_mask: mask for `optax.add_decayed_weights`; None decays all
+        parameters except those of rank 1.
       record_entry: see `structural_coupling`.
 
     Returns:
       An optimizer.
+
+    Raises:
+      ValueError: if a number is out of range or `penalty` is of an unknown kind.
     """
     check_positive(nu=nu, kappa=kappa)
     links = []
@@ -261,33 +311,46 @@ def dessilbi_adam(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    penalty: penalties.Rules = "auto",
+    penalty: penalties.PenaltySpec = "auto",
     *,
     mode: Literal["decoupled", "coupled"] = "decoupled",
     weight_decay_mask: Any = None,
     record_entry: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """DessiLBI with Adam's step for W; the dual step is not preconditioned.
+    """DessiLBI with Adam's step for W; Adam does not scale the step of the dual.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import lbi
+      >>> optimizer = lbi.dessilbi_adam(1e-3, nu=4.0, penalty=lbi.GroupL2(0.1))
+      >>> params = {"kernel": jnp.ones((3, 2))}
+      >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+      >>> print(f"{updates['kernel'][0, 0]:.5f}")  # -alpha (1 + W / nu)
+      -0.00125
 
     Args:
-      learning_rate: alpha, or a schedule: W steps by kappa alpha, the dual by
+      learning_rate: alpha, or a schedule. W advances by kappa alpha, the dual by
         alpha / nu.
       nu: coupling, > 0.
       kappa: damping, > 0.
       b1: decay of Adam's first moment.
-      b2: decay of its second moment.
-      eps: its epsilon.
-      weight_decay: decoupled, as AdamW's.
+      b2: decay of Adam's second moment.
+      eps: Adam's epsilon.
+      weight_decay: coefficient, decoupled as in AdamW.
       penalty: see `structural_coupling`.
-      mode: decoupled adds the coupling to Adam's step, as AdamW does its decay;
-        coupled gives Adam the gradient of the augmented loss. Adam brings each entry to
-        order 1, so that a pull of size |W| / nu counts for little in the first and
-        may outweigh small gradients in the second.
-      weight_decay_mask: as of `optax.add_decayed_weights`; None decays all but rank 1.
+      mode: "decoupled" adds the coupling to Adam's step, as AdamW adds its decay;
+        "coupled" passes the gradient of the augmented loss to Adam. Adam scales each
+        entry to order 1. A coupling of size |W| / nu therefore has little effect in
+        decoupled mode and can exceed small gradients in coupled mode.
+      weight_decay_mask: mask for `optax.add_decayed_weights`; None decays all
+        parameters except those of rank 1.
       record_entry: see `structural_coupling`.
 
     Returns:
       An optimizer.
+
+    Raises:
+      ValueError: if a number is out of range, or `mode` or `penalty` is unknown.
     """
     check_positive(nu=nu, kappa=kappa)
     coupling = structural_coupling(
@@ -295,7 +358,7 @@ def dessilbi_adam(
     )
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     if mode not in ("decoupled", "coupled"):
-        raise ValueError(f"mode must be decoupled or coupled, got {mode!r}.")
+        raise ValueError(f'mode must be "decoupled" or "coupled", got {mode!r}.')
     links = [adam, coupling] if mode == "decoupled" else [coupling, adam]
     if not _is_off(weight_decay):
         links.append(_decay(weight_decay, weight_decay_mask))
@@ -303,14 +366,14 @@ def dessilbi_adam(
 
 
 def check_positive(**numbers: Any) -> None:
-    """Raises ValueError for a number that is not > 0; schedules and tracers pass."""
+    """Raises ValueError for a number that is not > 0, unless it is traced."""
     for name, number in numbers.items():
         if not callable(number) and _is_known(number) and not number > 0:
             raise ValueError(f"{name} must be > 0, got {number}.")
 
 
 def _is_off(number):
-    # An array, as optax.inject_hyperparams hands in, may become another number later.
+    # optax.inject_hyperparams passes an array whose value may change later.
     return isinstance(number, int | float) and number == 0
 
 
@@ -327,7 +390,7 @@ def _cast(number, like):
 
 
 def _dual_dtype(dtype):
-    # Increments are of order 1e-5 of the dual: in bfloat16 it would never move.
+    # Increments are about 1e-5 of the dual; in bfloat16 they would round to nothing.
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -338,9 +401,21 @@ def _decay(weight_decay, mask):
 
 
 def _scale(learning_rate, kappa):
-    """The step -kappa alpha."""
+    """The link that multiplies updates by -kappa alpha."""
     if callable(learning_rate) or callable(kappa):
         return optax.scale_by_learning_rate(
             lambda count: _value(learning_rate, count) * _value(kappa, count)
         )
     return optax.scale_by_learning_rate(learning_rate * kappa)
+
+
+def __getattr__(name):
+    # The old name, for one version.
+    if name != "Rules":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}.")
+    warnings.warn(
+        f"{__name__}.Rules is now {__name__}.FrozenSpec.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return FrozenSpec

@@ -1,8 +1,9 @@
-"""What the structure parameter says: support, order of entry, clock, lambda.
+"""Reads the regularization path: support, order of entry, clock, choice of lambda.
 
-All of it is read from the state of any optax chain that contains
-`lbi.structural_coupling`. Layers are named by path, "block/layer/kernel". Of a state
-that `jax.vmap` has stacked, say over seeds, take `jax.vmap(lbi.gamma)(opt_state)`.
+Every function reads the state of any optax chain that contains
+`lbi.structural_coupling`. Layers are named by path, "block/layer/kernel". For states
+that `jax.vmap` has stacked, for example over seeds, use
+`jax.vmap(lbi.gamma)(opt_state)`.
 """
 
 import math
@@ -18,7 +19,7 @@ from jax import Array
 
 from lbi import penalty as penalties
 from lbi.dessilbi import (
-    Rules,
+    FrozenSpec,
     ScalarOrSchedule,
     StructuralCouplingState,
     check_positive,
@@ -29,20 +30,20 @@ def gamma(opt_state: Any, params: Any = None) -> Any:
     """The structure parameter Gamma = kappa prox(V).
 
     Args:
-      opt_state: of a chain that contains `structural_coupling`, once or, under
+      opt_state: state of a chain that contains `structural_coupling`, once or, under
         `optax.partition`, several times.
-      params: fills zeros in where the chain never saw a parameter (`optax.masked`).
+      params: if given, parameters that `optax.masked` hid from the chain get zeros.
 
     Returns:
-      A tree like the parameters, zero where there is no penalty; a masked parameter is
+      A tree like the parameters, zero where there is no penalty. A masked parameter is
       an `optax.MaskedNode` unless `params` is given.
 
     Raises:
-      ValueError: if there is no such state in `opt_state`.
+      ValueError: if `opt_state` has no state of `structural_coupling`.
     """
 
     def gamma_of(state):
-        assigned = state.rules.assign(state.dual)
+        assigned = state.spec.assign(state.dual)
 
         def one(path, dual):
             chosen = assigned.get(penalties.path_name(path))
@@ -64,27 +65,46 @@ def gamma(opt_state: Any, params: Any = None) -> Any:
 
 
 def in_support(opt_state: Any) -> dict[str, Array]:
-    """Which groups are nonzero in Gamma now: {layer: bool, one for each group}."""
+    """Whether each group is nonzero in Gamma now: {layer: bool, one per group}."""
     return {
         path: chosen.norms(dual) > chosen.thresholds(dual.shape)
-        for path, dual, _, chosen in _penalised(opt_state)
+        for path, dual, _, chosen in _penalized(opt_state)
     }
 
 
 def density(opt_state: Any) -> dict[str, Array]:
-    """Share of each layer's groups that are nonzero in Gamma: {layer: ()}."""
+    """Fraction of each layer's groups that are nonzero in Gamma: {layer: ()}.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import lbi
+      >>> params = {"kernel": jnp.array([[2.0, 0.5, -3.0, 0.0]])}
+      >>> optimizer = lbi.dessilbi(1.0, nu=1.0)
+      >>> _, state = optimizer.update(params, optimizer.init(params), params)
+      >>> print(lbi.density(state)["kernel"])  # lambda = 1, and V = W after one step
+      0.5
+    """
     return {path: jnp.mean(inside) for path, inside in in_support(opt_state).items()}
 
 
 def sparse_params(params: Any, opt_state: Any) -> Any:
-    """The parameters projected on the support of Gamma: W where Gamma is not zero.
+    """Projects the parameters on the support: W where Gamma is nonzero, else 0.
 
-    Parameters without a penalty stay as they are.
+    Parameters without a penalty do not change.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import lbi
+      >>> params = {"kernel": jnp.array([[2.0, 0.5, -3.0, 0.0]])}
+      >>> optimizer = lbi.dessilbi(1.0, nu=1.0)
+      >>> _, state = optimizer.update(params, optimizer.init(params), params)
+      >>> print(lbi.sparse_params(params, state)["kernel"])
+      [[ 2.  0. -3.  0.]]
     """
-    penalised = {path: (v, c) for path, v, _, c in _penalised(opt_state)}
+    penalized = {path: (v, c) for path, v, _, c in _penalized(opt_state)}
 
     def project(path, param):
-        if (found := penalised.get(penalties.path_name(path))) is None:
+        if (found := penalized.get(penalties.path_name(path))) is None:
             return param
         dual, chosen = found
         inside = chosen.norms(dual) > chosen.thresholds(dual.shape)
@@ -94,19 +114,22 @@ def sparse_params(params: Any, opt_state: Any) -> Any:
 
 
 def entry_steps(opt_state: Any) -> dict[str, np.ndarray]:
-    """After how many updates each group first entered the support.
+    """Number of updates after which each group first entered the support.
+
+    Args:
+      opt_state: state of a chain with `record_entry=True`.
 
     Returns:
-      {layer: int32, one for each group}, -1 if it never did.
+      {layer: int32, one per group}; -1 if a group never entered.
 
     Raises:
-      ValueError: if the coupling was made without `record_entry`.
+      ValueError: if the entries were not recorded.
     """
     steps = {}
-    for path, _, first_entry, _ in _penalised(opt_state):
+    for path, _, first_entry, _ in _penalized(opt_state):
         if first_entry is None:
             raise ValueError(
-                "the order of entry was not recorded: make the coupling with "
+                "the entries were not recorded: create the optimizer with "
                 "record_entry=True."
             )
         steps[path] = np.asarray(first_entry)
@@ -114,9 +137,9 @@ def entry_steps(opt_state: Any) -> dict[str, np.ndarray]:
 
 
 def clock(opt_state: Any) -> Array:
-    """T = sum of alpha / nu so far, (): no mean norm below lambda / T has entered.
+    """T = sum of alpha / nu so far, (). Groups with mean norm below lambda / T are out.
 
-    Under `optax.partition` that of the first coupling.
+    Under `optax.partition` this is the clock of the first coupling.
     """
     return _require_states(opt_state)[0].clock
 
@@ -124,7 +147,19 @@ def clock(opt_state: Any) -> Array:
 def final_clock(
     learning_rate: ScalarOrSchedule, nu: ScalarOrSchedule, num_steps: int
 ) -> float:
-    """The clock T after `num_steps` updates: sum over k of alpha_k / nu_k."""
+    """The clock after `num_steps` updates: T = sum over k of alpha_k / nu_k.
+
+    Args:
+      learning_rate: alpha, or a schedule.
+      nu: coupling, > 0, or a schedule.
+      num_steps: number of updates, >= 1.
+
+    Returns:
+      T.
+
+    Raises:
+      ValueError: if `nu` or `num_steps` is out of range.
+    """
     return float(_clock_path(learning_rate, nu, num_steps)[-1])
 
 
@@ -133,33 +168,37 @@ def forecast_entries(
     learning_rate: ScalarOrSchedule,
     nu: ScalarOrSchedule,
     num_steps: int,
-    penalty: penalties.Rules = "auto",
+    penalty: penalties.PenaltySpec = "auto",
     *,
     decaying: bool = False,
     kappa: float = 1.0,
 ) -> dict[str, float]:
-    """Share of each layer's groups that would enter if their norms stayed.
+    """Fraction of each layer's groups that would enter if their norms stayed constant.
 
-    A dual grows as V_g = sum alpha W_g / nu until it enters, so T ||W_g|| > lambda at
-    the end is what it takes. All zeros mean that the run would only decay its weights:
-    lower lambda (see `suggest_lambda`) or nu, or train longer or at a higher rate.
+    Before a group enters, its dual is V_g = sum alpha W_g / nu. With a constant norm it
+    enters if T ||W_g|| > lambda at the end. If all fractions are zero, the run would
+    only decay its weights: lower lambda (see `suggest_lambda`) or nu, or train longer
+    or with a higher learning rate.
 
-    Norms do not stay where the gradient does not hold them against the coupling: a
-    group without gradient shrinks as exp(-kappa T), and its dual ends at
-    (1 - exp(-kappa T)) ||W_g|| / kappa. Filters before a batch normalisation are near
-    that, their gradient being orthogonal to them.
+    Norms shrink where the gradient does not balance the coupling. The norm of a group
+    without gradient decays as exp(-kappa T), and its dual ends at
+    (1 - exp(-kappa T)) ||W_g|| / kappa. Filters before a batch normalization are close
+    to this case, because their gradient is orthogonal to them.
 
     Args:
-      params: the parameters, at the start or at any time.
+      params: the parameters, initial or at any later time.
       learning_rate: alpha, or a schedule.
-      nu: coupling, or a schedule.
-      num_steps: length of the run.
-      penalty: as of `structural_coupling`.
-      decaying: forecasts for groups without gradient instead.
-      kappa: damping; matters to `decaying` alone.
+      nu: coupling, > 0, or a schedule.
+      num_steps: length of the run in updates, >= 1.
+      penalty: see `structural_coupling`.
+      decaying: whether to forecast for groups without gradient instead.
+      kappa: damping, > 0; used only if `decaying`.
 
     Returns:
-      {layer: share in [0, 1]}.
+      {layer: fraction in [0, 1]}.
+
+    Raises:
+      ValueError: if a number is out of range or `penalty` is of an unknown kind.
     """
     total = final_clock(learning_rate, nu, num_steps)
     if decaying:
@@ -173,7 +212,7 @@ def forecast_entries(
                 > chosen.thresholds(leaves[path].shape)
             )
         )
-        for path, chosen in Rules.make(penalty).assign(params).items()
+        for path, chosen in FrozenSpec.make(penalty).assign(params).items()
     }
 
 
@@ -182,29 +221,36 @@ def suggest_lambda(
     learning_rate: ScalarOrSchedule,
     nu: ScalarOrSchedule,
     num_steps: int,
-    penalty: penalties.Rules = "auto",
+    penalty: penalties.PenaltySpec = "auto",
     *,
     enter_at: float = 0.4,
 ) -> dict[str, penalties.Penalty]:
-    """Penalties under which the median group of each layer enters at a given time.
+    """Penalties with which the median group of each layer enters at a given time.
 
-    lambda = T(enter_at) * median ||W_g||, with T the clock at that share of the run; it
-    takes the norms as constant.
+    lambda = T(enter_at) * median ||W_g||, where T(enter_at) is the clock at that
+    fraction of the run. The formula assumes that the norms stay constant.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import lbi
+      >>> params = {"kernel": jnp.array([[1.0, 2.0, 3.0]])}
+      >>> lbi.suggest_lambda(params, 0.1, nu=5.0, num_steps=100, enter_at=0.5)
+      {'^kernel$': L1(lam=2.0...)}
 
     Args:
-      params: the parameters at the start.
+      params: the initial parameters.
       learning_rate: alpha, or a schedule.
-      nu: coupling, or a schedule.
-      num_steps: length of the run.
-      penalty: whose groups to keep; only its lambda is replaced.
-      enter_at: share of the updates after which the median group enters, in (0, 1].
+      nu: coupling, > 0, or a schedule.
+      num_steps: length of the run in updates, >= 1.
+      penalty: defines the groups; only its lambda is replaced.
+      enter_at: fraction of the updates after which the median group enters, in (0, 1].
 
     Returns:
       A mapping of patterns for `structural_coupling(penalty=...)`.
 
     Raises:
-      ValueError: if `enter_at` is out of range, the rate is zero up to then, or the
-        median of a layer is zero.
+      ValueError: if a number is out of range, the learning rate is zero up to
+        `enter_at`, or the median norm of a layer is zero.
     """
     if not 0 < enter_at <= 1:
         raise ValueError(f"enter_at must be in (0, 1], got {enter_at}.")
@@ -212,15 +258,17 @@ def suggest_lambda(
     total = path_of_clock[max(round(enter_at * num_steps), 1) - 1]
     if total == 0:
         raise ValueError(
-            f"the learning rate is zero up to enter_at={enter_at}: nothing can enter."
+            f"the learning rate is zero up to enter_at={enter_at}: no group can enter."
         )
     leaves = penalties.named_leaves(params)
     suggested = {}
-    for path, chosen in Rules.make(penalty).assign(params).items():
+    for path, chosen in FrozenSpec.make(penalty).assign(params).items():
         leaf = leaves[path]
         median = float(np.median(np.asarray(chosen.norms(leaf), np.float64)))
         if median == 0:
-            raise ValueError(f"{path}: half of the groups are zero; set lam by hand.")
+            raise ValueError(
+                f"{path}: the median norm of the groups is zero; set lam by hand."
+            )
         # thresholds() is proportional to lam.
         unit = penalties.with_lam(chosen, 1.0).thresholds(leaf.shape)
         suggested[f"^{re.escape(path)}$"] = penalties.with_lam(
@@ -231,11 +279,11 @@ def suggest_lambda(
 
 def penalties_of(opt_state: Any) -> dict[str, penalties.Penalty]:
     """The penalty of each layer that has one: {layer: penalty}."""
-    return {path: chosen for path, _, _, chosen in _penalised(opt_state)}
+    return {path: chosen for path, _, _, chosen in _penalized(opt_state)}
 
 
 def find_states(opt_state: Any) -> list[StructuralCouplingState]:
-    """Every state of `structural_coupling` in an optimizer state, maybe none."""
+    """All states of `structural_coupling` in an optimizer state; may be empty."""
     leaves = jax.tree.leaves(opt_state, is_leaf=_is_coupling)
     return [leaf for leaf in leaves if _is_coupling(leaf)]
 
@@ -243,17 +291,17 @@ def find_states(opt_state: Any) -> list[StructuralCouplingState]:
 def _require_states(opt_state):
     states = find_states(opt_state)
     if not states:
-        raise ValueError("this optimizer state holds no lbi.structural_coupling.")
+        raise ValueError("this optimizer state contains no lbi.structural_coupling.")
     return states
 
 
-def _penalised(opt_state):
+def _penalized(opt_state):
     """(path, dual, first_entry or None, penalty) of each parameter with a penalty."""
     rows = []
     for state in _require_states(opt_state):
         duals = penalties.named_leaves(state.dual)
         entries = penalties.named_leaves(state.first_entry)
-        for path, chosen in state.rules.assign(state.dual).items():
+        for path, chosen in state.spec.assign(state.dual).items():
             rows.append((path, duals[path], entries.get(path), chosen))
     return rows
 
@@ -282,7 +330,7 @@ def _is_masked(node):
 
 
 def _merge(trees):
-    """Fills the masked places of the first tree from the others."""
+    """Fills the masked leaves of the first tree from the other trees."""
     merged = trees[0]
     for tree in trees[1:]:
         merged = jax.tree.map(

@@ -1,16 +1,18 @@
 """Penalties of the structure parameter: lasso and group lasso.
 
-A penalty Omega cuts a parameter into groups and sets, with its proximal map
+A penalty Omega divides a parameter into groups. Its proximal map
 
-    prox(V) = argmin_G 1/2 ||G - V||^2 + Omega(G),
+    prox(V) = argmin_G 1/2 ||G - V||^2 + Omega(G)
 
-the groups to zero whose norm is at most lambda. Fu et al. 2020 (arXiv 2007.02010),
-section 2: weights one by one in fully connected layers, filters in convolutions.
+sets those groups to zero whose norm is at most lambda. Fu et al. 2020 (arXiv
+2007.02010), section 2, use single weights as groups in fully connected layers and
+filters in convolutions.
 """
 
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +24,7 @@ from jax import Array
 
 @dataclasses.dataclass(frozen=True)
 class L1:
-    """Lasso: Omega(G) = lam sum |G_i|; every entry is a group of its own.
+    """Lasso: Omega(G) = lam sum |G_i|; every entry is its own group.
 
     Attributes:
       lam: the threshold lambda, >= 0.
@@ -34,14 +36,14 @@ class L1:
         object.__setattr__(self, "lam", _checked_lam(self.lam))
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Fits every shape."""
+        """Accepts every shape."""
 
     def norms(self, values: Array) -> Array:
-        """|V_i|: of the shape of `values`."""
+        """|V_i|, with the shape of `values`."""
         return jnp.abs(values)
 
     def thresholds(self, shape: tuple[int, ...]) -> float:
-        """The norm beyond which a group of a parameter of this shape is nonzero."""
+        """The norm above which a group of a parameter of this shape is nonzero."""
         del shape
         return self.lam
 
@@ -50,7 +52,7 @@ class L1:
         return jnp.sign(values) * jnp.maximum(jnp.abs(values) - self.lam, 0)
 
     def spread(self, groups: Array, shape: tuple[int, ...]) -> Array:
-        """Gives every entry of a parameter the value of its group."""
+        """Repeats the value of each group over its entries."""
         del shape
         return groups
 
@@ -61,12 +63,13 @@ class GroupL2:
 
     Attributes:
       lam: the threshold lambda, >= 0.
-      group_axes: the axis, or axes, whose indices number the groups; a group is all
-        that shares them. -1 makes the filters of a Flax convolution (kh, kw, in, out)
-        and the units of a Dense layer (in, out); 1 the heads of an attention
-        projection (features, heads, head_dim).
-      size_scaled: multiplies lam by the root of the group's size, so that one lam fits
-        layers of any width (the norm is then compared per entry).
+      group_axes: the axis or axes that index the groups; a group holds all entries that
+        share these indices. -1 selects the filters of a Flax convolution (kh, kw, in,
+        out) and the units of a Dense layer (in, out); 1 selects the heads of an
+        attention projection (features, heads, head_dim).
+      size_scaled: whether to multiply lam by the square root of the group's size. The
+        threshold then applies to the root mean square of a group, so that one lam suits
+        layers of any width.
     """
 
     lam: float = 1.0
@@ -76,11 +79,11 @@ class GroupL2:
     def __post_init__(self):
         object.__setattr__(self, "lam", _checked_lam(self.lam))
         if np.ndim(self.group_axes):
-            # Hashable also where a list was given.
+            # A list is converted, so that the penalty is hashable.
             object.__setattr__(self, "group_axes", tuple(self.group_axes))
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raises ValueError if a parameter of this shape has no such axes."""
+        """Raises ValueError if a parameter of this shape lacks these axes."""
         axes = np.atleast_1d(self.group_axes).tolist()
         rank = len(shape)
         inside = all(-rank <= axis < rank for axis in axes)
@@ -91,11 +94,11 @@ class GroupL2:
             )
 
     def norms(self, values: Array) -> Array:
-        """||V_g||_2: of the lengths of the group axes, in their order in `values`."""
+        """||V_g||_2, with the lengths of the group axes, in their order in `values`."""
         return jnp.sqrt(self._squares(values, keepdims=False))
 
     def thresholds(self, shape: tuple[int, ...]) -> float:
-        """The norm beyond which a group of a parameter of this shape is nonzero."""
+        """The norm above which a group of a parameter of this shape is nonzero."""
         size = math.prod(shape[axis] for axis in self._other_axes(len(shape)))
         return self.lam * math.sqrt(size) if self.size_scaled else self.lam
 
@@ -103,14 +106,14 @@ class GroupL2:
         """V_g max(0, 1 - lam / ||V_g||_2)."""
         lam = self.thresholds(values.shape)
         squares = self._squares(values, keepdims=True)
-        # Twice `where`: a norm of zero, and its derivative, never meet a division.
+        # The inner `where` avoids a division by zero, also in the derivative.
         norms = jnp.sqrt(jnp.where(squares > 0, squares, 1))
-        # The comparison of `norms` and `thresholds`: what is zero here is out there.
+        # The same comparison as between `norms` and `thresholds`.
         entered = (squares > 0) & (norms > lam)
         return values * jnp.where(entered, 1 - lam / norms, 0)
 
     def spread(self, groups: Array, shape: tuple[int, ...]) -> Array:
-        """Gives every entry of a parameter the value of its group."""
+        """Repeats the value of each group over its entries."""
         expanded = jnp.expand_dims(groups, self._other_axes(len(shape)))
         return jnp.broadcast_to(expanded, shape)
 
@@ -124,32 +127,34 @@ class GroupL2:
 
 
 Penalty = L1 | GroupL2
-# What `penalty=` takes; see `assign`.
-Rules = str | Penalty | Mapping[str, str | Penalty | None] | None
+# What an argument `penalty` accepts; see `assign`.
+PenaltySpec = str | Penalty | Mapping[str, str | Penalty | None] | None
 
 
-def assign(rules: Rules, params: Any) -> dict[str, Penalty]:
+def assign(spec: PenaltySpec, params: Any) -> dict[str, Penalty]:
     """The penalty of each parameter that has one.
 
     Args:
-      rules: one of
-        "auto": GroupL2 over the last axis for rank 4, L1 for rank 2, lam 1; none for
-          other ranks (biases, normalisations, embeddings of positions).
-        a penalty: that one for every parameter of rank 2 or more.
-        a mapping of patterns to any of these or None: a parameter follows the first
-          pattern that `re.search` finds in its path "block/layer/kernel", and has no
-          penalty if none is found.
+      spec: one of
+        "auto": GroupL2 over the last axis for rank 4, L1 for rank 2, both with lam 1;
+        no
+          penalty for other ranks (biases, normalizations, position embeddings).
+        a penalty: applies to every parameter of rank 2 or more.
+        None: no penalty.
+        a mapping of patterns to any of these: a parameter uses the first pattern that
+          `re.search` finds in its path "block/layer/kernel", and has no penalty if no
+          pattern matches.
       params: a tree of arrays.
 
     Returns:
       {path: penalty}, in the order of the leaves.
 
     Raises:
-      ValueError: if the rules are of another kind, or a penalty does not fit.
+      ValueError: if `spec` is of another kind, or a penalty does not fit a parameter.
     """
     assigned = {}
     for path, leaf in named_leaves(params).items():
-        penalty = _choose(rules, path, len(leaf.shape))
+        penalty = _choose(spec, path, len(leaf.shape))
         if penalty is None:
             continue
         try:
@@ -161,7 +166,7 @@ def assign(rules: Rules, params: Any) -> dict[str, Penalty]:
 
 
 def with_lam(penalty: Penalty, lam: float) -> Penalty:
-    """The same penalty with another lambda."""
+    """A copy of the penalty with another lambda."""
     return dataclasses.replace(penalty, lam=lam)
 
 
@@ -172,26 +177,26 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A key path of jax.tree_util as "block/layer/kernel"."""
+    """Formats a key path of jax.tree_util as "block/layer/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _choose(rules, path, rank):
-    if isinstance(rules, Mapping):
-        for pattern, choice in rules.items():
+def _choose(spec, path, rank):
+    if isinstance(spec, Mapping):
+        for pattern, choice in spec.items():
             if re.search(pattern, path):
                 explicit = isinstance(choice, Penalty)
                 return choice if explicit else _choose(choice, path, rank)
         return None
-    if rules is None:
+    if spec is None:
         return None
-    if isinstance(rules, Penalty):
-        return rules if rank >= 2 else None
-    if rules == "auto":
+    if isinstance(spec, Penalty):
+        return spec if rank >= 2 else None
+    if spec == "auto":
         return {2: L1(), 4: GroupL2()}.get(rank)
     raise ValueError(
-        'a penalty is "auto", L1(...), GroupL2(...), None, or a mapping of patterns to '
-        f"these, got {rules!r}."
+        'a penalty must be "auto", L1(...), GroupL2(...), None, or a mapping of '
+        f"patterns to these, got {spec!r}."
     )
 
 
@@ -199,3 +204,15 @@ def _checked_lam(lam):
     if not lam >= 0:
         raise ValueError(f"lam must be >= 0, got {lam}.")
     return float(lam)
+
+
+def __getattr__(name):
+    # The old name, for one version.
+    if name != "Rules":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}.")
+    warnings.warn(
+        f"{__name__}.Rules is now {__name__}.PenaltySpec.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return PenaltySpec

@@ -94,7 +94,7 @@ def eigenpairs(matrix, start=None, *, seed=0, **numbers):
     if start is not None:
         start = ravel_pytree(tree)[1](start.astype(jnp.float32))
     key = jax.random.key(seed)
-    found = leading_eigenvalues(key, matvec, tree, start=start, **numbers)
+    found = leading_eigenvalues(key, matvec, tree, initial_vector=start, **numbers)
     return found._replace(vectors=jax.vmap(lambda v: ravel_pytree(v)[0])(found.vectors))
 
 
@@ -490,8 +490,10 @@ def test_vector_unlike_the_parameters_is_refused():
     with pytest.raises(ValueError, match=message):
         hessian_vector_product(mlp_loss, params, batch, params | {"b1": jnp.ones(4)})
     matvec, tree = operator(symmetric(9))
-    with pytest.raises(ValueError, match="start must have the structure of params"):
-        leading_eigenvalues(jax.random.key(0), matvec, tree, num_steps=3, start=params)
+    with pytest.raises(ValueError, match="initial_vector must have the struct"):
+        leading_eigenvalues(
+            jax.random.key(0), matvec, tree, num_steps=3, initial_vector=params
+        )
     with pytest.raises(ValueError, match="the result of matvec must have"):
         trace(jax.random.key(0), lambda v: v["a"], tree, num_matvecs=2)
 
@@ -515,7 +517,7 @@ def test_numbers_of_eigenvalues_out_of_range_are_refused(settings, message):
 def test_other_numbers_out_of_range_are_refused():
     matvec, tree = operator(symmetric(9))
     key = jax.random.key(0)
-    with pytest.raises(ValueError, match="hutchinson or hutch.., got 'xtrace'"):
+    with pytest.raises(ValueError, match='"hutchinson" or "hutch..", got \'xtrace\''):
         trace(key, matvec, tree, num_matvecs=9, method="xtrace")
     with pytest.raises(ValueError, match="hutchinson needs num_matvecs >= 2"):
         trace(key, matvec, tree, num_matvecs=1)

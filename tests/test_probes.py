@@ -778,7 +778,7 @@ def test_step_sizes_of_any_kind_are_taken(step_sizes):
         ({"a": [jnp.ones(2), jnp.ones(3, bool)]}, "got bool at 'a/1'"),
         ({"w": jnp.ones(2, jnp.complex64)}, "got complex64 at 'w'"),
         (jnp.arange(3), "got int32 at ''"),
-        ({"a": {}, "b": None}, "params holds no arrays"),
+        ({"a": {}, "b": None}, "params contains no arrays"),
     ],
 )
 def test_parameters_without_gradients_are_refused(params, message):

@@ -12,7 +12,7 @@ import pytest
 from landscape.curvature import mean_over_batches
 from landscape.surface import (
     fill_missing,
-    filter_normalised_direction,
+    filter_normalized_direction,
     grid,
     loss_surface,
     trajectory_pca,
@@ -52,7 +52,7 @@ def direction_of(params, orthogonal_to=None, seed=0):
     return _direction(jax.random.key(seed), params, orthogonal_to=orthogonal_to)
 
 
-_direction = jax.jit(filter_normalised_direction)
+_direction = jax.jit(filter_normalized_direction)
 plane_of = jax.jit(trajectory_pca)
 
 
@@ -125,8 +125,8 @@ def test_surface_does_not_see_the_scale_before_a_normalisation():
     @jax.jit
     def surface(params):
         first_key, second_key = jax.random.split(jax.random.key(0))
-        first = filter_normalised_direction(first_key, params)
-        second = filter_normalised_direction(second_key, params, orthogonal_to=first)
+        first = filter_normalized_direction(first_key, params)
+        second = filter_normalized_direction(second_key, params, orthogonal_to=first)
         return loss_surface(loss_fn, params, x, [first, second], points)
 
     losses = surface(params)
@@ -379,7 +379,7 @@ def test_scans_that_do_not_fit_are_refused():
             lambda p, batch: p["bias"], params, target, [direction], np.zeros((2, 1))
         )
     with pytest.raises(ValueError, match="orthogonal_to must have the structure"):
-        filter_normalised_direction(jax.random.key(0), params, orthogonal_to={})
+        filter_normalized_direction(jax.random.key(0), params, orthogonal_to={})
 
 
 def test_arrays_that_cannot_be_filled_are_refused():

@@ -35,7 +35,16 @@ from vit_files import (
 from vit.checkpoint import load_checkpoint, resize_positions, save_checkpoint
 from vit.model import ViT, make
 
-GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens"
+HERE = Path(__file__).resolve().parent
+# Numbers of tests/goldens/make_vit_goldens.py, and the reference program's own where
+# they are present: (parameters, logits).
+GOLDENS = [
+    (folder / f"{name}_layout.npz", folder / f"{name}_logits.npz")
+    for folder, name in (
+        (HERE / "goldens", "vit"),
+        (HERE.parents[1] / "shared" / "goldens", "vit_official"),
+    )
+]
 
 
 def apply(model, params, images):
@@ -52,23 +61,21 @@ def flat(params):
     return traverse_util.flatten_dict(params, sep="/")
 
 
-# The reference program's own numbers.
+# Numbers of an independent program, and of the reference program.
 
 
-@pytest.mark.skipif(
-    not (GOLDENS / "vit_official_logits.npz").exists(),
-    reason="the reference program's numbers (vit_official_*.npz) are not here",
-)
-def test_model_gives_the_logits_of_the_reference_program():
-    layout = GOLDENS / "vit_official_layout.npz"
-    golden = np.load(GOLDENS / "vit_official_logits.npz")
+@pytest.mark.parametrize(("layout", "logits"), GOLDENS, ids=lambda path: path.stem)
+def test_model_gives_the_golden_logits(layout, logits):
+    if "official" in layout.stem and not layout.exists():
+        pytest.skip(f"{layout.name}, of the reference program, is not present")
+    golden = np.load(logits)
     config = json.loads(str(golden["config"]))
     image_size = config.pop("image_size")
     model, params = load_checkpoint(layout)
     assert model == ViT(**config)
     assert flat(params).keys() == set(np.load(layout).files)
-    logits = apply(model, params, golden["images"])
-    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-4)
+    found = apply(model, params, golden["images"])
+    np.testing.assert_allclose(found, golden["logits"], rtol=0, atol=1e-4)
     chex.assert_trees_all_equal(load_checkpoint(layout, image_size)[1], params)
 
 
