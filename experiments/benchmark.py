@@ -324,7 +324,7 @@ def _vit_forward(*, variant, batch_size, ratio, **model):
     images = np.float32(_random_images(batch_size, side, 3)) / 255
     params = _init(model, images.shape[1:])["params"]
     if ratio:
-        chosen = vit.cascade.report(
+        chosen = vit.schedules.cp_vit(
             ratio,
             num_layers=model.num_layers,
             num_patches=(side // model.patch_size) ** 2,

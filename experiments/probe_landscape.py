@@ -338,7 +338,7 @@ def _measure(config, tools, state, step):
 def _measure_surface(run, tools, state, key):
     """Losses (size, size), written piece by piece: a kill costs one piece."""
     settings = run.config.surface
-    draw = jax.jit(surface.filter_normalised_direction)
+    draw = jax.jit(surface.filter_normalized_direction)
     keys = jax.random.split(key)
     first = draw(keys[0], state.params)
     second = draw(keys[1], state.params, orthogonal_to=first)

@@ -159,7 +159,7 @@ def make_importances(config: ConfigDict, trained: Trained) -> dict[str, Any]:
         "entry": pruning.entry_importance(params, opt_state),
         "magnitude": pruning.magnitude_importance(params, penalty),
         "random": [pruning.random_importance(key, params, penalty) for key in keys],
-        "official": pruning.official_importance(
+        "official": pruning.released_code_importance(
             params, opt_state, trained.problem.steps_per_epoch
         ),
     }
@@ -176,7 +176,7 @@ def prune_layer(
     return _zero_channels(trained, {layer: keep})
 
 
-def prune_layer_officially(
+def prune_layer_by_released_code(
     trained: Trained, importance: Any, layer: str, share: float
 ) -> dict[str, Any]:
     """As the authors' code: percentile rule, filter and bias, BN left as it is."""
@@ -197,7 +197,7 @@ def _accuracy(config, trained, importances, order, layer, share, mode):
     if mode == "official":
         scores = importances["official"]
         return trained.problem.test_accuracy(
-            prune_layer_officially(trained, scores, layer, share)
+            prune_layer_by_released_code(trained, scores, layer, share)
         )
     variables = prune_layer(trained, importances[order], layer, share)
     return _evaluate(config, trained, variables, mode)
@@ -278,7 +278,7 @@ def _train_masked(run, name, trained, keep, num_epochs):
     The training is a run of its own, `name`, inside that of `run`.
     """
     problem = trained.problem
-    masks = pruning.channel_masks(
+    masks = lbi.channels.channel_masks(
         keep, registry.channel_map(problem.model), trained.variables
     )
     variables = pruning.apply_masks(trained.variables, masks)
@@ -339,7 +339,7 @@ def _compress(run, name, trained, importance):
             num_batches=config.num_recalibration_batches,
         )
     small_model = registry.thin_model(trained.problem.model, keep)
-    small = pruning.thin(masked, keep, channels)
+    small = lbi.channels.thin(masked, keep, channels)
     predict = classifier.make_predict(trained.problem.model, trained.problem.images)
     predict_small = classifier.make_predict(small_model, trained.problem.images)
     pixels, labels = trained.problem.images.test
@@ -395,7 +395,7 @@ def _zero_weights(trained, keep):
 
 def _zero_channels(trained, keep):
     channels = registry.channel_map(trained.problem.model)
-    masks = pruning.channel_masks(keep, channels, trained.variables)
+    masks = lbi.channels.channel_masks(keep, channels, trained.variables)
     return pruning.apply_masks(trained.variables, masks)
 
 

@@ -27,7 +27,7 @@ from experiments.configs import prune_vit as configs
 from experiments.training import classifier, optimizers
 from experiments.training import vit as vit_training
 from experiments.training.classifier import Images
-from vit import cascade, checkpoint, cost, importance, slicing
+from vit import cascade, checkpoint, cost, importance, schedules, slicing
 
 
 class Network(NamedTuple):
@@ -220,7 +220,7 @@ def prune(
 def _by_score(score, cumulative, **options):
     def prune_by_score(dense, ratio, *, seed, **_):
         return dense.with_cascade(
-            cascade.report(
+            schedules.cp_vit(
                 ratio,
                 **dense.sizes,
                 score=score,
@@ -234,28 +234,28 @@ def _by_score(score, cumulative, **options):
 
 
 def _constant(dense, ratio, **_):
-    ratios = cascade.constant_ratios(ratio, dense.model.num_layers)
-    return dense.with_cascade(cascade.from_ratios(ratios, dense.num_patches))
+    ratios = schedules.constant_ratios(ratio, dense.model.num_layers)
+    return dense.with_cascade(schedules.from_ratios(ratios, dense.num_patches))
 
 
 def _by_range(dense, ratio, *, calibration, **_):
-    ratios = cascade.range_ratios(ratio, calibration.ranges)
-    return dense.with_cascade(cascade.from_ratios(ratios, dense.num_patches))
+    ratios = schedules.range_ratios(ratio, calibration.ranges)
+    return dense.with_cascade(schedules.from_ratios(ratios, dense.num_patches))
 
 
 def _released_code(dense, ratio, **_):
-    return dense.with_cascade(cascade.released_code(**dense.sizes, plateau=ratio))
+    return dense.with_cascade(schedules.released_code(**dense.sizes, plateau=ratio))
 
 
 def _evit(dense, ratio, **_):
     rates = np.linspace(0.2, 1, 161)
-    candidates = [dense.with_cascade(cascade.evit(r, **dense.sizes)) for r in rates]
+    candidates = [dense.with_cascade(schedules.evit(r, **dense.sizes)) for r in rates]
     return _at_equal_cost(dense, ratio, candidates)
 
 
 def _merge(dense, ratio, **_):
     candidates = [
-        dense.with_cascade(cascade.token_merging(num_merged, **dense.sizes))
+        dense.with_cascade(schedules.token_merging(num_merged, **dense.sizes))
         for num_merged in range(dense.num_patches // 2)
     ]
     return _at_equal_cost(dense, ratio, candidates)
@@ -274,7 +274,7 @@ def _resolution(dense, ratio, **_):
 
 def _at_equal_cost(dense, ratio, candidates):
     """The candidate that costs most nearly what "max" costs at the ratio."""
-    target = dense.with_cascade(cascade.report(ratio, **dense.sizes)).cost.total
+    target = dense.with_cascade(schedules.cp_vit(ratio, **dense.sizes)).cost.total
     return min(candidates, key=lambda network: abs(network.cost.total - target))
 
 
@@ -291,7 +291,7 @@ def _slices(what, by):
             scores = structure[what]
         else:
             scores = list(calibration.head_scores)
-        count = cascade.keep_counts([ratio], total)[0]
+        count = schedules.keep_counts([ratio], total)[0]
         kept = slicing.largest(scores, [max(count, 1)] * model.num_layers)
         cut = slicing.keep_heads if what == "heads" else slicing.keep_neurons
         smaller, params = cut(model, dense.params, kept)
@@ -533,7 +533,7 @@ def _parity(run, dense, images):
         logits = []
         for mode in cascade.MODES:
             network = dense.with_cascade(
-                cascade.report(
+                schedules.cp_vit(
                     run.config.parity_ratio,
                     num_layers=dense.model.num_layers,
                     num_patches=dense.num_patches,

@@ -1,4 +1,4 @@
-"""landscape.deep_linear: against NumPy, parameter counts, statistics, bad settings."""
+"""experiments.networks.deep_linear: against NumPy, parameter counts, statistics, bad settings."""
 
 import jax
 import jax.numpy as jnp

@@ -35,8 +35,8 @@ BASE = {
     "num_test": 0,
     # Smaller images are enlarged by a whole factor and padded.
     "image_size": 32,
-    # VGG or DeepLinear, with further fields of landscape.vgg.VGG or
-    # landscape.deep_linear.DeepLinear but batch_norm.
+    # VGG or DeepLinear, with further fields of experiments.networks.vgg.VGG or
+    # experiments.networks.deep_linear.DeepLinear but batch_norm.
     "model": {"type": "VGG"},
     # Whose gradients the report compares between steps: a pattern of paths.
     "last_layer": "^fc3/kernel$",

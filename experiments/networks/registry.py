@@ -53,7 +53,7 @@ def thin_model(model: nn.Module, keep: dict[str, np.ndarray]) -> nn.Module:
     return model.clone(stages=tuple(stages), hidden=tuple(hidden))
 
 
-def channel_map(model: nn.Module) -> lbi.pruning.ChannelMap:
+def channel_map(model: nn.Module) -> lbi.channels.ChannelMap:
     """What goes with a channel of each hidden layer; see `lbi.pruning`."""
     if isinstance(model, LeNet):
         return lenet.channel_map()

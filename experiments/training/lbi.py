@@ -98,7 +98,9 @@ def make_optimizer(
         raise ValueError(f"optimizer.{method}.options: {error}") from None
 
 
-def make_penalty(config: ConfigDict, params: Any, num_steps: int) -> lbi.penalty.Rules:
+def make_penalty(
+    config: ConfigDict, params: Any, num_steps: int
+) -> lbi.penalty.PenaltySpec:
     """The penalties of config.penalty: "auto", or "suggested" for these parameters."""
     if config.penalty != "suggested":
         return config.penalty
