@@ -1,4 +1,4 @@
-"""experiments.networks.deep_linear: against NumPy, parameter counts, statistics, bad settings."""
+"""DeepLinear: against NumPy, parameter counts, statistics, bad settings."""
 
 import jax
 import jax.numpy as jnp

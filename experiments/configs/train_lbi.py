@@ -48,7 +48,7 @@ BASE = {
     "image_size": 28,
     # Random crops and flips.
     "augment": False,
-    # LeNet or VGG, with further fields of experiments.networks.lenet.LeNet or experiments.networks.vgg.VGG.
+    # type: LeNet or VGG; the fields are those of the module in experiments.networks.
     "model": {"type": "LeNet"},
     "num_epochs": 20,
     "batch_size": 128,
