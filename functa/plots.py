@@ -209,15 +209,16 @@ def field_and_gradient(
         bar = figure.colorbar(shown, ax=row[2], ticks=ticks, shrink=0.85)
         bar.ax.set_yticklabels([f"{tick**2:.2g}" for tick in ticks])
         bar.set_label("gradient norm (value per pixel)", fontsize=8)
-    for ax, name, shown in zip(axes[0], ("image", "field"), (images, fields)):
-        height, width = np.shape(shown[0])[:2]
+    named = {"image": images[0], "field": fields[0]}
+    for ax, (name, shown) in zip(axes[0], named.items(), strict=False):
+        height, width = np.shape(shown)[:2]
         ax.set_title(f"{name}, {height} x {width}", fontsize=9)
     axes[0, 2].set_title("gradient of the field", fontsize=9)
     return figure
 
 
 def show_image(image: np.ndarray, *, ax: Any = None) -> Any:
-    """One image (H, W, C) in [0, 1], gray if C is 1, without ticks; returns the Axes."""
+    """One image (H, W, C) in [0, 1], gray if C is 1; returns the Axes."""
     ax = _axes(ax, size=(3, 3))
     image = np.clip(image, 0, 1)
     gray = image.shape[-1] == 1

@@ -188,7 +188,9 @@ def kept_patches(
     num_layers, num_images, num_patches = kept.shape
     grid = round(num_patches**0.5)
     if grid**2 != num_patches:
-        raise ValueError(f"kept must hold a square number of patches, got {kept.shape}.")
+        raise ValueError(
+            f"kept must hold a square number of patches, got {kept.shape}."
+        )
     figure, axes = plt.subplots(
         num_images,
         num_layers + 1,
@@ -313,7 +315,9 @@ def attention_range(ranges: np.ndarray, *, ax: Any = None) -> Any:
     ax.plot(100 * np.asarray(ranges), color=_COLORS[0], marker="o", linestyle=":")
     ax.set_ylim(bottom=0)
     ax.set_xticks(range(len(ranges)))
-    _finish(ax, "layer (number)", "queries whose strongest key is\n>= 3 patches away (%)")
+    _finish(
+        ax, "layer (number)", "queries whose strongest key is\n>= 3 patches away (%)"
+    )
     return ax
 
 
