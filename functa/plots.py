@@ -69,7 +69,9 @@ def psnr_curves(
     highest = -np.inf
     for label, (x, values) in curves.items():
         style = order.index(label)
-        _curve(ax, x, values, style, label, markers=len(x) <= 12)
+        # Measured points are marked below, where there are any.
+        markers = len(x) <= 12 and label not in points
+        _curve(ax, x, values, style, label, markers=markers)
         highest = max(highest, np.max(_mean(values), initial=-np.inf))
     for label, (x, values, *deviation) in points.items():
         color, marker, _ = _STYLES[order.index(label) % len(_STYLES)]
@@ -128,6 +130,7 @@ def accuracy_curves(
     for number, (label, (x, values)) in enumerate(curves.items()):
         _curve(ax, x, values, number, label, band="range", markers=len(x) <= 12)
     _finish(ax, x_label, y_label, marks)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     return ax
 
 
@@ -297,7 +300,7 @@ def _curve(ax, x, values, number, label, *, band="deviation", markers=False):
         linewidth=1.3,
         marker=marker,
         markersize=4,
-        markevery=(0, every),
+        markevery=every,
         label=label,
     )
     if values.ndim == 2 and len(values) > 1:
@@ -325,6 +328,7 @@ def _finish(ax, x_label, y_label, marks=None):
             fontsize=7,
             va="bottom",
             color="0.3",
+            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5},
         )
     if ax.get_legend_handles_labels()[0]:
         ax.legend(

@@ -152,7 +152,7 @@ def step_profile(
         ax.fill_between(step_sizes, low, high, color=color, alpha=0.2, linewidth=0)
     ax.set_xscale("log")
     ax.set_yscale("log")
-    _finish(ax, "step along the gradient (multiples of it)", y_label)
+    _finish(ax, "step along the gradient", y_label)
     return ax
 
 

@@ -63,6 +63,7 @@ def accuracy_curves(
             low, high = values.min(0), values.max(0)
             ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     _finish(ax, x_label, y_label)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     return ax
 
 

@@ -74,6 +74,7 @@ def training_curves(
             fontsize=7,
             va="bottom",
             color="0.3",
+            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5},
         )
     _finish(ax, x_label, y_label)
     return ax

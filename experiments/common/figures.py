@@ -125,12 +125,14 @@ def describe(run: Run) -> str:
         if config.get(source):
             parts = [p for p in Path(config[source]).parts if p not in ("runs", "/")]
             parts = parts[:-1] if parts[-1].endswith(".npz") else parts
-            data = f"{data} " if data else ""
-            data += f"({source} of {'/'.join(parts[-2:])})"
+            data = f"{data}, " if data else ""
+            data += f"{source} {'/'.join(parts[-2:])}"
     if config["experiment"] in ("benchmark", "scaling"):
         cores = run.environment.get("cpu_count")
         data = run.environment.get("backend", "")
         data += f" with {cores} cores" if cores and data == "cpu" else ""
+    elif config["experiment"] == "prune_vit" and not data:
+        data = "random weights"
     parts = [f"{config['experiment']} {config.get('variant', '')}".strip(), data]
     seeds = config.get("seeds", config.get("seed"))
     if isinstance(seeds, list) and len(seeds) > 1:
@@ -217,7 +219,7 @@ def _meta_psnr(run):
             x_label="step of the latent",
             y_label="test PSNR (dB)",
             marks=marks,
-            log_x=max(num_steps, 1),
+            log_x=num_steps if marks else None,
             ax=axes[0],
         )
     return figure
@@ -539,15 +541,20 @@ def _accuracy_and_cost(rows):
                 accuracy = np.append(accuracy, 100 * whole[column])
             if len(cost):
                 curves[label] = 100 * cost / whole["multiply_adds"], accuracy
-        if curves:
+        # The cascade itself is in the first panel; alone it needs no second one.
+        is_repeated = drawn and set(curves) == {_TOKENS["max"]}
+        if curves and (column != "accuracy" or not is_repeated):
             if column in whole:
                 curves["whole network"] = (
                     np.array([100.0]),
                     np.array([100 * whole[column]]),
                 )
             drawn[title] = curves
-    figure, axes = _panels(len(drawn), width=5.8, height=3.8)
-    for ax, (title, curves) in zip(axes[0], drawn.items(), strict=True):
+    columns = min(len(drawn), 2)
+    figure, axes = _panels(columns, rows=-(-len(drawn) // columns), width=5.8)
+    for ax in axes.flat[len(drawn) :]:
+        ax.axis("off")
+    for ax, (title, curves) in zip(axes.flat, drawn.items(), strict=False):
         own = [label for label in curves if label != "whole network"]
         styles = {label: number for number, label in enumerate(own)}
         vit_plots.accuracy_against_cost(
@@ -913,6 +920,7 @@ def _along_the_gradient(run, networks):
         "betas": "effective beta\n(largest)",
     }
     for row, (key, y_label) in zip(axes, measures.items(), strict=True):
+        x_label = "epoch" if key == "betas" else ""  # the lowest row
         for i, ax in enumerate(row):
             bands = {}
             for network in networks:
@@ -926,9 +934,8 @@ def _along_the_gradient(run, networks):
             draw_one = (
                 landscape_plots.curves if key == "betas" else landscape_plots.envelope
             )
-            draw_one(bands, y_label=y_label if i == 0 else "", log=True, ax=ax)
-            if row is not axes[-1]:
-                ax.set_xlabel("")
+            labels = {"x_label": x_label, "y_label": y_label if i == 0 else ""}
+            draw_one(bands, **labels, log=True, ax=ax)
     for ax, rate in zip(axes[0], rates, strict=True):
         ax.set_title(f"learning rate {rate:g}", fontsize=9)
     _one_legend(axes)
