@@ -70,7 +70,7 @@ def psnr_curves(
     for label, (x, values) in curves.items():
         style = order.index(label)
         # Measured points are marked below, where there are any.
-        markers = len(x) <= 12 and label not in points
+        markers = None if label in points else len(x) <= 12
         _curve(ax, x, values, style, label, markers=markers)
         highest = max(highest, np.max(_mean(values), initial=-np.inf))
     for label, (x, values, *deviation) in points.items():
@@ -287,7 +287,10 @@ def _mean(values):
 
 
 def _curve(ax, x, values, number, label, *, band="deviation", markers=False):
-    """The mean over repeats as a line, their deviation or range as a band."""
+    """The mean over repeats as a line, their deviation or range as a band.
+
+    `markers` is True for one at every point, False for a few, None for none.
+    """
     color, marker, line = _STYLES[number % len(_STYLES)]
     values = np.asarray(values)
     mean = _mean(values)
@@ -298,7 +301,7 @@ def _curve(ax, x, values, number, label, *, band="deviation", markers=False):
         color=color,
         linestyle=line if len(mean) > 1 else "none",
         linewidth=1.3,
-        marker=marker,
+        marker=None if markers is None else marker,
         markersize=4,
         markevery=every,
         label=label,

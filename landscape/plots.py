@@ -323,6 +323,8 @@ def surface_3d(
     ax.set_ylabel("second direction", fontsize=8)
     ax.set_zlabel("log10 of the loss (nats)", fontsize=8)
     ax.tick_params(labelsize=7)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(plt.MaxNLocator(4))
     ax.set_box_aspect(None, zoom=0.82)  # room for the name of the z axis
     return ax
 

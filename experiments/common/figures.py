@@ -427,6 +427,7 @@ _WEIGHTS = {
     "neurons_random": "neurons, random",
 }
 _METHODS = _TOKENS | _CASCADES | _WEIGHTS
+_WHOLE = 62  # style of the whole network: a black star
 _STYLES = {label: number for number, label in enumerate(_METHODS.values())}
 
 
@@ -558,7 +559,7 @@ def _accuracy_and_cost(rows):
         own = [label for label in curves if label != "whole network"]
         styles = {label: number for number, label in enumerate(own)}
         vit_plots.accuracy_against_cost(
-            curves, styles=styles | {"whole network": 6}, ax=ax
+            curves, styles=styles | {"whole network": _WHOLE}, ax=ax
         )
         ax.set_title(title, fontsize=9)
     return figure
@@ -586,7 +587,7 @@ def _speed(rows, batches):
             {label: xy for label, xy in curves.items() if xy.size},
             x_label=f"measured speed-up, batch of {batch} (times)",
             y_label="test accuracy (%), not fine-tuned",
-            styles=_STYLES | {"whole network": 6},
+            styles=_STYLES | {"whole network": _WHOLE},
             ax=axes[0, -1],
         )
     return figure
@@ -901,7 +902,9 @@ def _consecutive_steps(run, networks):
                 steps, values = _windows(run.need(f"{network}/{which}_{measure}"))
                 epochs = (steps + 1) / run.need("steps_per_epoch")
                 bands[_NETWORKS[network]] = epochs, values.mean(1)
-            landscape_plots.envelope(bands, y_label=y_label, log=True, ax=ax)
+            x_label = "epoch" if measure == "beta" else ""  # the lower row
+            labels = {"x_label": x_label, "y_label": y_label}
+            landscape_plots.envelope(bands, **labels, log=True, ax=ax)
             ax.set_title(f"between consecutive steps, {layer}", fontsize=9)
     _one_legend(axes)
     return figure
