@@ -81,7 +81,9 @@ def test_core_imports_only_its_dependencies(package):
     wrong = [
         f"{path} imports {name}"
         for path, name in project_imports(package)
-        if name.split(".")[0] not in allowed
+        if name.split(".")[0]
+        # Inside its functions: importing a core loads no matplotlib, see below.
+        not in allowed | ({"matplotlib"} if Path(path).name == "plots.py" else set())
     ]
     assert not wrong, wrong
 

@@ -1,0 +1,366 @@
+"""Figures of loss landscapes: envelopes, profiles, eigenvalues, surfaces.
+
+Every function takes NumPy arrays and draws with matplotlib, which is imported only when
+a function is called. All draw one panel, into `ax` or into a new figure, and return the
+Axes.
+
+Axis letters: R repeats (learning rates, step sizes or seeds), K points of a curve,
+P probes, S step sizes, E measurements of k eigenvalues.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+# Okabe and Ito's colors, each with a marker, a line style and a hatch of its own.
+_STYLES = (
+    ("#D55E00", "s", "--", "////"),
+    ("#0072B2", "o", "-", "...."),
+    ("#009E73", "^", "-.", "\\\\\\\\"),
+    ("#CC79A7", "D", ":", "xx"),
+    ("#E69F00", "v", (0, (5, 1)), "++"),
+    ("#000000", "X", (0, (1, 1)), "oo"),
+)
+
+
+def envelope(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    y_label: str,
+    x_label: str = "epoch",
+    log: bool = False,
+    ax: Any = None,
+) -> Any:
+    """Bands from the smallest to the largest of several curves.
+
+    This is how Santurkar et al. (2018, arXiv 1805.11604) show how a loss or a gradient
+    varies over learning rates, or over steps along the gradient.
+
+    Args:
+      curves: {label: (x (K,), values (R, K))}.
+      y_label: name and unit of the y axis.
+      x_label: name and unit of the x axis.
+      log: the y axis is logarithmic.
+      ax: Axes to draw into; None makes a figure.
+
+    Returns:
+      The Axes.
+    """
+    ax = _axes(ax)
+    for number, (label, (x, values)) in enumerate(curves.items()):
+        color, _, line, hatch = _STYLES[number % len(_STYLES)]
+        low, high = np.min(values, 0), np.max(values, 0)
+        ax.fill_between(
+            x,
+            low,
+            high,
+            facecolor=(color, 0.3),
+            edgecolor=(color, 0.5),
+            hatch=hatch,
+            linewidth=0,
+            label=label,
+        )
+        for edge in (low, high):
+            ax.plot(x, edge, color=color, linestyle=line, linewidth=0.9)
+    if log:
+        ax.set_yscale("log")
+    _finish(ax, x_label, y_label)
+    return ax
+
+
+def curves(
+    values: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    y_label: str,
+    x_label: str = "epoch",
+    log: bool = False,
+    legend_title: str | None = None,
+    ax: Any = None,
+) -> Any:
+    """Curves of several settings, for example the loss at each learning rate.
+
+    Args:
+      values: {label: (x (K,), values (K,) or (R, K))}. Of R seeds the mean is drawn,
+        and a band from the smallest to the largest.
+      y_label: name and unit of the y axis.
+      x_label: name and unit of the x axis.
+      log: the y axis is logarithmic.
+      legend_title: what the labels are, with the unit.
+      ax: Axes to draw into; None makes a figure.
+
+    Returns:
+      The Axes.
+    """
+    ax = _axes(ax)
+    for number, (label, (x, runs)) in enumerate(values.items()):
+        color, marker, line, _ = _STYLES[number % len(_STYLES)]
+        runs = np.asarray(runs)
+        mean = runs.mean(0) if runs.ndim == 2 else runs
+        ax.plot(
+            x,
+            mean,
+            color=color,
+            linestyle=line,
+            linewidth=1.2,
+            marker=marker,
+            markersize=4,
+            markevery=max(len(mean) // 6, 1),
+            label=label,
+        )
+        if runs.ndim == 2 and len(runs) > 1:
+            low, high = runs.min(0), runs.max(0)
+            ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+    if log:
+        ax.set_yscale("log")
+    _finish(ax, x_label, y_label, legend_title)
+    return ax
+
+
+def step_profile(
+    step_sizes: np.ndarray,
+    betas: Mapping[str, np.ndarray],
+    *,
+    y_label: str = "effective beta\n(gradient distance / step length)",
+    ax: Any = None,
+) -> Any:
+    """A measure against the step along the gradient: the median and 10 to 90 %.
+
+    Args:
+      step_sizes: multiples of the gradient, (S,).
+      betas: {label: values (P, S)} of P probes, for example
+        `landscape.GradientProbe.betas`.
+      y_label: name and unit of the y axis.
+      ax: Axes to draw into; None makes a figure.
+
+    Returns:
+      The Axes; both axes are logarithmic.
+    """
+    ax = _axes(ax)
+    for number, (label, values) in enumerate(betas.items()):
+        color, marker, line, _ = _STYLES[number % len(_STYLES)]
+        ax.plot(
+            step_sizes,
+            np.median(values, 0),
+            color=color,
+            linestyle=line,
+            marker=marker,
+            markersize=4,
+            label=label,
+        )
+        low, high = np.quantile(values, [0.1, 0.9], axis=0)
+        ax.fill_between(step_sizes, low, high, color=color, alpha=0.2, linewidth=0)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    _finish(ax, "step along the gradient", y_label)
+    return ax
+
+
+def eigenvalues(
+    measured: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    x_label: str = "epoch",
+    ax: Any = None,
+) -> Any:
+    """The largest eigenvalues of the Hessian during training.
+
+    Args:
+      measured: {label: (x (E,), eigenvalues (E, k), largest first)}. The largest is a
+        full line with markers, the others are thin.
+      x_label: name and unit of the x axis.
+      ax: Axes to draw into; None makes a figure.
+
+    Returns:
+      The Axes; its y axis is linear below 0.001 and logarithmic above.
+    """
+    ax = _axes(ax)
+    for number, (label, (x, values)) in enumerate(measured.items()):
+        color, marker, line, _ = _STYLES[number % len(_STYLES)]
+        for rank, column in enumerate(np.asarray(values).T):
+            first = rank == 0
+            ax.plot(
+                x,
+                column,
+                color=color,
+                linestyle=line,
+                linewidth=1.4 if first else 0.6,
+                marker=marker if first else None,
+                markersize=4,
+                label=label if first else None,
+            )
+    ax.set_yscale("symlog", linthresh=1e-3)
+    _finish(ax, x_label, "eigenvalue of the Hessian\n(bold: largest)")
+    return ax
+
+
+def stability(
+    measured: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    x_label: str = "epoch",
+    ax: Any = None,
+) -> Any:
+    """Learning rate times largest eigenvalue, with gradient descent's bound of 2.
+
+    Args:
+      measured: {label: (x (E,), products (E,) or (R, E))}. Of R seeds the mean is
+        drawn, and a band from the smallest to the largest.
+      x_label: name and unit of the x axis.
+      ax: Axes to draw into; None makes a figure.
+
+    Returns:
+      The Axes; its y axis is linear below 0.001 and logarithmic above.
+    """
+    ax = _axes(ax)
+    curves(
+        measured,
+        y_label="learning rate x\nlargest eigenvalue",
+        x_label=x_label,
+        ax=ax,
+    )
+    ax.axhline(2, color="0.3", linewidth=0.9, linestyle=":")
+    ax.text(
+        0.02,
+        2,
+        "bound of gradient descent, 2",
+        transform=ax.get_yaxis_transform(),
+        fontsize=7,
+        va="bottom",
+    )
+    ax.set_yscale("symlog", linthresh=1e-3)
+    return ax
+
+
+def surface_contours(
+    losses: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray | None = None,
+    *,
+    limits: tuple[float, float] | None = None,
+    ax: Any = None,
+) -> Any:
+    """Contours of a loss over two directions (Li et al. 2018, arXiv 1712.09913).
+
+    Args:
+      losses: (A, B); entry [i, j] lies at first[i], second[j].
+      first: coordinates along the first direction, (A,).
+      second: coordinates along the second, (B,); None takes `first`.
+      limits: smallest and largest loss of the colors, both positive; None takes those
+        of `robust_limits`. Give the same to figures that are compared.
+      ax: Axes to draw into; None makes a figure.
+
+    Returns:
+      The Axes. The network itself is the cross at (0, 0).
+    """
+    import matplotlib
+
+    ax = _axes(ax)
+    second = first if second is None else second
+    low, high = limits or robust_limits(losses)
+    filled = ax.contourf(
+        first,
+        second,
+        np.clip(losses, low, high).T,
+        levels=np.geomspace(low, high, 25),
+        cmap="viridis",
+        norm=matplotlib.colors.LogNorm(low, high),
+    )
+    ax.plot(0, 0, "w+", markersize=10, markeredgewidth=2)
+    ax.set_aspect("equal")
+    ax.set_xlabel("first direction (filter norms)")
+    ax.set_ylabel("second direction (filter norms)")
+    ax.figure.colorbar(
+        filled,
+        ax=ax,
+        label="loss (nats)",
+        ticks=matplotlib.ticker.LogLocator(subs=(1, 2, 5)),
+        format=matplotlib.ticker.StrMethodFormatter("{x:g}"),
+        shrink=0.8,
+    )
+    return ax
+
+
+def surface_3d(
+    losses: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray | None = None,
+    *,
+    limits: tuple[float, float] | None = None,
+    ax: Any = None,
+) -> Any:
+    """The surface of `surface_contours` in three dimensions.
+
+    Args:
+      losses: (A, B); entry [i, j] lies at first[i], second[j].
+      first: coordinates along the first direction, (A,).
+      second: coordinates along the second, (B,); None takes `first`.
+      limits: smallest and largest loss shown; None takes those of `robust_limits`.
+      ax: Axes with projection "3d"; None makes a figure.
+
+    Returns:
+      The Axes.
+    """
+    import matplotlib.pyplot as plt
+
+    if ax is None:
+        figure = plt.figure(figsize=(5, 4.4), layout="constrained")
+        ax = figure.add_subplot(projection="3d")
+    second = first if second is None else second
+    low, high = limits or robust_limits(losses)
+    x, y = np.meshgrid(first, second, indexing="ij")
+    ax.plot_surface(
+        x,
+        y,
+        np.log10(np.clip(losses, low, high)),
+        cmap="viridis",
+        vmin=np.log10(low),
+        vmax=np.log10(high),
+        rstride=1,
+        cstride=1,
+        linewidth=0,
+    )
+    ax.set_zlim(np.log10(low), np.log10(high))
+    ax.set_xlabel("first direction", fontsize=8)
+    ax.set_ylabel("second direction", fontsize=8)
+    ax.set_zlabel("log10 of the loss (nats)", fontsize=8)
+    ax.tick_params(labelsize=7)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(plt.MaxNLocator(4))
+    ax.set_box_aspect(None, zoom=0.82)  # room for the name of the z axis
+    return ax
+
+
+def robust_limits(*losses: np.ndarray) -> tuple[float, float]:
+    """Smallest loss, and the 98th percentile or 30 medians, whichever is lower.
+
+    A few losses far above chance would flatten everything else. Losses that are not
+    finite do not count.
+    """
+    values = np.concatenate([np.ravel(x) for x in losses])
+    values = np.clip(values[np.isfinite(values)], 1e-6, None)
+    low = float(values.min())
+    high = float(min(np.quantile(values, 0.98), 30 * np.median(values)))
+    return low, max(high, 1.001 * low)
+
+
+def _axes(ax):
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(5.5, 3.6), layout="constrained")[1]
+
+
+def _finish(ax, x_label, y_label, legend_title=None):
+    """Names, grid, and the legend right of the panel."""
+    ax.set_xlabel(x_label)
+    ax.set_ylabel(y_label)
+    ax.grid(alpha=0.3)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(
+            fontsize=7,
+            title=legend_title,
+            title_fontsize=7,
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1),
+            borderaxespad=0,
+        )

@@ -1,0 +1,388 @@
+"""Public plot functions: what they draw is what they were given."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+import functa.plots  # noqa: E402
+import landscape.plots  # noqa: E402
+import lbi.plots  # noqa: E402
+import vit.plots  # noqa: E402
+from experiments.common import figures, files  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+X = np.array([1.0, 2.0, 5.0])
+RUNS = np.array([[10.0, 20.0, 30.0], [14.0, 26.0, 38.0]])  # (R, K)
+ENTRY = np.array([3, -1, 7, 12])
+SURFACE = 1 + np.arange(20.0).reshape(4, 5)
+
+# {name: draws into the Axes that it is given, or into its own}.
+SINGLE = {
+    "functa.psnr_curves": lambda ax: functa.plots.psnr_curves(
+        {"a": (X, RUNS)}, points={"a": (X, RUNS[0], RUNS[1])}, marks={"m": 2}, ax=ax
+    ),
+    "functa.accuracy_curves": lambda ax: functa.plots.accuracy_curves(
+        {"a": (X, RUNS), "b": (X, RUNS[1])}, ax=ax
+    ),
+    "functa.confusion_matrix": lambda ax: functa.plots.confusion_matrix(
+        np.array([[3, 1], [0, 2]]), class_names=["cat", "dog"], ax=ax
+    ),
+    "vit.training_curves": lambda ax: vit.plots.training_curves(
+        {"a": (X, RUNS)}, y_label="loss (nats)", marks={"stage": 2}, ax=ax
+    ),
+    "vit.accuracy_against_cost": lambda ax: vit.plots.accuracy_against_cost(
+        {"a": (X[::-1], RUNS[0], RUNS[1]), "b": (X[:1], X[:1])}, ax=ax
+    ),
+    "vit.speedup": lambda ax: vit.plots.speedup({"a": (X, RUNS[0], RUNS.T)}, ax=ax),
+    "vit.head_scores": lambda ax: vit.plots.head_scores(RUNS, ax=ax),
+    "vit.attention_range": lambda ax: vit.plots.attention_range(X / 10, ax=ax),
+    "lbi.accuracy_curves": lambda ax: lbi.plots.accuracy_curves(
+        {"a": (X, RUNS)}, ax=ax
+    ),
+    "lbi.entry_path": lambda ax: lbi.plots.entry_path(
+        {"conv": ENTRY}, num_steps=20, ax=ax
+    ),
+    "lbi.accuracy_against_sparsity": lambda ax: lbi.plots.accuracy_against_sparsity(
+        X, {"a": RUNS, "b": RUNS[0]}, ax=ax
+    ),
+    "landscape.envelope": lambda ax: landscape.plots.envelope(
+        {"a": (X, RUNS)}, y_label="loss (nats)", log=True, ax=ax
+    ),
+    "landscape.curves": lambda ax: landscape.plots.curves(
+        {"a": (X, RUNS)}, y_label="loss (nats)", ax=ax
+    ),
+    "landscape.step_profile": lambda ax: landscape.plots.step_profile(
+        X, {"a": RUNS}, ax=ax
+    ),
+    "landscape.eigenvalues": lambda ax: landscape.plots.eigenvalues(
+        {"a": (X, RUNS.T)}, ax=ax
+    ),
+    "landscape.stability": lambda ax: landscape.plots.stability(
+        {"a": (X, RUNS)}, ax=ax
+    ),
+    "landscape.surface_contours": lambda ax: landscape.plots.surface_contours(
+        SURFACE, np.linspace(-1, 1, 4), np.linspace(-2, 2, 5), ax=ax
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_single_panel_returns_labelled_axes(name):
+    own = SINGLE[name](None)
+    _, given = plt.subplots()
+    assert SINGLE[name](given) is given
+    for ax in (own, given):
+        assert ax.get_xlabel() and ax.get_ylabel()
+        assert ax.has_data()
+        ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_legend_lies_right_of_the_panel(name):
+    ax = SINGLE[name](None)
+    if ax.get_legend():
+        ax.figure.canvas.draw()
+        assert ax.get_legend().get_window_extent().x0 >= ax.get_window_extent().x1
+
+
+@pytest.mark.parametrize("name", ["functa", "vit", "lbi", "landscape"])
+def test_every_public_function_of_one_panel_is_tested(name):
+    module = {"functa": functa, "vit": vit, "lbi": lbi, "landscape": landscape}[name]
+    public = {
+        key
+        for key, value in vars(module.plots).items()
+        if callable(value)
+        and getattr(value, "__module__", "") == f"{name}.plots"
+        and not key.startswith("_")
+    }
+    tested = {key.partition(".")[2] for key in SINGLE if key.startswith(f"{name}.")}
+    # Multi-panel functions, images without axes and three dimensions are tested below.
+    others = {
+        *("image_grid", "field_and_gradient", "show_image", "kept_patches"),
+        *("attention_maps", "informativeness", "filter_norms", "pruned_layer"),
+        *("surface_3d", "robust_limits"),
+    }
+    assert public - others == tested
+
+
+def test_lines_are_the_data():
+    ax = functa.plots.psnr_curves({"a": (X, RUNS)})
+    np.testing.assert_allclose(ax.lines[0].get_data(), [X, RUNS.mean(0)])
+    band = ax.collections[0].get_paths()[0].vertices
+    deviation = RUNS.std(0, ddof=1)
+    assert np.isclose(band[:, 1].max(), (RUNS.mean(0) + deviation).max())
+    ax = lbi.plots.accuracy_curves({"a": (X, RUNS)})
+    band = ax.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (RUNS.min(), RUNS.max())
+    ax = vit.plots.accuracy_against_cost({"a": (X[::-1], RUNS[0])})
+    # Cheapest first.
+    np.testing.assert_allclose(ax.lines[0].get_data(), [X, RUNS[0][::-1]])
+    ax = landscape.plots.eigenvalues({"a": (X, RUNS.T)})
+    np.testing.assert_allclose([line.get_ydata() for line in ax.lines], RUNS)
+    ax = landscape.plots.step_profile(X, {"a": RUNS})
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), np.median(RUNS, 0))
+
+
+def test_entry_path_counts_what_has_entered():
+    ax = lbi.plots.entry_path({"conv": ENTRY}, num_steps=20, steps_per_epoch=2)
+    np.testing.assert_allclose(
+        ax.lines[0].get_data(), [[0, 1.5, 3.5, 6, 10], [0, 25, 50, 75, 75]]
+    )
+    assert ax.get_xlabel() == "epoch"
+
+
+def test_psnr_axis_ends_where_8_bits_are_exact():
+    # Rounding to 255 levels has mean squared error 1 / (12 * 255^2).
+    rng = np.random.default_rng(0)
+    values = rng.random(100_000)
+    error = np.mean(np.square(np.round(255 * values) / 255 - values))
+    assert np.isclose(functa.plots.EXACT_TO_8_BITS, -10 * np.log10(error), atol=0.05)
+    ax = functa.plots.psnr_curves({"a": (X, np.array([20.0, 40.0, 110.0]))})
+    assert ax.get_ylim()[1] < 65
+    assert "exact to 8 bits" in [text.get_text() for text in ax.texts]
+    ax = functa.plots.psnr_curves({"a": (X, np.array([20.0, 40.0, 50.0]))})
+    assert not ax.texts
+
+
+def test_a_single_measurement_is_not_a_line():
+    ax = vit.plots.accuracy_against_cost({"a": (X[:1], X[:1]), "b": (X, X)})
+    assert [line.get_linestyle() for line in ax.lines] == ["None", "--"]
+
+
+def test_curves_differ_in_more_than_color():
+    ax = functa.plots.psnr_curves({str(i): (X, RUNS[0] + i) for i in range(5)})
+    markers = {line.get_marker() for line in ax.lines}
+    assert len(markers) == 5
+
+
+def test_confusion_matrix_is_in_percent_of_the_true_class():
+    ax = functa.plots.confusion_matrix(
+        np.array([[3, 1], [0, 2]]), class_names=["cat", "dog"]
+    )
+    np.testing.assert_allclose(ax.images[0].get_array(), [[75, 25], [0, 100]])
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["cat", "dog"]
+    assert "83.33" in ax.get_title()
+
+
+def test_image_functions_show_the_images():
+    rng = np.random.default_rng(0)
+    images = rng.random((2, 4, 6, 3))
+    figure = functa.plots.image_grid(
+        [images, images[:1, ..., :1]], row_labels=["a", "b"], column_titles=["c", "d"]
+    )
+    axes = figure.axes
+    np.testing.assert_allclose(axes[1].images[0].get_array(), images[1])
+    np.testing.assert_allclose(axes[2].images[0].get_array(), images[0, ..., 0])
+    assert [ax.get_ylabel() for ax in axes[::2]] == ["a", "b"]
+    gradient = rng.random((1, 4, 6))
+    figure = functa.plots.field_and_gradient(images, images[:1], gradient)
+    np.testing.assert_allclose(
+        figure.axes[2].images[0].get_array(), np.sqrt(gradient[0])
+    )
+    _, given = plt.subplots()
+    assert functa.plots.show_image(images[0], ax=given) is given
+
+
+def test_kept_patches_fades_what_is_pruned():
+    image = np.zeros((1, 4, 4, 1))
+    kept = np.ones((3, 1, 4), bool)
+    kept[2, 0, 1] = False  # the upper right quarter
+    figure = vit.plots.kept_patches(image, kept)
+    shown = figure.axes[3].images[0].get_array()
+    assert np.all(shown[:2, 2:] == 0.6) and np.sum(shown) == pytest.approx(4 * 0.6)
+    assert "75 %" in figure.axes[3].get_title()
+    with pytest.raises(ValueError, match="square"):
+        vit.plots.kept_patches(image, np.ones((3, 1, 5), bool))
+
+
+def test_attention_and_informativeness():
+    rng = np.random.default_rng(0)
+    attention = rng.random((3, 5, 5))
+    figure = vit.plots.attention_maps(attention, ranges=np.array([0.1, 0.2, 0.3]))
+    np.testing.assert_allclose(
+        figure.axes[1].images[0].get_array(), 100 * attention[1, 1:, 1:]
+    )
+    assert figure.axes[1].get_title() == "layer 1, range 0.20"
+    figure = vit.plots.informativeness(rng.random((3, 2, 4)))
+    assert len(figure.axes[1].lines) == 3
+    for ax in figure.axes:
+        assert ax.get_xlabel() and ax.get_ylabel()
+
+
+def test_filters_and_pruned_layer():
+    norms = np.array([1.0, 4.0, 2.0, 3.0])
+    figure = lbi.plots.filter_norms({"conv1": (norms, ENTRY)})
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    assert heights == sorted(norms, reverse=True)
+    assert figure.axes[0].patches[0].get_hatch()  # the largest never entered
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(3, 2, 4))
+    kept = np.array([True, False, True, True])
+    figure = lbi.plots.pruned_layer(kernel, kept, name="conv1")
+    before, after = (ax.images[0].get_array() for ax in figure.axes[:2])
+    assert after.mask[:, 3].all() and not after.mask[:, :3].any()
+    lengths = np.linalg.norm(before, axis=0)
+    expected = np.linalg.norm(kernel.reshape(6, 4), axis=0)
+    np.testing.assert_allclose(lengths[3], expected[1])
+    np.testing.assert_allclose(lengths[:3], np.sort(expected[kept])[::-1])
+    assert "1 of 4" in figure.axes[1].get_title()
+
+
+def test_surface_3d_has_three_named_axes():
+    ax = landscape.plots.surface_3d(SURFACE, np.arange(4), np.arange(5))
+    assert ax.get_xlabel() and ax.get_ylabel() and ax.get_zlabel()
+    given = plt.figure().add_subplot(projection="3d")
+    points = np.arange(4), np.arange(5)
+    assert landscape.plots.surface_3d(SURFACE, *points, ax=given) is given
+
+
+def test_robust_limits_ignore_infinity():
+    low, high = landscape.plots.robust_limits(np.array([1.0, 2.0, np.inf]))
+    assert low == 1 and 1.9 < high <= 2
+
+
+def test_plots_import_no_matplotlib():
+    script = (
+        "import sys, functa.plots, vit.plots, lbi.plots, landscape.plots;"
+        "sys.exit('matplotlib' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def write_run(folder, config, metrics=(), summary=None, arrays=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    text = "".join(json.dumps(line) + "\n" for line in metrics)
+    (folder / "metrics.jsonl").write_text(text)
+    if summary:
+        files.write_json(folder / "summary.json", summary)
+    if arrays:
+        files.write_npz(folder / "arrays.npz", arrays)
+
+
+def drawn(folder):
+    return {path.stem for path in (folder / "figures").glob("*.png")}
+
+
+def meta_learn_run(folder, arrays=None):
+    config = {
+        "experiment": "meta_learn",
+        "variant": "tiny",
+        "dataset": {"name": "digits"},
+        "seeds": [3, 4],
+        "num_steps": 4,
+        "coarse_steps": 2,
+        "coarse_factor": 2,
+        "inner": {"num_steps": 2},
+    }
+    metrics = [{"step": s, "psnr_per_step": [9.0, 12.0 + s, 14.0]} for s in (2, 4)]
+    summary = {"test_psnr_per_step": [9.0, 13.0, 15.0]}
+    write_run(folder, config, metrics, summary, arrays)
+
+
+def test_a_run_without_arrays_draws_what_it_can(tmp_path, capsys):
+    meta_learn_run(tmp_path)
+    figures.draw(tmp_path)
+    assert drawn(tmp_path) == {"psnr"}
+    [line] = capsys.readouterr().out.splitlines()
+    assert "over_steps" in line and "interpolation" in line
+    title = figures.describe(figures.read_run(tmp_path))
+    assert title == "meta_learn tiny, digits, seeds 3, 4, 4 steps"
+
+
+def test_a_run_with_arrays_draws_everything(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "further_psnr": np.array([9.0, 13.0, 15.0, 70.0]),
+        "over_steps": rng.random((4, 2, 3, 5, 1)),
+        "interpolation": rng.random((3, 3, 5, 1)),
+        "super_resolved": rng.random((2, 12, 20, 1)),
+    }
+    for name in ("train_best", "train_worst", "test_best", "test_worst"):
+        arrays[name] = rng.random((2, 2, 3, 5, 1))
+        arrays[f"{name}_psnr"] = np.array([20.0, 30.0])
+    meta_learn_run(tmp_path, arrays)
+    figures.draw(tmp_path)
+    names = {"psnr", "best_and_worst", "over_inner_steps", "interpolation"}
+    assert drawn(tmp_path) == {*names, "super_resolution"}
+
+
+def test_a_broken_figure_costs_a_warning(tmp_path, capsys):
+    # The images are of another number than the figure expects.
+    meta_learn_run(tmp_path, {"over_steps": np.zeros((2, 2)), "interpolation": X})
+    figures.draw(tmp_path)
+    assert "warning: figure interpolation is not drawn" in capsys.readouterr().out
+    assert "psnr" in drawn(tmp_path)
+
+
+def test_prune_vit_is_rebuilt_from_its_summary(tmp_path):
+    def row(method, ratio, cost, accuracy, **more):
+        own = {"method": method, "ratio": ratio, "multiply_adds": cost}
+        return own | {"accuracy": accuracy, "predicted_speedup": 10 / cost} | more
+
+    rows = [
+        row("dense", 0.0, 10, 0.9, speedup_2=1.0),
+        row("max", 0.2, 8, 0.8, speedup_2=1.2),
+        row("max", 0.4, 6, 0.7, speedup_2=1.4),
+        row("random", 0.4, 6, 0.5),
+    ]
+    config = {"experiment": "prune_vit", "dataset": {"name": "digits"}, "seed": 0}
+    write_run(
+        tmp_path, config, summary={"rows": {str(i): r for i, r in enumerate(rows)}}
+    )
+    figures.draw(tmp_path)
+    assert drawn(tmp_path) == {"accuracy_and_cost", "speed"}
+
+
+def test_probe_landscape_is_rebuilt_from_its_logs(tmp_path):
+    config = {
+        "experiment": "probe_landscape",
+        "dataset": {"name": "digits"},
+        "seeds": [0],
+        "networks": ["bn", "plain"],
+        "learning_rates": [0.1, 0.2],
+        "step_sizes": [0.5, 1.0, 2.0],
+        "num_epochs": 2,
+        "sharpness": {"every": 4},
+        "surface": {"size": 0},
+    }
+    write_run(tmp_path, config)
+    probe = {"losses": [1.0, 2.0, 3.0], "grad_distances": [1.0, 2.0, 3.0]}
+    probe |= {"relative_grad_distances": [1.0, 2.0, 3.0], "betas": [3.0, 2.0, 1.0]}
+    for network in config["networks"]:
+        for number, rate in enumerate(config["learning_rates"]):
+            lines = [
+                {"step": s, "probe": probe, "loss": number + 1 / (1 + s)}
+                | ({} if s == 2 else {"eigenvalues": [3.0, 1.0, -1.0]})
+                for s in (0, 2, 4)
+            ]
+            del lines[0]["loss"]
+            write_run(tmp_path / f"{network}_rate{rate:g}_seed0", config, lines)
+    figures.draw(tmp_path)
+    names = {"loss_envelope", "along_the_gradient", "beta_profile", "eigenvalues"}
+    assert drawn(tmp_path) == names
+    rebuilt = figures._landscape_arrays(figures.read_run(tmp_path))
+    assert rebuilt["bn/loss"].shape == (2, 1, 2)
+    np.testing.assert_allclose(rebuilt["loss_step"], [1, 3])
+    assert rebuilt["steps_per_epoch"] == 2
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        figures.draw(tmp_path)

@@ -1,0 +1,358 @@
+"""Figures of vision transformers and their pruning.
+
+Every function takes NumPy arrays and draws with matplotlib, which is imported only when
+a function is called. Single-panel functions draw into `ax`, or into a new figure, and
+return the Axes. Multi-panel functions return the Figure.
+
+Axis letters: B images, H W C image, N patches, T tokens, L layers, K points of a curve.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# Okabe and Ito's colors, each with a marker and a line style of its own; a second round
+# of the colors meets other markers.
+_COLORS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    "#000000",
+)
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h")
+_LINES = ("-", "--", "-.", ":", (0, (5, 1)))
+
+
+def training_curves(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    y_label: str,
+    x_label: str = "epoch",
+    marks: Mapping[str, float] | None = None,
+    ax: Any = None,
+) -> Any:
+    """Loss or accuracy against epochs.
+
+    Args:
+      curves: {label: (x (K,), values (K,) or (R, K))}. Of R repeats the mean is drawn,
+        and a band from the lowest to the highest.
+      y_label: name and unit of the y axis.
+      x_label: name and unit of the x axis.
+      marks: {text: x}: labelled vertical lines, for example a stage of the training.
+      ax: Axes to draw into; None makes a figure.
+
+    Returns:
+      The Axes.
+    """
+    ax = _axes(ax)
+    for number, (label, (x, values)) in enumerate(curves.items()):
+        color, marker, line = _style(number)
+        values = np.asarray(values)
+        mean = values.mean(0) if values.ndim == 2 else values
+        ax.plot(
+            x,
+            mean,
+            color=color,
+            linestyle=line,
+            linewidth=1.3,
+            marker=marker,
+            markersize=4,
+            markevery=max(len(mean) // 8, 1),
+            label=label,
+        )
+        if values.ndim == 2 and len(values) > 1:
+            low, high = values.min(0), values.max(0)
+            ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+    for text, x in (marks or {}).items():
+        ax.axvline(x, color="0.4", linestyle=":", linewidth=1)
+        ax.annotate(
+            text,
+            (x, 0.02),
+            xycoords=ax.get_xaxis_transform(),
+            xytext=(2, 0),
+            textcoords="offset points",
+            rotation=90,
+            fontsize=7,
+            va="bottom",
+            color="0.3",
+            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5},
+        )
+    _finish(ax, x_label, y_label)
+    return ax
+
+
+def accuracy_against_cost(
+    methods: Mapping[str, tuple[np.ndarray, ...]],
+    *,
+    x_label: str = "multiply-adds (% of the whole network)",
+    y_label: str = "test accuracy (%)",
+    styles: Mapping[str, int] | None = None,
+    ax: Any = None,
+) -> Any:
+    """Accuracy of pruned networks against what they cost.
+
+    Args:
+      methods: {label: (cost (K,), accuracy (K,)) or (cost, accuracy, deviation (K,))}.
+        Points of a method are joined from the cheapest to the dearest; a single point
+        stays a point.
+      x_label: name and unit of the cost.
+      y_label: name and unit of the accuracy.
+      styles: {label: number of its color, marker and line}, so that a method looks the
+        same in several figures; None counts.
+      ax: Axes to draw into; None makes a figure.
+
+    Returns:
+      The Axes.
+    """
+    ax = _axes(ax)
+    for number, (label, (cost, accuracy, *deviation)) in enumerate(methods.items()):
+        color, marker, line = _style((styles or {}).get(label, number))
+        order = np.argsort(cost)
+        ax.errorbar(
+            np.asarray(cost)[order],
+            np.asarray(accuracy)[order],
+            yerr=np.asarray(deviation[0])[order] if deviation else None,
+            color=color,
+            marker=marker,
+            markersize=5,
+            linestyle=line if len(order) > 1 else "none",
+            linewidth=1.2,
+            capsize=2,
+            label=label,
+        )
+    _finish(ax, x_label, y_label)
+    return ax
+
+
+def speedup(
+    methods: Mapping[str, tuple[np.ndarray, ...]],
+    *,
+    styles: Mapping[str, int] | None = None,
+    ax: Any = None,
+) -> Any:
+    """Measured speed-up against the speed-up that multiply-adds predict.
+
+    Args:
+      methods: {label: (predicted (K,), measured (K,)) or (predicted, measured,
+        quartiles (K, 2))}, as ratios to the whole network. Every measurement is a
+        point; quartiles are drawn as error bars.
+      styles: {label: number of its color and marker}; None counts.
+      ax: Axes to draw into; None makes a figure.
+
+    Returns:
+      The Axes. Its solid line is measured = predicted, its dotted one 0.9 of that.
+    """
+    ax = _axes(ax)
+    highest = 1.0
+    for number, (label, (predicted, measured, *quartiles)) in enumerate(
+        methods.items()
+    ):
+        color, marker, _ = _style((styles or {}).get(label, number))
+        bars = None
+        if quartiles:
+            low, high = np.asarray(quartiles[0]).T
+            bars = np.clip([measured - low, high - measured], 0, None)
+        ax.errorbar(
+            predicted,
+            measured,
+            yerr=bars,
+            color=color,
+            marker=marker,
+            markersize=5,
+            linestyle="none",
+            capsize=2,
+            label=label,
+        )
+        highest = max(highest, np.max(predicted))
+    line = np.array([1.0, 1.05 * highest])
+    ax.plot(line, line, color="0.5", linewidth=1, label="measured = predicted")
+    ax.plot(line, 0.9 * line, color="0.5", linestyle=":", label="0.9 of predicted")
+    _finish(ax, "predicted speed-up (times)", "measured speed-up (times)")
+    return ax
+
+
+def kept_patches(
+    images: np.ndarray, kept: np.ndarray, *, ratio_labels: bool = True
+) -> Any:
+    """Images over the layers of a cascade; pruned patches are faded.
+
+    Args:
+      images: (B, H, W, C) in [0, 1], C of 1 or 3.
+      kept: True where a patch is still computed after a layer, (L, B, N). Patches lie
+        in rows; N must be a square.
+      ratio_labels: writes the share of patches kept above each layer.
+
+    Returns:
+      The Figure, one row for each image, one column for each layer.
+    """
+    import matplotlib.pyplot as plt
+
+    num_layers, num_images, num_patches = kept.shape
+    grid = round(num_patches**0.5)
+    if grid**2 != num_patches:
+        raise ValueError(
+            f"kept must hold a square number of patches, got {kept.shape}."
+        )
+    figure, axes = plt.subplots(
+        num_images,
+        num_layers + 1,
+        figsize=(1.1 * (num_layers + 1), 1.15 * num_images + 0.7),
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, image in enumerate(images):
+        _show(axes[row, 0], image)
+        # The patch that each pixel lies in; an image may be smaller than the network's.
+        rows, columns = (np.arange(side) * grid // side for side in image.shape[:2])
+        for layer in range(num_layers):
+            mask = kept[layer, row].reshape(grid, grid)[rows][:, columns, None]
+            _show(axes[row, layer + 1], np.where(mask, image, 0.25 * image + 0.6))
+    axes[0, 0].set_title("image", fontsize=8)
+    for layer in range(num_layers):
+        share = f"\n{100 * kept[layer].mean():.0f} % kept" if ratio_labels else ""
+        axes[0, layer + 1].set_title(f"layer {layer}{share}", fontsize=8)
+    return figure
+
+
+def attention_maps(
+    attention: np.ndarray,
+    *,
+    layers: Sequence[int] | None = None,
+    ranges: np.ndarray | None = None,
+) -> Any:
+    """Attention between the patches, one panel a layer.
+
+    Args:
+      attention: probabilities of one image, mean over the heads, (L, T, T), queries
+        first. Token 0 is the class token and is left out.
+      layers: which to show; None takes the first, the middle and the last.
+      ranges: attention range of each layer, (L,), for the titles.
+
+    Returns:
+      The Figure.
+    """
+    import matplotlib.pyplot as plt
+
+    if layers is None:
+        layers = sorted({0, len(attention) // 2, len(attention) - 1})
+    figure, axes = plt.subplots(
+        1,
+        len(layers),
+        figsize=(4 * len(layers), 3.8),
+        layout="constrained",
+        squeeze=False,
+    )
+    for ax, layer in zip(axes[0], layers, strict=True):
+        patches = np.asarray(attention[layer])[1:, 1:]
+        # A few very large probabilities would darken the others.
+        high = np.quantile(patches, 0.995)
+        shown = ax.imshow(100 * patches, vmin=0, vmax=100 * high, cmap="viridis")
+        title = f"layer {layer}"
+        if ranges is not None:
+            title += f", range {ranges[layer]:.2f}"
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel("key patch (number)")
+        ax.set_ylabel("query patch (number)")
+        bar = figure.colorbar(shown, ax=ax, extend="max", shrink=0.85)
+        bar.set_label("attention probability (%)")
+    return figure
+
+
+def informativeness(scores: np.ndarray, *, layer: int | None = None) -> Any:
+    """How unequal the patches are: one layer's histogram, and ranked shares of all.
+
+    Args:
+      scores: informativeness of the patches, (L, B, N), not negative.
+      layer: of the histogram; None takes the fourth, or the last of fewer.
+
+    Returns:
+      The Figure. The ranked curve is the mean over the B images.
+    """
+    import matplotlib.pyplot as plt
+
+    scores = np.asarray(scores)
+    if layer is None:
+        layer = min(3, len(scores) - 1)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    left.hist(scores[layer].ravel(), bins=30, color=_COLORS[0])
+    left.set_xlabel(f"informativeness in layer {layer} (sum of column maxima)")
+    left.set_ylabel("patches (count)")
+    left.grid(alpha=0.3)
+    colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(scores)))
+    for number, (values, color) in enumerate(zip(scores, colors, strict=True)):
+        ranked = -np.sort(-values, axis=1)
+        shares = 100 * np.arange(1, ranked.shape[1] + 1) / ranked.shape[1]
+        _, marker, line = _style(number)
+        right.plot(
+            shares,
+            (ranked / ranked.mean(1, keepdims=True)).mean(0),
+            color=color,
+            marker=marker,
+            markersize=4,
+            markevery=max(len(shares) // 8, 1),
+            linestyle=line,
+            linewidth=1.2,
+            label=f"layer {number}",
+        )
+    _finish(right, "patches, best first (%)", "informativeness / its mean")
+    return figure
+
+
+def head_scores(scores: np.ndarray, *, ax: Any = None) -> Any:
+    """Scores (L, heads) of the attention heads as a heat map; returns the Axes."""
+    ax = _axes(ax)
+    scores = np.asarray(scores)
+    shown = ax.imshow(scores, aspect="auto", cmap="viridis")
+    ax.figure.colorbar(shown, ax=ax, label="score (sum of column maxima)")
+    ax.set_xlabel("head (number)")
+    ax.set_ylabel("layer (number)")
+    ax.set_xticks(range(scores.shape[1]))
+    ax.set_yticks(range(scores.shape[0]))
+    return ax
+
+
+def attention_range(ranges: np.ndarray, *, ax: Any = None) -> Any:
+    """Share (L,) of the queries whose strongest key is far; returns the Axes."""
+    ax = _axes(ax)
+    ax.plot(100 * np.asarray(ranges), color=_COLORS[0], marker="o", linestyle=":")
+    ax.set_ylim(bottom=0)
+    ax.set_xticks(range(len(ranges)))
+    _finish(
+        ax, "layer (number)", "queries whose strongest key is\n>= 3 patches away (%)"
+    )
+    return ax
+
+
+def _style(number):
+    """Color, marker and line of a curve by its number."""
+    return (
+        _COLORS[number % len(_COLORS)],
+        _MARKERS[number % len(_MARKERS)],
+        _LINES[number % len(_LINES)],
+    )
+
+
+def _axes(ax):
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(5.5, 3.6), layout="constrained")[1]
+
+
+def _show(ax, image):
+    image = np.clip(image, 0, 1)
+    gray = image.shape[-1] == 1
+    ax.imshow(image[..., 0] if gray else image, cmap="gray", vmin=0, vmax=1)
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+
+def _finish(ax, x_label, y_label):
+    """Names, grid, and the legend right of the panel."""
+    ax.set_xlabel(x_label)
+    ax.set_ylabel(y_label)
+    ax.grid(alpha=0.3)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(
+            fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0
+        )
