@@ -28,6 +28,8 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
+# A glob of pages may be empty.
+suppress_warnings = ["toc.empty_glob"]
 html_theme = "furo"
 html_title = f"functa-jax {release}"
 myst_enable_extensions = ["dollarmath"]
@@ -136,7 +138,10 @@ def _plain_text(app, what, name, obj, options, lines):
             before = bullet.end() if bullet else 0 if gap else min(before, indent)
         elif indent > before and not bullet:
             literal = indent
-            text += ["", " " * before + "::", "", line]
+            previous = next((t for t in reversed(text) if t.strip()), "")
+            if not previous.endswith("::"):
+                text += ["", " " * before + "::"]
+            text += ["", line]
         else:
             text.append(_escape(line))
             before = bullet.end() if bullet else indent
