@@ -28,8 +28,6 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
-# A glob of pages may be empty.
-suppress_warnings = ["toc.empty_glob"]
 html_theme = "furo"
 html_title = f"functa-jax {release}"
 myst_enable_extensions = ["dollarmath"]
@@ -110,8 +108,9 @@ def _plain_text(app, what, name, obj, options, lines):
     """Turns a plain docstring into reStructuredText: text escaped, equations literal.
 
     A block that is indented more than the text before it is an equation or a table and
-    is shown as it stands. In a section such as `Args:` the entries are indented as well,
-    and deeper lines continue the text of their entry.
+    is shown as it stands. In a section such as `Args:` the entries are indented too,
+    and deeper lines continue the text of their entry. Tables and doctests stay as they
+    are.
     """
     del app, what, name, obj, options
     text, literal, section = [], None, None
@@ -128,7 +127,7 @@ def _plain_text(app, what, name, obj, options, lines):
             text.append("")
         if indent == 0:
             section = 2 if _SECTION.match(line) else None
-        code = code or line.lstrip().startswith(">>>")
+        code = code or line.lstrip().startswith((">>>", "==="))
         if literal is not None or code:
             text.append(line)
         elif section is not None:

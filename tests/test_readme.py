@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "api" not in page.relative_to(ROOT).parts]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # Code, and its output in the comment lines that end it.
-EXAMPLES = re.findall(r"```python\n(.*?)((?:^# .*\n)+)```", README, re.S | re.M)
+EXAMPLES = re.findall(r"```python\n(.*?)((?:^# [^\n]*\n)+)```", README, re.S | re.M)
 GUIDES = ("functa", "vit", "lbi", "landscape")
 
 
