@@ -5,12 +5,12 @@
 
 A number in prose is a marker, `<!--= FOLDER KEY FORMAT -->value<!--/-->`:
 
-* FOLDER is a folder of results/. `NAME*` stands for NAME and every NAME_seedN, which must
+* FOLDER is a folder of results/. `NAME*` stands for NAME and all NAME_seedN. They must
   agree in all settings but the seed; the value is then `mean ± deviation` (ddof 1).
 * KEY is a dotted path into summary.json, with indices into lists; `A:B` is the ratio of
   two keys. Where the run itself went over several seeds, KEY_std is its deviation.
-* FORMAT is `d`, `.Nf` or `.Ng`, with a prefix for the unit: `%` times 100, `min` seconds
-  to minutes, `M` millions.
+* FORMAT is `d`, `.Nf` or `.Ng`, with a prefix for the unit: `%` times 100, `min`
+  seconds to minutes, `M` millions.
 
 The tables, and the published numbers in them, are in `experiments/results_tables.py`.
 """
@@ -173,20 +173,30 @@ def provenance(folder: str, root: Path = ROOT) -> list[str]:
     names = members(folder, root)
     config = read(names[0], "config.json", root)
     environment = read(names[0], "environment.json", root)
-    seconds = [read(name, root=root).get("seconds") for name in names]
-    minutes = "" if None in seconds else f"{statistics.mean(seconds) / 60:.1f} min"
+    seconds = [_seconds(read(name, root=root)) for name in names]
+    minutes = f"{statistics.mean(seconds) / 60:.1f} min" if all(seconds) else ""
     device = environment["devices"][0]
     if environment["backend"] == "cpu":
         device = f"{environment['cpu_count']} CPU cores, {environment['machine']}"
     jax = environment["versions"]["jax"]
+    _, overrides = recorded_overrides(environment["command"])
+    settings = [f"`{k}={v}`" for k, v in overrides.items() if k not in _SEED_FIELDS]
+    command = [f"`{config['experiment']}`", f"`{config.get('variant', '')}`", *settings]
+    commits = {read(n, "environment.json", root)["commit"] for n in names}
     return [
-        f"`{config['experiment']}`, `{config.get('variant', '')}`",
+        ", ".join(command),
         str(num_seeds(folder, root)),
         minutes,
         f"{device}, JAX {jax}",
-        f"`{environment['commit']}`",
+        ", ".join(f"`{c}`" if c else "not recorded" for c in sorted(commits, key=str)),
         ", ".join(link(f"results/{name}") for name in names),
     ]
+
+
+def _seconds(summary):
+    """Of all runs of a sweep; a resumed sweep's own clock misses the earlier ones."""
+    runs = summary.get("runs", {}).values()
+    return max(summary.get("seconds", 0), sum(run.get("seconds", 0) for run in runs))
 
 
 def table(head, rows) -> str:

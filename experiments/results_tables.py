@@ -247,7 +247,8 @@ _BETA = "effective beta"
 _RESULTS = [
     (
         "Functa on the digits",
-        "1,797 images of 8x8 pixels; latent of 64 entries; 3 latent steps; 359 test images.",
+        "1,797 images of 8x8 pixels, 359 of them for testing; latent of 64 entries; "
+        "3 latent steps.",
         [
             ("test PSNR (dB)", "", "meta_learn_digits", "test_psnr", ".2f"),
             (
@@ -303,7 +304,7 @@ _RESULTS = [
     ),
     (
         "The report's classifiers",
-        "Latents of `meta_learn_cifar10_cpu`; no early stopping. The rows of each variant "
+        "Latents of `meta_learn_cifar10_cpu`; no early stopping. The rows of a variant "
         "follow one another.",
         [
             *_epochs("classify_functa_report_mlp1", _MLP1),
@@ -479,7 +480,8 @@ _RESULTS = [
     ),
     (
         "DessiLBI: VGG-A with batch normalization on CIFAR-10",
-        "No augmentation. `cifar10_short` has all channels and 8 epochs, `cifar10_narrow` a "
+        "No augmentation. `cifar10_short` has all channels and 8 epochs, and "
+        "`cifar10_narrow` a "
         "quarter of the channels and 10 epochs; the report has 20 epochs.",
         [
             (
@@ -549,7 +551,8 @@ _RESULTS = [
         (
             f"The loss landscape: {title}",
             f"{caption} Gradients are compared along the "
-            "gradient on one batch (Santurkar et al. 2018, arXiv 1805.11604); the largest "
+            "gradient on one batch (Santurkar et al. 2018, arXiv 1805.11604). The "
+            "largest "
             "over the steps, after the first epoch.",
             [
                 *_probes(name, "test_accuracy", "test accuracy (%)", "%.1f"),

@@ -1,8 +1,9 @@
 """Brings a config.json that an older version stored to the fields of today.
 
-`upgrade` is data: a field that a command gained (`ADDED`, with the value that means what
-was done before), lost (`REMOVED`, with the only value that still means the same) or
-renamed (`RENAMED`). Fields are written with dots. A field that is already there is kept.
+`upgrade` follows three tables. `ADDED` holds the fields that a command gained, with the
+value that means what was done before. `REMOVED` holds the fields that it lost, with the
+only value that still means the same. `RENAMED` holds the fields that changed name or
+form. Field names are dotted. A field that is already there keeps its value.
 """
 
 import copy
