@@ -22,7 +22,8 @@ HAND_WRITTEN = sorted(
 # A number and a unit of measurement.
 MEASURED = re.compile(
     r"\d[\d.,]*(?:\s*±\s*[\d.]+)?\s?"
-    r"(?:%|dB\b|ms\b|s\b|min\b|minutes\b|hours\b|times\b|x\b(?! \d)|bpp\b|images/s|MiB\b)"
+    r"(?:%|dB\b|ms\b|s\b|min\b|"
+    r"minutes\b|h\b|hours\b|times\b|x\b(?! \d)|bpp\b|images/s|MiB\b)"
 )
 # Statements that no run measured, as they are written: definitions and arithmetic.
 NOT_MEASURED = ("100 %", "changes the accuracy by 5 %")
