@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from experiments.common import devices, files
 from experiments.common.launch import one_line
+from experiments.common.upgrade import flatten, upgrade
 
 _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "numpy"),
@@ -56,7 +57,9 @@ class Run:
         stored = self.workdir / "config.json"
         ours = json.loads(config.to_json_best_effort())
         if stored.exists():
-            _check_same_config(files.read_json(stored), ours, self.workdir)
+            _check_same_config(
+                upgrade(files.read_json(stored)), upgrade(ours), self.workdir
+            )
         else:
             files.write_json(stored, ours)
         self._check_inputs(inputs or {})
@@ -284,7 +287,7 @@ def load_config(workdir: Path) -> ConfigDict:
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run (there is no config.json).")
-    return ConfigDict(files.read_json(path))
+    return ConfigDict(upgrade(files.read_json(path)))
 
 
 def load_checkpoint(workdir: Path, state: Any = None) -> tuple[ConfigDict, Any]:
@@ -365,7 +368,7 @@ def _git_commit():
 
 
 def _check_same_config(stored, ours, workdir):
-    stored, ours = _flatten(stored), _flatten(ours)
+    stored, ours = flatten(stored), flatten(ours)
     absent = object()
     differ = [
         f"{name} is {stored.get(name)!r} there and {ours.get(name)!r} here"
@@ -377,15 +380,6 @@ def _check_same_config(stored, ours, workdir):
             f"{workdir} holds a run of another configuration: {'; '.join(differ)}. "
             "Choose another --workdir."
         )
-
-
-def _flatten(value, prefix=""):
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat = {}
-    for name, inner in value.items():
-        flat.update(_flatten(inner, f"{prefix}.{name}" if prefix else name))
-    return flat
 
 
 def _format(value):

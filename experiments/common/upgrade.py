@@ -1,28 +1,14 @@
 """Brings a config.json that an older version stored to the fields of today.
 
-`upgrade` follows three tables. `ADDED` holds the fields that a command gained, with the
-value that means what was done before. `REMOVED` holds the fields that it lost, with the
-only value that still means the same. `RENAMED` holds the fields that changed name or
-form. Field names are dotted. A field that is already there keeps its value.
+`upgrade` follows three tables. `RENAMED` holds the fields that changed name or form,
+`ADDED` those that a command gained, with the value that means what was done before, and
+`REMOVED` those that it lost, with the only value that still means the same. Field names
+are dotted. A field that is already there keeps its value.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-
-# command: {field: the value that means what was done before the field existed}.
-ADDED: dict[str, dict[str, Any]] = {
-    "meta_learn": {"model.dtype": "float32"},
-    "train_vit": {"stages": []},
-    "prune_vit": {
-        "timing.gradient_batch_size": 0,
-        "tuning.teacher_weight": 0.0,
-        "tuning.training.stages": [],
-    },
-}
-
-# command: {field: the value with which a run means the same without the field}.
-REMOVED: dict[str, dict[str, Any]] = {"meta_learn": {"exact_steps": 0}}
 
 
 def _one_seed(seed):
@@ -37,19 +23,42 @@ def _constant(schedule):
     return schedule
 
 
+def _gradient_batch_size(config):
+    """Gradients were timed at the batch of fine-tuning, where there were images."""
+    training = config["tuning"]["training"]
+    return training["batch_size"] if config["dataset"]["name"] else 0
+
+
+_SEED = {"seed": ("seeds", _one_seed)}
+
 # command: {old field: (new field, function of the value)}.
-RENAMED: dict[str, dict[str, tuple[str, Any]]] = {
-    "train_vit": {"patch_dropout": ("patch_dropout", _constant)},
+RENAMED: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
+    "meta_learn": _SEED,
+    "classify_functa": _SEED,
+    "fit_image": _SEED,
+    "train_vit": {**_SEED, "patch_dropout": ("patch_dropout", _constant)},
     "prune_vit": {
-        "tuning.training.patch_dropout": ("tuning.training.patch_dropout", _constant)
+        **_SEED,
+        "tuning.training.patch_dropout": ("tuning.training.patch_dropout", _constant),
     },
 }
 
-# A rename that today's configuration does not have is left out, so that the entries
-# hold before and after `seed` becomes `seeds`.
-RENAMED_WHEN_PRESENT = {"seed": ("seeds", _one_seed)}
+# command: {field: the value that means what was done before, or a function of the
+# stored configuration that gives it}.
+ADDED: dict[str, dict[str, Any]] = {
+    "meta_learn": {"model.dtype": "float32"},
+    "train_vit": {"stages": []},
+    "prune_vit": {
+        "timing.gradient_batch_size": _gradient_batch_size,
+        "tuning.teacher_weight": 0.0,
+        "tuning.training.stages": [],
+    },
+}
 
-# Fields that a run fills from its data; they are not settings.
+# command: {field: the value with which a run means the same without the field}.
+REMOVED: dict[str, dict[str, Any]] = {"meta_learn": {"exact_steps": 0}}
+
+# Fields that a run filled from its data; they are not settings.
 FILLED = ("model.out_channels", "params_sha256")
 
 
@@ -63,49 +72,28 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def upgrade(
-    stored: Mapping[str, Any], fields: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """The stored configuration with the fields of today.
-
-    Args:
-      stored: what config.json holds; it is not changed.
-      fields: today's configuration of the same command, nested; it decides whether a
-        rename such as `seed` to `seeds` has happened. None renames nothing of the kind.
-
-    Returns:
-      A new nested dict.
-    """
+def upgrade(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored configuration, nested, with the fields of today; a new dict."""
     config = copy.deepcopy(dict(stored))
-    command = config.get("experiment", "")
-    present = flatten(fields or {})
-    renamed = dict(RENAMED.get(command, {}))
-    for old, (new, function) in RENAMED_WHEN_PRESENT.items():
-        if new in present and old not in present:
-            renamed[old] = (new, function)
-    for old, (new, function) in renamed.items():
+    command = config.get("experiment")
+    config.pop("params_sha256", None)
+    for old, (new, function) in RENAMED.get(command, {}).items():
         if _has(config, old):
             _set(config, new, function(_pop(config, old)))
     for name, value in ADDED.get(command, {}).items():
-        if not _has(config, name) and (fields is None or name in present):
-            _set(config, name, copy.deepcopy(value))
+        if not _has(config, name):
+            value = value(config) if callable(value) else copy.deepcopy(value)
+            _set(config, name, value)
     for name, value in REMOVED.get(command, {}).items():
-        if name not in present and _has(config, name):
-            found = _pop(config, name)
-            if found != value:
-                _set(config, name, found)
+        if _has(config, name) and (found := _pop(config, name)) != value:
+            _set(config, name, found)
     return config
 
 
-def upgrade_override(command: str, name: str, value: Any, fields) -> tuple[str, Any]:
+def upgrade_override(command: str, name: str, value: Any) -> tuple[str, Any]:
     """Today's name and value of an override that a recorded command gave."""
-    present = flatten(fields)
-    if name in present:
-        return name, value
-    new, function = {
-        **RENAMED.get(command, {}),
-        **RENAMED_WHEN_PRESENT,
-    }.get(name, (name, lambda value: value))
+    unchanged = name, lambda value: value
+    new, function = RENAMED.get(command, {}).get(name, unchanged)
     return new, function(value)
 
 
