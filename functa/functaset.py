@@ -160,7 +160,7 @@ def make_model(config: Mapping[str, Any]) -> LatentModulatedSiren | ModulatedSir
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     name = fields.pop("type", None)
     if name not in MODELS:
-        raise ValueError(f"type must be one of {', '.join(MODELS)}; got {name!r}.")
+        raise ValueError(f"model type {name!r} is not one of {', '.join(MODELS)}.")
     # Files of earlier versions call `derivative_dtype` "dtype".
     dtype = fields.pop("dtype", None)
     if dtype is not None and fields.setdefault("derivative_dtype", dtype) != dtype:
