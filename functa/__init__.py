@@ -1,4 +1,4 @@
-"""Functa: neural fields, meta-learned so that a short latent stands for a signal."""
+"""Functa: meta-learned neural fields that represent each signal by a latent."""
 
 import importlib
 
@@ -27,7 +27,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name):
-    # Modules that moved, under their old names for one version.
-    if name in ("convert", "product"):
+    # The old names of modules, for one version.
+    if name in ("convert", "pickled", "product"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}.")

@@ -1,14 +1,20 @@
-"""Fitting a latent to one signal, and the meta loss through the fit.
+"""The inner loop, which fits a latent to one signal, and the outer gradient through it.
 
-The inner loop adapts the latent alone, weights fixed: CAVIA (Zintgraf et al. 2019,
-arXiv 1810.03642), with learned rates per latent entry, Meta-SGD (Li et al. 2017, arXiv
-1707.09835), as Functa (Dupont et al. 2022, arXiv 2201.12204, algorithm 1) does. The
-outer gradient flows through all inner steps (second order) unless told otherwise.
+The inner loop updates the latent and keeps the weights fixed (CAVIA; Zintgraf et al.
+2019, arXiv 1810.03642). The learning rates can be learned, one per latent entry
+(Meta-SGD; Li et al. 2017, arXiv 1707.09835). Functa (Dupont et al. 2022, arXiv
+2201.12204, algorithm 1) combines the two. The outer gradient flows through all inner
+steps (second order) unless `first_order` is set.
 
-Everything here is about one signal and knows no network: a `field` maps a latent to a
-prediction of the signal, whatever its coordinates. `jax.vmap` makes batches.
+The functions for one signal do not depend on a network: a `field` maps a latent to a
+prediction of the signal. `jax.vmap` turns them into functions of a batch.
+
+A latent is an array of any shape, for example a vector (L,) or a grid (h, w, C). The
+docstrings write its shape as (*Z). Other axes: B batch, S steps, d coordinates of a
+point, C channels.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,17 +24,18 @@ import jax.numpy as jnp
 import optax
 
 Field = Callable[[jax.Array], jax.Array]
-# What `jax.vjp(field, latent)` returns: the prediction, and the map of its cotangent to
-# the latent's. A pytree, so that gradients may flow through it too.
+# The result of `jax.vjp(field, latent)`: the prediction, and the function that maps a
+# cotangent of the prediction to one of the latent. It is a pytree, so gradients can
+# flow through it.
 Evaluation = tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array]]]
 
 
 class FitInfo(NamedTuple):
-    """Losses along a fit of S steps; entry s is before step s, entry S after the last.
+    """Losses during a fit of S steps: entry s is before step s, entry S after the last.
 
     Attributes:
       loss: mean squared error plus l2 penalty, (S + 1,).
-      mse: mean squared error alone, (S + 1,).
+      mse: mean squared error without the penalty, (S + 1,).
     """
 
     loss: jax.Array
@@ -42,12 +49,12 @@ def reconstruction_loss(
 
     Args:
       field: maps a latent to a prediction shaped like `target`.
-      latent: (L,).
+      latent: (*Z).
       target: the signal, any shape.
-      l2_weight: weight of the penalty, not negative.
+      l2_weight: weight of the penalty, >= 0.
 
     Returns:
-      The loss and the mean squared error alone, two scalars.
+      The loss and the mean squared error without the penalty, two scalars.
     """
     return _loss(field(latent), latent, target, l2_weight)
 
@@ -75,36 +82,44 @@ def fit_latent(
 
     Args:
       field: maps a latent to a prediction shaped like `target`.
-      latent: start of the fit, (L,).
+      latent: initial latent, (*Z).
       target: the signal, any shape.
       num_steps: S, a Python int; 0 returns `latent` unchanged.
-      learning_rate: scalar; (L,) for Meta-SGD; (S, 1) or (S, L) for rates per step.
+      learning_rate: one rate (); one per latent entry (*Z), as in Meta-SGD; or rates
+        per step (S, ...), whose axes after the first broadcast to (*Z). A shape
+        equal to (*Z) always means one rate per entry.
       l2_weight: see `reconstruction_loss`.
-      noise: (L,), added to the fitted latent before the last loss is taken, so that the
-        weights learn to bear it; None adds nothing.
+      noise: (*Z), added to the fitted latent before the last loss is computed, which
+        makes the weights robust to it; None adds nothing.
       first_order: treat each gradient as a constant when differentiating the result.
-      unroll: a Python loop instead of `lax.scan` (compiles faster for many steps).
+      unroll: use a Python loop; False uses `lax.scan`, which compiles faster when
+        there are many steps.
       start: `jax.vjp(field, latent)`, if many fits share it; the first step then does
         not evaluate the field.
 
     Returns:
-      The fitted latent (L,) and the losses of every step.
+      The fitted latent (*Z) and the losses before each step and after the last.
 
     Raises:
-      ValueError: if `num_steps` is negative, or rates per step are not as many.
+      ValueError: if `num_steps` is negative, or if the shape of `learning_rate` does
+        not fit the latent and the number of steps.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> target = jnp.array([1.0, -2.0])
+      >>> latent, info = fit_latent(
+      ...     lambda z: z, jnp.zeros(2), target, num_steps=3, learning_rate=0.5
+      ... )
+      >>> print(latent)  # Each step halves the error.
+      [ 0.875 -1.75 ]
+      >>> print(info.mse)
+      [2.5       0.625     0.15625   0.0390625]
     """
-    chex.assert_rank(latent, 1)
     if num_steps < 0:
-        raise ValueError(f"num_steps must not be negative, got {num_steps}.")
-    rates = jnp.asarray(learning_rate)
-    chex.assert_rank(rates, {0, 1, 2})
-    if rates.ndim == 2 and rates.shape[0] != num_steps:
-        raise ValueError(
-            f"learning_rate has rates for {rates.shape[0]} steps, num_steps is "
-            f"{num_steps}."
-        )
-    if rates.ndim < 2:
-        rates = jnp.broadcast_to(rates, (num_steps, *rates.shape))
+        raise ValueError(f"num_steps must be >= 0, got {num_steps}.")
+    rates = _rates_per_step(jnp.asarray(learning_rate), num_steps, latent.shape)
+    if noise is not None:
+        chex.assert_equal_shape([noise, latent])
     grad_fn = jax.value_and_grad(_loss, argnums=(0, 1), has_aux=True)
 
     def step(z, rate, evaluation=None):
@@ -130,6 +145,29 @@ def fit_latent(
     return latent, FitInfo(*map(jnp.append, before, last))
 
 
+def _rates_per_step(rates, num_steps, latent_shape):
+    """Learning rates of each step, (S, ...), the rest of rank 0 or of the latent's."""
+    if rates.shape in ((), latent_shape):
+        return jnp.broadcast_to(rates, (num_steps, *rates.shape))
+    entry = rates.shape[1:]
+    shape = (1,) * (len(latent_shape) - len(entry)) + entry
+    if (
+        not entry
+        or len(shape) != len(latent_shape)
+        or any(n not in (1, size) for n, size in zip(shape, latent_shape, strict=True))
+    ):
+        raise ValueError(
+            f"learning_rate must have shape (), {latent_shape}, or (num_steps, ...) "
+            f"with axes that broadcast to {latent_shape}; got {rates.shape}."
+        )
+    if len(rates) != num_steps:
+        raise ValueError(
+            f"learning_rate has rates for {len(rates)} steps, but num_steps is "
+            f"{num_steps}."
+        )
+    return rates.reshape(num_steps, *shape)
+
+
 def optimize_latent(
     field: Field,
     latent: jax.Array,
@@ -141,21 +179,21 @@ def optimize_latent(
 ) -> tuple[jax.Array, FitInfo]:
     """Fits a latent to one signal with any optax optimizer, for many steps.
 
-    Not meant to be differentiated: a plain fit with the weights fixed, for what a
-    latent can express beyond the few steps of the inner loop.
+    The weights are fixed and the result is not meant to be differentiated. Use it to
+    measure the best reconstruction that a latent can reach without the limit of a few
+    inner steps.
 
     Args:
       field: maps a latent to a prediction shaped like `target`.
-      latent: start of the fit, (L,).
+      latent: initial latent, (*Z).
       target: the signal, any shape.
       optimizer: applied to the latent; `optax.lbfgs()` with its line search works too.
       num_steps: S, a Python int.
       l2_weight: see `reconstruction_loss`.
 
     Returns:
-      The fitted latent (L,) and the losses of every step.
+      The fitted latent (*Z) and the losses before each step and after the last.
     """
-    chex.assert_rank(latent, 1)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def loss_fn(z):
@@ -166,7 +204,7 @@ def optimize_latent(
     def step(carry, _):
         z, opt_state = carry
         losses, grad = grad_fn(z)
-        # What a line search asks for; other optimizers pass it over.
+        # A line search needs these arguments; other optimizers ignore them.
         search = {"value": losses[0], "grad": grad, "value_fn": lambda z: loss_fn(z)[0]}
         updates, opt_state = optimizer.update(grad, opt_state, z, **search)
         return (optax.apply_updates(z, updates), opt_state), losses
@@ -189,24 +227,39 @@ def fit_batch(
 ) -> tuple[jax.Array, FitInfo]:
     """Runs `fit_latent` on a batch of signals that share their coordinates.
 
-    The outer loss of Functa is `info.loss[:, -1].mean()`; `meta_gradient` is that and
-    its gradient.
+    The outer loss of Functa is `info.loss[:, -1].mean()`; `meta_gradient` computes its
+    gradient.
 
     Args:
-      apply_fn: `model.apply` of a modulated SIREN, or its like.
-      params: weights, held fixed in the fit.
-      latent: common start of all fits, (L,).
+      apply_fn: `model.apply` of a modulated SIREN, or any function
+        (variables, coords, latent) -> values.
+      params: weights, fixed during the fit.
+      latent: initial latent of every fit, (*Z).
       coords: (..., d).
       targets: (B, ..., C).
-      noise: (B, L) added to the fitted latents before the last loss, or None.
-      start: `evaluate` of the common start, if more batches share it.
-      **options: further keywords of `fit_latent`.
+      noise: (B, *Z), added to the fitted latents before the last loss, or None.
+      start: `field_vjp` at the initial latent, if several batches share it.
+      **options: other keywords of `fit_latent`.
 
     Returns:
-      Fitted latents (B, L) and losses (B, S + 1).
+      Fitted latents (B, *Z) and losses (B, S + 1).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from functa import LatentModulatedSiren, coordinate_grid
+      >>> model = LatentModulatedSiren(width=8, depth=3, latent_dim=4)
+      >>> coords, latent = coordinate_grid((6, 5)), model.initial_latent()
+      >>> params = model.init(jax.random.key(0), coords, latent)["params"]
+      >>> images = jnp.zeros((2, 6, 5, 3))
+      >>> latents, info = fit_batch(
+      ...     model.apply, params, latent, coords, images,
+      ...     num_steps=3, learning_rate=0.1,
+      ... )
+      >>> latents.shape, info.loss.shape
+      ((2, 4), (2, 4))
     """
     if start is None:
-        start = evaluate(apply_fn, params, latent, coords)
+        start = field_vjp(apply_fn, params, latent, coords)
 
     def field(z):
         return apply_fn({"params": params}, coords, z)
@@ -217,13 +270,24 @@ def fit_batch(
     return jax.vmap(fit)(targets, noise)
 
 
-def evaluate(
+def field_vjp(
     apply_fn: Callable[..., jax.Array],
     params: chex.ArrayTree,
     latent: jax.Array,
     coords: jax.Array,
 ) -> Evaluation:
-    """The field at a latent that many fits start from, for them to share."""
+    """Evaluates the field at a latent, for the fits that start there to share.
+
+    Args:
+      apply_fn: see `fit_batch`.
+      params: weights.
+      latent: initial latent, (*Z).
+      coords: (..., d).
+
+    Returns:
+      The prediction (..., C), and the function that maps a cotangent of the prediction
+      to a tuple of one cotangent of the latent, as `jax.vjp` returns them.
+    """
     return jax.vjp(lambda z: apply_fn({"params": params}, coords, z), latent)
 
 
@@ -239,29 +303,44 @@ def meta_gradient(
     num_groups: int = 1,
     **options,
 ) -> tuple[tuple[chex.ArrayTree, jax.Array], FitInfo]:
-    """Gradient of the outer loss, the mean over a batch of the losses after the fits.
+    """Gradient of the outer loss: the mean over a batch of the loss after the fit.
 
-    The batch is worked through in groups, one after the other: memory is that of one
-    group, and on a CPU a group that fits the cache takes less time. What all fits have
-    in common, the field at their start, is computed and differentiated once.
+    The batch is processed in groups, one after the other. Memory is needed for one
+    group only, and on a CPU a group that fits into the cache is faster. All fits share
+    the field at their initial latent, which is computed and differentiated once.
 
     Args:
-      apply_fn: `model.apply` of a modulated SIREN, or its like.
-      params: weights, which the gradient is taken in.
-      latent: common start of all fits, (L,).
+      apply_fn: see `fit_batch`.
+      params: weights; the gradient with respect to them is returned.
+      latent: initial latent of every fit, (*Z).
       coords: (..., d).
       targets: (B, ..., C). Group g holds the signals g, g + num_groups, ..., so that
-        each group is spread over devices as the batch is.
-      learning_rate: as in `fit_latent`; the gradient is taken in it too.
-      noise: (B, L) added to the fitted latents before the last loss, or None.
-      num_groups: a divisor of B.
-      **options: further keywords of `fit_latent`.
+        each group is distributed over the devices like the batch.
+      learning_rate: as in `fit_latent`; the gradient with respect to it is returned.
+      noise: (B, *Z), added to the fitted latents before the last loss, or None.
+      num_groups: number of groups, a divisor of B.
+      **options: other keywords of `fit_latent`.
 
     Returns:
-      Gradients in `params` and in `learning_rate`; the losses (B, S + 1).
+      (gradient in `params`, gradient in `learning_rate`), and losses (B, S + 1).
 
     Raises:
       ValueError: if `num_groups` does not divide B.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from functa import LatentModulatedSiren, coordinate_grid
+      >>> model = LatentModulatedSiren(width=8, depth=3, latent_dim=4)
+      >>> coords, latent = coordinate_grid((6, 5)), model.initial_latent()
+      >>> params = model.init(jax.random.key(0), coords, latent)["params"]
+      >>> (grads, rate_grads), info = meta_gradient(
+      ...     model.apply, params, latent, coords, jnp.zeros((2, 6, 5, 3)),
+      ...     learning_rate=jnp.full(4, 0.1), num_steps=3,
+      ... )
+      >>> jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
+      True
+      >>> rate_grads.shape, info.loss.shape
+      ((4,), (2, 4))
     """
     batch_size = len(targets)
     if num_groups < 1 or batch_size % num_groups:
@@ -270,8 +349,8 @@ def meta_gradient(
         )
 
     def start_from(params):
-        # Masks of a ReLU, say, have no gradient.
-        return _split_floats(evaluate(apply_fn, params, latent, coords))
+        # Integers and Booleans, such as the masks of a ReLU, have no gradient.
+        return _split_floats(field_vjp(apply_fn, params, latent, coords))
 
     def loss_fn(params, learning_rate, start, targets, noise):
         _, info = fit_batch(
@@ -309,7 +388,7 @@ def meta_gradient(
 
 
 def _split_floats(tree):
-    """A tree as two, of its floating-point leaves and of the others; else None."""
+    """Splits a tree into its floating-point leaves and its other leaves, else None."""
 
     def is_float(x):
         return jnp.issubdtype(x.dtype, jnp.floating)
@@ -319,6 +398,19 @@ def _split_floats(tree):
 
 
 def _join(floats, others):
+    """Inverse of `_split_floats`."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, floats, others, is_leaf=lambda x: x is None
     )
+
+
+def __getattr__(name):
+    # The old name of `field_vjp`, for one version.
+    if name == "evaluate":
+        warnings.warn(
+            "inner_loop.evaluate is now inner_loop.field_vjp.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return field_vjp
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.")

@@ -1,8 +1,8 @@
-"""Sine and cosine from one range reduction, for networks whose cost is their sines.
+"""Sine and cosine from one range reduction, for networks dominated by sines.
 
 `jnp.sin` on a CPU is several times slower than the matrix products of a SIREN, and
-every derivative of a sine layer evaluates it again. `sin` below computes sine and
-cosine together, and all its derivatives reuse the pair.
+every derivative of a sine layer evaluates it again. `sin` computes the sine and the
+cosine together, and its derivatives of any order reuse both.
 
 Method: Cody & Waite (1980) reduction by multiples of pi/2 in three parts, then one
 even and one odd polynomial on [-pi/4, pi/4].
@@ -19,9 +19,9 @@ _PI_2_LOW = 7.549789954891882e-8
 
 
 def sin(x: jax.Array) -> jax.Array:
-    """Sine of float32 values, exact to 2e-7 for |x| <= 1000.
+    """Computes the sine of float32 values, to within 2e-7 for |x| <= 1000.
 
-    Beyond that range the error grows in proportion to |x|; use `jnp.sin` there.
+    For larger |x| the error grows in proportion to |x|; use `jnp.sin` there.
 
     Args:
       x: float32, any shape, in radians.
@@ -34,11 +34,11 @@ def sin(x: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def sincos(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(sin(x), cos(x)) for |x| <= 1000; derivatives of any order reuse the pair."""
+    """Computes (sin(x), cos(x)) for |x| <= 1000; the derivatives reuse both."""
     quadrant = jnp.round(x * (2 / jnp.pi))
     r = ((x - quadrant * _PI_2_HIGH) - quadrant * _PI_2_MIDDLE) - quadrant * _PI_2_LOW
     z = r * r
-    # Near-minimax fits, weighted least squares on [0, (pi/4)^2]: 2e-9 and 1e-10.
+    # Weighted least-squares fits on [0, (pi/4)^2], with errors of 2e-9 and 1e-10.
     odd = r + r * z * (-0.1666665066 + z * (0.00833197839 + z * -0.000194956019))
     even = (1 - 0.5 * z) + z * z * (
         0.04166664686 + z * (-0.00138873672 + z * 2.44384155e-05)
@@ -49,7 +49,7 @@ def sincos(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     cosine = jnp.where(is_odd, odd, even)
     sine = jnp.where((quadrant & 2) == 0, sine, -sine)
     cosine = jnp.where(((quadrant + 1) & 2) == 0, cosine, -cosine)
-    # Without the barrier, fusion evaluates the polynomials again in every consumer.
+    # Without the barrier, XLA evaluates the polynomials again in every consumer.
     return jax.lax.optimization_barrier((sine, cosine))
 
 

@@ -1,16 +1,17 @@
-"""SIREN, and SIREN modulated by a latent: the networks of Functa.
+"""SIREN and modulated SIREN, the networks of Functa.
 
-Sources: Sitzmann et al. 2020 (arXiv 2006.09661) for the layer and its
-initialisation; Dupont et al. 2022 (arXiv 2201.12204) for the modulations. Details
-that the papers leave open follow google-deepmind/functa: a modulation acts after the
-linear map and before omega_0 and the sine; omega_0 is the same in every layer; the
-last layer has neither modulation nor sine, and 0.5 is added to its output.
+Sources: Sitzmann et al. 2020 (arXiv 2006.09661) for the layer and its initialization;
+Dupont et al. 2022 (arXiv 2201.12204) for the modulations. Details that the papers do
+not specify follow google-deepmind/functa: a modulation is applied after the linear map
+and before omega_0 and the sine; omega_0 is the same in every layer; the last layer has
+neither modulation nor sine, and 0.5 is added to its output.
 
 Axes: N points, d coordinates of a point, C channels, W width, L latent size,
 M modulations of all layers.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import chex
@@ -23,16 +24,26 @@ from functa import matmul, sine
 
 
 def coordinate_grid(shape: Sequence[int]) -> np.ndarray:
-    """Cell centres of a regular grid over [0, 1]^d, row-major, first axis first.
+    """Returns the cell centers of a regular grid over [0, 1]^d in row-major order.
 
     Args:
-      shape: cells along each of the d axes: (T,) sound, (H, W) image, (D, H, W) voxels.
+      shape: number of cells along each of the d axes: (T,) for sound, (H, W) for an
+        image, (D, H, W) for voxels.
 
     Returns:
-      float32, shape + (d,). For an image, [..., 0] is the row and [..., 1] the column.
+      float32 (*shape, d). For an image, [..., 0] is the row and [..., 1] the column.
+
+    Raises:
+      ValueError: if there is no axis, or if a size is less than 1.
+
+    Example:
+      >>> coordinate_grid((2, 4)).shape
+      (2, 4, 2)
+      >>> print(coordinate_grid((4,))[:, 0])
+      [0.125 0.375 0.625 0.875]
     """
     if len(shape) == 0 or min(shape) < 1:
-        raise ValueError(f"a grid needs positive sizes along each axis, got {shape}.")
+        raise ValueError(f"a grid needs axes of positive size, got {shape}.")
     axes = [(np.arange(n, dtype=np.float64) + 0.5) / n for n in shape]
     return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).astype(np.float32)
 
@@ -56,14 +67,15 @@ class Siren(nn.Module):
     """A SIREN: coords (..., d) -> values (..., C).
 
     Attributes:
-      width: W, units of each sine layer.
-      depth: number of linear layers: first, hidden ones, last; at least 2.
+      width: W, number of units of each sine layer.
+      depth: number of linear layers, the first and the last included; at least 2.
       out_channels: C.
       omega_0: frequency factor inside every sine.
-      fast_sine: polynomial sine (`functa.sine.sin`) in place of `jnp.sin`.
-      dtype: "float32" or "bfloat16", to which the operands of the hidden layers'
-        products are rounded in derivatives (`functa.matmul`). Values, sums, the first
-        and the last layer stay in float32, and so do all parameters.
+      fast_sine: use the polynomial sine (`functa.sine.sin`) instead of `jnp.sin`.
+      derivative_dtype: "float32" or "bfloat16". The derivatives of the hidden layers
+        round the operands of their matrix products to it (`functa.matmul`). Values,
+        sums, parameters, and the first and the last layer remain in float32.
+      dtype: deprecated name of `derivative_dtype`.
     """
 
     width: int
@@ -71,7 +83,12 @@ class Siren(nn.Module):
     out_channels: int = 3
     omega_0: float = 30.0
     fast_sine: bool = False
-    dtype: str = "float32"
+    derivative_dtype: str = "float32"
+    dtype: str | None = None
+
+    def __post_init__(self):
+        _rename_dtype(self)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, coords: jax.Array) -> jax.Array:
@@ -82,11 +99,12 @@ class ModulatedSiren(nn.Module):
     """A SIREN whose sine layers are scaled and shifted (FiLM) by a modulation vector.
 
     Layer i computes sin(omega_0 * (scale_i * (x W_i + b_i) + shift_i)). The modulation
-    (M,) is laid out layer by layer, each layer's scale (if any) before its shift.
+    (M,) holds one layer after the other; in a layer the scale (if any) comes first.
 
     Attributes:
-      width, depth, out_channels, omega_0, fast_sine, dtype: as in `Siren`.
-      modulate_scale, modulate_shift: which of the two are present; at least one.
+      width, depth, out_channels, omega_0, fast_sine, derivative_dtype: as in `Siren`.
+      modulate_scale, modulate_shift: whether there are scales and shifts; at least one
+        must be on.
     """
 
     width: int
@@ -96,15 +114,20 @@ class ModulatedSiren(nn.Module):
     modulate_scale: bool = False
     modulate_shift: bool = True
     fast_sine: bool = False
-    dtype: str = "float32"
+    derivative_dtype: str = "float32"
+    dtype: str | None = None
+
+    def __post_init__(self):
+        _rename_dtype(self)
+        super().__post_init__()
 
     @property
     def latent_shape(self) -> tuple[int]:
         return (num_modulations(self),)
 
     def initial_latent(self) -> jax.Array:
-        """The modulation (M,) under which this is a plain SIREN: scale 1, shift 0."""
-        num_modulations(self)  # checks the fields
+        """Returns scales of 1 and shifts of 0, (M,), which give a plain SIREN."""
+        num_modulations(self)  # Checks the fields.
         parts = [1.0] * self.modulate_scale + [0.0] * self.modulate_shift
         return jnp.tile(jnp.repeat(jnp.array(parts), self.width), self.depth - 1)
 
@@ -116,17 +139,25 @@ class ModulatedSiren(nn.Module):
 
 
 class LatentModulatedSiren(nn.Module):
-    """A SIREN modulated through a shared map of a latent vector; the model of Functa.
+    """A SIREN modulated by a latent vector, the network of Functa.
 
-    The map is linear, or an MLP with ReLU, from the latent (L,) to the modulation
-    (M,), M = (depth - 1) * W * (modulate_scale + modulate_shift). Laid out as in
-    `ModulatedSiren`; 1 is added to every scale: a zero output modulates nothing.
+    A linear map, or an MLP with ReLU, turns the latent (L,) into the modulation (M,),
+    M = (depth - 1) * W * (modulate_scale + modulate_shift). The order of the modulation
+    is that of `ModulatedSiren`. 1 is added to every scale, so a map that returns zeros
+    leaves the SIREN unmodulated.
 
     Attributes:
-      width, depth, out_channels, omega_0, fast_sine, dtype: as in `Siren`.
+      width, depth, out_channels, omega_0, fast_sine, derivative_dtype: as in `Siren`.
       latent_dim: L.
-      layer_sizes: hidden widths of the latent-to-modulation map; () is linear.
+      layer_sizes: hidden widths of the MLP; () is the linear map.
       modulate_scale, modulate_shift: as in `ModulatedSiren`.
+
+    Example:
+      >>> model = LatentModulatedSiren(width=8, depth=3, latent_dim=4)
+      >>> coords, latent = coordinate_grid((6, 5)), model.initial_latent()
+      >>> params = model.init(jax.random.key(0), coords, latent)["params"]
+      >>> model.apply({"params": params}, coords, latent).shape
+      (6, 5, 3)
     """
 
     width: int
@@ -138,14 +169,19 @@ class LatentModulatedSiren(nn.Module):
     modulate_scale: bool = False
     modulate_shift: bool = True
     fast_sine: bool = False
-    dtype: str = "float32"
+    derivative_dtype: str = "float32"
+    dtype: str | None = None
+
+    def __post_init__(self):
+        _rename_dtype(self)
+        super().__post_init__()
 
     @property
     def latent_shape(self) -> tuple[int]:
         return (self.latent_dim,)
 
     def initial_latent(self) -> jax.Array:
-        """Zeros (L,), where every inner loop starts unless told otherwise."""
+        """Returns zeros (L,), the usual start of the inner loop."""
         return jnp.zeros(self.latent_shape)
 
     @nn.compact
@@ -163,12 +199,12 @@ class LatentModulatedSiren(nn.Module):
 
 
 def num_modulations(model: ModulatedSiren | LatentModulatedSiren) -> int:
-    """M, the length of the modulation vector of all sine layers."""
+    """Returns M, the length of the modulation vector of all sine layers."""
     _check_sizes(model)
     parts = model.modulate_scale + model.modulate_shift
     if not parts:
         raise ValueError(
-            "modulate_scale and modulate_shift are both off: nothing is modulated."
+            "modulate_scale and modulate_shift are both off; set at least one."
         )
     return (model.depth - 1) * model.width * parts
 
@@ -176,9 +212,20 @@ def num_modulations(model: ModulatedSiren | LatentModulatedSiren) -> int:
 def _check_sizes(model):
     if model.depth < 2 or model.width < 1 or model.omega_0 <= 0:
         raise ValueError(
-            "a SIREN needs depth >= 2 (first and last layer), width >= 1 and omega_0 > "
-            f"0, got {model.depth}, {model.width} and {model.omega_0}."
+            "a SIREN needs depth >= 2, width >= 1 and omega_0 > 0, got "
+            f"{model.depth}, {model.width} and {model.omega_0}."
         )
+
+
+def _rename_dtype(model):
+    """Moves `dtype`, the old name, to `derivative_dtype`."""
+    if model.dtype is not None:
+        warnings.warn(
+            f"{type(model).__name__}.dtype is now derivative_dtype.",
+            DeprecationWarning,
+            stacklevel=4,
+        )
+        model.derivative_dtype, model.dtype = model.dtype, None
 
 
 class _LatentToModulation(nn.Module):
@@ -189,15 +236,15 @@ class _LatentToModulation(nn.Module):
         for i, size in enumerate(self.sizes):
             if i:
                 x = nn.relu(x)
-            # Haiku's hk.Linear default: a truncated normal without the variance
-            # correction that Flax's lecun_normal makes.
+            # The default of hk.Linear: a truncated normal without the variance
+            # correction of Flax's lecun_normal.
             init = nn.initializers.truncated_normal(1 / math.sqrt(x.shape[-1]))
             x = nn.Dense(size, kernel_init=init, name=f"linear_{i}")(x)
         return x
 
 
 def _split_modulation(model, modulation):
-    """Modulation (M,) -> per sine layer (scale (W,) or None, shift (W,) or None)."""
+    """Splits a modulation (M,) into (scale, shift) per layer, each (W,) or None."""
     layers = modulation.reshape(model.depth - 1, -1, model.width)
     return [
         (
@@ -209,17 +256,17 @@ def _split_modulation(model, modulation):
 
 
 def _siren(model, coords, modulations):
-    """The body shared by all three models; runs inside their compact `__call__`."""
+    """Applies the layers of all three models, inside their compact `__call__`."""
     _check_sizes(model)
     sin = sine.sin if model.fast_sine else jnp.sin
     init = siren_init(model.omega_0)
     x = coords
     for i, (scale, shift) in enumerate(modulations):
-        # Coordinates, like the output below, are not rounded: every digit is seen.
+        # Rounding coordinates or outputs would lower the quality visibly.
         x = _Linear(
             model.width,
             init if i else siren_first_init,
-            dtype=model.dtype if i else "float32",
+            dtype=model.derivative_dtype if i else "float32",
             name=f"layer_{i}",
         )(x)
         if scale is not None:
@@ -232,7 +279,7 @@ def _siren(model, coords, modulations):
 
 
 class _Linear(nn.Module):
-    """`nn.Dense`, by the products of `functa.matmul`; parameters named as there."""
+    """`nn.Dense` with `functa.matmul`; the parameters have the same names."""
 
     features: int
     kernel_init: nn.initializers.Initializer

@@ -52,7 +52,7 @@ def test_imported_run_is_evaluated_and_encoded(checkpoint, tmp_path):
     config.num_steps = 0
     summary = meta_learn.train_and_evaluate(config, tmp_path / "evaluation")
     # The inner loop by hand, on the images that the evaluation used.
-    from experiments import data
+    from experiments.common import data
 
     images = data.load("digits", "test")["image"][: config.eval.num_images]
     model = learner.model

@@ -18,7 +18,8 @@ CORE_DEPENDENCIES = {"jax", "flax", "optax", "chex", "numpy"}
 SHARED_BY_EXPERIMENTS = {"common", "configs", "networks", "training"}
 # Old names that warn and lead elsewhere, for one version.
 MOVED = {
-    *("functa.convert", "functa.product", "lbi.support", "lbi.lenet"),
+    *("functa.convert", "functa.pickled", "functa.product"),
+    *("lbi.support", "lbi.lenet"),
     *("landscape.vgg", "landscape.deep_linear", "landscape.convolution"),
 }
 # absl is missing here because chex and flax load it; the source check below forbids it.

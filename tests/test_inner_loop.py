@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from functa import inner_loop
 from functa.inner_loop import (
     fit_batch,
     fit_latent,
@@ -171,6 +172,108 @@ def test_scan_equals_unrolled_with_its_outer_gradient():
         rtol=1e-5,
         atol=1e-6,
     )
+
+
+GRID_RATES = {
+    "scalar": 0.3,
+    "per_entry": np.linspace(0.1, 0.9, 24).reshape(2, 3, 4),
+    "per_step": np.array([[0.1], [0.5], [0.3]]),
+    "per_step_and_channel": np.linspace(0.1, 0.8, 12).reshape(3, 4),
+    "per_step_and_entry": np.linspace(0.1, 0.8, 72).reshape(3, 2, 3, 4),
+}
+
+
+@unrolled_or_scanned
+@pytest.mark.parametrize("rates", GRID_RATES.values(), ids=GRID_RATES.keys())
+def test_grid_of_latents_matches_closed_form_with_its_outer_gradient(rates, unroll):
+    """The field (params + latent) is quadratic: each step contracts each error."""
+    rng = np.random.default_rng(0)
+    shape, num_signals, num_steps = (2, 3, 4), 2, 3
+    offset, start = rng.normal(size=(2, *shape))
+    targets = rng.normal(size=(num_signals, *shape))
+    noise = rng.normal(size=(num_signals, *shape))
+    size = offset.size
+    (grad, rate_grad), info = meta_gradient(
+        lambda variables, coords, latent: variables["params"] + latent,
+        jnp.float32(offset),
+        jnp.float32(start),
+        jnp.zeros(()),
+        jnp.float32(targets),
+        learning_rate=jnp.asarray(rates, jnp.float32),
+        noise=jnp.float32(noise),
+        num_steps=num_steps,
+        unroll=unroll,
+    )
+    per_step = rates
+    if np.shape(rates) in ((), shape):
+        per_step = np.broadcast_to(rates, (num_steps, *np.shape(rates)))
+    factors = [
+        1 - 2 / size * np.broadcast_to(per_step[step], shape)
+        for step in range(num_steps)
+    ]
+    error = offset + start - targets
+    expected = [np.mean(error**2, axis=(1, 2, 3))]
+    for factor in factors:
+        error = factor * error
+        expected.append(np.mean(error**2, axis=(1, 2, 3)))
+    contracted, error = error, error + noise
+    expected[-1] = np.mean(error**2, axis=(1, 2, 3))
+    np.testing.assert_allclose(info.mse, np.stack(expected, axis=1), rtol=1e-5)
+    # d loss / d offset = 2 error prod(factors) / size, averaged over the signals.
+    np.testing.assert_allclose(
+        grad, np.mean(2 * error * np.prod(factors, axis=0) / size, 0), atol=1e-6
+    )
+    # d error / d rate_s = -2 / size * contracted / factor_s.
+    by_step = np.stack(
+        [
+            np.mean(2 * error * -2 / size * contracted / factor / size, axis=0)
+            for factor in factors
+        ]
+    )
+    if np.shape(rates) == ():
+        by_rate = by_step.sum()
+    elif np.shape(rates) == shape:
+        by_rate = by_step.sum(0)
+    else:
+        axes = tuple(range(1, 1 + by_step.ndim - np.ndim(rates)))
+        by_rate = by_step.sum(axes)
+        if np.shape(rates)[1:] == (1,):
+            by_rate = by_rate.sum(-1, keepdims=True)
+    np.testing.assert_allclose(rate_grad, by_rate, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("rates_shape", [(4,), (3,), (3, 3), (3, 1, 2, 3, 4)])
+def test_rates_that_do_not_fit_the_latent_are_refused(rates_shape):
+    latent = jnp.zeros((2, 3, 4))
+    with pytest.raises(ValueError, match="learning_rate must have shape"):
+        fit_latent(
+            identity,
+            latent,
+            latent,
+            num_steps=3,
+            learning_rate=jnp.ones(rates_shape),
+        )
+
+
+def test_optimize_latent_fits_a_grid():
+    start, target = np.random.default_rng(0).normal(size=(2, 2, 3, 4))
+    fitted, info = optimize_latent(
+        identity,
+        jnp.float32(start),
+        jnp.float32(target),
+        optimizer=optax.sgd(3.0),
+        num_steps=2,
+    )
+    factor = 1 - 2 * 3.0 / 24
+    np.testing.assert_allclose(
+        fitted, target + factor**2 * (start - target), rtol=1e-5, atol=1e-6
+    )
+    chex.assert_shape(info.mse, (3,))
+
+
+def test_old_name_of_field_vjp_warns():
+    with pytest.warns(DeprecationWarning, match="field_vjp"):
+        assert inner_loop.evaluate is inner_loop.field_vjp
 
 
 def test_first_order_matches_closed_form():

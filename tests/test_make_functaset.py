@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import functa
 from experiments import make_functaset
@@ -101,6 +102,73 @@ def test_save_and_load_keep_everything(path, tmp_path):
     normalized = loaded.select("train").normalized()
     np.testing.assert_allclose(normalized.mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(normalized.std(0), 1, rtol=1e-4)
+
+
+def test_grids_of_latents_are_joined_saved_and_loaded(tmp_path):
+    rng = np.random.default_rng(0)
+    latent = rng.normal(2.0, 3.0, (7, 2, 3, 4)).astype(np.float32)
+    labels, psnr = np.arange(7, dtype=np.int32), rng.normal(size=7).astype(np.float32)
+    shards = []
+    for split, start, stop in (("train", 0, 3), ("train", 3, 5), ("test", 5, 7)):
+        shard = tmp_path / f"{start}.npz"
+        rows = slice(start, stop)
+        np.savez(shard, latent=latent[rows], label=labels[rows], psnr=psnr[rows])
+        shards.append((shard, split, stop - start))
+    path = tmp_path / "grids.npz"
+    encoding._join(path, shards, config={}, params_sha256="")
+    loaded = functa.load_functaset(path)
+    np.testing.assert_array_equal(loaded.latent, latent)
+    # One mean and deviation per channel, over training signals and positions.
+    train = np.float64(latent[:5]).reshape(-1, 4)
+    np.testing.assert_allclose(loaded.mean, train.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(loaded.std, train.std(0), rtol=1e-6)
+    test = loaded.select("test").normalized()
+    np.testing.assert_allclose(
+        test, (latent[5:] - train.mean(0)) / train.std(0), rtol=1e-4, atol=1e-5
+    )
+    functa.save_functaset(tmp_path / "copy.npz", loaded)
+    np.testing.assert_array_equal(
+        functa.load_functaset(tmp_path / "copy.npz").latent, latent
+    )
+
+
+class GridField(nn.Module):
+    """A latent grid (2, 3, 4): each channel's mean plus the coordinates' product."""
+
+    @nn.compact
+    def __call__(self, coords, latent):
+        scale = self.param("scale", nn.initializers.constant(0.5), (4,))
+        values = scale * latent.mean((0, 1))  # (4,)
+        return jnp.prod(coords, axis=-1, keepdims=True) + jnp.expand_dims(
+            values, range(coords.ndim - 1)
+        )
+
+
+def test_grids_of_latents_are_encoded_and_rendered():
+    images = np.random.default_rng(0).integers(0, 256, (3, 6, 5, 4), dtype=np.uint8)
+    latent = np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 3, 4)
+    params = {"scale": np.full(4, 0.5, np.float32)}
+    rate = np.float32(2.0)
+    latents, mse = encoding.fit_batch(
+        params,
+        latent,
+        rate,
+        functa.coordinate_grid((6, 5)),
+        images,
+        model=GridField(),
+        inner=(("num_steps", 1),),
+    )
+    product = np.prod(np.float64(functa.coordinate_grid((6, 5))), -1, keepdims=True)
+    before = product + 0.5 * latent.mean((0, 1)) - images / 255  # (B, H, W, C)
+    # All entries of a channel have one gradient: 2 sum(error) * 0.5 / (6 HWC).
+    grad = before.sum((1, 2)) / (6 * 120)
+    expected = latent - rate * grad[:, None, None, :]
+    np.testing.assert_allclose(latents, expected, rtol=1e-5, atol=1e-6)
+    rendered = functa.render(GridField(), params, latents, (6, 5), batch_size=2)
+    fields = product + 0.5 * expected.mean((1, 2))[:, None, None, :]
+    np.testing.assert_allclose(rendered, fields, rtol=1e-5, atol=1e-6)
+    after = np.mean((fields - images / 255) ** 2, axis=(1, 2, 3))
+    np.testing.assert_allclose(np.asarray(mse)[:, 1], after, rtol=1e-5)
 
 
 def test_two_sittings_write_the_same_file(tmp_path, monkeypatch, learner, dataset):
@@ -235,28 +303,30 @@ def test_reconstruct_at_any_resolution(path, learner):
 
 def test_reconstruct_refuses_other_weights(path, learner):
     other = jax.tree.map(lambda x: x + 1e-3, learner.params)
-    with pytest.raises(ValueError, match="not the ones that the latents were fitted"):
+    with pytest.raises(ValueError, match="fitted with other weights"):
         functa.reconstruct(functa.load_functaset(path), other, 8)
 
 
 def test_damaged_and_foreign_files_are_named(path, tmp_path):
     cut = tmp_path / "cut.npz"
     cut.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(ValueError, match="cut.npz is no readable .npz"):
+    with pytest.raises(ValueError, match="cut.npz is not a readable .npz"):
         functa.load_functaset(cut)
     np.savez(tmp_path / "foreign.npz", latent=np.zeros((2, 3)), label=np.zeros(2))
-    with pytest.raises(ValueError, match="no functaset: it lacks psnr, split, mean"):
+    with pytest.raises(ValueError, match="not a functaset: it lacks psnr, split, mean"):
         functa.load_functaset(tmp_path / "foreign.npz")
     pickled = np.array([{"a": 1}], dtype=object)
     np.savez(tmp_path / "pickle.npz", latent=pickled)
-    with pytest.raises(ValueError, match="pickle.npz is no readable"):
+    with pytest.raises(ValueError, match="pickle.npz is not a readable"):
         functa.load_functaset(tmp_path / "pickle.npz")
-    with pytest.raises(FileNotFoundError, match="no functaset .*absent"):
+    with pytest.raises(
+        FileNotFoundError, match="functaset .*absent.npz does not exist"
+    ):
         functa.load_functaset(tmp_path / "absent.npz")
     with np.load(path) as file:
         arrays = dict(file)
     np.savez(tmp_path / "short.npz", **arrays | {"label": arrays["label"][1:]})
-    with pytest.raises(ValueError, match="`label` should be"):
+    with pytest.raises(ValueError, match="`label` must have shape"):
         functa.load_functaset(tmp_path / "short.npz")
 
 

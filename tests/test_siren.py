@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from functa import functaset
 from functa.siren import (
     LatentModulatedSiren,
     ModulatedSiren,
@@ -232,7 +233,7 @@ def test_coordinate_grid_of_any_dimension(shape):
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (-2, 3)])
 def test_empty_grid_is_refused(shape):
-    with pytest.raises(ValueError, match="positive sizes"):
+    with pytest.raises(ValueError, match="axes of positive size"):
         coordinate_grid(shape)
 
 
@@ -306,7 +307,7 @@ def test_a_single_layer_is_refused(model):
     ids=lambda model: type(model).__name__,
 )
 def test_no_modulation_is_refused(model):
-    with pytest.raises(ValueError, match="nothing is modulated"):
+    with pytest.raises(ValueError, match="set at least one"):
         random_params(model, GRIDS["2d"])
 
 
@@ -323,3 +324,20 @@ def test_a_latent_of_the_wrong_shape_is_refused(model, wrong):
     params, coords = random_params(model, GRIDS["2d"])
     with pytest.raises(AssertionError, match="has shape"):
         model.apply({"params": params}, coords, jnp.zeros(wrong))
+
+
+@pytest.mark.parametrize("model_type", [Siren, ModulatedSiren, LatentModulatedSiren])
+def test_old_name_of_derivative_dtype_works(model_type):
+    sizes = {"width": 6, "depth": 3}
+    if model_type is LatentModulatedSiren:
+        sizes["latent_dim"] = 5
+    expected = model_type(**sizes, derivative_dtype="bfloat16")
+    with pytest.warns(DeprecationWarning, match="now derivative_dtype"):
+        assert model_type(**sizes, dtype="bfloat16") == expected
+    # Stored configs are loaded without a warning.
+    config = {"type": model_type.__name__, **sizes}
+    assert functaset.make_model(config | {"dtype": "bfloat16"}) == expected
+    assert functaset.make_model(config | {"dtype": None}) == model_type(**sizes)
+    both = {"dtype": "float32", "derivative_dtype": "bfloat16"}
+    with pytest.raises(ValueError, match="contradicts"):
+        functaset.make_model(config | both)

@@ -1,8 +1,10 @@
-"""Turns images into a functaset file: batched, in shards, resumable.
+"""Encodes images into a functaset file, in batches and shards.
 
-Latents are fitted batch by batch and written in shards of a fixed size, so that memory
-does not grow with the number of images and a killed run goes on at the shard where it
-stopped. The finished file is joined from the shards as a stream.
+Latents are fitted batch by batch and written in shards of a fixed size. Memory does not
+grow with the number of images, and a run that was stopped resumes at the first missing
+shard. At the end the shards are streamed into one file.
+
+The docstrings write the shape of one latent as (*Z).
 """
 
 import functools
@@ -28,13 +30,13 @@ SHARD_SIZE = 1000
 
 
 class Learner(NamedTuple):
-    """What a meta-learning run ends with, and all that encoding needs.
+    """The result of a meta-learning run, which encoding needs.
 
     Attributes:
       model_config: {"type": ..., **fields} of the model.
-      params: weights, on the host, as the latent and the rates are.
-      latent: start of the inner loop, (L,).
-      learning_rate: (), (L,), (S, 1) or (S, L).
+      params: weights. They, the latent and the rates are arrays on the host.
+      latent: initial latent of the inner loop, (*Z), of any shape.
+      learning_rate: (), (*Z) or (S, ...), as in `functa.fit_latent`.
       inner: keywords of `functa.fit_latent`: num_steps, l2_weight, unroll.
     """
 
@@ -57,19 +59,22 @@ def load_learner(workdir: str | Path) -> Learner:
     """
     config, state = runs.load_checkpoint(Path(workdir))
     if not {"weights", "latent"} <= state.keys():
-        raise ValueError(f"{workdir} is no run of meta_learn or import_functa.")
+        raise ValueError(f"{workdir} is not a run of meta_learn or import_functa.")
     return make_learner(config, state)
 
 
 def make_learner(config: ConfigDict, state: dict[str, Any]) -> Learner:
     """The learner within a training state {"weights", "average", "latent", ...}.
 
-    Training may have rounded in its gradients; what is measured and written
-    afterwards does not.
+    Gradients may have been rounded to bfloat16 in training. Encoding and evaluation use
+    float32.
     """
     weights = state.get("average") or state["weights"]
+    model_config = config.model.to_dict()
+    for name in ("dtype", "derivative_dtype"):  # The first is the old name.
+        model_config.pop(name, None)
     return Learner(
-        model_config=config.model.to_dict() | {"dtype": "float32"},
+        model_config=model_config,
         params=jax.device_get(weights["params"]),
         latent=np.asarray(state["latent"]),
         learning_rate=np.asarray(weights["learning_rate"]),
@@ -78,7 +83,7 @@ def make_learner(config: ConfigDict, state: dict[str, Any]) -> Learner:
 
 
 def fit_options(config: ConfigDict) -> dict[str, Any]:
-    """The keywords of `functa.fit_latent` that a run's config fixes for evaluation."""
+    """Returns the keywords of `functa.fit_latent` that a run's config specifies."""
     return {
         "num_steps": config.inner.num_steps,
         "l2_weight": config.inner.l2_weight,
@@ -94,18 +99,18 @@ def encode(
     Args:
       learner: weights and inner loop.
       images: uint8 (N, H, W, C).
-      batch_size: B, images fitted at once, rounded up to a multiple of the devices of
-        this process; the last batch is padded.
+      batch_size: B, number of images fitted at once, rounded up to a multiple of the
+        number of devices of this process. The last batch is padded.
 
     Yields:
-      latents (B, L) and mean squared errors (B, S + 1), fewer in the last batch.
+      latents (B, *Z) and mean squared errors (B, S + 1), fewer in the last batch.
     """
     batch_size += -batch_size % jax.local_device_count()
     coords = functa.coordinate_grid(images.shape[1:3])
     fixed = devices.replicate((*learner[1:4], coords), local=True)
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
-        # A batch of another size would compile again.
+        # A batch of another size would be compiled separately.
         padding = [(0, batch_size - len(batch))] + [(0, 0)] * 3
         latents, mse = fit_batch(
             *fixed,
@@ -116,7 +121,7 @@ def encode(
         yield np.asarray(latents)[: len(batch)], np.asarray(mse)[: len(batch)]
 
 
-# Not a closure made by each call of `encode`: every shard would compile it again.
+# A closure within `encode` would be compiled again for every shard.
 @functools.partial(jax.jit, static_argnames=("model", "inner"))
 def fit_batch(
     params: Any,
@@ -128,15 +133,15 @@ def fit_batch(
     model: nn.Module,
     inner: tuple[tuple[str, Any], ...],
 ) -> tuple[jax.Array, jax.Array]:
-    """One batch of `encode` on the device: uint8 images (B, H, W, C).
+    """Fits the latents of one batch of uint8 images (B, H, W, C) on the device.
 
     The first three arguments are those of a `Learner`; `inner` is the items of its
     `inner`, as static arguments must be hashable.
 
     Returns:
-      latents (B, L) and mean squared errors (B, S + 1).
+      latents (B, *Z) and mean squared errors (B, S + 1).
     """
-    # Reported PSNR is measured at full precision whatever the training used.
+    # Reported PSNR is measured at full precision, also if training used less.
     with jax.default_matmul_precision("highest"):
         latents, info = functa.fit_batch(
             model.apply,
@@ -164,19 +169,19 @@ def write_functaset(
 ) -> dict[str, Any]:
     """Encodes the splits of a data set into one functaset file.
 
-    Several processes share the work, shard by shard; the folder must be one that all of
-    them see.
+    Several processes share the work, shard by shard. All of them need access to the
+    folder.
 
     Args:
-      path: the .npz to write; shards lie in `<path>.parts` until it is done.
+      path: the .npz to write; its shards are kept in `<path>.parts` until the end.
       learner: weights and inner loop.
       dataset: {split: arrays of `data.load`}, written in this order.
-      config: recorded in the file beside the model and the inner loop.
-      batch_size: images fitted at once.
-      copies: how often the training split is encoded; copies after the first are
-        augmented: enlarged by a quarter, cropped at random, and
-      flip: mirrored at random.
-      seed: of the augmentation.
+      config: recorded in the file in addition to the model and the inner loop.
+      batch_size: number of images fitted at once.
+      copies: how often the training split is encoded. The copies after the first are
+        augmented by `augment`.
+      flip: whether the augmentation also mirrors images at random.
+      seed: seed of the augmentation.
       say: prints progress.
 
     Returns:
@@ -253,14 +258,14 @@ def write_functaset(
 
 
 def augment(key: jax.Array, images: np.ndarray, *, flip: bool) -> np.ndarray:
-    """Enlarges by a quarter, crops back at random, mirrors at random if `flip`.
+    """Enlarges images by a quarter, crops them at random and mirrors them if `flip`.
 
-    The augmentation of Spatial Functa (Bauer et al. 2023, arXiv 2302.03130).
+    This is the augmentation of Spatial Functa (Bauer et al. 2023, arXiv 2302.03130).
 
     Args:
       key: PRNG key.
       images: uint8 (N, H, W, C).
-      flip: whether an image may be mirrored; wrong for digits and letters.
+      flip: mirror half of the images; unsuitable for digits and letters.
 
     Returns:
       uint8 (N, H, W, C).
@@ -289,7 +294,7 @@ def _augment(key, images, *, flip):
 
 
 def _open_parts(parts, identity):
-    """Makes the folder of shards, or empties it if its shards are of something else."""
+    """Creates the folder of shards; deletes shards of a different data set or run."""
     record = parts / "identity.json"
     if record.exists() and files.read_json(record) != identity:
         shutil.rmtree(parts)
@@ -298,22 +303,24 @@ def _open_parts(parts, identity):
 
 
 def _join(path, shards, *, config, params_sha256):
-    """Streams the shards into one .npz; returns numbers about it."""
+    """Streams the shards into one .npz; returns its size and mean PSNR."""
     num = sum(size for *_, size in shards)
     with np.load(shards[0][0], allow_pickle=False) as shard:
-        latent_size = shard["latent"].shape[1]
-    total, squares, num_train = np.zeros(latent_size), np.zeros(latent_size), 0
+        latent_shape = shard["latent"].shape[1:]
+    # Over all axes but the last: the signals and, in a grid, the positions.
+    total = np.zeros(latent_shape[-1])
+    squares, count = np.zeros_like(total), 0
     psnr = {}
-    for file, split, size in shards:
+    for file, split, _ in shards:
         with np.load(file, allow_pickle=False) as shard:
             psnr.setdefault(split, []).append(shard["psnr"])
             if split == "train":
-                latent = np.float64(shard["latent"])
+                latent = np.float64(shard["latent"]).reshape(-1, len(total))
                 total += latent.sum(0)
                 squares += np.square(latent).sum(0)
-                num_train += size
-    mean = total / max(num_train, 1)
-    std = np.sqrt(np.maximum(squares / max(num_train, 1) - np.square(mean), 0))
+                count += len(latent)
+    mean = total / max(count, 1)
+    std = np.sqrt(np.maximum(squares / max(count, 1) - np.square(mean), 0))
     whole = {
         "mean": np.float32(mean),
         "std": np.float32(std),
@@ -332,7 +339,7 @@ def _join(path, shards, *, config, params_sha256):
     def write(file):
         with zipfile.ZipFile(file, "w") as archive:
             for name, dtype, shape in (
-                ("latent", "<f4", (num, latent_size)),
+                ("latent", "<f4", (num, *latent_shape)),
                 ("label", "<i4", (num,)),
                 ("psnr", "<f4", (num,)),
                 ("split", "<U5", (num,)),
