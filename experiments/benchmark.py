@@ -170,10 +170,18 @@ def _product(*, size, dtype, num_steps):
 
 
 def _meta_step(
-    *, variant, batch_size, image_size, channels, points_per_group, num_steps, **model
+    *,
+    variant,
+    batch_size,
+    image_size,
+    channels,
+    points_per_group,
+    num_steps,
+    dtype,
+    **model,
 ):
     config = meta_learn_configs.get_config(variant)
-    config.model.update(model, out_channels=channels)
+    config.model.update(model, out_channels=channels, derivative_dtype=dtype)
     config.inner.num_steps = num_steps
     config.points_per_group = points_per_group
     network = functa.make_model(config.model.to_dict())
@@ -204,7 +212,7 @@ def _meta_step(
         unit="images",
         units=batch_size,
         flops=2 * multiply_adds * count_meta_passes(num_steps, batch_size),
-        dtype=model["dtype"],
+        dtype=dtype,
         # Its images are 32x32 and RGB, its inner steps three.
         peer=("torch_functa.py", name)
         if (image_size, channels, num_steps) == (32, 3, 3)

@@ -34,7 +34,7 @@ def import_checkpoint(path: Path, workdir: Path) -> dict[str, Any]:
     model = {
         field.name: getattr(imported.model, field.name)
         for field in dataclasses.fields(imported.model)
-        if field.name not in ("parent", "name")
+        if field.name not in ("parent", "name", "dtype")
     }
     config = ConfigDict(
         {

@@ -44,8 +44,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def _adopt(config, learner):
     """Takes the model and the inner loop from the run that training starts from."""
-    dtype = config.model.dtype
-    config.model = ConfigDict(learner.model_config | {"dtype": dtype})
+    dtype = {"derivative_dtype": config.model.derivative_dtype}
+    config.model = ConfigDict(learner.model_config | dtype)
     for name, value in learner.inner.items():
         config.inner[name] = value
 

@@ -12,7 +12,7 @@ A number in prose is a marker, `<!--= FOLDER KEY FORMAT -->value<!--/-->`:
 * FORMAT is `d`, `.Nf` or `.Ng`, with a prefix for the unit: `%` times 100, `min`
   seconds to minutes, `M` millions.
 
-The tables, and the published numbers in them, are in `experiments/results_tables.py`.
+The tables, and the published numbers in them, are in `experiments/common/results_tables.py`.
 """
 
 import argparse
@@ -24,8 +24,8 @@ import tomllib
 from pathlib import Path
 
 from experiments.common import files
+from experiments.common.results_tables import BENCHMARKS, PAGES, PLANNED, README_ROWS
 from experiments.common.upgrade import FILLED, flatten, upgrade
-from experiments.results_tables import BENCHMARKS, PAGES, PLANNED, README_ROWS
 
 ROOT = Path(__file__).parents[1]
 MARKER = re.compile(r"<!--= (\S+) (\S+) (\S+) -->(.*?)<!--/-->", re.S)

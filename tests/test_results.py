@@ -152,7 +152,7 @@ def test_upgrade_renames_adds_and_removes():
     assert new == {
         "experiment": "meta_learn",
         "seeds": [2],
-        "model": {"dtype": "float32"},
+        "model": {"derivative_dtype": "float32"},
     }
     assert old["seed"] == 2
     # A field that meant something else then stays, and so is seen to differ.

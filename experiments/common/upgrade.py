@@ -15,6 +15,10 @@ def _one_seed(seed):
     return [seed]
 
 
+def _same(value):
+    return value
+
+
 def _constant(schedule):
     """A schedule [[0, value]] of one entry is its value."""
     if isinstance(schedule, list) and len(schedule) == 1:
@@ -33,7 +37,7 @@ _SEED = {"seed": ("seeds", _one_seed)}
 
 # command: {old field: (new field, function of the value)}.
 RENAMED: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
-    "meta_learn": _SEED,
+    "meta_learn": {**_SEED, "model.dtype": ("model.derivative_dtype", _same)},
     "classify_functa": _SEED,
     "fit_image": _SEED,
     "train_vit": {**_SEED, "patch_dropout": ("patch_dropout", _constant)},
@@ -46,7 +50,7 @@ RENAMED: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
 # command: {field: the value that means what was done before, or a function of the
 # stored configuration that gives it}.
 ADDED: dict[str, dict[str, Any]] = {
-    "meta_learn": {"model.dtype": "float32"},
+    "meta_learn": {"model.derivative_dtype": "float32"},
     "train_vit": {"stages": []},
     "prune_vit": {
         "timing.gradient_batch_size": _gradient_batch_size,
@@ -92,7 +96,7 @@ def upgrade(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 def upgrade_override(command: str, name: str, value: Any) -> tuple[str, Any]:
     """Today's name and value of an override that a recorded command gave."""
-    unchanged = name, lambda value: value
+    unchanged = name, _same
     new, function = RENAMED.get(command, {}).get(name, unchanged)
     return new, function(value)
 

@@ -38,7 +38,7 @@ BASE = {
         "modulate_scale": False,
         "modulate_shift": True,
         "fast_sine": True,
-        "dtype": "float32",
+        "derivative_dtype": "float32",
         "out_channels": settings.Optional(int),
     },
     "inner": {
