@@ -16,7 +16,7 @@ import optax
 from ml_collections import ConfigDict
 
 import functa
-from experiments.common import data, devices, figures, files, launch, settings
+from experiments.common import data, figures, files, launch, settings
 from experiments.common.sweep import sweep
 from experiments.configs import meta_learn as configs
 from experiments.training import encoding, meta
@@ -71,7 +71,6 @@ def _complete_config(config, shape):
         )
     if not callable(getattr(optax, config.eval.optimizer, None)):
         raise ValueError(f"optax has no optimizer {config.eval.optimizer!r}.")
-    devices.check_divisible(config.batch_size)
 
 
 def _evaluate(run, learner, dataset):

@@ -12,7 +12,8 @@ A number in prose is a marker, `<!--= FOLDER KEY FORMAT -->value<!--/-->`:
 * FORMAT is `d`, `.Nf` or `.Ng`, with a prefix for the unit: `%` times 100, `min`
   seconds to minutes, `M` millions.
 
-The tables, and the published numbers in them, are in `experiments/common/results_tables.py`.
+The tables, and the published numbers in them, are in
+`experiments/common/results_tables.py`.
 """
 
 import argparse

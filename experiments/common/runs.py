@@ -56,11 +56,13 @@ class Run:
         self._tensorboard = None
         stored = self.workdir / "config.json"
         ours = json.loads(config.to_json_best_effort())
-        if stored.exists():
+        if stored.exists() and self._has_results():
             _check_same_config(
                 upgrade(files.read_json(stored)), upgrade(ours), self.workdir
             )
         else:
+            # Where nothing was done yet, a corrected configuration is welcome.
+            (self.workdir / "inputs.json").unlink(missing_ok=True)
             files.write_json(stored, ours)
         self._check_inputs(inputs or {})
         if (self.workdir / "summary.json").exists():
@@ -182,6 +184,16 @@ class Run:
             self._checkpointer.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+    def _has_results(self):
+        """Whether the folder holds more than the start of a run."""
+        start = {"config.json", "environment.json", "inputs.json"}
+        for path in self.workdir.iterdir():
+            if path.name in start or path.name.startswith("."):
+                continue
+            if any(path.iterdir()) if path.is_dir() else path.stat().st_size:
+                return True
+        return False
 
     def _check_inputs(self, inputs):
         """Remembers what the run was begun with, and refuses anything else later."""

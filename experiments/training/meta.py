@@ -166,6 +166,7 @@ def train(
     """
     config = run.config
     num_steps = config.num_steps
+    devices.check_divisible(config.batch_size)
     optimizer = make_optimizer(config)
     update = make_update(config, model, optimizer)
     key = jax.random.key(config.seeds[0] + 1)
