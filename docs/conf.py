@@ -12,12 +12,12 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 
+import functa  # noqa: E402
+
 project = "functa-jax"
 author = "The functa-jax developers"
 copyright = author
-version = release = re.search(
-    r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M
-)[1]
+version = release = functa.__version__
 
 extensions = [
     "myst_parser",
