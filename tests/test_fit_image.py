@@ -189,7 +189,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG but nothing more")
     config = tiny_config(image=str(broken))
-    with pytest.raises(ValueError, match="broken.png is no readable image"):
+    with pytest.raises(ValueError, match="broken.png is not a readable image"):
         fit_image.train_and_evaluate(config, tmp_path / "run")
     config = tiny_config(image=str(tmp_path / "none.png"))
     with pytest.raises(FileNotFoundError, match="no image file .*none.png"):
