@@ -166,7 +166,7 @@ def test_check_finite_names_the_step():
         ("--config.num_steps=many", "many"),
         ("--confg=x", "Unknown command line flag 'confg'"),
         ("--config=absent.py", "absent.py"),
-        ("stray", "no option takes: stray"),
+        ("stray", "unexpected arguments: stray"),
         ("--config.dataset.name=folder", "needs a directory"),
         ("--config.model.width=0", "width >= 1"),
         ("--process_id=1", "need --multihost"),
