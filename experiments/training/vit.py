@@ -44,7 +44,7 @@ def load_images(config: ConfigDict) -> Images:
     """Loads config.dataset; mean and std are 0.5 if config.normalisation is "google".
 
     Raises:
-      ValueError: if the normalization is neither google nor dataset.
+      ValueError: if config.normalisation is not google or dataset.
     """
     settings = ConfigDict(config)
     # Images are resized on the device if necessary.
@@ -64,7 +64,7 @@ def parse_dtype(name: str) -> Any:
     """The compute dtype with this name.
 
     Raises:
-      ValueError: if it is neither float32 nor bfloat16.
+      ValueError: if it is not float32 or bfloat16.
     """
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {name!r} is neither float32 nor bfloat16.")
