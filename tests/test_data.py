@@ -1,4 +1,4 @@
-"""experiments.data: every source gives the same kind of arrays, or one clear error."""
+"""experiments.common.data: arrays of all sources, and one error for each mistake."""
 
 import numpy as np
 import pytest
