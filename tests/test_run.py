@@ -168,7 +168,7 @@ def test_check_finite_names_the_step():
         ("--config=absent.py", "absent.py"),
         ("stray", "unexpected arguments: stray"),
         ("--config.dataset.name=folder", "needs a directory"),
-        ("--config.model.width=0", "width >= 1"),
+        ("--config.model.width=0", "model.width must be at least 1"),
         ("--process_id=1", "need --multihost"),
         ("--multihost", "coordinator_address"),
     ],
