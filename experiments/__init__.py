@@ -1,1 +1,1 @@
-"""Commands: everything that touches files, data sets, devices and plots."""
+"""Commands: all code that uses files, data sets, devices and plots."""

@@ -1,7 +1,6 @@
 """Lists the commands: python -m experiments.
 
-The list is read from the source files, without importing them, so that it appears
-at once.
+The list is read from the source files without importing them, because imports are slow.
 """
 
 import ast
@@ -10,7 +9,7 @@ from pathlib import Path
 
 
 def list_commands() -> dict[str, str]:
-    """Name of each command and the first line of its docstring."""
+    """Maps each command to the first line of its docstring."""
     commands = {}
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -19,7 +18,7 @@ def list_commands() -> dict[str, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the list, or one line on arguments; returns the exit status."""
+    """Prints the list, or one line about bad arguments; returns the exit status."""
     commands = list_commands()
     if arguments and arguments[0] in commands:
         name = arguments[0]

@@ -1,16 +1,17 @@
-"""Times every hot path of the project in one run, side by side.
+"""Measures the time and memory of every hot path of the project in one run.
 
     python -m experiments.benchmark --config=experiments/configs/benchmark.py:all
 
-The paths take turns, round after round, so that whatever else the machine does meets
-all of them; medians over the rounds count. Square matrix products take their turns too:
-their best is what the machine can do, and each path's arithmetic is set against it.
-With --config.peers the programs of that folder, the same work in torch, run in between.
+The paths take turns in each round, so that other load on the machine affects all of
+them. Medians over the rounds are reported. Square matrix products also take turns.
+Their best rate is the ceiling of the machine, and the rate of each path is given
+relative to it. With --config.peers the programs of that folder, which do the same work
+in torch, run between the rounds.
 
-Arithmetic is counted in closed form, two operations for a multiply-add of the matrix
-products and nothing for the rest: XLA counts the body of a loop once, and so misses
-most of it. A convolution counts as defined, so that one which needs fewer products
-(Winograd's) may come to more than the ceiling.
+Operations are counted in closed form: two for each multiply-add of a matrix product,
+and none for anything else. XLA's own count is not used, because it counts the body of a
+loop only once. A convolution is counted by its definition. An algorithm with fewer
+products (Winograd's) can therefore exceed the ceiling.
 """
 
 import contextlib
@@ -45,24 +46,24 @@ from experiments.training import vit as vit_training
 from landscape import probes
 
 _NUM_CLASSES = 10
-# The paths whose best is the ceiling of all others of their dtype.
+# The paths whose best rate is the ceiling of all paths of the same dtype.
 _CEILINGS = {dtype: f"product_{dtype}" for dtype in ("float32", "bfloat16")}
 
 
 class HotPath(NamedTuple):
-    """What is timed: one jitted call that does `num_steps` steps.
+    """A jitted call of `num_steps` steps that is timed.
 
     Attributes:
       step: (state, *inputs) -> (state, outputs), traceable.
-      state: before the first call; its buffers are given away.
-      inputs: the same for every call.
-      unit: what is counted: "images", ...
-      units: how many of them a step does.
-      flops: floating-point operations of a step's matrix products.
-      num_steps: of a call.
-      dtype: that most of them are multiplied in.
-      peer: (program, name of its measurement) of the same work elsewhere, or None.
-      further: numbers for the summary that take no time to measure.
+      state: the state before the first call; its buffers are donated.
+      inputs: the other arguments, the same for every call.
+      unit: name of the counted items, such as "images".
+      units: number of these items per step.
+      flops: floating-point operations of the matrix products of a step.
+      num_steps: steps per call.
+      dtype: dtype of most of the matrix products.
+      peer: (program, name of its measurement) that does the same work, or None.
+      further: additional numbers for the summary.
     """
 
     step: Callable[..., tuple[Any, Any]]
@@ -102,7 +103,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             summary[name] |= _rates(path, times[name], ceilings[path.dtype])
             reference = config.sizes[name].get("reference")
             if reference in paths:
-                # Of the same round: what slows the machine down slows both.
+                # Ratios within a round: other load on the machine affects both.
                 ratios = np.divide(times[name], times[reference])
                 summary[name] |= {
                     "reference": reference,
@@ -133,24 +134,25 @@ def count_siren(
 ) -> int:
     """Multiply-adds of one forward pass of a SIREN over an image.
 
-    Those of the linear map from the latent to the shifts are once for the image.
+    The linear map from the latent to the shifts is counted once per image.
     """
     per_point = 2 * width + (depth - 2) * width**2 + width * channels
     return num_points * per_point + latent_dim * (depth - 1) * width
 
 
 def count_meta_passes(num_steps: int, batch_size: int) -> int:
-    """Forward passes that a second-order meta-step is worth, all products alike.
+    """Cost of a second-order meta-step, in forward passes of one image.
 
-    For an image 2 S + 1 passes come first: forward and backward of each inner step,
-    then the last loss. In reverse each has two products, in its activations and in its
-    weights: 3 (2 S + 1). The first forward pass and its reverse are all images'.
+    Each image has 2 S + 1 passes: forward and backward of each inner step, then the
+    last loss. Differentiating a pass takes two products, one for its activations and
+    one for its weights: 3 (2 S + 1) in all. The first forward pass and its derivative
+    are shared by all images.
     """
     return 6 * num_steps * batch_size + 3
 
 
 def make_path(config: ConfigDict, name: str) -> HotPath:
-    """The path that config.sizes describes under this name."""
+    """Makes the path `name` of config.sizes."""
     sizes = config.sizes[name].to_dict()
     sizes.pop("reference", None)
     return _KINDS[sizes.pop("kind")](**sizes)
@@ -213,7 +215,7 @@ def _meta_step(
         units=batch_size,
         flops=2 * multiply_adds * count_meta_passes(num_steps, batch_size),
         dtype=dtype,
-        # Its images are 32x32 and RGB, its inner steps three.
+        # The peer has 32x32 RGB images and three inner steps.
         peer=("torch_functa.py", name)
         if (image_size, channels, num_steps) == (32, 3, 3)
         else None,
@@ -244,8 +246,8 @@ def _encode(*, variant, batch_size, image_size, **model):
         num_points=image_size**2,
         latent_dim=network.latent_dim,
     )
-    # Forward and backward to the latent in each step, forward for the last error; the
-    # first forward pass is all images'.
+    # Each step has a forward pass and a backward pass to the latent; the last error has
+    # a forward pass. The first forward pass is shared by all images.
     passes = 2 * config.inner.num_steps * batch_size + 1
     return HotPath(
         step,
@@ -291,11 +293,11 @@ def _train(*, variant, method, batch_size, num_steps):
     channels = 1 if config.model.type == "LeNet" else 3
     images = _labelled_images(batch_size * num_steps, config.image_size, channels)
     model = registry.make_model(config.model.to_dict(), _NUM_CLASSES)
-    # Copies: the state's buffers are given away.
+    # Copies: the buffers of the state are donated.
     variables = jax.tree.map(jnp.copy, _init(model, images.train[0].shape[1:]))
     optimizer = optax.sgd(0.01)  # the peer's
     if method != "sgd":
-        # A run of 20 epochs of 60,000 images, as far as schedules go.
+        # The schedules are those of a run of 20 epochs of 60,000 images.
         config.methods = (method,)
         optimizer = lbi_training.make_optimizer(
             config, variables["params"], 20 * 60_000 // batch_size
@@ -351,7 +353,7 @@ def _vit_forward(*, variant, batch_size, ratio, **model):
 
 
 def _probe(*, variant, batch_size, num_step_sizes, **model):
-    """A gradient, or with step sizes the profile along it."""
+    """A gradient, or with step sizes the loss profile along the gradient."""
     config = probe_landscape_configs.get_config(variant)
     fields = config.model.to_dict() | {"batch_norm": True, **model}
     model = registry.make_model(fields, _NUM_CLASSES)
@@ -396,7 +398,7 @@ _KINDS = {
 
 @functools.cache
 def _init(model, shape):
-    """Variables of a network, made once for all paths that have the same."""
+    """Variables of a network, made once for all paths that share it."""
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *shape)))
     return {"batch_stats": {}, **variables}
 
@@ -414,7 +416,7 @@ def _labelled_images(count, side, channels):
 
 
 def _count_gradient(model, variables, images, batch_size):
-    """A pass forward and one back in the activations and in the weights."""
+    """Forward pass, and backward pass to the activations and to the weights."""
     shape = images.train[0].shape[1:]
     multiply_adds = registry.count_multiply_adds(model, variables, shape)
     return 2 * 3 * multiply_adds * batch_size
@@ -426,7 +428,7 @@ def _num_bytes(tree):
 
 @contextlib.contextmanager
 def _nothing_kept():
-    """Compiles anew whatever an earlier run has left: the time is wanted."""
+    """Disables the compilation cache, so that compile times are measured."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -436,7 +438,7 @@ def _nothing_kept():
 
 
 def _compile(path):
-    """The compiled call, and what compiling says: its time and the memory needed."""
+    """Compiles the call; also returns the compile time and the memory needed."""
     outputs = (devices.replicated(), None)
     function = jax.jit(path.step, donate_argnums=0, out_shardings=outputs)
     started = time.perf_counter()
@@ -447,18 +449,18 @@ def _compile(path):
         memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
         + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes  # outputs that take an argument's place
+        - memory.alias_size_in_bytes  # outputs in the buffers of donated arguments
     )
     return compiled, {"compile_seconds": seconds, "mebibytes": num_bytes / 2**20}
 
 
 def _take_turns(run, paths, compiled, programs):
-    """Seconds of a step of each path, and images per second of the peers, by round."""
+    """Per round: seconds per step of each path, images per second of each peer."""
     config = run.config
     states = {name: path.state for name, path in paths.items()}
 
     def call(name, at_least):
-        """Calls for that long, once at least; returns the seconds of a step."""
+        """Repeats the call for `at_least` seconds; returns the seconds per step."""
         path, calls = paths[name], 0
         started = time.perf_counter()
         while calls == 0 or time.perf_counter() - started < at_least:
@@ -485,7 +487,7 @@ def _take_turns(run, paths, compiled, programs):
 
 
 def _rates(path, times, ceiling):
-    """The numbers of a path from the seconds of a step in each round."""
+    """The summary of a path from its seconds per step in each round."""
     low, seconds, high = np.quantile(times, (0.25, 0.5, 0.75))
     return {
         "milliseconds": 1000 * seconds,
@@ -501,7 +503,7 @@ def _rates(path, times, ceiling):
 
 
 def _make_table(summary):
-    """The paths as a table in Markdown."""
+    """The results as a Markdown table."""
     with_peers = any("over_peer" in row for row in summary.values())
     columns = ["path", "ms (quartiles)", "per second", "GFLOP/s", "share of products"]
     columns += ["MiB", "compile s", "time (arithmetic) over"]
@@ -529,7 +531,7 @@ def _make_table(summary):
 
 
 def _draw_axes(run, summary):
-    """Writes what grows along each axis, and draws it."""
+    """Writes the measurements along each axis, and draws them."""
     arrays = {}
     for axis, values in run.config.axes.items():
         rows = [summary[f"{axis}_{value}"] for value in values]
@@ -541,10 +543,10 @@ def _draw_axes(run, summary):
 
 
 def run_peer(config: ConfigDict, program: str) -> dict[str, float]:
-    """Runs a program of config.peers; {name: images per second}.
+    """Runs a program of config.peers; returns {name: images per second}.
 
     Raises:
-      ValueError: if it fails, or prints what cannot be read.
+      ValueError: if it fails, or if its output cannot be parsed.
     """
     path = Path(config.peers) / program
     python = config.peer_python or sys.executable
@@ -557,19 +559,19 @@ def run_peer(config: ConfigDict, program: str) -> dict[str, float]:
         raise ValueError(f"{path} failed under {python}: {last}")
     rates = PEERS[program](done.stdout)
     if not rates:
-        raise ValueError(f"no time can be read from what {path} prints.")
+        raise ValueError(f"the output of {path} contains no times.")
     return rates
 
 
 def read_torch_functa(text: str) -> dict[str, float]:
-    """From "torch width=256 depth=5 latent=256 B=16: step 1.639s 9.8 img/s" lines."""
+    """Parses lines "torch width=256 depth=5 latent=256 B=16: step 1.639s 9.8 img/s"."""
     pattern = r"torch (width=\d+ depth=\d+ latent=\d+ B=(\d+)): step (\d+\.\d+)s"
     found = re.findall(pattern, text)
     return {name: int(b) / float(s) for name, b, s in found if float(s)}
 
 
 def read_torch_vgg(text: str) -> dict[str, float]:
-    """From "torch 0.58 torch 0.57 ...", seconds of steps; the first warms up."""
+    """Parses "torch 0.58 torch 0.57 ...", seconds per step; drops the warm-up."""
     seconds = [float(s) for s in re.findall(r"torch (\d+\.\d+)", text)][1:]
     return {"B=128": 128 / np.median(seconds)} if any(seconds) else {}
 
@@ -578,7 +580,7 @@ PEERS = {"torch_functa.py": read_torch_functa, "torch_vgg.py": read_torch_vgg}
 
 
 def _check_paths(config):
-    """The names of all paths, those of the ceilings first."""
+    """Names of all paths, those of the ceilings first."""
     if config.peers is not None:
         for program in PEERS:
             if not (Path(config.peers) / program).is_file():
@@ -593,7 +595,8 @@ def _check_paths(config):
         sizes = config.sizes[name]
         if sizes.kind not in _KINDS:
             raise ValueError(
-                f"sizes.{name}.kind {sizes.kind!r} is none of {', '.join(_KINDS)}."
+                f"sizes.{name}.kind must be one of {', '.join(_KINDS)}; got "
+                f"{sizes.kind!r}."
             )
         for field, value in sizes.items():
             smallest = field not in ("points_per_group", "num_step_sizes")

@@ -1,11 +1,11 @@
-"""Trains an MLP that tells the class of an image from its latent.
+"""Trains an MLP that classifies images by their latents.
 
     python -m experiments.classify_functa \
         --config=experiments/configs/classify_functa.py:digits
 
-The functaset lies on the device as a whole, and an epoch is one call. Candidate
-settings are trained side by side; a validation part of the training split chooses one
-of them and its epoch, and the test split is looked at once, with that one.
+The whole functaset is on the device, and an epoch is one call. All candidate settings
+are trained at once. A validation part of the training split selects a candidate and an
+epoch, and only this one is evaluated on the test split.
 """
 
 import functools
@@ -36,10 +36,10 @@ class TrainState:
 
     Attributes:
       params: weights.
-      opt_state: of the optimizer.
+      opt_state: state of the optimizer.
       average: exponential moving average of `params`.
-      best: {"params", "accuracy", "epoch"}: the average of the epoch that was best on
-        the validation part; of the last one if there is none.
+      best: {"params", "accuracy", "epoch"}: the average after the epoch with the best
+        validation accuracy; without a validation part, after the last epoch.
     """
 
     params: Any
@@ -73,14 +73,14 @@ def make_candidates(config: ConfigDict) -> dict[str, np.ndarray]:
     """All combinations of config.candidates: {name: (num_candidates,)}.
 
     Raises:
-      ValueError: if there are several and no validation part to choose one by, or if
-        the activation is unknown.
+      ValueError: if there are several candidates but no validation part, or if the
+        activation is unknown.
     """
     values = config.candidates.to_dict()
     combinations = np.array(list(itertools.product(*values.values())))
     if not config.validation_fraction and len(combinations) > 1:
         raise ValueError(
-            f"choosing one of {len(combinations)} candidates needs a validation part: "
+            f"selecting one of {len(combinations)} candidates needs a validation part: "
             "set validation_fraction."
         )
     if not callable(getattr(nn, config.model.activation, None)):
@@ -89,16 +89,16 @@ def make_candidates(config: ConfigDict) -> dict[str, np.ndarray]:
 
 
 def load_splits(config: ConfigDict, seed: int = 0) -> tuple[str, Splits]:
-    """The digest of the weights behind a functaset, and its parts.
+    """Reads a functaset: the digest of the weights that made it, and its parts.
 
     The parts are latents and labels of `train`, `validation` (if any) and `test`.
 
-    The validation part is a fixed random choice of images of the training split.
-    Training sees none of their augmented copies either.
+    The validation part is a fixed random choice of images of the training split. Their
+    augmented copies are not used for training.
 
     Raises:
-      FileNotFoundError: if there is no such functaset.
-      ValueError: if it is damaged or gives nothing to classify.
+      FileNotFoundError: if the functaset does not exist.
+      ValueError: if it is damaged, or if it has no test split, labels or classes.
     """
     path = config.functaset.replace("{seed}", str(seed))
     if not Path(path).exists():
@@ -121,11 +121,11 @@ def load_splits(config: ConfigDict, seed: int = 0) -> tuple[str, Splits]:
         raise ValueError(
             f"{path}: {len(train.label)} training signals are not {copies} copies."
         )
-    # Not of the seed: runs of several seeds are compared on the same images.
+    # Independent of the seed: runs of several seeds are compared on the same images.
     order = np.random.default_rng(0).permutation(num_images)
     num_validation = round(config.validation_fraction * num_images)
     held_out, kept = order[:num_validation], np.sort(order[num_validation:])
-    # Rows are ordered copy by copy, each copy in the order of the images.
+    # The rows are ordered by copy, and within a copy by image.
     rows = {"train": (np.arange(copies)[:, None] * num_images + kept).ravel()}
     if num_validation:
         rows["validation"] = np.sort(held_out)
@@ -163,12 +163,12 @@ def init_state(
     first = {name: values[0] for name, values in candidates.items()}
     best = {"params": params, "accuracy": jnp.array(-1.0), "epoch": jnp.array(0)}
     opt_state = _make_optimizer(config, first, num_steps=1).init(params)
-    # Each its own copy: the buffers of the state are donated.
+    # Separate copies: the buffers of the state are donated.
     return TrainState(stack(params), stack(opt_state), stack(params), stack(best))
 
 
 def _make_optimizer(config, settings, *, num_steps):
-    """Adam with the rate and weight decay of one candidate, which may be traced."""
+    """Adam with the learning rate and weight decay of a candidate (may be traced)."""
     rate, decay = settings["learning_rate"], settings["weight_decay"]
     if config.schedule == "cosine":
         cosine = optax.cosine_decay_schedule(1.0, num_steps)
@@ -193,8 +193,8 @@ def make_epoch(
 ):
     """The jitted epoch: (state, latents (N, L), labels (N,), key) -> state, losses.
 
-    An epoch is shuffled and drops the remainder that does not fill a batch; losses are
-    the means over it, (num_candidates,).
+    An epoch is shuffled, and a remainder that does not fill a batch is dropped. The
+    losses are means over the epoch, (num_candidates,).
     """
     num_steps = num_examples // config.batch_size
     num_candidates = len(candidates["learning_rate"])
@@ -205,7 +205,7 @@ def make_epoch(
         targets = classifier.smooth_labels(
             labels, model.num_classes, settings["label_smoothing"]
         )
-        # What no candidate uses is not computed.
+        # Only the regularization that some candidate uses is computed.
         if "noise_std" in used:
             noise = jax.random.normal(key_noise, latents.shape)
             latents = latents + settings["noise_std"] * noise
@@ -247,7 +247,7 @@ def make_epoch(
         def step(state, inputs):
             indices, keys = inputs
             batch = devices.divide_traced((latents[indices], labels[indices]))
-            # All candidates see the same batch.
+            # All candidates use the same batch.
             return jax.vmap(update, in_axes=(0, 0, None, None, 0))(
                 state, candidates, *batch, keys
             )
@@ -263,7 +263,7 @@ def make_epoch(
 def measure_accuracy(
     model: classifier.MLP, params: Any, latents: jax.Array, labels: jax.Array
 ) -> jax.Array:
-    """Share of right classes of each candidate's weights, (num_candidates,)."""
+    """Accuracy of each candidate, (num_candidates,)."""
 
     def accuracy(params):
         predicted = classifier.predict(
@@ -276,7 +276,7 @@ def measure_accuracy(
 
 @jax.jit
 def keep_best(state: TrainState, accuracy: jax.Array, epoch: int) -> TrainState:
-    """Puts the average into `best` for the candidates that are better than before."""
+    """Stores the average in `best` for each candidate whose accuracy has improved."""
     better = accuracy > state.best["accuracy"]
     now = {
         "params": state.average,
@@ -296,7 +296,7 @@ def train(
     candidates: dict[str, np.ndarray],
     splits: Splits,
 ) -> TrainState:
-    """Trains all candidates side by side as run.config says; a step is an epoch."""
+    """Trains all candidates at once according to run.config; a step is an epoch."""
     config = run.config
     on_device = devices.replicate(splits)
     latents, labels = on_device["train"]
@@ -315,7 +315,7 @@ def train(
             name: measure_accuracy(model, state.average, *on_device[name])
             for name in shown
         }
-        # Without a validation part every epoch beats the one before: the last is kept.
+        # Without a validation part each epoch replaces the previous one.
         score = accuracy.get("validation", jnp.full(len(loss), float(stop)))
         state = keep_best(state, score, stop)
         leader = int(np.argmax(score))
@@ -372,7 +372,7 @@ def _evaluate(run, model, candidates, state, splits):
 
 
 def _probe_accuracy(num_classes, train, test):
-    # Raw latents are so small that the probe would not get anywhere from them.
+    # Raw latents are too small for the probe to converge.
     mean, std = train[0].mean(0, keepdims=True), train[0].std(0, keepdims=True)
     std = jnp.where(std > 0, std, 1)
     probe = classifier.linear_probe((train[0] - mean) / std, train[1], num_classes)

@@ -1,7 +1,7 @@
 """Draws the figures of a run from its files: python -m experiments.figures WORKDIR.
 
-A figure is a function of `metrics.jsonl`, `arrays.npz` and `summary.json`; nothing is
-trained again.
+A figure is a function of `metrics.jsonl`, `arrays.npz` and `summary.json`. No network
+is trained.
 """
 
 import sys

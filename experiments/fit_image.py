@@ -1,10 +1,11 @@
-"""Fits plain SIRENs to images, each with a network of its own (Sitzmann et al. 2020).
+"""Fits plain SIRENs to images, one network per image (Sitzmann et al. 2020).
 
     python -m experiments.fit_image --config.image=photo.jpg
 
-A run is one or more tasks: some images of one size, fitted all at once. Its checkpoint
-holds every task, so that a run resumes in the middle of any. The fields are evaluated
-on finer grids and differentiated, and the parameter vectors are written as a functaset.
+A run consists of one or more tasks. A task is a set of images of one size that are
+fitted at once. The checkpoint contains every task, so that a run can resume within any
+of them. The fields are evaluated on finer grids and differentiated. The parameter
+vectors are written as a functaset.
 """
 
 import functools
@@ -25,9 +26,9 @@ from experiments.training import loop, siren
 from experiments.training.siren import Task
 from functa import functaset
 
-# PSNR of rounding to 8 bits, whose error is uniform over 1/255.
+# PSNR of rounding to 8 bits: the error is uniform over an interval of 1/255.
 EIGHT_BITS = 20 * np.log10(255 * np.sqrt(12))
-# Grid points evaluated at once; bounds the memory of large images.
+# Grid points evaluated at once; this limits the memory for large images.
 _POINTS_AT_ONCE = 16384
 
 
@@ -49,7 +50,8 @@ def make_tasks(config: ConfigDict) -> list[Task]:
     """Reads and resizes the images of every task.
 
     Raises:
-      FileNotFoundError, ValueError: if an image cannot be read, or there are too few.
+      FileNotFoundError, ValueError: if an image cannot be read, or if there are too
+        few images.
     """
     images, labels = _load_images(config)
     num_tasks = max(len(config[name]) for name in _PER_TASK)
@@ -57,8 +59,8 @@ def make_tasks(config: ConfigDict) -> list[Task]:
     for name in _PER_TASK:
         if len(config[name]) not in (1, num_tasks):
             raise ValueError(
-                f"{name} must have one value for all tasks or {num_tasks}, one for "
-                f"each, got {config[name]!r}."
+                f"{name} must have one value for all tasks or {num_tasks} values, one "
+                f"for each, got {config[name]!r}."
             )
         columns.append(config[name] * (num_tasks if len(config[name]) == 1 else 1))
     tasks = []
@@ -102,7 +104,7 @@ def resize(image: np.ndarray, resolution: int) -> np.ndarray:
 
 
 def _load_images(config):
-    """Images (N, H, W, C) and labels (N,) that the tasks take the first ones of."""
+    """Images (N, H, W, C) and labels (N,); a task uses the first ones."""
     if config.image is not None:
         return data.read_image(config.image)[None], np.array([-1])
     if config.dataset.name == "photograph":
@@ -117,16 +119,16 @@ _PER_TASK = ("resolution", "num_images", "mosaic", "num_steps")
 
 
 def fold_range(params: Any, coord_range: tuple[float, float]) -> Any:
-    """Parameters over [0, 1]^d of the network that `params` are over `coord_range`.
+    """Converts parameters for coordinates in `coord_range` to coordinates in [0, 1]^d.
 
     With u = low + (high - low) x, u W + b = x (high - low) W + (b + low 1^T W).
 
     Args:
-      params: of a `Siren`.
-      coord_range: (low, high), the same along every axis.
+      params: parameters of a `Siren`.
+      coord_range: (low, high), the same for every axis.
 
     Returns:
-      Parameters alike, which give the same values.
+      Parameters of the same shapes, which give the same values.
     """
     low, high = coord_range
     kernel, bias = params["layer_0"]["kernel"], params["layer_0"]["bias"]
@@ -142,9 +144,9 @@ def evaluate_fields(
 
     Args:
       model: the network.
-      params: of B networks, stacked.
-      shape: (H, W) of the grid.
-      derivative: of the values by the coordinates.
+      params: stacked parameters of B networks.
+      shape: size of the grid, (H, W).
+      derivative: whether to return the Jacobians.
 
     Returns:
       (B, H, W, C), or with `derivative` (B, H, W, C, 2).
@@ -162,7 +164,7 @@ def evaluate_fields(
         )
         return values.reshape(*shape, *values.shape[1:])
 
-    # Reported PSNR is measured at full precision whatever the training used.
+    # The reported PSNR is measured at full precision, independent of the training.
     with jax.default_matmul_precision("highest"):
         return jax.vmap(evaluate)(params)
 
@@ -174,11 +176,11 @@ def gradient_magnitude(
 
     Args:
       model: the network.
-      params: of B networks over [0, 1]^2, stacked.
-      shape: (H, W), the pixels.
+      params: stacked parameters of B networks over [0, 1]^2.
+      shape: number of pixels, (H, W).
     """
     jacobians = evaluate_fields(model, params, shape, True)
-    # A pixel is 1 / H high and 1 / W wide.
+    # The pixel size is (1 / H, 1 / W).
     per_pixel = [jacobians[..., axis] / n for axis, n in enumerate(shape)]
     return jnp.linalg.norm(jnp.stack(per_pixel, axis=-1), axis=(-2, -1))
 
@@ -186,9 +188,9 @@ def gradient_magnitude(
 def train(
     run: runs.Run, model: functa.Siren, tasks: list[Task]
 ) -> dict[str, siren.TaskState]:
-    """Fits the tasks one after the other; returns the state of each.
+    """Fits the tasks in sequence; returns the state of each.
 
-    The steps of the run are those of all tasks in a row.
+    Steps are numbered consecutively over all tasks.
     """
     config = run.config
     states = {task.name: siren.init_state(config, model, task) for task in tasks}
@@ -199,7 +201,7 @@ def train(
     updates = {}
 
     def advance(states, start, stop):
-        # No two tasks share the steps between two stops.
+        # The steps between two stops belong to one task.
         task = next(t for t in tasks if stop <= firsts[t.name] + t.num_steps)
         name, first = task.name, firsts[task.name]
         if name not in updates:
@@ -233,7 +235,7 @@ def train(
 
 
 def _record(config, model, task, state, step):
-    """Measures and keeps the reconstructions after `step`."""
+    """Measures and stores the reconstructions after `step`."""
     values = _reconstruct(config, model, state.params, task)
     mse = jnp.mean(jnp.square(values - data.to_float(task.images)), axis=(1, 2, 3))
     k = task.snapshots.index(step)
@@ -244,7 +246,7 @@ def _record(config, model, task, state, step):
 
 
 def _reconstruct(config, model, params, task):
-    # Measured through the exported parameters: rounding in the fold counts.
+    # Measured with the exported parameters, to include the rounding of the conversion.
     folded = jax.vmap(lambda p: fold_range(p, config.coord_range))(params)
     return evaluate_fields(model, folded, task.images.shape[1:3], False)
 
@@ -287,7 +289,7 @@ def _evaluate(run, model, tasks, states):
     return summary | {"num_params": written.latent.shape[1]}
 
 
-# Images of a task whose field is drawn at four times the resolution.
+# Number of images per task whose field is drawn at four times the resolution.
 _NUM_LARGE = 2
 
 
@@ -300,16 +302,16 @@ def _to_uint8(values):
 
 
 def _summarize(task, psnr, curve):
-    """The numbers of one task.
+    """The summary of one task.
 
     Args:
       task: the task.
-      psnr: of the reconstructions, (K, B).
-      curve: of what each step saw, (S, B).
+      psnr: PSNR of the reconstructions, (K, B).
+      curve: PSNR of the pixels of each step, (S, B).
     """
     reached = curve >= EIGHT_BITS
     steps = np.where(reached.any(0), reached.argmax(0), -1)
-    # How far the training PSNR ever fell below what it had reached, in the second half.
+    # Largest drop of the training PSNR below its previous maximum, in the second half.
     falls = np.maximum.accumulate(curve) - curve
     return {
         f"{task.name}_num_images": len(task.images),
@@ -317,14 +319,14 @@ def _summarize(task, psnr, curve):
         f"{task.name}_psnr": psnr.mean(1),
         f"{task.name}_psnr_std": psnr.std(1),
         f"{task.name}_psnr_min": psnr.min(1),
-        # -1: not reached by all images.
+        # -1: some image does not reach it.
         f"{task.name}_steps_to_8_bits": -1 if (steps < 0).any() else steps.max(),
         f"{task.name}_largest_late_fall": falls[len(curve) // 2 :].max(),
     }
 
 
 def _make_functaset(config, tasks, states, latents):
-    """The networks of all tasks, in order, over [0, 1]^2."""
+    """The networks of all tasks, in order, for coordinates in [0, 1]^2."""
     psnr = np.concatenate([functa.psnr(states[t.name].mse[-1]) for t in tasks])
     return functa.Functaset(
         latent=latents,
@@ -341,7 +343,7 @@ def _make_functaset(config, tasks, states, latents):
                 for t in tasks
             ],
         },
-        # A plain SIREN shares no weights with the others.
+        # The networks share no weights.
         params_sha256=functaset.hash_params({}),
     )
 

@@ -1,10 +1,10 @@
-"""Turns a checkpoint of google-deepmind/functa into a run.
+"""Converts a checkpoint of google-deepmind/functa to a run.
 
     python -m experiments.import_functa celeba_params_128_latents.npz
 
 The run folder (runs/import_functa/<name of the file>, or --workdir) is accepted by
-make_functaset (--config.run) and by meta_learn (--config.init_from): the latter trains
-on from the weights or, with --config.num_steps=0, evaluates them.
+make_functaset (--config.run) and by meta_learn (--config.init_from). meta_learn starts
+the training from the weights or, with --config.num_steps=0, only evaluates them.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ def import_checkpoint(path: Path, workdir: Path) -> dict[str, Any]:
     """Writes the run; returns its summary.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is no checkpoint of google-deepmind/functa.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if it is not a checkpoint of google-deepmind/functa.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")

@@ -1,10 +1,10 @@
-"""Encodes any data set into a functaset with the weights of a finished run.
+"""Encodes a data set into a functaset with the weights of a finished run.
 
     python -m experiments.make_functaset \
         --config=experiments/configs/make_functaset.py:digits
 
-Writes <workdir>/functaset.npz, whose fields `functa.functaset` lists. Memory does not
-grow with the number of copies, and a run that was killed goes on where it stopped.
+Writes <workdir>/functaset.npz; its fields are listed in `functa.functaset`. The memory
+does not grow with the number of copies. A run that was killed resumes where it stopped.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from functa import functaset
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Writes the functaset, or goes on with it; returns numbers about it."""
+    """Writes the functaset or resumes it; returns the summary."""
     settings.check(config, configs.RULES)
     learner = encoding.load_learner(config.run)
     _adopt_dataset(config)
@@ -47,8 +47,8 @@ def load_dataset(config: ConfigDict, out_channels: int) -> dict[str, data.Arrays
     """The images and labels of each split of config.splits.
 
     Raises:
-      FileNotFoundError, ValueError: as `data.load`, and if the images have other
-        channels than the model.
+      FileNotFoundError, ValueError: as `data.load`, and if the number of channels of
+        the images differs from that of the model.
     """
     dataset = {}
     for split in config.splits:
@@ -65,13 +65,14 @@ def load_dataset(config: ConfigDict, out_channels: int) -> dict[str, data.Arrays
 
 
 def _adopt_dataset(config):
-    """Takes the data set of the run if the config names none."""
+    """Uses the data set of the run if the config does not name one."""
     if config.dataset.name is not None:
         return
     theirs = files.read_json(Path(config.run) / "config.json").get("dataset")
     if theirs is None:
         raise ValueError(
-            f"the run {config.run} names no data set: --config.dataset.name=NAME"
+            f"the run {config.run} does not name a data set; set "
+            "--config.dataset.name=NAME."
         )
     config.dataset.update(theirs)
 

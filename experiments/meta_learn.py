@@ -2,8 +2,8 @@
 
     python -m experiments.meta_learn --config=experiments/configs/meta_learn.py:digits
 
-Trains the shared weights and inner learning rates, evaluates on the test split, draws
-figures and writes the functaset of both splits into the run folder.
+Trains the shared weights and the inner learning rates, evaluates them on the test
+split, draws figures, and writes the functaset of both splits into the run folder.
 """
 
 from pathlib import Path
@@ -43,7 +43,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def _adopt(config, learner):
-    """Takes the model and the inner loop from the run that training starts from."""
+    """Uses the model and the inner loop of the run config.init_from."""
     dtype = {"derivative_dtype": config.model.derivative_dtype}
     config.model = ConfigDict(learner.model_config | dtype)
     for name, value in learner.inner.items():
@@ -51,7 +51,7 @@ def _adopt(config, learner):
 
 
 def _complete_config(config, shape):
-    """Fills in what the data decide, and checks what does not fit them."""
+    """Sets the number of channels, and checks the fields that depend on the data."""
     _, height, width, channels = shape
     if config.model.out_channels not in (None, channels):
         raise ValueError(
@@ -106,7 +106,7 @@ def _evaluate(run, learner, dataset):
         "test_psnr_of_mean": functa.psnr_of_mean(mse["test"][:, -1]),
         "test_psnr_per_step": np.asarray(functa.psnr(mse["test"])).mean(0),
         "num_test_images": len(mse["test"]),
-        # The same images before and after: `more_images` of them, not all.
+        # The first more_images images only, as for the PSNR after the additional steps.
         "num_further_images": len(further),
         "num_further_steps": further.shape[1] - 1,
         "further_psnr_start": further_psnr[num_steps],
@@ -115,12 +115,12 @@ def _evaluate(run, learner, dataset):
     }
 
 
-# Training images that the figure of best and worst chooses from.
+# Training images from which the figure of the best and the worst selects.
 _NUM_TRAIN = 1000
 
 
 def _fit_further(learner, images, settings):
-    """Mean squared errors (B, S + more_steps + 1), inner loop and steps beyond it."""
+    """MSE (B, S + more_steps + 1) of the inner loop and the additional steps."""
     model = learner.model
     coords = jnp.asarray(functa.coordinate_grid(images.shape[1:3]))
     make = getattr(optax, settings.optimizer)
@@ -153,7 +153,7 @@ def _fit_further(learner, images, settings):
 
 
 def _showcase(learner, dataset, mse, further_psnr, batch_size):
-    """The arrays that the figures are drawn from."""
+    """Arrays for the figures."""
     model, params = learner.model, learner.params
     shape = dataset["test"]["image"].shape[1:3]
     num_steps = learner.inner["num_steps"]

@@ -1,13 +1,14 @@
-"""Measures the landscape that a network trains on (report, 3.1 and 3.2).
+"""Measures the loss landscape of networks in training (report, 3.1 and 3.2).
 
     python -m experiments.probe_landscape \
         --config=experiments/configs/probe_landscape.py:digits
 
-A network with and without batch normalisation is trained at several learning rates.
-Along the way: loss and gradient along the gradient (Santurkar et al. 2018), gradients
-of consecutive steps (the report's curves), the largest eigenvalues of the Hessian; at
-the end a surface around the network. Each training has a run folder of its own inside
-that of the run, `NETWORK_rateR_seedN`; the outer folder has the table and the figures.
+A network with and without batch normalization is trained at several learning rates.
+During the training the command measures loss and gradient along the gradient (Santurkar
+et al. 2018), differences of gradients between consecutive steps (the report's curves),
+and the largest eigenvalues of the Hessian. After the training it measures a surface
+around the network. Each training has its own run folder `NETWORK_rateR_seedN` inside
+that of the run. The outer folder has the table and the figures.
 """
 
 import functools
@@ -30,7 +31,7 @@ from experiments.training.classifier import Images, TrainState
 from landscape import curvature, probes, surface
 
 _NETWORKS = ("bn", "plain")
-# Points of a surface between two writes of its file.
+# Points of a surface between two writes of the file.
 _PIECE = 25
 
 
@@ -39,10 +40,10 @@ class ChangesState(NamedTuple):
 
     Attributes:
       count: number of updates, (), int32.
-      params: those of the last update.
-      grads: those of the last update.
-      changes: {name: `probes.ConsecutiveChange` of (S,)}; the first entry has no step
-        before it and means nothing.
+      params: parameters at the last update.
+      grads: gradient at the last update.
+      changes: {name: `probes.ConsecutiveChange` of (S,)}; the first entry is undefined,
+        because no step precedes it.
     """
 
     count: jax.Array
@@ -54,21 +55,21 @@ class ChangesState(NamedTuple):
 def record_changes(
     num_steps: int, patterns: dict[str, str | None]
 ) -> optax.GradientTransformation:
-    """First link of a chain: notes how gradients change from step to step.
+    """First transformation of a chain: records how gradients change between steps.
 
     Args:
       num_steps: S.
-      patterns: {name: of `probes.consecutive_change`}.
+      patterns: {name: pattern of `probes.consecutive_change`}.
 
     Returns:
-      A transformation that leaves the updates alone; it needs the parameters.
+      A transformation that does not change the updates; it needs the parameters.
     """
 
     def init_fn(params):
         empty = probes.ConsecutiveChange(*[jnp.zeros(num_steps)] * 3)
         return ChangesState(
             count=jnp.zeros([], jnp.int32),
-            # Copies: the state's buffers are donated, each once.
+            # Copies: the buffers of the state are donated, and each only once.
             params=jax.tree.map(jnp.copy, params),
             grads=jax.tree.map(jnp.zeros_like, params),
             changes={name: jax.tree.map(jnp.copy, empty) for name in patterns},
@@ -92,12 +93,12 @@ def record_changes(
 
 
 class Tools(NamedTuple):
-    """What the trainings of one network with one seed share, compiled once.
+    """Functions shared by the trainings of one network and seed, compiled once.
 
     Attributes:
-      problem: the network, where it starts, and the images.
+      problem: the network, its initial variables, and the images.
       init: rate -> the state before the first step.
-      update: of `classifier.make_update`.
+      update: see `classifier.make_update`.
       probe: (state, indices of training images) -> `probes.GradientProbe`.
       eigenvalues: (key, state) -> `curvature.Eigenpairs`.
       surface_losses: (state, directions, points) -> losses.
@@ -117,7 +118,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     _check_surface(config)
     images = classifier.load_images(config)
 
-    @functools.cache  # compiled once for all rates
+    @functools.cache  # compiled once for all learning rates
     def tools_of(network, seed):
         return make_tools(config, images, network, seed)
 
@@ -148,7 +149,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def make_tools(config: ConfigDict, images: Images, network: str, seed: int) -> Tools:
-    """The functions of one network and seed; the learning rate is in the state."""
+    """Makes the functions of a network and seed; the learning rate is in the state."""
     single = ConfigDict(config)
     single.seeds = (seed,)
     problem = classifier.make_problem(single, images, batch_norm=network == "bn")
@@ -161,7 +162,7 @@ def make_tools(config: ConfigDict, images: Images, network: str, seed: int) -> T
     )
 
     def init(rate):
-        # Copies: the state's buffers are donated.
+        # Copies: the buffers of the state are donated.
         fresh = jax.tree.map(jnp.copy, problem.variables)
         state = classifier.init_state(fresh, optimizer, num_steps)
         opt_state = optax.tree.set(state.opt_state, learning_rate=jnp.float32(rate))
@@ -247,7 +248,7 @@ def _make_eigenvalues(config, model, images):
 
 
 def _make_surface(config, model, images):
-    # Away from the trained weights their running statistics say nothing.
+    # The running statistics are valid only at the trained weights.
     loss_fn = classifier.make_loss(model, "batch")
     settings = config.surface
     chunk_size = min(settings.chunk_size, len(images.train[0]))
@@ -282,7 +283,7 @@ def _train_one(run, tools, *, with_surface):
     intervals = [config.probe_every]
     if config.sharpness.every:
         intervals.append(config.sharpness.every)
-    # A run that diverges is a finding here: it goes on, and is flagged.
+    # Divergence is a result here: the run continues and is marked.
     state = classifier.train(
         run,
         problem,
@@ -304,14 +305,14 @@ def _train_one(run, tools, *, with_surface):
         started = time.monotonic()
         key = jax.random.fold_in(jax.random.key(config.seeds[0]), num_steps + 1)
         arrays["surface"] = _measure_surface(run, tools, state, key)
-        # With compilation, since the run was last started.
+        # Includes compilation; counted from the last start of the run.
         summary["surface_seconds"] = round(time.monotonic() - started, 1)
     files.write_npz(run.workdir / "arrays.npz", arrays)
     return summary
 
 
 def _measure(config, tools, state, step):
-    """What is due at this step: lists are kept in the log, numbers also shown."""
+    """The measurements of this step: lists are logged, numbers are also shown."""
     problem = tools.problem
     is_last = step == problem.num_steps
     metrics = {}
@@ -336,7 +337,7 @@ def _measure(config, tools, state, step):
 
 
 def _measure_surface(run, tools, state, key):
-    """Losses (size, size), written piece by piece: a kill costs one piece."""
+    """Losses (size, size), written in pieces: a kill loses at most one piece."""
     settings = run.config.surface
     draw = jax.jit(surface.filter_normalized_direction)
     keys = jax.random.split(key)
@@ -349,7 +350,7 @@ def _measure_surface(run, tools, state, key):
     if path.exists():
         with np.load(path) as file:
             known = file["losses"]
-    run.say(f"surface: {int(np.isnan(known).sum())} points to do")
+    run.say(f"surface: {int(np.isnan(known).sum())} points left")
     losses = known
     for losses in surface.fill_missing(
         lambda piece: tools.surface_losses(state, [first, second], piece),
@@ -366,7 +367,7 @@ def _arrays_of_run(state, changes, metrics):
     arrays = {"loss": state.loss, "accuracy": state.accuracy}
     for name, change in changes.items():
         for key, values in change._asdict().items():
-            # The first step has none before it.
+            # No step precedes the first one.
             arrays[f"{name}_{key}"] = values[1:]
     probed = [m for m in metrics if "probe" in m]
     arrays["probe_step"] = [m["step"] for m in probed]
@@ -413,11 +414,11 @@ def _collect(config, workdir):
 def make_table(
     config: ConfigDict, arrays: dict[str, np.ndarray], num_classes: int
 ) -> dict[str, Any]:
-    """Numbers with and without batch normalisation, mean and deviation over seeds.
+    """Results with and without batch normalization: mean and deviation over seeds.
 
-    Probes are averaged from the end of the first epoch on; the widths of the envelope
-    over the learning rates, over all steps, with and without dead runs, and over those
-    of the last epoch.
+    Probes are averaged from the end of the first epoch on. The width of the envelope
+    over the learning rates is averaged over all steps, with and without dead runs, and
+    over the steps of the last epoch.
     """
     table = {}
     for network in config.networks:
@@ -466,7 +467,7 @@ def make_table(
             for key, values in measures.items():
                 table |= _mean_and_std(f"{at}.{key}", values[i][:, later].mean(-1))
             for key, values in changes.items():
-                # Of a single epoch the last change.
+                # With a single epoch, the last change.
                 first = min(int(arrays["steps_per_epoch"]), values.shape[-1] - 1)
                 table |= _mean_and_std(f"{at}.{key}", values[i][:, first:].mean(-1))
             if "eigenvalues" in curves:
@@ -475,14 +476,14 @@ def make_table(
     if set(config.networks) == set(_NETWORKS):
         for suffix in ("", "_at_the_end", "_without_dead"):
             plain, bn = (table[f"{n}.envelope_width{suffix}"] for n in ("plain", "bn"))
-            # A single run has no width.
+            # The envelope of a single run has no width.
             is_known = plain is not None and bn
             table[f"envelope_width_ratio{suffix}"] = plain / bn if is_known else None
     return table
 
 
 def _mean_and_std(name, values):
-    # Of one seed there is no deviation; of none no mean.
+    # One seed has no deviation; no seeds have no mean.
     found = {name: float(np.mean(values)) if len(values) else None}
     if len(values) > 1:
         found[f"{name}_std"] = float(np.std(values, ddof=1))

@@ -1,11 +1,12 @@
-"""Prunes networks trained with DessiLBI (report, 3.3.2), and makes them smaller.
+"""Prunes and compresses networks trained with DessiLBI (report, 3.3.2).
 
     python -m experiments.prune_lbi --config=experiments/configs/prune_lbi.py:digits
 
-One layer at several shares, every layer at one, by order of entry, by magnitude and
-at random, at equal counts; batch normalisation left as in the authors' code, removed
-with its filter, and measured anew; then a compressed network, trained on, and built
-smaller for real. All accuracies are those of the test split.
+One layer is pruned at several shares, and every layer at one share. Channels are ranked
+by order of entry, by magnitude and at random, and the same number is removed. Batch
+normalization is unchanged as in the authors' code, removed with its filter, or
+recalibrated. Then a network is compressed, fine-tuned, and rebuilt with fewer channels.
+All accuracies are those of the test split.
 """
 
 import time
@@ -32,13 +33,13 @@ ORDERS = ("entry", "magnitude", "random")
 
 
 class Trained(NamedTuple):
-    """A trained network and what it was trained on.
+    """A trained network and its training data.
 
     Attributes:
-      config: of that run of train_lbi.
+      config: configuration of the run of train_lbi.
       problem: the network before training, and the data set.
-      variables: parameters and batch statistics after it.
-      opt_state: with the dual and the order of entry.
+      variables: parameters and batch statistics after training.
+      opt_state: state of the optimizer, with the dual and the order of entry.
     """
 
     config: ConfigDict
@@ -64,7 +65,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             if not path.exists():
                 files.write_json(path, prune_one(run, folder.name, trained))
             rows.append(files.read_json(path))
-        # The pictures show the first network, the curves the mean over all.
+        # The images are those of the first network, the curves the mean over all.
         arrays = make_pictures(config, all_trained[0]) | _curves(rows)
         files.write_npz(run.workdir / "arrays.npz", arrays)
         figures.draw(run.workdir)
@@ -74,11 +75,11 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def find_runs(config: ConfigDict) -> list[Path]:
-    """The run folders that config.run and config.method mean.
+    """The run folders selected by config.run and config.method.
 
     Raises:
-      FileNotFoundError: if there is none.
-      ValueError: if what is there was not trained with DessiLBI.
+      FileNotFoundError: if there is no such folder.
+      ValueError: if the network was not trained with DessiLBI.
     """
     top = Path(config.run)
     stored = runs.load_config(top)
@@ -107,13 +108,13 @@ def load_trained(folder: Path, images: Images) -> Trained:
 
 
 def prune_one(run: runs.Run, name: str, trained: Trained) -> dict[str, Any]:
-    """All measurements of one network, `name` in the run: nested numbers."""
+    """All measurements of one network, called `name` in the run, as nested dicts."""
     config = run.config
     started = time.monotonic()
     importances = make_importances(config, trained)
     dense = trained.problem.test_accuracy(trained.variables)
     run.say(f"dense: {100 * dense:.2f} %")
-    # Without batch normalisation there is nothing to measure anew.
+    # A network without batch normalization has no statistics to recalibrate.
     has_bn = bool(jax.tree.leaves(trained.variables["batch_stats"]))
     modes = ("official", "connected") + ("recalibrated",) * has_bn
     row = {"dense": dense, "one_layer": {}, "each_layer": {}}
@@ -131,7 +132,7 @@ def prune_one(run: runs.Run, name: str, trained: Trained) -> dict[str, Any]:
         row["each_layer"][layer] = {
             mode: _accuracy(config, trained, importances, "entry", layer, last, mode)
             for mode in modes
-            # A dense layer loses weights, no channels.
+            # A dense layer loses weights, not channels.
             if mode == "official" or _kernel(trained, layer).ndim == 4
         } | {
             order: _accuracy(
@@ -151,7 +152,7 @@ def prune_one(run: runs.Run, name: str, trained: Trained) -> dict[str, Any]:
 
 
 def make_importances(config: ConfigDict, trained: Trained) -> dict[str, Any]:
-    """{order: importance}; `random` is a list of draws."""
+    """Importance by each order, {order: importance}; `random` is a list of draws."""
     params, opt_state = trained.variables["params"], trained.opt_state
     penalty = {f"^{p}$": q for p, q in lbi.path.penalties_of(opt_state).items()}
     keys = jax.random.split(jax.random.key(config.seed), config.num_random)
@@ -168,7 +169,7 @@ def make_importances(config: ConfigDict, trained: Trained) -> dict[str, Any]:
 def prune_layer(
     trained: Trained, importance: Any, layer: str, share: float
 ) -> dict[str, Any]:
-    """Zeroes channels of a convolution, or weights of a dense layer: exact counts."""
+    """Zeroes a number of channels of a convolution, or of weights of a dense layer."""
     path = f"{layer}/kernel"
     keep = pruning.keep_masks({path: importance[path]}, share)[path]
     if _kernel(trained, layer).ndim == 2:
@@ -179,7 +180,7 @@ def prune_layer(
 def prune_layer_by_released_code(
     trained: Trained, importance: Any, layer: str, share: float
 ) -> dict[str, Any]:
-    """As the authors' code: percentile rule, filter and bias, BN left as it is."""
+    """Prunes as the authors' code: percentile rule, filter and bias; BN unchanged."""
     path = f"{layer}/kernel"
     rank = _kernel(trained, layer).ndim
     keep = pruning.percentile_masks(
@@ -215,7 +216,7 @@ def _evaluate(config, trained, variables, mode):
 
 
 def _measure_curves(run, trained, importances, mode):
-    """Accuracy against share removed, of each order: {scope_order: [...]}."""
+    """Accuracy at each removed share, for each order: {scope_order: [...]}."""
     config = run.config
     if not config.curve_sparsities:
         return {}
@@ -248,7 +249,7 @@ def _measure_curves(run, trained, importances, mode):
 
 
 def curve_sparsities(config: ConfigDict) -> list[float]:
-    """Shares of the curves: those of the tables and the further ones, rising."""
+    """Shares of the curves, rising: those of the tables and the additional ones."""
     return sorted({*config.sparsities, *config.curve_sparsities})
 
 
@@ -273,9 +274,9 @@ def _finetune_layer(run, name, trained, importances):
 
 
 def _train_masked(run, name, trained, keep, num_epochs):
-    """Trains with the channels outside `keep` at zero; returns the variables.
+    """Fine-tunes with the channels outside `keep` at zero; returns the variables.
 
-    The training is a run of its own, `name`, inside that of `run`.
+    The fine-tuning is a separate run, `name`, inside the folder of `run`.
     """
     problem = trained.problem
     masks = lbi.channels.channel_masks(
@@ -314,13 +315,13 @@ def _train_masked(run, name, trained, keep, num_epochs):
 
 
 def _compress(run, name, trained, importance):
-    """Keeps shares of the channels of every layer, trains on, and builds it smaller."""
+    """Removes channels of every layer, fine-tunes, and builds the smaller network."""
     config = run.config
     channels = registry.channel_map(trained.problem.model)
     keep = {}
     for layer, share in config.compress.items():
         scores = importance[f"{layer}/kernel"]
-        # The channels of a dense layer are units: by the mean place of their weights.
+        # Channels of a dense layer are units, ranked by the mean rank of their weights.
         scores = scores.mean(0) if scores.ndim == 2 else scores
         keep[layer] = pruning.keep_masks({layer: scores}, 1 - share)[layer]
     before = _evaluate(config, trained, _zero_channels(trained, keep), "recalibrated")
@@ -370,7 +371,7 @@ def _compress(run, name, trained, importance):
 
 
 def _milliseconds(config, model, variables, trained):
-    """Median time of a forward pass of a batch."""
+    """Median time of the forward pass of a batch."""
     pixels = trained.problem.images.test[0][: config.timing_batch_size]
     batch = classifier.normalise(trained.problem.images, jnp.asarray(pixels))
     forward = jax.jit(model.apply)
@@ -400,7 +401,7 @@ def _zero_channels(trained, keep):
 
 
 def _layers(trained):
-    """Names of the layers with a penalty, first to last."""
+    """Names of the layers with a penalty, from first to last."""
     paths = lbi.path.penalties_of(trained.opt_state)
     return sorted(
         (path.removesuffix("/kernel") for path in paths),
@@ -430,7 +431,7 @@ def make_pictures(config: ConfigDict, trained: Trained) -> dict[str, np.ndarray]
 
 
 def _curves(rows):
-    """{curve_NAME: (runs, shares)} of the curves against sparsity."""
+    """The curves against sparsity, {curve_NAME: (runs, shares)}."""
     return {
         f"curve_{name}": np.array([row["curves"][name] for row in rows])
         for name in rows[0]["curves"]
@@ -447,7 +448,7 @@ def _check_layers(config, model):
     if unknown:
         raise ValueError(
             f"there is no layer {', '.join(sorted(unknown))}; the layers whose "
-            f"channels can go are {', '.join(known)}."
+            f"channels can be pruned are {', '.join(known)}."
         )
 
 

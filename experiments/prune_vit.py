@@ -1,11 +1,11 @@
-"""Prunes a Vision Transformer by cascades and otherwise, and measures what it gives.
+"""Prunes a Vision Transformer and measures cost, accuracy and speed.
 
     python -m experiments.prune_vit --config=experiments/configs/prune_vit.py:smoke
 
-Every method at every ratio, as it is and trained on: accuracy on the test split,
-multiply-adds, and time against the whole network in turns. Methods with a knob of their
-own (keep rate, merged tokens, image size) are set to cost what the report's cascade
-costs at the ratio.
+For every method and ratio the command measures the test accuracy with and without
+fine-tuning, the multiply-adds, and the time in turns with the dense network. Methods
+with another parameter (keep rate, merged tokens, image size) are set to the cost of the
+report's cascade at the same ratio.
 """
 
 import functools
@@ -31,7 +31,7 @@ from vit import cascade, checkpoint, cost, importance, schedules, slicing
 
 
 class Network(NamedTuple):
-    """A model, its parameters, and the images it is given: their side and channels."""
+    """A model, its parameters, and the size and channels of its input images."""
 
     model: vit.ViT
     params: Any
@@ -56,7 +56,7 @@ class Network(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """What the whole network does on some training images.
+    """Statistics of the dense network on some training images.
 
     Attributes:
       head_scores: mean of `importance.head_scores`, (L, H).
@@ -73,7 +73,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     _check_methods(config)
     images = vit_training.load_images(config) if config.dataset.name else None
     dense = load_network(config, images)
-    # A run that is resumed must not join the rows of two networks.
+    # A resumed run must not combine the rows of two networks.
     digest = None
     if config.checkpoint:
         digest = hashlib.sha256(Path(config.checkpoint).read_bytes()).hexdigest()
@@ -99,7 +99,7 @@ def _measure_all(run, dense, images):
                 method, ratio, dense, calibration, structure, seed=config.seeds[0]
             )
             if (method, network.model, network.image_size) in seen:
-                continue  # the knob has no step in between
+                continue  # the parameter has no value in between
             seen.add((method, network.model, network.image_size))
             name = f"{method}_{ratio:g}"
             path = run.workdir / "rows" / f"{name}.json"
@@ -124,12 +124,12 @@ def _measure_all(run, dense, images):
     files.write_npz(run.workdir / "arrays.npz", arrays)
     _write_table(run.workdir / "table.md", rows, config.timing.batch_sizes)
     figures.draw(run.workdir)
-    # Rows of earlier sittings count too.
+    # Includes rows of earlier sessions.
     return summary | {"rows_seconds": sum(row["seconds"] for row in rows)}
 
 
 def load_network(config: ConfigDict, images: Images | None) -> Network:
-    """The network of config.checkpoint, or one of random weights to time."""
+    """The network of config.checkpoint, or one with random weights for timing."""
     num_classes = None if images is None else images.num_classes
     channels = 3 if images is None else images.train[0].shape[-1]
     options = {
@@ -201,14 +201,14 @@ def prune(
 
     Args:
       method: its name.
-      ratio: plateau of the ramp over the layers; of "constant" and "range" the mean
-        over all layers but the first; of heads and neurons the share of each layer.
-        "evit", "merge" and "resolution" are set to cost as nearly as possible what
-        "max" costs.
-      dense: the whole network.
+      ratio: plateau of the ramp over the layers; for "constant" and "range" the mean
+        over all layers except the first; for heads and neurons the share per layer. The
+        cost of "evit", "merge" and "resolution" is as close as possible to that of
+        "max".
+      dense: the dense network.
       calibration: for "range" and "heads".
-      structure: for "heads_lbi" and "neurons_lbi", scores of each layer.
-      seed: of "random", "heads_random" and "neurons_random".
+      structure: scores of each layer, for "heads_lbi" and "neurons_lbi".
+      seed: for "random", "heads_random" and "neurons_random".
     """
     if method == "dense" or ratio == 0:
         return dense
@@ -273,13 +273,13 @@ def _resolution(dense, ratio, **_):
 
 
 def _at_equal_cost(dense, ratio, candidates):
-    """The candidate that costs most nearly what "max" costs at the ratio."""
+    """The candidate whose cost is closest to that of "max" at the ratio."""
     target = dense.with_cascade(schedules.cp_vit(ratio, **dense.sizes)).cost.total
     return min(candidates, key=lambda network: abs(network.cost.total - target))
 
 
 def _slices(what, by):
-    """Removes a share of the heads or neurons of every layer for good."""
+    """Cuts a share of the heads or neurons out of the weights of every layer."""
 
     def prune_weights(dense, ratio, *, calibration, structure, seed):
         model = dense.model
@@ -340,7 +340,7 @@ def measure(
     *,
     timed: bool,
 ) -> dict[str, Any]:
-    """Cost, accuracy and, if `timed`, speed of a network beside the whole one."""
+    """Cost, accuracy and, if `timed`, speed of a network relative to the dense one."""
     config = run.config
     counted, whole = network.cost, dense.cost
     row = {
@@ -377,9 +377,9 @@ def measure(
 def time_in_turns(
     function: Any, network: Network, dense: Network, batch_size: int, num_rounds: int
 ) -> tuple[float, float]:
-    """Median milliseconds of a batch through a network and through the whole one.
+    """Median milliseconds of a batch through a network and through the dense one.
 
-    They take turns, so that whatever else the machine does meets both.
+    They take turns, so that other load on the machine affects both.
     """
     times, arguments = ([], []), []
     for one in (network, dense):
@@ -402,7 +402,7 @@ def _forward(model, params, inputs):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradient(model, params, inputs):
-    """What a step of training costs, but for the optimizer."""
+    """A training step without the optimizer, for timing."""
 
     def loss_fn(params):
         logits = model.apply({"params": params}, inputs, train=True)
@@ -418,7 +418,7 @@ def _accuracy(network, params, images):
 
 
 def _fine_tune(run, name, network, dense, images):
-    """Accuracy after config.tuning, with the pruning in place."""
+    """Accuracy of the pruned network after fine-tuning by config.tuning."""
     config = _tuning_config(run.config, dense.image_size)
     weight = run.config.tuning.teacher_weight
     teacher = vit_training.Teacher(dense.model, dense.params, weight)
@@ -446,11 +446,12 @@ def _tuning_config(config, image_size):
 
 
 def _learn_structure(run, dense, images):
-    """Scores of heads and hidden neurons by DessiLBI: the sooner in, the higher.
+    """Scores of heads and hidden neurons by DessiLBI: higher for earlier entry.
 
-    The whole network is trained on with a group penalty on each head's rows of the
-    output projection and on each neuron's column; what never enters comes last, by
-    its norm. Only the order is used, the weights stay those of the whole network.
+    The dense network is fine-tuned with a group penalty on each head's rows of the
+    output projection and on each neuron's column. Groups that never enter come last,
+    ordered by their norm. Only the order is used; the weights of the dense network are
+    unchanged.
     """
     settings = run.config.structure
     config = _tuning_config(run.config, dense.image_size)
@@ -490,10 +491,10 @@ def _learn_structure(run, dense, images):
 
 
 def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the cascade of the report gives beside others of the same cost.
+    """Compares the report's cascade with other methods at equal cost.
 
-    Between two measured costs the others' accuracy is interpolated linearly: a little
-    to their disadvantage, since accuracy bends downwards as the cost falls.
+    The accuracy of other methods is interpolated linearly between two measured costs.
+    This slightly underestimates it, because the accuracy is a concave function of cost.
     """
     dense = next(row for row in rows if row["method"] == "dense")
     summary = {"dense_accuracy": dense["accuracy"]}
@@ -525,7 +526,7 @@ def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _parity(run, dense, images):
-    """Masked against compact, on all test images, for each of the semantics."""
+    """Compares masked and compact mode on all test images, for each semantics."""
     pixels = images.test[0]
     results = {}
     dense = dense._replace(model=dense.model.clone(dtype=jnp.float32))
@@ -586,7 +587,7 @@ def make_pictures(
         "pictured": pixels,
         "kept": kept,
         "pictured_ratio": np.array(config.pictured_ratio),
-        # Of the first image, mean over the heads: (L, N, N).
+        # First image, mean over the heads: (L, N, N).
         "attention": np.stack([np.asarray(a[0].mean(0)) for a in attention]),
         "patch_scores": np.stack(
             [np.asarray(importance.patch_scores(a)[:, 1:]) for a in attention]
@@ -597,7 +598,7 @@ def make_pictures(
 
 
 def _table(rows):
-    """The rows as arrays, for the figures: one column of each number."""
+    """The rows as arrays for the figures, one array per number."""
     columns = {"row_method": np.array([row["method"] for row in rows])}
     names = sorted({k for row in rows for k, v in row.items() if np.isscalar(v)})
     for name in names:
@@ -608,7 +609,7 @@ def _table(rows):
 
 
 def _write_table(path, rows, batch_sizes):
-    """The rows as a table in Markdown."""
+    """The rows as a Markdown table."""
     columns = {
         "multiply-adds saved (%)": lambda row: f"{100 * row['saved']:.1f}",
         "tokens in attention": lambda row: _mean(row["attention_tokens"]),

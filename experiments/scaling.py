@@ -1,9 +1,9 @@
-"""Measures what whole processes cost: start-up, devices, size of a data set.
+"""Measures the start-up time, the scaling over devices and the memory of processes.
 
     python -m experiments.scaling --config=experiments/configs/scaling.py:cpu
 
-Each number is of a process of its own. Virtual devices share the cores that one device
-has for itself: of them the cost of dividing the work is to be seen, not a gain.
+Each number is measured in a separate process. Virtual devices share the same cores.
+They show the overhead of dividing the work, not a speed-up.
 """
 
 import concurrent.futures
@@ -77,14 +77,18 @@ def _time_import(package):
 
 
 def _time_first_step(workdir):
-    """Seconds from the start of `meta_learn` to its first step's line."""
+    """Seconds from the start of `meta_learn` to the line of its first step."""
     options = [f"--config.{name}=1" for name in ("num_steps", "log_every")]
     command = [
-        *(sys.executable, "-m", "experiments.meta_learn", f"--workdir={workdir}"),
-        *(*options, "--config.checkpoint_every=1"),
+        sys.executable,
+        "-m",
+        "experiments.meta_learn",
+        f"--workdir={workdir}",
+        *options,
+        "--config.checkpoint_every=1",
     ]
     env = os.environ.copy()
-    # Where others have left what they compiled.
+    # This variable names a cache that other runs have filled.
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     started = time.perf_counter()
     with subprocess.Popen(
@@ -99,7 +103,7 @@ def _time_first_step(workdir):
 
 
 def _in_process(function, *args, num_devices=1):
-    """The result of a function in a fresh process of so many virtual CPU devices."""
+    """Runs a function in a new process with `num_devices` virtual CPU devices."""
     before = os.environ.get("JAX_NUM_CPU_DEVICES")
     os.environ["JAX_NUM_CPU_DEVICES"] = str(num_devices)
     try:
@@ -137,7 +141,7 @@ def _time_meta_step(config):
 
 
 class _Synthetic:
-    """Images made when they are asked for, so that a data set takes no memory."""
+    """Images generated on access, so that the data set takes no memory."""
 
     def __init__(self, num_images):
         self.shape = (num_images, 8, 8, 1)
@@ -152,7 +156,7 @@ class _Synthetic:
 
 
 def _encode(config, num_images):
-    """Encodes synthetic images: images per second, and the process's peak in MiB."""
+    """Encodes synthetic images; returns images per second and the peak MiB."""
     meta_config = meta_configs.get_config("smoke")
     meta_config.model.out_channels = 1
     model = functa.make_model(meta_config.model.to_dict())

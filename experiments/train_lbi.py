@@ -2,8 +2,9 @@
 
     python -m experiments.train_lbi --config=experiments/configs/train_lbi.py:digits
 
-Several methods or seeds each have a run folder of their own inside that of the run,
-`METHOD_seedN`, which prune_lbi reads; the outer folder has the table and the curves.
+With several methods or seeds, each training has its own run folder `METHOD_seedN`
+inside that of the run, which prune_lbi reads. The outer folder has the table and the
+curves.
 """
 
 from pathlib import Path
@@ -49,7 +50,7 @@ def _train_one(run, images):
 
 
 def _summarize_all(run, summaries):
-    """Mean and deviation over the seeds of each method, and the curves of all runs."""
+    """Mean and deviation over the seeds of each method; the curves of all runs."""
     curves = {}
     for name in summaries:
         metrics = files.read_metrics(run.workdir / name / "metrics.jsonl")

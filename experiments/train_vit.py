@@ -53,7 +53,7 @@ def _train_one(run, images):
 
 
 def make_model(config, images):
-    """The model of config.model and where its training starts: (model, params)."""
+    """The model of config.model and its initial parameters: (model, params)."""
     options = config.model.to_dict()
     dtype = vit_training.parse_dtype(options.pop("dtype"))
     if config.checkpoint:
@@ -63,7 +63,7 @@ def make_model(config, images):
             num_classes=images.num_classes,
         )
         vit_training.check_channels(model, params, images)
-        # The file says what the rest is.
+        # The shapes in the file define the other fields.
         rates = {k: v for k, v in options.items() if k.endswith("_rate")}
         return model.clone(dtype=dtype, **rates), params
     try:

@@ -1,8 +1,8 @@
-"""JAX settings of every test: two devices, and two kinds of silent mistake raise.
+"""JAX settings of all tests: two devices, and errors for two silent mistakes.
 
-Most of the time of the tests is compiling. They do it with few of LLVM's optimizations
-(with none, at level 0, some gradients of VGG come out wrong), and share what they have
-compiled, also with the processes that they start.
+Most of the time of the tests is compilation. They therefore use few of LLVM's
+optimizations (at level 0, which has none, some gradients of VGG are wrong). They share
+a cache of compiled functions, also with the processes that they start.
 """
 
 import atexit

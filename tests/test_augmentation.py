@@ -1,4 +1,4 @@
-"""Augmentation against Pillow, NumPy and what its distributions must be."""
+"""Augmentation against Pillow, NumPy and the stated distributions."""
 
 import functools
 import math

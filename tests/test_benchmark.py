@@ -1,4 +1,4 @@
-"""The benchmark: its numbers are consistent, its arithmetic is that of XLA."""
+"""The benchmark: consistent numbers, and the operation counts of XLA."""
 
 import jax
 import numpy as np
@@ -119,7 +119,7 @@ def test_peers_are_read():
 @pytest.mark.parametrize(
     ("functa", "message"),
     [
-        ("print('hello')", "no time can be read from what .*torch_functa.py prints"),
+        ("print('hello')", "output of .*torch_functa.py contains no times"),
         ("import no_torch", "torch_functa.py failed under .*: ModuleNotFoundError: No"),
     ],
 )
@@ -140,7 +140,7 @@ def test_a_peer_that_cannot_be_used_is_named(tmp_path, functa, message):
         ("num_rounds", 0, "num_rounds must be at least 1, got 0"),
         ("peer_every", 0, "peer_every must be at least 1, got 0"),
         ("sizes.meta.batch_size", 0, "sizes.meta.batch_size must be at least 1, got 0"),
-        ("sizes.meta.kind", "mota", "sizes.meta.kind 'mota' is none of product, "),
+        ("sizes.meta.kind", "mota", "sizes.meta.kind must be one of product, "),
         ("paths", ("mota",), "must be some of .*meta"),
         ("paths", (), "must be some of"),
         ("peers", "nowhere", "peers: there is no torch_functa.py in nowhere"),

@@ -1,4 +1,4 @@
-"""Whole channels: masked networks and the smaller ones that compute the same."""
+"""Removal of channels: masked networks equal the smaller networks."""
 
 import functools
 import math

@@ -301,7 +301,7 @@ def test_functaset_that_can_not_be_classified(tmp_path, changes, message):
         ("candidates.noise_std", (), "candidates.noise_std must be"),
         ("validation_fraction", 0.0, "one of 2 candidates needs a validation part"),
         ("validation_fraction", 1.0, "validation_fraction must be"),
-        ("schedule", "linear", "schedule 'linear' is none of"),
+        ("schedule", "linear", "schedule must be one of constant, cosine"),
         ("model.activation", "rellu", "no activation 'rellu'"),
         ("batch_size", 55, "between 1 and the 54 training signals"),
         ("checkpoint_every", 0, "checkpoint_every must be at least 1"),

@@ -1,4 +1,4 @@
-"""Every command's configuration: all variants load, and `smoke` needs no download."""
+"""Configurations of all commands: all variants load; `smoke` needs no download."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""experiments.data: every source gives the same kind of arrays, or one clear error."""
+"""experiments.common.data: arrays of all sources, and one error for each mistake."""
 
 import numpy as np
 import pytest
@@ -79,7 +79,7 @@ def test_folder_errors(tmp_path):
         data.load("folder", "train", data_dir=str(tmp_path))
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     (tmp_path / "b.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="is no readable image"):
+    with pytest.raises(ValueError, match="is not a readable image"):
         data.load("folder", "train", data_dir=str(tmp_path))
     write_images(tmp_path / "cat", [(4, 4)])
     with pytest.raises(ValueError, match="mixes class sub-folders"):
@@ -91,7 +91,7 @@ def test_read_image_keeps_grey_and_rgb(tmp_path):
     np.testing.assert_array_equal(data.read_image(tmp_path / "00.png")[..., 0], grey)
     np.testing.assert_array_equal(data.read_image(tmp_path / "01.png"), rgb)
     Image.fromarray(np.full((3, 5), 40_000, np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match=r"deep.png is no readable .* 8 bits"):
+    with pytest.raises(ValueError, match=r"deep.png is not a readable .* 8 bits"):
         data.read_image(tmp_path / "deep.png")
     with pytest.raises(FileNotFoundError, match="no image file"):
         data.read_image(tmp_path / "absent.png")
@@ -128,7 +128,7 @@ def test_npz_truncated_or_absent(tmp_path):
     np.savez(tmp_path / "train.npz", image=np.zeros((9, 8, 8, 3), np.uint8))
     whole = (tmp_path / "train.npz").read_bytes()
     (tmp_path / "train.npz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="is no readable .npz"):
+    with pytest.raises(ValueError, match="is not a readable .npz"):
         data.load("npz", "train", data_dir=str(tmp_path))
     with pytest.raises(FileNotFoundError, match="holds train.npz and test.npz"):
         data.load("npz", "test", data_dir=str(tmp_path))
@@ -139,7 +139,7 @@ def test_tfds_says_where_it_searched_and_what_to_do(tmp_path):
         data.load("mnist", "train", data_dir=str(tmp_path))
     assert str(tmp_path) in str(error.value)
     assert "download_and_prepare" in str(error.value)
-    with pytest.raises(ValueError, match="nor known to TFDS"):
+    with pytest.raises(ValueError, match="or a name known to TFDS; got"):
         data.load("no_such_set", "train", data_dir=str(tmp_path))
 
 
@@ -156,5 +156,5 @@ def test_tfds_mnist():
 
 
 def test_unknown_split():
-    with pytest.raises(ValueError, match="none of train, test"):
+    with pytest.raises(ValueError, match="split must be one of train, test"):
         data.load("digits", "validation")

@@ -1,4 +1,4 @@
-"""DessiLBI against golden trajectories, NumPy replays and its own limits.
+"""DessiLBI against golden trajectories, NumPy replays and limiting cases.
 
 The replays hold W, V and Gamma as NumPy arrays in float64.
 """

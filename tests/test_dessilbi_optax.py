@@ -1,6 +1,6 @@
 """DessiLBI as an optax transformation: with optax, jit, vmap, devices, checkpoints.
 
-Numbers are compared between two runs of ours; tests/test_dessilbi.py has the oracles.
+The tests compare two runs of this code; tests/test_dessilbi.py has the oracles.
 """
 
 import math

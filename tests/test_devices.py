@@ -1,4 +1,4 @@
-"""Many devices and many processes: the numbers of one, and what a kill leaves."""
+"""Several devices and processes: the results of one device; kills and resumption."""
 
 import os
 import signal

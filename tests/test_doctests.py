@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the cores give what they show."""
+"""The examples in the docstrings of the cores give the results that they show."""
 
 import doctest
 import importlib

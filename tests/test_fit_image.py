@@ -1,4 +1,4 @@
-"""Fitting SIRENs to images: the command, its functaset, its resume and its errors."""
+"""fit_image: the command, its functaset, its resumption and its errors."""
 
 import chex
 import jax
@@ -176,7 +176,7 @@ def test_gradient_magnitude_matches_finite_differences():
         ({"coord_range": (1.0, 1.0)}, "coord_range"),
         ({"optimizer": {"name": "adamm"}}, "no optimizer 'adamm'"),
         ({"optimizer": {"options": {"b7": 1.0}}}, "optimizer.options"),
-        ({"optimizer": {"schedule": "linear"}}, "neither constant nor cosine"),
+        ({"optimizer": {"schedule": "linear"}}, "must be one of constant, cosine"),
         ({"model": {"type": "ModulatedSiren"}}, "must be Siren"),
     ],
 )
@@ -189,7 +189,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG but nothing more")
     config = tiny_config(image=str(broken))
-    with pytest.raises(ValueError, match="broken.png is no readable image"):
+    with pytest.raises(ValueError, match="broken.png is not a readable image"):
         fit_image.train_and_evaluate(config, tmp_path / "run")
     config = tiny_config(image=str(tmp_path / "none.png"))
     with pytest.raises(FileNotFoundError, match="no image file .*none.png"):
@@ -203,5 +203,5 @@ def test_variants_agree_with_themselves(variant):
 
 
 def test_unknown_variant_is_named():
-    with pytest.raises(ValueError, match="'big' is none of photo"):
+    with pytest.raises(ValueError, match="'big' must be one of photo"):
         configs.get_config("big")

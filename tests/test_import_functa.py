@@ -1,4 +1,4 @@
-"""A checkpoint of the original becomes a run that the other commands accept."""
+"""import_functa: other commands accept the run made from an original checkpoint."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""Who may import whom: the mathematics stays free of files, data sets and plots."""
+"""Allowed imports: the cores do not depend on files, data sets or plots."""
 
 import ast
 import importlib

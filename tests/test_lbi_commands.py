@@ -1,4 +1,4 @@
-"""train_lbi and prune_lbi: what they measure, their files, resume and errors."""
+"""train_lbi and prune_lbi: measurements, files, resumption and errors."""
 
 import json
 
@@ -218,14 +218,14 @@ def test_prune_refuses_bad_settings(trained, tmp_path, changes, message):
     [
         ({"num_epochs": 0}, "num_epochs must be at least 1"),
         ({"methods": ("lars",)}, "methods .* must be some of adam"),
-        ({"penalty": "lasso"}, "neither auto nor suggested"),
+        ({"penalty": "lasso"}, "penalty must be one of auto, suggested"),
         ({"batch_size": 1000}, "batch_size must be between 1 and the 256"),
-        ({"model": {"type": "ResNet"}}, "is none of LeNet, VGG"),
+        ({"model": {"type": "ResNet"}}, "must be one of LeNet, VGG"),
         ({"model": {"type": "LeNet", "depth": 3}}, "config.model"),
         ({"model": {"type": "DeepLinear"}}, "must be LeNet or VGG"),
         ({"image_size": 4}, "the network takes 4x4 pixels"),
         ({"optimizer": {"dessilbi": {"options": {"mu": 2.0}}}}, "dessilbi.options"),
-        ({"optimizer": {"dessilbi": {"name": "sgd"}}}, "is none of adam"),
+        ({"optimizer": {"dessilbi": {"name": "sgd"}}}, "must be one of adam"),
         ({"optimizer": {"dessilbi": {"options": {"nu": 0.0}}}}, "nu must be > 0"),
     ],
 )

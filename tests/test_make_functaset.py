@@ -1,4 +1,4 @@
-"""experiments.encoding, experiments.make_functaset and functa.functaset's files."""
+"""The encoding of data sets, make_functaset, and the files of functa.functaset."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""functa.product: values and derivatives against plain matrix products."""
+"""functa.matmul: values and derivatives against plain matrix products."""
 
 import chex
 import jax

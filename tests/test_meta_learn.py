@@ -1,4 +1,4 @@
-"""experiments.meta_learn: what an update sees and does; a run resumes exactly."""
+"""meta_learn: inputs and results of an update; exact resumption."""
 
 import os
 import signal

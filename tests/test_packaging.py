@@ -1,4 +1,4 @@
-"""The installed project is complete, and states one version."""
+"""The installed project is complete and has one version."""
 
 import importlib
 import os

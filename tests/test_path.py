@@ -1,4 +1,4 @@
-"""Read-outs of a DessiLBI run against NumPy replays, and recovery of known supports."""
+"""Measurements of a DessiLBI path against NumPy replays; recovery of known supports."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""Proximal maps against what defines them, and which parameter gets which penalty."""
+"""Proximal maps against their definitions; assignment of penalties to parameters."""
 
 import math
 import re

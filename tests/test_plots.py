@@ -1,4 +1,4 @@
-"""Public plot functions: what they draw is what they were given."""
+"""Public plot functions draw the data that they are given."""
 
 import json
 import subprocess

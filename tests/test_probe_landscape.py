@@ -1,4 +1,4 @@
-"""probe_landscape: what it measures against plain loops, its files, resume, errors."""
+"""probe_landscape: measurements against plain loops, files, resumption and errors."""
 
 import json
 
@@ -384,13 +384,13 @@ def test_modes_agree_where_they_must():
         ({"learning_rates": (0.0,)}, "learning_rates must be positive"),
         ({"step_sizes": (-0.1, 0.4)}, "step_sizes must be positive"),
         ({"seeds": ()}, "must name at least one"),
-        ({"bn_mode": "eval"}, "bn_mode 'eval' is none of batch, frozen"),
+        ({"bn_mode": "eval"}, "bn_mode must be one of batch, frozen"),
         ({"optimizer": {"name": "adamant", "options": {}}}, "no optimizer 'adamant'"),
         ({"optimizer": {"name": "adam", "options": {"b9": 1.0}}}, "optimizer.options"),
-        ({"model": {"type": "ResNet"}}, "'ResNet' is none of LeNet, VGG"),
+        ({"model": {"type": "ResNet"}}, "must be one of LeNet, VGG"),
         ({"last_layer": "^head$"}, "no parameter matches"),
         ({"surface": {"chunk_size": 0}}, "surface.chunk_size must be between 1"),
-        ({"surface": {"learning_rate": 0.5}}, "0.5 is none of learning_rates"),
+        ({"surface": {"learning_rate": 0.5}}, "must be one of learning_rates .*0.5"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, changes, message):

@@ -1,4 +1,4 @@
-"""The README and the guides promise nothing that is not there."""
+"""Every command, file and link of the README and the guides exists."""
 
 import importlib
 import importlib.util

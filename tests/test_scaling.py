@@ -1,4 +1,4 @@
-"""The measurements of whole processes: what they say is consistent."""
+"""scaling: the measurements of processes are consistent."""
 
 import pytest
 

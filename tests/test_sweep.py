@@ -1,4 +1,4 @@
-"""Sweeps over seeds: folders, resume, mean and deviation."""
+"""Sweeps over seeds: folders, resumption, mean and deviation."""
 
 import json
 

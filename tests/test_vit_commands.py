@@ -1,4 +1,4 @@
-"""train_vit and prune_vit: what they measure, their files, resume and errors."""
+"""train_vit and prune_vit: measurements, files, resumption and errors."""
 
 import json
 from pathlib import Path
@@ -382,7 +382,7 @@ def test_bad_options_of_pruning(trained, tmp_path, changes, message):
         ({"model": {"variant": "cifar"}}, "variant must be one of .* got 'cifar'"),
         ({"model": {"hiden": 3}}, "config.model"),
         ({"model": {"patch_size": 3}}, "do not divide into patches"),
-        ({"normalisation": "none"}, "neither google nor dataset"),
+        ({"normalisation": "none"}, "normalisation must be one of dataset, google"),
         ({"patch_dropout": 0.0}, r"a share in \(0, 1\], got 0.0"),
         ({"stages": ((0.5, {"patch_dropout": 2}),)}, r"a share in \(0, 1\], got 2"),
         ({"stages": ((1.0, {}),)}, r"shares of the epochs in \[0, 1\)"),

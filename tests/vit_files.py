@@ -1,7 +1,8 @@
 """A Vision Transformer in NumPy, and its files in every layout.
 
-A network is a dictionary; its matrices are (out, in), as in PyTorch. A layout turns it
-into {name: array} of one library's files: `linen` and the rest of GOOGLE, and TORCH.
+A network is a dictionary; its matrices are (out, in), as in PyTorch. A layout converts
+it to the {name: array} of the files of one library: `linen` and the rest of GOOGLE, and
+TORCH.
 """
 
 import math

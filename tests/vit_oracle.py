@@ -1,9 +1,9 @@
-"""A Vision Transformer and its cascade straight from the definitions, in float64.
+"""A Vision Transformer and its cascade from their definitions, in float64.
 
-NumPy loops over images, layers, heads and queries. Nothing of vit/ is used but the
-names of the parameters and of the fields of `vit.Cascade`: a dropped or merged token is
-taken out of a list, a skipped one is passed over, a zeroed one gets a row of zeros.
-What else the tests of vit/ share comes after.
+NumPy loops over images, layers, heads and queries. Of vit/ only the names of the
+parameters and of the fields of `vit.Cascade` are used: a dropped or merged token is
+removed from a list, a skipped one is not processed, a zeroed one gets a row of zeros.
+Other code that the tests of vit/ share follows.
 """
 
 import dataclasses

@@ -1,13 +1,13 @@
 """Random augmentation of batches of images, inside the jitted training step.
 
-Whatever differs between images is an index or a coefficient, never a branch: all images
-go through the same few passes. `crop_flip` and the geometric operations each are one
-gather; the operations on grey levels are one table for each image and channel.
+Differences between images are indices and coefficients, not branches: all images take
+the same few passes. `crop_flip` is one gather, and so are the geometric operations. The
+operations on gray levels are one table lookup per image and channel.
 
-What an image undergoes depends on the key and on its index in the batch, not on the
-other images; only `mix` looks at those.
+The augmentation of an image depends on the key and on its index in the batch. Only
+`mix` depends on the other images.
 
-Axes: B images, H W rows and columns, C channels, K classes, G grey levels (256).
+Axes: B images, H W rows and columns, C channels, K classes, G gray levels (256).
 """
 
 import math
@@ -17,12 +17,23 @@ import jax
 import jax.numpy as jnp
 
 OPERATIONS = (
-    *("identity", "autocontrast", "equalize", "rotate", "solarize", "color"),
-    *("posterize", "contrast", "brightness", "sharpness"),
-    *("shear_x", "shear_y", "translate_x", "translate_y"),
+    "identity",
+    "autocontrast",
+    "equalize",
+    "rotate",
+    "solarize",
+    "color",
+    "posterize",
+    "contrast",
+    "brightness",
+    "sharpness",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
 )
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, of red, green and blue
-_FILL = 128  # where a warped image shows what lay outside of it
+_FILL = 128  # value of pixels from outside of a warped image
 
 
 def crop_flip(
@@ -32,12 +43,12 @@ def crop_flip(
 
     Args:
       key: PRNG key.
-      images: (B, H, W, C), of any dtype.
-      padding: pixels added at each side; 0 does not crop.
-      flip: whether to mirror.
+      images: images of any dtype, (B, H, W, C).
+      padding: number of pixels added at each side; 0 does not crop.
+      flip: whether to mirror half of the images.
 
     Returns:
-      Images, likewise.
+      Images of the same shape and dtype.
 
     Raises:
       ValueError: if `padding` is negative.
@@ -59,23 +70,24 @@ def crop_flip(
 def rand_augment(
     key: jax.Array, images: jax.Array, *, num_ops: int = 2, magnitude: float = 0.3
 ) -> jax.Array:
-    """RandAugment: each image undergoes operations drawn uniformly from OPERATIONS.
+    """RandAugment: applies random operations from OPERATIONS to each image.
 
     Source: Cubuk et al. 2020, arXiv 1909.13719, whose magnitude M is 10 x `magnitude`;
-    see `apply_operations` for the operations. Those with a direction have either with
-    probability 1/2.
+    see `apply_operations` for the operations. They are drawn uniformly. Operations with
+    a direction have each direction with probability 1/2.
 
     Args:
       key: PRNG key.
       images: uint8 (B, H, W, C).
-      num_ops: operations of each image, drawn with replacement.
-      magnitude: in [0, 1]; 0 leaves only autocontrast and equalize, which have none.
+      num_ops: number of operations per image, drawn with replacement.
+      magnitude: strength in [0, 1]. At 0 only autocontrast and equalize, which have no
+        strength, change the images.
 
     Returns:
-      Images, likewise.
+      Images of the same shape and dtype.
 
     Raises:
-      ValueError: if the images are not uint8 or a number is out of its range.
+      ValueError: if the images are not uint8 or a number is out of range.
     """
     if num_ops < 0:
         raise ValueError(f"num_ops must be >= 0, got {num_ops}.")
@@ -90,36 +102,36 @@ def rand_augment(
 def apply_operations(
     images: jax.Array, operations: jax.Array, strengths: jax.Array
 ) -> jax.Array:
-    """Applies given operations, the deterministic part of `rand_augment`.
+    """Applies given operations; the deterministic part of `rand_augment`.
 
-    At strength s, where the sign matters only to the operations marked +-:
+    At strength s, whose sign matters only for the operations marked +-:
 
-        autocontrast     stretches each channel to 0..255, whatever s
-        equalize         makes each channel's histogram flat, whatever s
+        autocontrast     stretches each channel to 0..255 at any s
+        equalize         makes each channel's histogram flat at any s
         brightness +-    x + 0.9 s (x - 0)
         color +-         x + 0.9 s (x - luma)
         contrast +-      x + 0.9 s (x - mean luma of the image)
-        sharpness +-     x + 0.9 s (x - smoothed x), but for the border's pixels
+        sharpness +-     x + 0.9 s (x - smoothed x), except at the border
         posterize        drops the lowest round(4 |s|) bits
         solarize         inverts the levels from 256 (1 - |s|) up
         rotate +-        by 30 s degrees
-        shear_* +-       by 0.3 s pixels for each pixel from the centre
+        shear_* +-       by 0.3 s pixels per pixel of distance from the center
         translate_* +-   by 150/331 s of the side
 
-    Definitions are Pillow's, with these differences: results are rounded, not
-    truncated; equalize divides exactly, where Pillow's integer step saturates small
-    images; shears leave the centre in place. An image's geometric operations are
-    composed to one map and applied after those on colours, so that pixels are sampled
-    (the nearest) only once, and what they uncover is a constant grey.
+    The definitions are Pillow's, with these differences: results are rounded, not
+    truncated; equalize divides exactly, whereas Pillow's integer step saturates small
+    images; shears keep the center in place. The geometric operations of an image are
+    composed to one map and applied after those on colors. Pixels are therefore sampled
+    (the nearest) only once. Pixels from outside of the image are a constant gray.
 
     Args:
-      images: uint8 (B, H, W, C). Operations on colours are meant for RGB or grey; with
-        other C, luma is the mean of the channels.
+      images: uint8 (B, H, W, C). Operations on colors are meant for RGB or gray; with
+        another C, luma is the mean of the channels.
       operations: indices into OPERATIONS, (B, S), applied from the first to the last.
-      strengths: s of each in [-1, 1], (B, S).
+      strengths: strength s of each operation in [-1, 1], (B, S).
 
     Returns:
-      Images, likewise.
+      Images of the same shape and dtype.
 
     Raises:
       ValueError: if the images are not uint8.
@@ -147,31 +159,30 @@ def mix(
     cutmix_alpha: float,
     probability: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixup or CutMix of the batch: each image and target with its predecessor's.
+    """Mixup or CutMix: mixes each image and target with those of its predecessor.
 
     images w + roll(images) (1 - w), targets l + roll(targets) (1 - l), l = mean(w):
 
         Mixup   w = l everywhere (Zhang et al. 2018, arXiv 1710.09412)
         CutMix  w = 0 in a box, 1 outside (Yun et al. 2019, arXiv 1905.04899)
 
-    where l ~ Beta(alpha, alpha), and CutMix's box has the area 1 - l before what sticks
-    out of the image is cut off. The whole batch takes the same method, l and box; with
-    both alphas positive, either method with probability 1/2.
+    where l ~ Beta(alpha, alpha). The box of CutMix has the area 1 - l before it is
+    clipped to the image. The whole batch has the same method, l and box. If both alphas
+    are positive, each method has probability 1/2.
 
     Args:
       key: PRNG key.
       images: floating (B, H, W, C).
-      targets: probabilities of the classes, (B, K).
-      mixup_alpha: of Mixup; 0 is without it.
-      cutmix_alpha: of CutMix; 0 is without it.
-      probability: of mixing the batch at all.
+      targets: class probabilities, (B, K).
+      mixup_alpha: alpha of Mixup; 0 disables it.
+      cutmix_alpha: alpha of CutMix; 0 disables it.
+      probability: probability that the batch is mixed.
 
     Returns:
-      Images and targets, likewise.
+      Images and targets of the same shapes and dtypes.
 
     Raises:
-      ValueError: if images or targets are not floating, or a number is out of its
-        range.
+      ValueError: if images or targets are not floating, or a number is out of range.
     """
     for name, values in (("images", images), ("targets", targets)):
         if not jnp.issubdtype(values.dtype, jnp.floating):
@@ -206,22 +217,23 @@ def mix(
 
 
 def erase(key: jax.Array, images: jax.Array, *, probability: float = 0.25) -> jax.Array:
-    """Random erasing: zeros in a rectangle of some of the images.
+    """Random erasing: sets a rectangle of some of the images to zero.
 
-    Source: Zhong et al. 2020, arXiv 1708.04896: 2 to 33 % of the area, uniformly, and
-    an aspect ratio between 0.3 and 1/0.3, here log-uniformly and relative to the
-    image's. Only ratios at which the rectangle fits are drawn: nothing is rejected.
+    Source: Zhong et al. 2020, arXiv 1708.04896. The area is uniform between 2 and 33 %
+    of the image, the aspect ratio between 0.3 and 1/0.3. Differences: the ratio is
+    log-uniform and relative to that of the image, and only ratios at which the
+    rectangle fits are drawn, so that no rectangle is rejected.
 
     Args:
       key: PRNG key.
-      images: (B, H, W, C), normalised, so that zero is the mean.
-      probability: that an image loses a rectangle.
+      images: normalized images, (B, H, W, C), whose mean is zero.
+      probability: probability that a rectangle of an image is erased.
 
     Returns:
-      Images, likewise.
+      Images of the same shape and dtype.
 
     Raises:
-      ValueError: if `probability` is out of its range.
+      ValueError: if `probability` is out of range.
     """
     chex.assert_rank(images, 4)
     _check_fraction("probability", probability)
@@ -244,24 +256,24 @@ def erase(key: jax.Array, images: jax.Array, *, probability: float = 0.25) -> ja
 def resized_crop(
     key: jax.Array, images: jax.Array, *, size: int, min_area: float = 0.05
 ) -> jax.Array:
-    """A random part of each image, resized: the crop of Inception.
+    """Random resized crop of each image, as for Inception.
 
-    Source: Szegedy et al. 2014, arXiv 1409.4842. The part's area is uniform, its
-    aspect ratio log-uniform in [3/4, 4/3]. Of a square image, only ratios at which the
-    part fits are drawn: nothing is rejected, and areas stay uniform. Of others, a side
-    that is too long is shortened. Corners are not rounded to pixels.
+    Source: Szegedy et al. 2014, arXiv 1409.4842. The area of the crop is uniform, its
+    aspect ratio log-uniform in [3/4, 4/3]. For square images only ratios at which the
+    crop fits are drawn, so that no crop is rejected and areas stay uniform. For other
+    images a side that is too long is shortened. Corners are not rounded to pixels.
 
     Args:
       key: PRNG key.
       images: (B, H, W, C).
       size: height and width of the results.
-      min_area: smallest area, as a fraction of the image's, in (0, 1].
+      min_area: smallest area, as a fraction of the image, in (0, 1].
 
     Returns:
-      Images, floating, (B, size, size, C): bilinear, without antialiasing.
+      Floating images (B, size, size, C), interpolated bilinearly without antialiasing.
 
     Raises:
-      ValueError: if `size` or `min_area` is out of its range.
+      ValueError: if `size` or `min_area` is out of range.
     """
     chex.assert_rank(images, 4)
     _check_size(size)
@@ -293,7 +305,7 @@ def resized_crop(
 
 
 def resize(images: jax.Array, size: int) -> jax.Array:
-    """Bilinear, with antialiasing where it shrinks: -> floating (B, size, size, C)."""
+    """Resizes bilinearly, antialiased if it shrinks: floating (B, size, size, C)."""
     chex.assert_rank(images, 4)
     _check_size(size)
     shape = (len(images), size, size, images.shape[-1])
@@ -303,18 +315,18 @@ def resize(images: jax.Array, size: int) -> jax.Array:
 
 
 def _blend(images, operation, strength):
-    """Color and sharpness, uint8 (B, H, W, C)."""
+    """The operations color and sharpness: uint8 (B, H, W, C)."""
     _, height, width, channels = images.shape
     by_color = 0.9 * _where(operation, "color", strength)[..., None]
     by_sharpness = 0.9 * _where(operation, "sharpness", strength)[..., None]
 
     def blended(images):
-        # As sums of slices, all of this is one pass on the CPU; a reduction over the
-        # channels, or slices of the inside only, made it ten times slower.
+        # With sums of slices this is one pass on the CPU. A reduction over channels, or
+        # slices of the interior only, are ten times slower.
         pixels = images.astype(jnp.float32)
         weights = enumerate(_luma_weights(channels))
         luma = sum(weight * pixels[..., channel] for channel, weight in weights)
-        # Pillow's SMOOTH: the mean of 3x3 pixels, the middle one counted five times.
+        # Pillow's SMOOTH: the mean of 3x3 pixels, with weight five for the middle one.
         padded = jnp.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)))
         block = sum(padded[:, row : row + height] for row in range(3))
         block = sum(block[:, :, column : column + width] for column in range(3))
@@ -324,14 +336,14 @@ def _blend(images, operation, strength):
         pixels += by_sharpness * inside * (pixels - smooth)
         return _to_uint8(pixels)
 
-    # The branch is hardly ever skipped, but it keeps XLA from fusing the pass into all
-    # that reads the result, where it was computed anew for twice the time.
+    # The branch is rarely skipped. It prevents XLA from fusing the pass into every use
+    # of the result, where it would be computed again and take twice the time.
     needed = jnp.any(by_color) | jnp.any(by_sharpness)
     return jax.lax.cond(needed, blended, lambda images: images, images)
 
 
 def _map_levels(images, operation, strength):
-    """The operations on grey levels, by tables: uint8 (B, H, W, C)."""
+    """The operations on gray levels, by tables: uint8 (B, H, W, C)."""
     num_images, _, _, channels = images.shape
     pixels = images.reshape(num_images, -1, channels).astype(jnp.int32)  # (B, HW, C)
     image = jnp.arange(num_images)[:, None, None]
@@ -344,7 +356,7 @@ def _map_levels(images, operation, strength):
 
 
 def _level_tables(histogram, operation, strength):
-    """What becomes of each grey level: counts (B, G, C) -> uint8 likewise."""
+    """New value of each gray level: counts (B, G, C) -> uint8 (B, G, C)."""
     levels = jnp.arange(256)[None, :, None]
     up_to = jnp.cumsum(histogram, axis=1)
     num_pixels = up_to[:, -1:]
@@ -356,7 +368,7 @@ def _level_tables(histogram, operation, strength):
     below_high = jnp.max(up_to * (up_to < num_pixels), axis=1, keepdims=True)
     stretched = (levels - low) * 255 / jnp.maximum(high - low, 1)
     equalized = (up_to - histogram) * 255 / jnp.maximum(below_high, 1)
-    several = high > low  # a channel of one level stays as it is
+    several = high > low  # a channel with one level is unchanged
     strength = strength[:, None, None]
     amount = jnp.abs(strength)
     bits = jnp.round(4 * amount).astype(jnp.int32)
@@ -375,7 +387,7 @@ def _level_tables(histogram, operation, strength):
 
 
 def _warp(images, operations, strengths):
-    """The geometric operations, last to first from a pixel to where it was taken."""
+    """The geometric operations, from last to first: output pixel to source pixel."""
     _, height, width, _ = images.shape
     x = (jnp.arange(width) + 0.5 - width / 2)[None, None, :]
     y = (jnp.arange(height) + 0.5 - height / 2)[None, :, None]
@@ -403,17 +415,17 @@ def _gather(images, rows, columns, *, fill):
 
 
 def _is(operation, name):
-    """Which images undergo the operation: indices (B,) -> bool (B, 1, 1)."""
+    """Whether the operation applies to each image: indices (B,) -> bool (B, 1, 1)."""
     return (operation == OPERATIONS.index(name))[:, None, None]
 
 
 def _where(operation, name, strength):
-    """`strength` of the images that undergo the operation, else 0: (B, 1, 1)."""
+    """`strength` where the operation applies, else 0: (B, 1, 1)."""
     return jnp.where(_is(operation, name), strength[:, None, None], 0.0)
 
 
 def _luma_weights(channels):
-    """Of the C channels of a colour; their sum is 1."""
+    """Weights of the C channels in the luma; their sum is 1."""
     return _LUMA if channels == 3 else (1 / channels,) * channels
 
 
@@ -422,7 +434,7 @@ def _to_uint8(values):
 
 
 def _box(height, width, corner, sides):
-    """Pixels with their centre in a box, in fractions of the image: bool (H, W)."""
+    """Whether the center of each pixel is in a box (fractions of the image): (H, W)."""
     rows = (jnp.arange(height)[:, None] + 0.5) / height - corner[0]
     columns = (jnp.arange(width)[None, :] + 0.5) / width - corner[1]
     return (rows >= 0) & (rows < sides[0]) & (columns >= 0) & (columns < sides[1])

@@ -1,11 +1,12 @@
 """Data sets as arrays in memory: {"image": uint8 (N, H, W, C), "label": int32 (N,)}.
 
-* `digits`: 1,797 grey 8x8 images that scikit-learn carries; needs no download.
+* `digits`: the 1,797 gray 8x8 images of scikit-learn; needs no download.
 * `folder`: a directory of PNG or JPEG files, with class sub-folders or without.
-* `npz`: a directory with `train.npz` and `test.npz`, each `image` and maybe `label`.
-* any other name: a TensorFlow Datasets image set, read without TensorFlow.
+* `npz`: a directory with `train.npz` and `test.npz`, each with `image` and optionally
+  `label`.
+* any other name: an image data set of TensorFlow Datasets, read without TensorFlow.
 
-A set without labels has the label -1 everywhere.
+In a data set without labels all labels are -1.
 """
 
 import functools
@@ -25,20 +26,20 @@ def load(name: str, split: str, *, data_dir: str | None = None) -> Arrays:
     """Loads one split of a data set.
 
     Args:
-      name: `digits`, `folder`, `npz`, or the name of a TFDS image set.
+      name: `digits`, `folder`, `npz`, or the name of a TFDS image data set.
       split: `train` or `test`.
-      data_dir: where the data lie. For TFDS, None means TFDS_DATA_DIR or the TFDS
-        default; `folder` and `npz` need it.
+      data_dir: directory of the data. `folder` and `npz` need it. For TFDS, None means
+        TFDS_DATA_DIR or the TFDS default.
 
     Returns:
       {"image": uint8 (N, H, W, C), "label": int32 (N,)}.
 
     Raises:
-      ValueError: if the split is unknown, or what is found is no image set.
-      FileNotFoundError: if there is nothing to load; says what to do.
+      ValueError: if the split is unknown, or if the files are not an image data set.
+      FileNotFoundError: if the data are missing; the message states how to get them.
     """
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}.")
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}.")
     if name == "digits":
         return _load_digits(split)
     if name not in ("folder", "npz"):
@@ -61,10 +62,10 @@ def to_float(images: np.ndarray) -> np.ndarray:
 def batch_indices(
     seed: int, step: int, *, num_examples: int, batch_size: int
 ) -> np.ndarray:
-    """Indices (batch_size,) of the batch at `step`, out of shuffled epochs.
+    """Indices (batch_size,) of the batch at `step`, in shuffled epochs.
 
-    A function of its arguments alone: a resumed run needs no state to go on with the
-    same batches. An epoch drops the remainder that does not fill a batch.
+    The result depends only on the arguments: a resumed run needs no state to continue
+    with the same batches. A remainder that does not fill a batch is dropped.
     """
     if not 0 < batch_size <= num_examples:
         raise ValueError(
@@ -82,7 +83,7 @@ def _epoch_order(seed, epoch, num_examples):
 
 
 def _train_test(num_examples, split, test_fraction):
-    """A fixed random partition, for sets that come without one; sorted indices."""
+    """Sorted indices of a fixed random partition, for data sets without splits."""
     order = np.random.default_rng(0).permutation(num_examples)
     num_test = max(1, round(num_examples * test_fraction))
     return np.sort(order[:num_test] if split == "test" else order[num_test:])
@@ -101,9 +102,9 @@ def _load_digits(split):
 
 
 def _load_folder(root, split):
-    """Reads root/<split>/... if both splits are there, else a fixed tenth is the test.
+    """Reads root/<split>/... if both exist; otherwise a fixed tenth is the test split.
 
-    Class sub-folders, if any, are the labels in sorted order of their names.
+    The labels are the indices of the class sub-folders, if any, sorted by name.
     """
     has_splits = all((root / name).is_dir() for name in SPLITS)
     top = root / split if has_splits else root
@@ -115,9 +116,7 @@ def _load_folder(root, split):
         )
     class_names = [p.relative_to(top).parts[0] for p in files if p.parent != top]
     if class_names and len(class_names) < len(files):
-        raise ValueError(
-            f"{top} mixes class sub-folders with images that lie beside them."
-        )
+        raise ValueError(f"{top} mixes class sub-folders with images outside of them.")
     labels = np.full(len(files), -1, np.int32)
     if class_names:
         labels = np.unique(class_names, return_inverse=True)[1].astype(np.int32)
@@ -131,28 +130,30 @@ def _load_folder(root, split):
         if image.shape != first.shape:
             raise ValueError(
                 f"images differ in (height, width, channels): {files[0]} is "
-                f"{first.shape}, {file} is {image.shape}. Make them alike first."
+                f"{first.shape}, {file} is {image.shape}. Resize them first."
             )
         images[i] = image
     return {"image": images, "label": labels}
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Reads an image file as uint8 (H, W, C): C is 1 if it is grey, else 3 (RGB)."""
+    """Reads an image file as uint8 (H, W, C); C is 1 for gray, otherwise 3 (RGB)."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith(("I", "F")):
-                # Pillow would clip these to 8 bits, not scale them.
-                raise ValueError(f"its pixels are {image.mode}; save it with 8 bits.")
+                # Pillow would clip these pixels to 8 bits instead of scaling them.
+                raise ValueError(
+                    f"the mode of its pixels is {image.mode}; save it with 8 bits."
+                )
             grey = image.mode in ("1", "L", "LA")
             array = np.asarray(image.convert("L" if grey else "RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"there is no image file {path}.") from None
-        raise ValueError(f"{path} is no readable image: {error}") from None
+        raise ValueError(f"{path} is not a readable image: {error}") from None
     return array[..., None] if grey else array
 
 
@@ -164,12 +165,12 @@ def _load_npz(root, split):
             "train.npz and test.npz."
         )
     try:
-        # An opened file: np.load leaves one that it opened itself to the collector
-        # when it is truncated.
+        # Open the file here: np.load does not close a truncated file that it has opened
+        # itself.
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {k: file[k] for k in ("image", "label") if k in file.files}
     except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no readable .npz file: {error}") from None
+        raise ValueError(f"{path} is not a readable .npz file: {error}") from None
     image = arrays.get("image")
     if image is None or image.ndim != 4 or image.dtype != np.uint8 or not len(image):
         found = "nothing" if image is None else f"{image.dtype} {image.shape}"
@@ -177,7 +178,7 @@ def _load_npz(root, split):
     label = arrays.get("label", np.full(len(image), -1, np.int32))
     if label.shape != (len(image),) or label.dtype.kind not in "iu":
         raise ValueError(
-            f"{path}: `label` must be integers ({len(image)},), one for each image, "
+            f"{path}: `label` must be integers ({len(image)},), one per image, "
             f"found {label.dtype} {label.shape}."
         )
     return {"image": image, "label": label.astype(np.int32)}
@@ -192,7 +193,8 @@ def _load_tfds(name, split, data_dir):
         builder = tfds.builder(name, data_dir=searched, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
         raise ValueError(
-            f"data set {name!r} is neither digits, folder, npz nor known to TFDS."
+            f"data set must be digits, folder, npz or a name known to TFDS; got "
+            f"{name!r}."
         ) from None
     if not builder.is_prepared():
         raise FileNotFoundError(
@@ -202,12 +204,12 @@ def _load_tfds(name, split, data_dir):
             f"tfds.builder('{name}', data_dir='{searched}', "
             "file_format='array_record').download_and_prepare()\""
         )
-    # Not tfds.data_source: it would start to download.
+    # tfds.data_source is not used, because it would start a download.
     source = builder.as_data_source(split=split)
     if "image" not in source.dataset_info.features:
-        raise ValueError(f"data set {name!r} holds no images.")
+        raise ValueError(f"data set {name!r} is not a data set of images.")
     images, labels = [], []
-    # Chunks: decoding is batched, and the records are not held beside the arrays.
+    # In chunks: decoding is batched, and the records are not all in memory at once.
     for start in range(0, len(source), 1000):
         chunk = range(start, min(start + 1000, len(source)))
         for example in source.__getitems__(chunk):

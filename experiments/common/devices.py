@@ -1,9 +1,9 @@
-"""Where arrays lie: one mesh of all devices, states on each of them, batches split.
+"""Placement of arrays on devices: states on each device, batches split over them.
 
-Every command runs unchanged on one device or many, of one process or several: `jax.jit`
-divides the work by where its arguments lie. Numbers do not depend on how many devices
-there are, but for the order in which sums are rounded. A batch normalisation sees the
-whole batch.
+All devices form one mesh. Every command runs unchanged on one or more devices and
+processes: `jax.jit` divides the work according to the placement of its arguments.
+Results do not depend on the number of devices, except for the rounding of sums. Batch
+normalization uses the whole batch.
 """
 
 from typing import Any
@@ -16,13 +16,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 def initialize(
     coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-    """Joins the processes of a run; before anything else that uses a device.
+    """Connects the processes of a run. Call it before any use of a device.
 
     Args:
-      coordinator: HOST:PORT of process 0. None leaves all three to be found, as on
-        Slurm, Open MPI, Kubernetes and TPUs they are.
-      num_processes: of the run.
-      process_id: of this process, from 0.
+      coordinator: HOST:PORT of process 0. With None JAX detects all three arguments;
+        this works on Slurm, Open MPI, Kubernetes and TPUs.
+      num_processes: number of processes of the run.
+      process_id: index of this process, from 0.
     """
     jax.distributed.initialize(coordinator, num_processes, process_id)
 
@@ -33,7 +33,7 @@ def is_main() -> bool:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when all processes have come to the point of this name."""
+    """Waits until all processes have reached the point of this name."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -41,31 +41,31 @@ def wait_for_all(name: str) -> None:
 
 
 def mesh(*, local: bool = False) -> Mesh:
-    """All devices in a row, or those of this process."""
+    """A mesh of all devices, or of those of this process."""
     devices = jax.local_devices() if local else jax.devices()
     return Mesh(np.array(devices), "data", axis_types=AxisType.Auto)
 
 
 def replicated(*, local: bool = False) -> NamedSharding:
-    """The whole array on each device."""
+    """Sharding with the whole array on each device."""
     return NamedSharding(mesh(local=local), PartitionSpec())
 
 
 def divided(*, axis: int = 0, local: bool = False) -> NamedSharding:
-    """An equal part of one axis on each device."""
+    """Sharding with an equal part of one axis on each device."""
     return NamedSharding(mesh(local=local), PartitionSpec(*[None] * axis, "data"))
 
 
 def replicate(tree: Any, *, local: bool = False) -> Any:
-    """Puts the same arrays, which every process must hold, on each device."""
+    """Copies arrays to each device. Every process must have the same arrays."""
     return _put(tree, replicated(local=local))
 
 
 def divide(tree: Any, *, axis: int = 0, local: bool = False) -> Any:
-    """Splits an axis of arrays over the devices; of each, a process puts its part.
+    """Splits an axis of arrays over the devices; each process copies its own part.
 
     Raises:
-      ValueError: if the devices do not divide the axis.
+      ValueError: if the number of devices does not divide the axis.
     """
     for leaf in jax.tree.leaves(tree):
         check_divisible(leaf.shape[axis], local=local)
@@ -73,7 +73,7 @@ def divide(tree: Any, *, axis: int = 0, local: bool = False) -> Any:
 
 
 def divide_traced(tree: Any, *, axis: int = 0) -> Any:
-    """What `divide` does, for arrays within a jitted function."""
+    """As `divide`, for arrays within a jitted function."""
     for leaf in jax.tree.leaves(tree):
         check_divisible(leaf.shape[axis])
     return jax.lax.with_sharding_constraint(tree, divided(axis=axis))
@@ -85,13 +85,13 @@ def check_divisible(batch_size: int, *, local: bool = False) -> None:
     if batch_size % num_devices:
         raise ValueError(
             f"a batch of {batch_size} cannot be split over {num_devices} devices; "
-            f"take a multiple of {num_devices}."
+            f"use a multiple of {num_devices}."
         )
 
 
 def _put(tree, sharding):
     def put(x):
-        # Within a jitted function there is nothing to put anywhere.
+        # Within a jitted function arrays cannot be copied to a device.
         if isinstance(x, jax.core.Tracer):
             return x
         if isinstance(x, jax.Array) and x.sharding == sharding:

@@ -1,10 +1,10 @@
 """Draws the figures of a run from its files: python -m experiments.figures WORKDIR.
 
 A figure is a function of `config.json`, `metrics.jsonl`, `summary.json` and
-`arrays.npz`; nothing is trained again. The drawing is done by the public functions of
-`functa.plots`, `vit.plots`, `landscape.plots` and `lbi.plots`; here they are given a
-run's numbers, names and titles. A folder of `results/` has no `arrays.npz`: figures
-that need it are left out, those that logged numbers suffice for are drawn.
+`arrays.npz`; no network is trained. The public functions of `functa.plots`,
+`vit.plots`, `landscape.plots` and `lbi.plots` draw the figures; this module passes them
+the numbers, names and titles of a run. A folder of `results/` has no `arrays.npz`:
+figures that need it are skipped, and those that only need logged numbers are drawn.
 """
 
 import functools
@@ -32,9 +32,9 @@ class Run(NamedTuple):
       workdir: the folder.
       config: `config.json`.
       environment: `environment.json`.
-      summary: `summary.json`; empty before the run is finished.
+      summary: `summary.json`; empty if the run is not finished.
       metrics: the lines of `metrics.jsonl`.
-      arrays: `arrays.npz`; empty if there is none.
+      arrays: `arrays.npz`; empty if the file does not exist.
     """
 
     workdir: Path
@@ -45,24 +45,24 @@ class Run(NamedTuple):
     arrays: dict[str, np.ndarray]
 
     def need(self, name: str) -> np.ndarray:
-        """An array of `arrays.npz`; _MissingError if it is not there."""
+        """An array of `arrays.npz`; raises _MissingError if it does not exist."""
         if name not in self.arrays:
             raise _MissingError(name)
         return self.arrays[name]
 
 
 class _MissingError(Exception):
-    """A figure needs an array that the run's folder does not hold."""
+    """A figure needs an array that the folder of the run does not contain."""
 
 
 def draw(workdir: Path) -> None:
     """Draws all figures of the run into `<workdir>/figures`.
 
-    One line names the figures that cannot be drawn for want of arrays. A figure that
-    fails costs a warning.
+    One line names the figures that cannot be drawn because arrays are missing. A figure
+    that fails gives a warning.
 
     Raises:
-      FileNotFoundError: if the folder holds no run.
+      FileNotFoundError: if the folder does not contain a run.
     """
     if not devices.is_main():
         return
@@ -80,7 +80,7 @@ def draw(workdir: Path) -> None:
             figure.savefig(path, dpi=130, bbox_inches="tight")
         except _MissingError as error:
             missing.append(f"{name} ({error})")
-        # Whatever is wrong with one figure, the run and the others are worth more.
+        # An error in one figure must not stop the run or the other figures.
         except Exception as error:  # noqa: BLE001
             print(f"warning: figure {name} is not drawn: {error!r}", flush=True)
         finally:
@@ -94,7 +94,7 @@ def draw(workdir: Path) -> None:
 
 
 def read_run(workdir: Path) -> Run:
-    """Reads what the folder holds; only `config.json` is required."""
+    """Reads the files of the folder; only `config.json` is required."""
     if not (workdir / "config.json").exists():
         raise FileNotFoundError(f"{workdir} has no config.json: it holds no run.")
 
@@ -117,7 +117,7 @@ def read_run(workdir: Path) -> Run:
 
 
 def describe(run: Run) -> str:
-    """Title of a run's figures: command, data set, seeds, length of training."""
+    """Title of the figures of a run: command, data set, seeds, length of training."""
     config = run.config
     data = (config.get("dataset") or {}).get("name")
     for source in ("functaset", "run", "checkpoint"):
@@ -150,7 +150,7 @@ def describe(run: Run) -> str:
 
 
 def _panels(num, *, width=5.4, height=3.5, rows=1, **options):
-    """A figure of `rows` x `num` Axes."""
+    """A figure with `rows` x `num` Axes."""
     return plt.subplots(
         rows,
         num,
@@ -162,7 +162,7 @@ def _panels(num, *, width=5.4, height=3.5, rows=1, **options):
 
 
 def _one_legend(axes):
-    """Of panels with the same curves only the last of the first row has a legend."""
+    """Keeps only the legend of the last panel of the first row."""
     axes = np.atleast_2d(axes)
     for ax in axes.flat:
         if ax is not axes[0, -1] and ax.get_legend():
@@ -324,7 +324,7 @@ def _fit_psnr(run, tasks):
         y_label="PSNR, mean over images (dB)",
         ax=axes[0, 1],
     )
-    # The legend of the first panel explains the lines too.
+    # The legend of the first panel also explains the lines.
     axes[0, 1].get_legend().remove()
     return figure
 
@@ -369,7 +369,7 @@ def _classifier_accuracy(run):
         for part in ("train", "validation", "test")
         if f"{part}_accuracy_per_candidate" in run.metrics[0]
     }
-    # As the command chooses: by the best validation accuracy of any epoch.
+    # The command selects by the best validation accuracy of any epoch.
     chosen = 0
     if "validation" in parts:
         chosen = int(np.argmax(parts["validation"].max(0)))
@@ -537,12 +537,12 @@ def _accuracy_and_cost(rows):
         for method, label in methods.items():
             cost, accuracy = _points(rows, method, "multiply_adds", column)
             if len(cost) > 1 and column in whole:
-                # Pruning nothing is a point of every curve, but makes none of a point.
+                # The dense network starts every curve, but not a single point.
                 cost = np.append(cost, whole["multiply_adds"])
                 accuracy = np.append(accuracy, 100 * whole[column])
             if len(cost):
                 curves[label] = 100 * cost / whole["multiply_adds"], accuracy
-        # The cascade itself is in the first panel; alone it needs no second one.
+        # The cascade is in the first panel; a second panel needs another method.
         is_repeated = drawn and set(curves) == {_TOKENS["max"]}
         if curves and (column != "accuracy" or not is_repeated):
             if column in whole:
@@ -635,7 +635,7 @@ _SCOPES = {
 
 
 def _train_lbi(run):
-    # One training logs; a sweep over methods and seeds has trainings inside.
+    # A single training has its own log; a sweep has one folder per training.
     if not run.metrics:
         return {"accuracy": functools.partial(_lbi_accuracy, run)}
     return {
@@ -734,7 +734,7 @@ def _pruned_layer(run):
 
 
 def _sparsity_curves(run):
-    """{SCOPE_ORDER: accuracies (runs, K)}, of the arrays or the files of the runs."""
+    """{SCOPE_ORDER: accuracies (runs, K)}, from the arrays or the files of the runs."""
     prefix = "curve_"
     curves = {
         name.removeprefix(prefix): values
@@ -777,7 +777,7 @@ def _sparsity(run, curves):
 # --- landscape ---
 
 _NETWORKS = {"plain": "without BN", "bn": "with BN"}
-# Points of a curve over all steps: the noise of single batches hides the rest.
+# Number of points of a curve over all steps; averages reduce the noise of batches.
 _NUM_WINDOWS = 60
 
 
@@ -799,9 +799,9 @@ def _probe_landscape(run):
 
 
 def _landscape_arrays(run):
-    """What the log of each training holds, as `arrays.npz`: (rates, seeds, ...).
+    """The logs of the trainings in the form of `arrays.npz`: (rates, seeds, ...).
 
-    The log has means of the loss over intervals; `loss_step` is their middle.
+    The log contains means of the loss over intervals; `loss_step` is their middle.
     """
     config = run.config
     arrays = {
@@ -868,7 +868,7 @@ def _loss_envelope(run, networks):
     bands = {}
     for ax, network in zip(axes[0, 1:], networks, strict=True):
         epochs, losses = _losses(run, network)
-        # The mean over the seeds of each one's band.
+        # The mean over seeds of the bands.
         low, high = losses.min(0).mean(0), losses.max(0).mean(0)
         bands[_NETWORKS[network]] = epochs, np.stack([low, high])
         landscape_plots.curves(
@@ -932,7 +932,7 @@ def _along_the_gradient(run, networks):
                 epochs = steps / run.need("steps_per_epoch")
                 low, high = values.min(-1), values.max(-1)
                 band = np.stack([low.mean(0), high.mean(0)])
-                # The paper's beta is the largest.
+                # The beta of the paper is the largest one.
                 bands[_NETWORKS[network]] = epochs, high if key == "betas" else band
             draw_one = (
                 landscape_plots.curves if key == "betas" else landscape_plots.envelope
@@ -976,7 +976,7 @@ def _eigenvalues(run, networks):
             steps = run.need(f"{network}/eigenvalue_step")[i, 0]
             epochs = steps / run.need("steps_per_epoch")
             values = run.need(f"{network}/eigenvalues")[i]  # (seeds, E, k)
-            # The last one is the smallest.
+            # The last eigenvalue is the smallest.
             largest[_NETWORKS[network]] = epochs, values.mean(0)[:, :-1]
             products[_NETWORKS[network]] = epochs, rates[i] * values[..., 0]
         landscape_plots.eigenvalues(largest, ax=top)
@@ -1033,17 +1033,17 @@ def measurements(
     log_x: bool = False,
     ax: Any = None,
 ) -> Any:
-    """Measured times, rates or memory as points with error bars; the axis starts at 0.
+    """Draws measured times, rates or memory with error bars; the axis starts at 0.
 
     Args:
-      x: what was varied, (K,).
-      values: what was measured, (K,).
+      x: the varied quantity, (K,).
+      values: the measurements, (K,).
       x_label: name and unit.
       y_label: name and unit.
-      quartiles: of the rounds of each measurement, (K, 2).
-      number: of the color and marker.
-      log_x: the x axis is logarithmic.
-      ax: Axes to draw into; None makes a figure.
+      quartiles: quartiles over the rounds of each measurement, (K, 2).
+      number: index of the color and marker.
+      log_x: whether the x axis is logarithmic.
+      ax: the Axes to draw into; None makes a figure.
 
     Returns:
       The Axes.
@@ -1069,7 +1069,7 @@ def measurements(
         ax.set_xscale("log")
     else:
         ax.set_xlim(0, 1.06 * np.max(x))
-    # From zero: what is in proportion lies on a line through the origin.
+    # From zero: proportional measurements are on a line through the origin.
     highest = np.max(values if quartiles is None else quartiles)
     ax.set_ylim(0, 1.1 * highest)
     ax.set_xlabel(x_label)

@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, and read with one line for damage."""
+"""Files of a run: writes are atomic, and a damaged file gives a one-line error."""
 
 import json
 import os
@@ -21,10 +21,10 @@ def write_atomic(
     *,
     every_process: bool = False,
 ) -> None:
-    """Calls `write(file)` on a temporary neighbour of `path`, then moves it there.
+    """Calls `write(file)` on a temporary file next to `path`, then moves it to `path`.
 
-    Of several processes only the main one does, unless `every_process` has a path of
-    its own.
+    Only the main process writes, unless `every_process` is set and each process has its
+    own path.
     """
     if not (every_process or devices.is_main()):
         return
@@ -43,7 +43,7 @@ def write_atomic(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes readable JSON atomically; NumPy and JAX numbers become plain ones."""
+    """Writes readable JSON atomically; NumPy and JAX numbers become Python numbers."""
     text = json.dumps(plain(value), indent=2)
     write_atomic(path, lambda file: file.write(text + "\n"))
 
@@ -61,7 +61,7 @@ def write_npz(
 
 
 def read_json(path: Path) -> Any:
-    """Reads JSON; ValueError names the file if it is damaged."""
+    """Reads JSON; raises a ValueError that names the file if it is damaged."""
     try:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -69,7 +69,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """The lines of a metrics.jsonl, without a last line that a kill has truncated."""
     if not path.exists():
         return []
     metrics = []
@@ -84,7 +84,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plain(value):
-    """NumPy and JAX numbers and arrays -> what JSON can hold."""
+    """Converts NumPy and JAX numbers and arrays to types of JSON."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

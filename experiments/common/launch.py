@@ -1,4 +1,4 @@
-"""How a command starts: flags, devices, the compilation cache, one-line errors."""
+"""Start of a command: flags, devices, the compilation cache, one-line errors."""
 
 import contextlib
 import os
@@ -20,33 +20,38 @@ def launch(
 ) -> None:
     """Runs `python -m experiments.<name> --config=...` from the command line.
 
-    Whatever a user can cause (a misspelt option, missing or damaged files, a full
-    disk, a diverged run) ends with one line and exit status 1; --debug shows where.
+    An error that a user can cause (a misspelled option, missing or damaged files, a
+    full disk, a diverged run) ends with one line and exit status 1. --debug shows the
+    traceback.
     """
-    # ml_collections reads the options of --config when the flag is defined.
+    # ml_collections parses the options of --config when the flag is defined.
     with _command_line_errors():
         config_flag = config_flags.DEFINE_config_file(
             "config",
             str(Path(__file__).parents[1] / "configs" / f"{name}.py"),
-            "config file, with :variant behind it",
+            "config file, followed by :VARIANT",
         )
     workdir_flag = flags.DEFINE_string(
-        "workdir", None, f"run folder; runs/{name}/<variant> if not given"
+        "workdir", None, f"run folder (default: runs/{name}/<variant>)"
     )
     debug_flag = flags.DEFINE_bool("debug", False, "show the traceback of an error")
     multihost_flag = flags.DEFINE_bool(
-        "multihost", False, "be one of several processes, found by the cluster's means"
+        "multihost", False, "run as one of several processes of a cluster"
     )
     coordinator_flag = flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, where they are not found"
+        "coordinator", None, "HOST:PORT of process 0, if it is not detected"
     )
-    num_processes_flag = flags.DEFINE_integer("num_processes", None, "how many")
-    process_id_flag = flags.DEFINE_integer("process_id", None, "which one, from 0")
+    num_processes_flag = flags.DEFINE_integer(
+        "num_processes", None, "number of processes"
+    )
+    process_id_flag = flags.DEFINE_integer(
+        "process_id", None, "index of this process, from 0"
+    )
 
     def main(argv):
         silence_libraries(debug=debug_flag.value)
         if len(argv) > 1:
-            _fail(f"there are arguments that no option takes: {' '.join(argv[1:])}")
+            _fail(f"unexpected arguments: {' '.join(argv[1:])}")
         config = config_flag.value
         workdir = Path(workdir_flag.value or f"runs/{name}/{config.variant}")
         with one_line_errors(debug=debug_flag.value):
@@ -72,30 +77,30 @@ def launch(
 
 
 def silence_libraries(*, debug: bool = False) -> None:
-    """Leaves the terminal to the run's own lines.
+    """Suppresses the log of Orbax.
 
-    Orbax reports every file that it writes, and each of its threads the same error.
+    Orbax reports every file that it writes, and repeats an error in each thread.
     """
     logging.set_verbosity(logging.INFO if debug else logging.FATAL)
 
 
 def keep_compiled(workdir: Path) -> None:
-    """Has JAX keep what it compiles beside the run folder, for later starts.
+    """Stores compiled functions next to the run folder, for later starts.
 
-    JAX_COMPILATION_CACHE_DIR names another place.
+    JAX_COMPILATION_CACHE_DIR sets another directory.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = Path(workdir).absolute().parent / "compilation_cache"
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    # Most of what a command compiles takes less than JAX's own limit of a second.
+    # Most functions compile in less than a second, JAX's default limit.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    # What a full disk cut short is compiled again, and no matter for the user.
+    # If a full disk truncates a cache file, the function is compiled again.
     warnings.filterwarnings("ignore", message="Error .* persistent compilation cache")
 
 
 @contextlib.contextmanager
 def one_line_errors(*, debug: bool = False) -> Iterator[None]:
-    """Ends the process with one line and status 1 on an error that a user can mend."""
+    """Ends the process with one line and status 1 on an error that a user can fix."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -108,7 +113,7 @@ def one_line_errors(*, debug: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _command_line_errors():
-    """Turns what absl and ml_collections raise on bad options into one line."""
+    """Converts the errors of absl and ml_collections for bad options to one line."""
     try:
         yield
     except (flags.Error, ValueError, AttributeError, LookupError, TypeError) as error:
@@ -120,7 +125,7 @@ def _command_line_errors():
 def one_line(error):
     message = str(error)
     if "Traceback" in message:
-        # ml_collections puts the whole traceback of a config file into the message.
+        # The message of ml_collections contains the whole traceback of a config file.
         message = message.strip().splitlines()[-1].partition(": ")[2]
     # ConfigDict reports an unknown option as the repr of a KeyError's message.
     message = message.replace("\\n", " ").replace("\\'", "'")

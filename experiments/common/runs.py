@@ -1,8 +1,8 @@
-"""A run: its folder, its exact resume, its log.
+"""A run: its folder, its log, and its exact resumption.
 
 A run folder holds `config.json`, `environment.json`, `metrics.jsonl`, `checkpoints/`,
-`figures/`, `arrays.npz` (what the figures are drawn from) and `summary.json`. Files are
-written under a temporary name and moved into place: a kill leaves the old one whole.
+`figures/`, `arrays.npz` (the arrays of the figures) and `summary.json`. Files are
+written under a temporary name and then moved: a kill never leaves a damaged file.
 """
 
 import contextlib
@@ -26,8 +26,17 @@ from experiments.common.launch import one_line
 from experiments.common.upgrade import flatten, upgrade
 
 _PACKAGES = (
-    *("jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "numpy"),
-    *("ml_collections", "tensorflow-datasets", "scikit-learn", "matplotlib"),
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "chex",
+    "orbax-checkpoint",
+    "numpy",
+    "ml_collections",
+    "tensorflow-datasets",
+    "scikit-learn",
+    "matplotlib",
 )
 
 
@@ -37,7 +46,7 @@ class Run:
     Attributes:
       workdir: the folder.
       config: the configuration.
-      summary: what a finished run recorded, or None.
+      summary: the summary of a finished run, or None.
     """
 
     def __init__(
@@ -72,11 +81,11 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds spent on this run, earlier sittings included."""
+        """Wall-clock seconds spent on this run, including earlier sessions."""
         return self._seconds_before + time.monotonic() - self._started
 
     def metrics(self) -> list[dict[str, Any]]:
-        """What has been logged, oldest first."""
+        """The logged lines, oldest first."""
         return files.read_metrics(self.workdir / "metrics.jsonl")
 
     @property
@@ -89,13 +98,14 @@ class Run:
             print(message, flush=True)
 
     def restore(self, state: Any) -> tuple[int, Any]:
-        """The newest checkpoint: (step, state) like `state`, or (0, state) if none.
+        """Restores the newest checkpoint: (step, state), or (0, `state`) without one.
 
-        The state lies on every device, whatever those were that it was saved from.
-        Drops the metrics that were logged after it, so that they are not there twice.
+        The state is placed on every device, independent of the devices that saved it.
+        Metrics that were logged after the checkpoint are dropped, so that they are not
+        logged twice.
 
         Raises:
-          ValueError: if the checkpoint is damaged or of another shape.
+          ValueError: if the checkpoint is damaged or has other shapes.
         """
         step = 0
         latest = self._open_checkpointer().latest
@@ -112,11 +122,11 @@ class Run:
         return step, devices.replicate(state)
 
     def save(self, step: int, state: Any) -> None:
-        """Writes a checkpoint and keeps the two newest ones."""
+        """Writes a checkpoint, and keeps only the two newest ones."""
         checkpointer = self._open_checkpointer()
         if checkpointer.latest is not None and checkpointer.latest.step == step:
             return
-        # Asked before: when Orbax's writers meet a full disk, each prints a traceback.
+        # Check first: on a full disk every writer of Orbax prints a traceback.
         needed = 2**20 + sum(x.nbytes for x in jax.tree.leaves(state))
         free = shutil.disk_usage(self.workdir).free
         if free < needed:
@@ -127,7 +137,7 @@ class Run:
             )
         try:
             checkpointer.save(step, state, force=True)
-        # What a full disk raises depends on which of Orbax's writers meets it.
+        # The exception for a full disk depends on the writer of Orbax that fails.
         except (OSError, ValueError, RuntimeError) as error:
             raise OSError(
                 f"the checkpoint of step {step} cannot be written to "
@@ -135,7 +145,7 @@ class Run:
             ) from error
 
     def log(self, step: int, metrics: Mapping[str, Any], *, num_steps: int) -> None:
-        """Appends to metrics.jsonl and prints a line: metrics, rate, time left."""
+        """Appends to metrics.jsonl; prints the metrics, the rate and the time left."""
         metrics = {k: files.plain(v) for k, v in metrics.items()}
         seconds = self.seconds
         line = json.dumps({"step": step, "seconds": round(seconds, 3), **metrics})
@@ -162,7 +172,7 @@ class Run:
         self.say("  ".join(parts))
 
     def finish(self, summary: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes summary.json, which marks the run as finished, and shows it."""
+        """Writes summary.json, which marks the run as finished, and prints it."""
         self.summary = files.plain({"seconds": round(self.seconds, 1), **summary})
         files.write_json(self.workdir / "summary.json", self.summary)
         self.show_summary()
@@ -196,14 +206,14 @@ class Run:
         return False
 
     def _check_inputs(self, inputs):
-        """Remembers what the run was begun with, and refuses anything else later."""
+        """Stores the digests of the inputs; raises ValueError if they have changed."""
         path = self.workdir / "inputs.json"
         known = files.read_json(path) if path.exists() else {}
         for name, digest in inputs.items():
             if known.setdefault(name, digest) != digest:
                 raise ValueError(
                     f"the {name} of {self.workdir} has changed since that run was "
-                    "begun. Delete that folder or choose another --workdir."
+                    "started. Delete the folder or choose another --workdir."
                 )
         if known:
             files.write_json(path, known)
@@ -246,11 +256,12 @@ def open_run(
     Args:
       workdir: the run folder.
       config: the configuration.
-      inputs: digests of the files that the run starts from, which a resumed run must
-        find unchanged.
+      inputs: digests of the input files of the run. A resumed run must have the same
+        digests.
 
     Raises:
-      ValueError: if the folder holds a run of another configuration or of other inputs.
+      ValueError: if the folder contains a run with another configuration or with other
+        inputs.
     """
     run = Run(workdir, config, inputs)
     if run.summary is not None:
@@ -258,7 +269,7 @@ def open_run(
     try:
         yield run
     except BaseException:
-        # The first error is the one to report.
+        # Report the first error.
         with contextlib.suppress(Exception):
             run.close()
         raise
@@ -272,7 +283,7 @@ def run_once(
     *,
     inputs: Mapping[str, str | None] | None = None,
 ) -> dict[str, Any]:
-    """Runs or resumes `experiment` in `workdir`; a finished run shows its summary.
+    """Runs or resumes `experiment` in `workdir`; a finished run prints its summary.
 
     Args:
       workdir: the run folder.
@@ -293,7 +304,7 @@ def load_config(workdir: Path) -> ConfigDict:
     """The configuration of a run.
 
     Raises:
-      FileNotFoundError: if `workdir` holds no run.
+      FileNotFoundError: if `workdir` does not contain a run.
       ValueError: if its config.json is damaged.
     """
     path = Path(workdir) / "config.json"
@@ -307,11 +318,11 @@ def load_checkpoint(workdir: Path, state: Any = None) -> tuple[ConfigDict, Any]:
 
     Args:
       workdir: the run folder.
-      state: what the checkpoint is like; None gives plain nested dicts.
+      state: a pytree of the structure of the checkpoint; None gives nested dicts.
 
     Raises:
-      FileNotFoundError: if `workdir` holds no run or no checkpoint.
-      ValueError: if either is damaged.
+      FileNotFoundError: if `workdir` does not contain a run or a checkpoint.
+      ValueError: if one of them is damaged.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -335,17 +346,17 @@ def _load(checkpointer, step, state, folder):
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state
         )
         return checkpointer.load(step, abstract)
-    # Orbax reports a damaged or foreign checkpoint by whatever its reader raised.
+    # For a damaged or incompatible checkpoint Orbax raises the error of its reader.
     except Exception as error:
         raise ValueError(
             f"the checkpoint of step {step} in {folder} cannot be read "
-            f"({type(error).__name__}: {one_line(error)[:200]}). Delete it to go on "
-            "from the one before."
+            f"({type(error).__name__}: {one_line(error)[:200]}). Delete it to "
+            "resume from the previous one."
         ) from error
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices, commit and command that a run's numbers come from."""
+    """Versions, devices, commit and command of a run."""
     versions = {}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -389,7 +400,7 @@ def _check_same_config(stored, ours, workdir):
     ]
     if differ:
         raise ValueError(
-            f"{workdir} holds a run of another configuration: {'; '.join(differ)}. "
+            f"{workdir} holds a run with another configuration: {'; '.join(differ)}. "
             "Choose another --workdir."
         )
 

@@ -1,10 +1,10 @@
-"""Configurations as data: a base, the overrides of each variant, a rule for each field.
+"""Configurations as data: a base, overrides for each variant, and rules for fields.
 
 A file of `experiments/configs` holds three tables and one line:
 
     BASE = {...}       nested dicts of all fields and their defaults
     VARIANTS = {...}   variant -> {dotted field: value}; the first one is the default
-    RULES = {...}      dotted field -> `Rule`, checked before a command does anything
+    RULES = {...}      dotted field -> `Rule`, checked at the start of a command
     get_config = functools.partial(settings.build, NAME, BASE, VARIANTS)
 """
 
@@ -24,7 +24,7 @@ class Optional(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What a field must be: in words, for the error message, and as a test."""
+    """A condition on a field: in words, for the error message, and as a function."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -39,14 +39,14 @@ def build(
     """The configuration of one variant.
 
     Args:
-      experiment: name of the command.
-      base: the fields and their defaults; see `Optional` for fields that may be None.
-      variants: the overrides of each variant. A dict as a value replaces the whole
-        entry, a dotted name changes one field of it.
-      variant: its name; None takes the first one.
+      experiment: the name of the command.
+      base: the fields and their defaults; `Optional` marks fields that may be None.
+      variants: the overrides of each variant. A dict replaces a whole entry; a dotted
+        name changes one field of an entry.
+      variant: the name of the variant; None is the first one.
 
     Raises:
-      ValueError: if there is no such variant.
+      ValueError: if the variant does not exist.
     """
     variant = next(iter(variants)) if variant is None else variant
     if variant not in variants:
@@ -69,7 +69,7 @@ def build(
 
 
 def _with_references(value):
-    """Optional fields as ml_collections has them."""
+    """Converts optional fields to those of ml_collections."""
     if isinstance(value, Optional):
         return config_dict.FieldReference(value.value, field_type=value.kind)
     if isinstance(value, dict):
@@ -81,13 +81,13 @@ def check(config: ConfigDict, rules: Mapping[str, Rule]) -> None:
     """Checks every field that has a rule; `entry.*` stands for all fields of an entry.
 
     Raises:
-      ValueError: names the field, what it must be and its value.
+      ValueError: if a field breaks its rule; names the field, the rule and the value.
     """
     for name, rule in rules.items():
         for field, value in _lookup(config, name.split("."), ""):
             try:
                 holds = rule.holds(value)
-            except TypeError:  # of another type, which cannot be compared
+            except TypeError:  # the type of the value cannot be compared
                 holds = False
             if not holds:
                 raise ValueError(f"{field} must be {rule.words}, got {value!r}.")
@@ -103,7 +103,7 @@ def _lookup(entry, names, prefix):
 
 
 def at_least(low: float) -> Rule:
-    """A finite number from `low` on."""
+    """A finite number of at least `low`."""
     return Rule(f"at least {low}", lambda value: low <= value < math.inf)
 
 
@@ -113,7 +113,7 @@ def above(low: float) -> Rule:
 
 
 def within(interval: str) -> Rule:
-    """A number within an interval as it is written, such as "[0, 1)"."""
+    """A number within an interval such as "[0, 1)"."""
     low, high = (float(end) for end in interval[1:-1].split(","))
 
     def holds(value):
@@ -130,7 +130,7 @@ def one_of(*allowed: Any) -> Rule:
 
 
 def each(rule: Rule, *, empty: bool = False) -> Rule:
-    """A tuple of values that each obey a rule."""
+    """A tuple whose values each satisfy a rule."""
     return Rule(
         f"values each {rule.words}" + (", at least one" * (not empty)),
         lambda values: (empty or len(values) > 0) and all(map(rule.holds, values)),
@@ -138,7 +138,7 @@ def each(rule: Rule, *, empty: bool = False) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """None, or what obeys a rule."""
+    """None, or a value that satisfies a rule."""
     return Rule(f"None or {rule.words}", lambda v: v is None or rule.holds(v))
 
 
@@ -147,7 +147,7 @@ SEEDS = each(Rule("an integer from 0 to 2**32 - 1", lambda v: 0 <= v < 2**32))
 
 
 def optimizer_rules(entry: str = "optimizer") -> dict[str, Rule]:
-    """Rules of the fields that every optimizer of a config has."""
+    """Rules for the fields that every optimizer of a config has."""
     return {
         f"{entry}.learning_rate": at_least(0),
         f"{entry}.schedule": one_of("constant", "cosine"),

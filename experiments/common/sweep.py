@@ -1,4 +1,4 @@
-"""The same experiment over seeds and other axes, and the mean over the seeds."""
+"""Runs of an experiment over seeds and other axes, and means over the seeds."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -24,24 +24,24 @@ def sweep(
     inputs: Callable[[ConfigDict], Mapping[str, str | None]] = lambda config: {},
     finish: Callable[[runs.Run, dict[str, Summary]], Summary] | None = None,
 ) -> Summary:
-    """Runs an experiment for every combination of the values of some fields.
+    """Runs an experiment for all combinations of the values of some fields.
 
-    A single combination runs in `workdir` itself. Several each have a run folder of
-    their own inside it, named by the axes (`adam_seed0`), and the outer folder has the
-    summary over all. Each run resumes on its own.
+    A single combination runs in `workdir` itself. With several combinations each has
+    its own run folder inside `workdir`, named by the axes (`adam_seed0`), and the outer
+    folder has the summary of all runs. Each run resumes separately.
 
     Args:
-      config: its fields of `axes` are tuples of values.
+      config: the configuration; its fields in `axes` are tuples of values.
       workdir: the run folder.
-      experiment: open run, whose config has one value in each axis -> summary.
-      axes: field -> how its value is written in the name of a run.
-      nested: whether a single combination has a folder of its own, too.
+      experiment: open run -> summary; the config of the run has one value per axis.
+      axes: {field: format of its value in the name of a run}.
+      nested: whether a single combination also has its own folder.
       inputs: config of one run -> digests of its input files; see `runs.open_run`.
-      finish: (outer run, {name: summary}) -> the outer summary; the default is the
-        mean and deviation over all runs.
+      finish: (outer run, {name: summary}) -> outer summary; the default computes mean
+        and deviation over all runs.
 
     Returns:
-      The summary; of several runs with their summaries under "runs".
+      The summary. With several runs it contains their summaries under "runs".
     """
     combinations = list(itertools.product(*(config[field] for field in axes)))
     if len(combinations) == 1 and not nested:
@@ -69,14 +69,14 @@ def sweep(
 
 
 def mean_and_std(rows: Sequence[Mapping[str, Any]]) -> Summary:
-    """Mean of every number over the rows and, of several rows, the deviation (n - 1).
+    """Mean of every number over the rows and, for two or more, the deviation (n - 1).
 
     Args:
-      rows: nested dicts of numbers or lists of numbers, all of one structure. Values
-        that are no numbers are kept where all rows have the same.
+      rows: nested dicts of numbers or lists of numbers, all of the same structure.
+        Other values are kept if they are the same in all rows.
 
     Returns:
-      Flat: {"accuracy": mean, "accuracy_std": deviation, "layer.conv1": mean, ...}.
+      A flat dict {"accuracy": mean, "accuracy_std": deviation, "layer.conv1": ...}.
     """
     table = {}
     for name, value in rows[0].items():

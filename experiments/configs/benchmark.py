@@ -1,17 +1,20 @@
-"""Measures the hot paths of the project, side by side.
+"""Measures the time and memory of the hot paths of the project.
 
     python -m experiments.benchmark --config=experiments/configs/benchmark.py:VARIANT
 
 Variants:
-  all: everything; five minutes on two cores.
+  all: every path. About 5 minutes on two cores (results/benchmark_all).
   functa: meta-learning, encoding and fitting.
-  optimizers: a step of LeNet and of VGG-A by each optimizer, and of SGD.
-  lenet: LeNet alone.
-  vgg: VGG-A alone.
-  scaling: the meta-step against batch, image side, latent size and inner steps, one
-    at a time; three minutes.
-  paper: the meta-step at the size of the paper, with each sine and dtype; needs a GPU.
-  smoke: a little of everything at tiny sizes.
+  optimizers: one step of LeNet and of VGG-A with each optimizer, and one step of
+    VGG-A with SGD.
+  lenet: the paths of LeNet.
+  vgg: the paths of VGG-A.
+  scaling: the meta-step at several batch sizes, image sizes, latent sizes and numbers
+    of inner steps; one of them varies at a time. About a minute on two cores
+    (results/benchmark_scaling).
+  paper: the meta-step at the size of the paper, with each sine and dtype. It needs a
+    GPU; results/ has no run of it.
+  smoke: a few paths at tiny sizes, to check that the command runs.
 """
 
 import functools
@@ -22,7 +25,7 @@ _METHODS = ("adam", "dessilbi", "dessilbi_adam")
 
 
 def _sizes():
-    """The paths of all variants but smoke, scaling and paper."""
+    """The paths of all variants except smoke, scaling and paper."""
     sizes = _products(1024, 8)
     for width, depth, latent_dim, batch_size in (
         (128, 5, 128, 16),
@@ -38,7 +41,7 @@ def _sizes():
         "image_size": 8,
         "channels": 1,
     }
-    # As one would write it at first: jnp.sin, and the batch in one vmap.
+    # The simplest implementation: jnp.sin, and one vmap over the batch.
     sizes["meta_digits_plain"] = sizes["meta_digits"] | {
         "fast_sine": False,
         "points_per_group": 0,
@@ -147,7 +150,7 @@ def _probes(variant, batch_size, num_step_sizes, **model):
 
 
 def _scaling():
-    """One path for each value of each axis, the others fixed."""
+    """One path for each value of each axis; the other axes are fixed."""
     axes = {
         "batch_size": (4, 8, 16, 32, 64),
         "image_size": (8, 16, 32, 64),
@@ -181,7 +184,10 @@ def _paper():
 
 
 def _measured(sizes, *prefixes):
-    """Settings that measure the paths of these prefixes; products are not paths."""
+    """Settings that measure the paths whose names have one of these prefixes.
+
+    Without prefixes all paths are measured. Matrix products do not count as paths.
+    """
     names = [name for name in sizes if not name.startswith("product")]
     return {
         "sizes": sizes,
@@ -191,21 +197,22 @@ def _measured(sizes, *prefixes):
 
 BASE = {
     "tensorboard": False,
-    # Rounds in which the paths take turns, and the length of a turn; a call is never
-    # cut short.
+    # The paths take turns in each round. A turn lasts at least this many seconds and
+    # ends after a complete call.
     "num_rounds": 7,
     "seconds_per_turn": 0.2,
-    # A folder with torch_functa.py and torch_vgg.py; a Python with torch (this one if
-    # None) runs them at the start of every `peer_every` rounds.
+    # A folder with torch_functa.py and torch_vgg.py. The Python `peer_python`, which
+    # has torch, runs them at the start of every `peer_every` rounds; None is the
+    # Python of this process.
     "peers": settings.Optional(str),
     "peer_python": settings.Optional(str),
     "peer_every": 3,
-    # name -> {"kind": a function of benchmark.py, its keywords}. `variant` is a variant
-    # of the command's own config, which gives the remaining settings; `reference` is a
-    # path whose time this one is compared with, if both are measured.
-    # paths: names of those to run.
+    # sizes: name -> {"kind": a function of benchmark.py, and its keywords}. `variant`
+    # is a variant of the measured command's config, which gives the other settings.
+    # The time is compared with that of the path `reference` if both are measured.
+    # paths: names of the paths to run.
     **_measured(_sizes()),
-    # Axes of the figure: {keyword: values}, each measured as KEYWORD_VALUE.
+    # Axes of the figure: {keyword: values}. Each value is a path named KEYWORD_VALUE.
     "axes": {},
 }
 

@@ -1,17 +1,24 @@
-"""Measures the landscape of a network with and without batch normalisation.
+"""Measures the landscape of a network with and without batch normalization.
 
     python -m experiments.probe_landscape \\
         --config=experiments/configs/probe_landscape.py:VARIANT
 
+The main result is a ratio: the width of the envelope of the training losses over the
+learning rates without batch normalization, divided by the width with it.
+
 Variants:
-  digits: a small VGG on the digits of scikit-learn; two minutes.
-  smoke: the same for a few steps, to see that everything runs.
-  deep_linear: a linear network of 25 layers on the digits; two minutes.
-  cifar10_cpu: a quarter of the channels of VGG-A on CIFAR-10, 3 epochs, two
-    seeds; three quarters of an hour on two cores.
-  cifar10_subset: the same on 5,000 images, 30 epochs, which all but the smallest
-    rate without normalisation fit; no surface; as long.
-  cifar10: VGG-A on CIFAR-10, 20 epochs as in the report; needs a GPU.
+  digits: a small VGG on the digits of scikit-learn; 1.2 in 2 minutes on two cores
+    (results/probe_landscape_digits).
+  smoke: the digits variant for 2 epochs on 128 images, to check that the command runs.
+  deep_linear: a linear network of 25 layers on the digits; 1.04 in a minute and a half
+    on two cores (results/probe_landscape_deep_linear).
+  cifar10_cpu: VGG-A with a quarter of the channels on CIFAR-10, 3 epochs, two seeds;
+    1.2 in 49 minutes on two cores (results/probe_landscape_cifar10_cpu).
+  cifar10_subset: the same network on 5,000 images, 30 epochs, two seeds, without the
+    surface. Every run except those at the smallest rate without normalization fits the
+    images; 3.8 in 55 minutes on two cores (results/probe_landscape_cifar10_subset).
+  cifar10: VGG-A on CIFAR-10, 20 epochs as in the report. It needs a GPU; results/ has
+    no run of it.
 """
 
 import functools
@@ -20,42 +27,43 @@ from experiments.common import settings
 
 BASE = {
     "tensorboard": False,
-    # bn: with batch normalisation; plain: without. Each is trained at every learning
-    # rate with every seed.
+    # bn: with batch normalization; plain: without it. Each network is trained at every
+    # learning rate with every seed.
     "networks": ("bn", "plain"),
     "learning_rates": (1e-4, 5e-4, 1e-3, 2e-3),
     "seeds": (0,),
-    # name: a data set of experiments/common/data.py with labels, and its data_dir.
+    # name: a labeled data set of experiments/common/data.py; data_dir: its directory.
     "dataset": {
         "name": "cifar10",
         "data_dir": settings.Optional(str),
     },
-    # Only the first ones; 0 takes all.
+    # Number of training and test images, from the first on; 0 uses all.
     "num_train": 0,
     "num_test": 0,
-    # Smaller images are enlarged by a whole factor and padded.
+    # Smaller images are enlarged by an integer factor and padded.
     "image_size": 32,
-    # VGG or DeepLinear, with further fields of experiments.networks.vgg.VGG or
-    # experiments.networks.deep_linear.DeepLinear but batch_norm.
+    # type: VGG or DeepLinear. Other fields are those of the module in
+    # experiments.networks, except batch_norm.
     "model": {"type": "VGG"},
-    # Whose gradients the report compares between steps: a pattern of paths.
+    # Pattern of the parameter paths whose gradients the report compares between steps.
     "last_layer": "^fc3/kernel$",
-    # Any optimizer of optax; its learning rate is one of those above.
+    # Any optimizer of optax, with one of the learning rates above.
     "optimizer": {"name": "adam", "options": {}},
     "num_epochs": 20,
     "batch_size": 128,
     "checkpoint_every": 780,
-    # Along the gradient: every so many steps, on the batch of the next one.
+    # Steps between probes along the gradient. A probe uses the batch of the next step.
     "probe_every": 39,
-    # eta: multiples of the gradient (not of the learning rate). The largest is that of
-    # Santurkar et al., beyond which the network without normalisation breaks down.
+    # eta: multiples of the gradient (not of the learning rate). The largest is the one
+    # of Santurkar et al.; beyond it the network without normalization breaks
+    # down.
     "step_sizes": tuple(0.4 / 2**k for k in reversed(range(8))),
-    # How batch normalisation acts in a probe: batch (its own statistics, as in
-    # training), frozen (running statistics) or recalibrated (statistics of the images
-    # of `sharpness`, at each point).
+    # Statistics of batch normalization in a probe: batch (those of the batch, as in
+    # training), frozen (the running ones) or recalibrated (those of the images of
+    # `sharpness`, computed at each point).
     "bn_mode": "batch",
-    # Largest eigenvalues of the Hessian on the first training images: every so many
-    # steps (0: never), by so many Lanczos steps.
+    # Largest eigenvalues of the Hessian on the first num_images training images, every
+    # `every` steps (0: never), with num_steps Lanczos steps.
     "sharpness": {
         "every": 390,
         "num_images": 512,
@@ -63,8 +71,9 @@ BASE = {
         "num_steps": 15,
     },
     # Losses on a square around the trained network of the first seed at this learning
-    # rate: (size, size) points from -span to span, on the first training images in
-    # chunks, whose own statistics normalise them. size 0 leaves it out.
+    # rate: (size, size) points from -span to span, on the first num_images training
+    # images. Batch normalization uses the statistics of each chunk. A size of 0 skips
+    # the surface.
     "surface": {
         "learning_rate": 1e-3,
         "size": 51,

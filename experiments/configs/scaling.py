@@ -1,10 +1,12 @@
-"""Measures what whole processes cost: start-up, devices, size of a data set.
+"""Measures the start-up time, the scaling over devices and the memory of processes.
 
     python -m experiments.scaling --config=experiments/configs/scaling.py:VARIANT
 
 Variants:
-  cpu: up to 8 virtual devices and a million images; minutes on two cores.
-  smoke: the same in small.
+  cpu: up to 8 virtual devices and a million images. The first training step ends after
+    4.4 seconds (7.6 with an empty compilation cache), and a million images are encoded
+    within 432 MiB; under 2 minutes on two cores (results/scaling_cpu).
+  smoke: the same measurements at small sizes, to check that the command runs.
 """
 
 import functools
@@ -14,13 +16,13 @@ from experiments.common import settings
 BASE = {
     "seed": 0,
     "tensorboard": False,
-    # Repetitions of each start; the median counts.
+    # Repetitions of each start; the median is reported.
     "num_starts": 3,
-    # Virtual devices, each with so many 32x32 images of a meta-learning step.
+    # Numbers of virtual devices, and 32x32 images per device in a meta-learning step.
     "num_devices": (1, 2, 4, 8),
     "images_per_device": 4,
     "num_rounds": 5,
-    # Synthetic 8x8 images encoded into a functaset.
+    # Numbers of synthetic 8x8 images that are encoded into a functaset.
     "num_images": (1000, 10_000, 100_000, 1_000_000),
     "encode_batch_size": 1000,
 }

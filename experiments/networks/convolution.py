@@ -1,8 +1,8 @@
 """Convolutions written as matrix products, for backends where XLA's own are slow.
 
-`matmul_conv` has the signature of `jax.lax.conv_general_dilated` and gives the same
-numbers to rounding; hand it to `flax.linen.Conv(conv_general_dilated=matmul_conv)`. The
-gradient of XLA's convolution is several times slower on a CPU than these products.
+`matmul_conv` has the signature of `jax.lax.conv_general_dilated` and computes the same
+values up to rounding. Pass it to `flax.linen.Conv(conv_general_dilated=matmul_conv)`.
+On a CPU the gradient of XLA's convolution is several times slower than these products.
 
 Axes: B batch, H W image, C input and O output channels, T tiles per side.
 """
@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-# Lavin & Gray 2016 (arXiv 1509.09308), F(2x2, 3x3): 16 products for 4 outputs where
-# the plain sum takes 36. Its error is that of the plain sum; larger tiles are no
-# faster here, being bound by memory, and ten times less exact.
+# Lavin & Gray 2016 (arXiv 1509.09308), F(2x2, 3x3): 16 products for 4 outputs, where
+# the plain sum takes 36. The error is that of the plain sum. Larger tiles are bound by
+# memory: they are not faster, and their error is ten times larger.
 _INPUT = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
 _KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 _OUTPUT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
-# With fewer channels the transforms cost more than the products that they save.
+# With fewer channels the transforms cost more than the saved products.
 _MIN_CHANNELS = 16
-# A band of a large kernel on a small image wastes few products, and saves the copies.
+# For a large kernel on a small image a band wastes few products and avoids copies.
 _MIN_BAND = 5
 _MAX_BAND_WIDTH = 40
 
@@ -35,18 +35,18 @@ def matmul_conv(
     feature_group_count: int = 1,
     **options,
 ) -> Array:
-    """A convolution of stride 1 as matrix products; any other goes to XLA.
+    """A convolution of stride 1 as matrix products; XLA computes any other one.
 
     Args:
       lhs: inputs (B, H, W, C).
       rhs: kernel (kh, kw, C, O).
-      window_strides: as those of `jax.lax.conv_general_dilated`, and so on below.
+      window_strides: as in `jax.lax.conv_general_dilated`; so are the arguments below.
       padding: SAME, VALID, or ((low, high), (low, high)).
-      lhs_dilation: of the inputs.
-      rhs_dilation: of the kernel.
-      dimension_numbers: NHWC, HWIO, NHWC as Flax asks for.
-      feature_group_count: groups.
-      **options: precision, and others that send it to XLA.
+      lhs_dilation: dilation of the inputs.
+      rhs_dilation: dilation of the kernel.
+      dimension_numbers: NHWC, HWIO, NHWC, as Flax passes them.
+      feature_group_count: number of groups.
+      **options: precision; with any other option XLA computes the convolution.
 
     Returns:
       (B, H', W', O).
@@ -100,7 +100,7 @@ def _is_channels_last(lhs, rhs, dimension_numbers):
 
 
 def _shifted_slices(inputs, kernel, pads, precision):
-    """Slices at every tap side by side, times the flattened kernel."""
+    """Concatenated slices for all taps, times the flattened kernel."""
     kh, kw, num_in, num_out = kernel.shape
     padded = jnp.pad(inputs, ((0, 0), *pads, (0, 0)))
     height, width = padded.shape[1] - kh + 1, padded.shape[2] - kw + 1
@@ -114,12 +114,12 @@ def _shifted_slices(inputs, kernel, pads, precision):
 
 
 def _banded(inputs, kernel, pads, precision):
-    """Whole rows of the image times a band matrix for each row of the kernel."""
+    """Rows of the image times one band matrix per row of the kernel."""
     kh, kw, num_in, num_out = kernel.shape
     padded = jnp.pad(inputs, ((0, 0), *pads, (0, 0)))
     batch, padded_height, padded_width, _ = padded.shape
     height, width = padded_height - kh + 1, padded_width - kw + 1
-    # Tap j takes input column x to output column w = x - j.
+    # Tap j maps input column x to output column w = x - j.
     band = np.stack([np.eye(padded_width, width, -j) for j in range(kw)])
     matrices = jnp.einsum(
         "jxw,ijco->ixcwo", band.astype(kernel.dtype), kernel, precision=precision
@@ -137,7 +137,7 @@ def _banded(inputs, kernel, pads, precision):
 
 
 def _winograd(inputs, kernel, precision):
-    """3x3, one pixel of padding: transformed tiles times transformed kernels."""
+    """3x3 with one pixel of padding: transformed tiles times transformed kernels."""
     batch, height, width, num_in = inputs.shape
     tiles = height // 2, width // 2
     padded = jnp.pad(inputs, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -175,7 +175,7 @@ def _overlapping(padded, axis):
 
 
 def _combine(matrix, arrays):
-    """matrix @ arrays over a list, without the products by 0 and 1."""
+    """matrix @ arrays for a list of arrays, without the products by 0 and 1."""
     results = []
     for row in matrix:
         terms = [

@@ -1,8 +1,8 @@
 """The deep linear network of Santurkar et al. 2018 (arXiv 1805.11604).
 
-Linear in its inputs, with or without batch normalisation between its layers, and yet
-with a loss that is far from convex in its weights: what normalisation does to a
-landscape shows here without rectifiers or convolutions.
+The network is linear in its inputs, with or without batch normalization between the
+layers, but the loss is far from convex in the weights. It shows the effect of
+normalization on a landscape without rectifiers or convolutions.
 """
 
 from flax import linen as nn
@@ -13,10 +13,10 @@ class DeepLinear(nn.Module):
     """Dense layers without nonlinearities.
 
     Attributes:
-      depth: layers in all, at least 1; 25 in the paper.
+      depth: number of layers, at least 1; 25 in the paper.
       width: units of each hidden layer.
       num_classes: outputs.
-      batch_norm: whether a batch normalisation follows each hidden layer.
+      batch_norm: whether batch normalization follows each hidden layer.
       bn_momentum: share of the old value in the running statistics; 0 replaces them.
     """
 
@@ -30,8 +30,8 @@ class DeepLinear(nn.Module):
     def __call__(self, inputs: Array, *, train: bool = False) -> Array:
         """Inputs (B, ...), flattened -> outputs (B, num_classes).
 
-        With `train` the batch's own statistics are used, and the running ones updated
-        (collection `batch_stats`).
+        With `train` the statistics of the batch are used, and the running statistics
+        (collection `batch_stats`) are updated.
         """
         if self.depth < 1:
             raise ValueError(f"depth must be at least 1, got {self.depth}.")

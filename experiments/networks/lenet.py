@@ -9,7 +9,7 @@ from collections.abc import Callable
 from flax import linen as nn
 from jax import Array, lax
 
-# torch's default: uniform within 1 / sqrt(fan-in), for kernels.
+# Default of torch for kernels: uniform in +-1 / sqrt(fan-in).
 _UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
@@ -30,7 +30,7 @@ class LeNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
-        """Images (B, 28, 28, C) -> logits (B, num_classes); `train` changes nothing."""
+        """Images (B, 28, 28, C) -> logits (B, num_classes); `train` has no effect."""
         del train
         if images.ndim != 4 or images.shape[1:3] != (28, 28):
             raise ValueError(f"images must be (B, 28, 28, C), got {images.shape}.")
@@ -47,13 +47,13 @@ class LeNet(nn.Module):
             x = nn.relu(x)
             if number < 3:
                 x = _max_pool(x)
-        x = x.reshape(x.shape[0], -1)  # (B, features[2]): the image is one pixel now
+        x = x.reshape(x.shape[0], -1)  # (B, features[2]): the image is one pixel
         x = nn.relu(nn.Dense(self.hidden, kernel_init=_UNIFORM, name="fc1")(x))
         return nn.Dense(self.num_classes, kernel_init=_UNIFORM, name="fc2")(x)
 
 
 def channel_map() -> dict[str, tuple[tuple[str, int], ...]]:
-    """What goes with an output channel of each hidden layer; see `lbi.pruning`."""
+    """The axes that belong to a channel of each hidden layer; see `lbi.pruning`."""
     layers = ("conv1", "conv2", "conv3", "fc1", "fc2")
     return {
         layer: (

@@ -1,4 +1,4 @@
-"""The networks that a config can name, and what is known of them."""
+"""The networks that a config can name, with their layers and costs."""
 
 import itertools
 import math
@@ -20,11 +20,13 @@ _MODELS = {"LeNet": LeNet, "VGG": VGG, "DeepLinear": DeepLinear}
 
 
 def make_model(settings: dict[str, Any], num_classes: int) -> nn.Module:
-    """The network that config.model.type names, with the other fields."""
+    """Makes the network config.model.type with the other fields of config.model."""
     settings = dict(settings)
     kind = settings.pop("type")
     if kind not in _MODELS:
-        raise ValueError(f"config.model.type {kind!r} is none of {', '.join(_MODELS)}.")
+        raise ValueError(
+            f"config.model.type must be one of {', '.join(_MODELS)}; got {kind!r}."
+        )
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu and kind == "LeNet":
         settings["conv"] = matmul_conv
@@ -37,7 +39,7 @@ def make_model(settings: dict[str, Any], num_classes: int) -> nn.Module:
 
 
 def thin_model(model: nn.Module, keep: dict[str, np.ndarray]) -> nn.Module:
-    """The same kind of network with the channels that `keep` leaves in each layer."""
+    """The same kind of network with only the channels of `keep` in each layer."""
 
     def width(layer, full):
         return int(np.sum(keep[layer])) if layer in keep else full
@@ -54,7 +56,7 @@ def thin_model(model: nn.Module, keep: dict[str, np.ndarray]) -> nn.Module:
 
 
 def channel_map(model: nn.Module) -> lbi.channels.ChannelMap:
-    """What goes with a channel of each hidden layer; see `lbi.pruning`."""
+    """The axes that belong to a channel of each hidden layer; see `lbi.pruning`."""
     if isinstance(model, LeNet):
         return lenet.channel_map()
     return vgg.channel_map(model)
@@ -63,14 +65,14 @@ def channel_map(model: nn.Module) -> lbi.channels.ChannelMap:
 def count_multiply_adds(
     model: nn.Module, variables: dict[str, Any], image_shape: tuple[int, ...]
 ) -> int:
-    """Multiply-adds of the convolutions and dense layers for one image, closed form."""
+    """Multiply-adds of convolutions and dense layers per image, in closed form."""
     _, captured = jax.eval_shape(
         lambda v, x: model.apply(v, x, capture_intermediates=True),
         variables,
         jnp.zeros((1, *image_shape)),
     )
     outputs = captured["intermediates"]
-    # Each weight of a kernel is used once for each position of the layer's output.
+    # Each weight of a kernel is used once per position of the output.
     return sum(
         math.prod(outputs[name]["__call__"][0].shape[1:-1]) * layer["kernel"].size
         for name, layer in variables["params"].items()

@@ -1,8 +1,8 @@
-"""VGG-A with and without batch normalisation, for 32x32 images.
+"""VGG-A with and without batch normalization, for 32x32 images.
 
 Simonyan & Zisserman 2014 (arXiv 1409.1556), configuration A, with the classifier of
-512 units that is usual for CIFAR-10: 9,750,922 parameters, with batch normalisation
-9,756,426.
+512 units that is usual for CIFAR-10. It has 9,750,922 parameters, and 9,756,426 with
+batch normalization.
 """
 
 import itertools
@@ -25,8 +25,8 @@ class VGG(nn.Module):
       stages: output channels of the convolutions, stage by stage.
       hidden: units of the two hidden fully connected layers.
       num_classes: number of logits.
-      batch_norm: whether a batch normalisation follows each convolution. Under a
-        sharded batch its statistics are those of the whole batch.
+      batch_norm: whether batch normalization follows each convolution. With a
+        sharded batch the statistics are those of the whole batch.
       bn_momentum: share of the old value in the running statistics; 0 replaces them.
       conv: replaces `jax.lax.conv_general_dilated`; None chooses by backend.
     """
@@ -42,10 +42,10 @@ class VGG(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         """Images (B, H, W, C) -> logits (B, num_classes).
 
-        H and W must be divisible by 2 to the number of stages.
+        H and W must be divisible by 2 ** number of stages.
 
-        With `train` the batch's own statistics are used, and the running ones updated
-        (collection `batch_stats`).
+        With `train` the statistics of the batch are used, and the running statistics
+        (collection `batch_stats`) are updated.
         """
         side = 2 ** len(self.stages)
         if images.ndim != 4 or images.shape[1] % side or images.shape[2] % side:
@@ -88,11 +88,11 @@ class VGG(nn.Module):
 
 
 def channel_map(model: VGG) -> dict[str, tuple[tuple[str, int], ...]]:
-    """What goes with an output channel of each hidden layer.
+    """The axes that belong to an output channel of each hidden layer.
 
     Returns:
-      {layer: ((path in the variables, axis), ...)}, the layer's own kernel first, then
-      its bias, batch normalisation and the next layer's inputs.
+      {layer: ((path in the variables, axis), ...)}, the kernel of the layer first, then
+      its bias, batch normalization and the inputs of the next layer.
     """
     num_convs = sum(map(len, model.stages))
     convs = [f"conv{i + 1}" for i in range(num_convs)]

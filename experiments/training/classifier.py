@@ -1,7 +1,7 @@
-"""Training and evaluation of image classifiers, as several commands need them.
+"""Training and evaluation of image classifiers, shared by several commands.
 
-The images lie on the device as uint8 and are normalised, and augmented if asked, inside
-the jitted step. Axes: N images, B of a batch, S steps.
+The images are on the device as uint8. The jitted step normalizes them and, if the
+config says so, augments them. Axes: N images, B images of a batch, S steps.
 """
 
 import functools
@@ -25,13 +25,13 @@ _EVALUATED_AT_ONCE = 500
 
 
 class Images(NamedTuple):
-    """A data set as a network sees it.
+    """A data set as the input of a network.
 
     Attributes:
       train: uint8 (N, H, W, C) and labels (N,).
-      test: likewise.
-      mean: of each channel of the training images in [0, 1], (1, 1, 1, C).
-      std: likewise; the network's inputs are (image - mean) / std.
+      test: the same for the test split.
+      mean: mean of each channel of the training images in [0, 1], (1, 1, 1, C).
+      std: standard deviation, (1, 1, 1, C); inputs are (image - mean) / std.
       num_classes: K.
     """
 
@@ -44,14 +44,14 @@ class Images(NamedTuple):
 
 @struct.dataclass
 class TrainState:
-    """State and record of a training.
+    """Training state, with the loss and accuracy of each step.
 
     Attributes:
       params: weights.
-      batch_stats: running statistics of batch normalisations; {} without.
-      opt_state: of the optimizer.
-      loss: of each step's batch, (S,); zero where training has not been.
-      accuracy: likewise, of the batch before the step.
+      batch_stats: running statistics of batch normalization; {} without it.
+      opt_state: state of the optimizer.
+      loss: loss of the batch of each step, (S,); zero for future steps.
+      accuracy: accuracy of the batch before each step, (S,); zero for future steps.
     """
 
     params: Any
@@ -66,9 +66,9 @@ class TrainState:
 
 
 def load_images(config: ConfigDict) -> Images:
-    """Loads config.dataset, its sides enlarged and padded to config.image_size.
+    """Loads config.dataset, enlarged and padded to config.image_size.
 
-    An image_size of 0 leaves them as they are.
+    An image_size of 0 keeps the size of the images.
     """
     splits = {}
     for split in data.SPLITS:
@@ -76,7 +76,8 @@ def load_images(config: ConfigDict) -> Images:
         if arrays["label"].min() < 0:
             raise ValueError(f"data set {config.dataset.name!r} has no labels.")
         if config.dataset.name in ("folder", "npz"):
-            # A user's images are sorted by class; here the first ones stand for all.
+            # Images of a user are sorted by class; shuffle, so that the first ones are
+            # representative.
             order = np.random.default_rng(0).permutation(len(arrays["label"]))
             arrays = {name: values[order] for name, values in arrays.items()}
         limit = config.num_train if split == "train" else config.num_test
@@ -94,7 +95,7 @@ def load_images(config: ConfigDict) -> Images:
 
 
 def _enlarge(images, side):
-    """Repeats pixels by a whole factor, then pads with zeros to (side, side)."""
+    """Repeats pixels by an integer factor, then pads with zeros to (side, side)."""
     height, width = images.shape[1:3]
     if not side:
         return images
@@ -109,7 +110,7 @@ def _enlarge(images, side):
 
 
 def count_steps(images: Images, batch_size: int) -> int:
-    """Steps of an epoch; the remainder that does not fill a batch is dropped."""
+    """Steps per epoch; a remainder that does not fill a batch is dropped."""
     num_examples = len(images.train[0])
     if not 0 < batch_size <= num_examples:
         raise ValueError(
@@ -120,15 +121,16 @@ def count_steps(images: Images, batch_size: int) -> int:
 
 
 class Problem(NamedTuple):
-    """A classification problem as training starts on it.
+    """A classification problem before training.
 
     Attributes:
       model: the network.
-      variables: its parameters and batch statistics ({} without) before the first step.
+      variables: its initial parameters and batch statistics ({} without).
       images: the data set.
-      predict: (variables, uint8 (N, H, W, C)) -> logits (N, K), running statistics.
-      steps_per_epoch: the remainder that does not fill a batch is dropped.
-      num_steps: of the training.
+      predict: (variables, uint8 (N, H, W, C)) -> logits (N, K), with the running
+        statistics.
+      steps_per_epoch: a remainder that does not fill a batch is dropped.
+      num_steps: steps of the training.
     """
 
     model: nn.Module
@@ -139,18 +141,18 @@ class Problem(NamedTuple):
     num_steps: int
 
     def test_accuracy(self, variables: dict[str, Any]) -> float:
-        """Share of the test images that the network classifies correctly."""
+        """Accuracy on the test images."""
         pixels, labels = self.images.test
         return accuracy(self.predict(variables, pixels), labels)
 
 
 def make_problem(config: ConfigDict, images: Images, **fields: Any) -> Problem:
-    """The problem of config.model on images.
+    """Makes the problem of config.model on images.
 
     Args:
-      config: model, batch_size, num_epochs and seeds, of which the first counts.
+      config: with model, batch_size, num_epochs and seeds; the first seed is used.
       images: the data set.
-      **fields: fields of the network in place of those of config.model.
+      **fields: fields of the network that replace those of config.model.
     """
     model = registry.make_model(config.model.to_dict() | fields, images.num_classes)
     shape = (1, *images.train[0].shape[1:])
@@ -179,15 +181,16 @@ def train(
     stops: Iterable[int] = (),
     may_diverge: bool = False,
 ) -> TrainState:
-    """Trains a classifier; every epoch ends with the accuracy over its batches.
+    """Trains a classifier; after every epoch its training accuracy is logged.
 
     Args:
       run: the open run folder, with checkpoint_every in its config.
       problem: the problem.
-      state: before the first step.
-      update: of `make_update`.
-      measure: (state, step) -> further metrics to log at a stop.
-      stops: steps at which to log, besides the ends of epochs and the checkpoints.
+      state: the state before the first step.
+      update: see `make_update`.
+      measure: (state, step) -> additional metrics to log at a stop.
+      stops: steps at which to log, in addition to the ends of epochs and the
+        checkpoints.
       may_diverge: see `loop.train`.
     """
     steps_per_epoch = problem.steps_per_epoch
@@ -281,18 +284,18 @@ def make_steps(
     seed: int,
     constants: Sequence[Any] = (),
 ) -> Callable[[Any, int, int], Any]:
-    """(state, first, last) -> state after steps first, ..., last - 1 of one epoch.
+    """Makes (state, first, last) -> state after steps first, ..., last - 1 of an epoch.
 
-    They are one dispatch, must lie in one epoch, and their number is traced, so that it
-    compiles once. The state's buffers are donated.
+    The steps are one dispatch and must be in one epoch. Their number is traced, so that
+    the function compiles once. The buffers of the state are donated.
 
     Args:
       step_fn: (state, step, uint8 images (B, H, W, C), labels (B,), *constants) ->
         state.
-      images: the data set; it lies on each device.
+      images: the data set; it is copied to each device.
       batch_size: B.
-      seed: of the epochs' order.
-      constants: what every step is given, too large to be compiled into it.
+      seed: seed of the order of the images in each epoch.
+      constants: arguments of every step that are too large to be compiled into it.
     """
     num_examples = len(images.train[0])
     steps_per_epoch = count_steps(images, batch_size)
@@ -316,7 +319,7 @@ def make_steps(
         epoch = first // steps_per_epoch
         offset = epoch * steps_per_epoch
         if last > offset + steps_per_epoch:
-            raise ValueError(f"steps {first} to {last} do not lie in one epoch.")
+            raise ValueError(f"steps {first} to {last} must be in one epoch.")
         order = data.batch_indices(
             seed, epoch, num_examples=num_examples, batch_size=num_examples
         )
@@ -327,8 +330,8 @@ def make_steps(
 
 
 def normalise(images: Images, batch: jax.Array) -> jax.Array:
-    """uint8 (B, H, W, C) -> what the network takes, float32."""
-    # A channel that is constant over the data set stays finite.
+    """Normalizes uint8 (B, H, W, C) to the float32 inputs of the network."""
+    # Avoids a division by zero for a channel that is constant over the data set.
     std = jnp.maximum(images.std, 1e-6)
     return (batch.astype(jnp.float32) / 255 - images.mean) / std
 
@@ -336,7 +339,7 @@ def normalise(images: Images, batch: jax.Array) -> jax.Array:
 def make_predict(
     model: nn.Module, images: Images
 ) -> Callable[[dict[str, Any], np.ndarray], np.ndarray]:
-    """Evaluation by running statistics: (variables, uint8 (N, ...)) -> logits."""
+    """Evaluation with running statistics: (variables, uint8 (N, ...)) -> logits."""
     return in_batches(
         lambda variables, batch: model.apply(variables, normalise(images, batch)),
         _EVALUATED_AT_ONCE,
@@ -346,7 +349,7 @@ def make_predict(
 def in_batches(
     forward: Callable[[Any, jax.Array], jax.Array], batch_size: int
 ) -> Callable[[Any, np.ndarray], np.ndarray]:
-    """(variables, uint8 (N, H, W, C)) -> outputs of all, in equal batches."""
+    """Makes (variables, uint8 (N, H, W, C)) -> outputs, computed in equal batches."""
 
     @functools.partial(jax.jit, out_shardings=devices.replicated())
     def predict(variables, batches):
@@ -376,8 +379,8 @@ def recalibrate(
 ) -> dict[str, Any]:
     """Sets the running statistics to means over batches of the training images.
 
-    After pruning they are those of a network that is no more. A network without batch
-    normalisation is returned as it is.
+    After pruning the running statistics are those of the network before pruning. A
+    network without batch normalization is returned unchanged.
     """
     if not jax.tree.leaves(variables["batch_stats"]):
         return variables
@@ -407,16 +410,18 @@ def make_loss(model: nn.Module, bn_mode: str) -> Callable[[Any, Any], jax.Array]
 
     Args:
       model: the network.
-      bn_mode: what a batch normalisation takes: "batch", the statistics of the batch,
-        as in training; "frozen", the running ones; "recalibrated", those of other
-        images at these very parameters. None of them changes any statistics.
+      bn_mode: the statistics of batch normalization: "batch", those of the batch, as in
+        training; "frozen", the running ones; "recalibrated", those of other images at
+        the same parameters. The running statistics are never changed.
 
     Returns:
       loss_fn(params, batch) -> (), with {"inputs": (B, H, W, C), "labels": (B,),
       "batch_stats": ...} and for "recalibrated" also "calibration", (M, H, W, C).
     """
     if bn_mode not in BN_MODES:
-        raise ValueError(f"bn_mode {bn_mode!r} is none of {', '.join(BN_MODES)}.")
+        raise ValueError(
+            f"bn_mode must be one of {', '.join(BN_MODES)}; got {bn_mode!r}."
+        )
 
     def loss_fn(params, batch):
         def apply(model, inputs, batch_stats, train):
@@ -437,5 +442,5 @@ def make_loss(model: nn.Module, bn_mode: str) -> Callable[[Any, Any], jax.Array]
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the labels (N,) that have the largest of the logits (N, K)."""
+    """Share of the labels (N,) whose logit is the largest of the logits (N, K)."""
     return float(np.mean(logits.argmax(-1) == labels))

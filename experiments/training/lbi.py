@@ -1,4 +1,4 @@
-"""Training by DessiLBI and its rivals: optimizers, penalties, the path."""
+"""Training with DessiLBI and other optimizers: penalties, path, measurements."""
 
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from experiments.common import runs
 from experiments.training import classifier, loop, optimizers
 from experiments.training.classifier import Images, Problem, TrainState
 
-# Of 500 training images, for a network with batch normalization.
+# Batches of 500 training images that recalibrate batch normalization.
 _NUM_RECALIBRATION_BATCHES = 5
 
 
 def train(run: runs.Run, problem: Problem) -> TrainState:
-    """Trains by the one method of run.config.methods; resumes from a checkpoint."""
+    """Trains with the single method of config.methods; resumes from a checkpoint."""
     config = run.config
     optimizer = make_optimizer(config, problem.variables["params"], problem.num_steps)
     _forecast(run, problem)
@@ -63,12 +63,12 @@ def load(folder: Path, images: Images) -> tuple[ConfigDict, Problem, TrainState]
 def make_optimizer(
     config: ConfigDict, params: Any, num_steps: int
 ) -> optax.GradientTransformation:
-    """The optimizer of config.optimizer that config.methods[0] names.
+    """Makes the optimizer config.optimizer[config.methods[0]].
 
     Args:
-      config: methods, optimizer, penalty and enter_at.
-      params: before training.
-      num_steps: of the training.
+      config: with methods, optimizer, penalty and enter_at.
+      params: parameters before training.
+      num_steps: steps of the training.
 
     Raises:
       ValueError: if the optimizer, one of its options or the schedule is unknown.
@@ -117,10 +117,11 @@ def make_penalty(
 def adam_then_dessilbi(
     learning_rate: optax.Schedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """The report's DessiLBI+Adam: a whole step of Adam, then a whole one of DessiLBI.
+    """DessiLBI+Adam of the report: a full step of Adam, then a full step of DessiLBI.
 
-    Both take the same gradient; the coupling and the dual see the weights in between.
-    It does not discretize DessiLBI; it is here to repeat the report's numbers.
+    Both steps use the same gradient. The coupling and the dual use the weights after
+    the step of Adam. This is not a discretization of DessiLBI; it reproduces the
+    numbers of the report.
     """
     adam = optax.adam(learning_rate)
     dessilbi = lbi.dessilbi(learning_rate, **options)
@@ -140,7 +141,7 @@ def adam_then_dessilbi(
 
 
 def _forecast(run, problem):
-    """Says how the path can be expected to run, before the steps are spent."""
+    """Prints a forecast of the path before the training."""
     config = run.config
     settings = config.optimizer[config.methods[0]]
     if settings.name == "adam":
@@ -163,7 +164,7 @@ def _forecast(run, problem):
     )
     if not any(expected.values()):
         run.say(
-            "warning: no group can enter; the run would only decay its weights. Take "
+            "warning: no group can enter; the run would only decay its weights. Use "
             "--config.penalty=suggested, a smaller nu or a higher rate."
         )
 
@@ -171,7 +172,8 @@ def _forecast(run, problem):
 def measure(problem: Problem, state: TrainState) -> dict[str, Any]:
     """Test accuracy of the dense and the sparse network, and the clock of the path.
 
-    The sparse network is W on the support, its batch statistics recalibrated.
+    The sparse network is W projected on the support, with recalibrated batch
+    statistics.
     """
     metrics = {"test_accuracy": problem.test_accuracy(state.variables)}
     if not lbi.find_states(state.opt_state):
@@ -197,7 +199,7 @@ def measure(problem: Problem, state: TrainState) -> dict[str, Any]:
 
 
 def path_arrays(problem: Problem, state: TrainState) -> dict[str, np.ndarray]:
-    """When each group entered, and its norm at the end: arrays for the figures."""
+    """Entry time and final norm of each group: arrays for the figures."""
     arrays = {
         "steps_per_epoch": np.array(problem.steps_per_epoch),
         "num_steps": np.array(problem.num_steps),

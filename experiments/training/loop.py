@@ -1,4 +1,4 @@
-"""The one training loop: restore, advance from stop to stop, check, log, save."""
+"""The training loop: restore, advance from stop to stop, check, log, save."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,30 +19,29 @@ def train(
     saves: Iterable[int],
     may_diverge: bool = False,
 ) -> Any:
-    """Trains `state` to the last stop; resumes exactly where a checkpoint was written.
+    """Trains `state` to the last stop; resumes exactly from the newest checkpoint.
 
     Args:
-      run: the open run folder, which keeps metrics and checkpoints.
-      state: before the first step; what a checkpoint holds.
+      run: the open run folder, which stores metrics and checkpoints.
+      state: the state before the first step; it is stored in checkpoints.
       advance: (state, start, stop) -> the state after the steps start, ..., stop - 1,
-        their losses (stop - start, ...), and the metrics to log at `stop`. It must be a
-        function of its arguments alone, for a resumed run to end like an uninterrupted
-        one.
-      stops: steps at which to log; the last of them ends the training. A stop at 0
-        measures before the first step.
-      saves: steps after which to write a checkpoint; those between stops become stops.
-      may_diverge: whether a loss that is not finite is a finding and not an error.
+        their losses (stop - start, ...), and the metrics to log at `stop`. It must
+        depend only on its arguments, so that a resumed run equals an uninterrupted one.
+      stops: steps at which to log. The last one ends the training; a stop at 0 measures
+        before the first step.
+      saves: steps after which a checkpoint is written; each of them is also a stop.
+      may_diverge: whether a loss that is not finite is allowed.
 
     Returns:
       The trained state.
 
     Raises:
-      ValueError: names the first step whose loss is not finite.
+      ValueError: if a loss is not finite; names the first such step.
     """
     saves = set(saves)
     stops = sorted(saves.union(stops))
     step, state = run.restore(state)
-    # A run that was killed before its first checkpoint has that line already.
+    # A run that was killed before its first checkpoint already has this line.
     if 0 in stops and not run.metrics():
         _, _, metrics = advance(state, 0, 0)
         run.log(0, metrics, num_steps=stops[-1])
@@ -76,12 +75,12 @@ def check_finite(losses: np.ndarray, *, first_step: int) -> None:
     """Raises ValueError that names the first step whose loss is not finite.
 
     Args:
-      losses: (S,), of consecutive steps.
+      losses: losses of consecutive steps, (S,).
       first_step: the number of the step of losses[0].
     """
     bad = np.flatnonzero(~np.isfinite(losses))
     if bad.size:
         raise ValueError(
             f"the loss is {losses[bad[0]]} at step {first_step + bad[0]}; the last "
-            "checkpoint is from before. Lower the learning rate or clip the gradient."
+            "checkpoint precedes it. Lower the learning rate or clip the gradient."
         )

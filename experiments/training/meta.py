@@ -1,4 +1,4 @@
-"""The outer loop of meta-learning: its state, its batches, its compiled step."""
+"""The outer loop of meta-learning: state, batches and compiled step."""
 
 import functools
 from typing import Any
@@ -20,10 +20,10 @@ class TrainState:
     """The state of the outer loop.
 
     Attributes:
-      weights: {"params": ..., "learning_rate": (), (L,) or (S, L)}: what is trained.
-      opt_state: of the outer optimizer.
+      weights: the trained leaves {"params": ..., "learning_rate": (), (L,) or (S, L)}.
+      opt_state: state of the outer optimizer.
       average: exponential moving average of `weights`, or None.
-      latent: where every inner loop starts, (L,); never trained.
+      latent: start of every inner loop, (L,); not trained.
     """
 
     weights: dict[str, Any]
@@ -33,7 +33,7 @@ class TrainState:
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Global-norm clipping, then the optimizer, with a learning rate for each part.
+    """Global-norm clipping, then the optimizer with one learning rate per part.
 
     Raises:
       ValueError: as `optimizer.make_optimizer`.
@@ -61,7 +61,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     learner: encoding.Learner | None = None,
 ) -> TrainState:
-    """The state before the first step: a function of config.seed, or a learner's."""
+    """The state before the first step, from the seed or from a learner."""
     if learner is None:
         key_params, key_rates = jax.random.split(jax.random.key(config.seeds[0]))
         latent = model.initial_latent()
@@ -74,7 +74,7 @@ def init_state(
     else:
         params, latent, rates = learner.params, learner.latent, learner.learning_rate
     weights = {"params": params, "learning_rate": rates}
-    # A copy: the state's buffers are donated, and none may be donated twice.
+    # A copy: the buffers of the state are donated, and each only once.
     average = jax.tree.map(jnp.copy, weights) if config.optimizer.ema_decay else None
     state = TrainState(weights, optimizer.init(weights), average, latent)
     return devices.replicate(state)
@@ -87,8 +87,9 @@ def make_update(
 ):
     """The jitted outer step: (state, coords (N, d), targets (B, N, C), key) -> ...
 
-    Returns a function that returns the new state and, from before the update, the outer
-    loss () and the mean PSNR after every inner step, (S + 1,).
+    Returns:
+      A function that returns the new state and, from before the update, the outer loss
+      () and the mean PSNR after every inner step, (S + 1,).
     """
     inner = config.inner
 
@@ -131,7 +132,7 @@ def make_update(
 def make_batch(
     config: ConfigDict, images: np.ndarray, step: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The coordinates (N, d) and targets (B, N, C) that update number `step` sees."""
+    """The coordinates (N, d) and targets (B, N, C) of update number `step`."""
     indices = data.batch_indices(
         config.seeds[0], step, num_examples=len(images), batch_size=config.batch_size
     )
@@ -156,13 +157,13 @@ def train(
     images: np.ndarray,
     learner: encoding.Learner | None = None,
 ) -> TrainState:
-    """Meta-learns on images as run.config says; resumes from a checkpoint.
+    """Meta-learns on images according to run.config; resumes from a checkpoint.
 
     Args:
       run: the open run folder.
       model: the field.
       images: uint8 (N, H, W, C).
-      learner: where training starts, instead of random weights.
+      learner: start of the training; None starts from random weights.
     """
     config = run.config
     num_steps = config.num_steps
@@ -197,12 +198,12 @@ def train(
 
 
 def _num_groups(batch_size, num_points, points_per_group):
-    """As few as there may be for no device to hold more than points_per_group."""
+    """Smallest number of groups with at most points_per_group points on a device."""
     if not points_per_group:
         return 1
     num_devices = jax.device_count()
     if batch_size % num_devices == 0:
-        batch_size //= num_devices  # each device has its part of each group
+        batch_size //= num_devices  # each device has a part of each group
     largest = max(1, min(batch_size, points_per_group // num_points))
     return min(
         n

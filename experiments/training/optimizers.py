@@ -1,11 +1,11 @@
-"""Optimizers and schedules out of a config."""
+"""Optimizers and schedules from a config."""
 
 import optax
 from ml_collections import ConfigDict
 
 
 def make_schedule(settings: ConfigDict, num_steps: int) -> optax.Schedule:
-    """A linear warm-up, then a constant or a cosine rate.
+    """A linear warm-up, then a constant or a cosine schedule.
 
     Raises:
       ValueError: if the schedule is unknown.
@@ -17,7 +17,8 @@ def make_schedule(settings: ConfigDict, num_steps: int) -> optax.Schedule:
         decay = optax.constant_schedule(rate)
     else:
         raise ValueError(
-            f"optimizer.schedule {settings.schedule!r} is neither constant nor cosine."
+            f"optimizer.schedule must be one of constant, cosine; got "
+            f"{settings.schedule!r}."
         )
     warmup = optax.linear_schedule(rate / (warmup_steps + 1), rate, warmup_steps)
     return optax.join_schedules([warmup, decay], [warmup_steps])
@@ -26,7 +27,7 @@ def make_schedule(settings: ConfigDict, num_steps: int) -> optax.Schedule:
 def make_optimizer(
     settings: ConfigDict, num_steps: int
 ) -> optax.GradientTransformation:
-    """Any optimizer of optax under the schedule of `make_schedule`.
+    """Any optimizer of optax with the schedule of `make_schedule`.
 
     Raises:
       ValueError: if the optimizer, one of its options or the schedule is unknown.

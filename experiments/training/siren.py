@@ -1,4 +1,4 @@
-"""Training plain SIRENs on images: the task, its state, its compiled steps."""
+"""Training of plain SIRENs on images: task, state and compiled steps."""
 
 import functools
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import functa
 from experiments.common import data, devices
 from experiments.training import optimizers
 
-# Images of a task whose reconstructions are kept for the figures.
+# Number of images per task whose reconstructions are stored for the figures.
 NUM_SHOWN = 8
 
 
@@ -24,9 +24,9 @@ class Task(NamedTuple):
     Attributes:
       name: size and kind, for files and tables.
       images: uint8 (B, H, W, C).
-      labels: int32 (B,), -1 where there is none.
+      labels: int32 (B,), -1 without a label.
       num_steps: S.
-      snapshots: the K steps after which reconstructions are kept; the last is S.
+      snapshots: the K steps after which reconstructions are stored; the last is S.
     """
 
     name: str
@@ -38,13 +38,13 @@ class Task(NamedTuple):
 
 @struct.dataclass
 class TaskState:
-    """Training state and record of one task; b is at most 8 of the B images.
+    """Training state of a task, with its measurements; b <= 8 of B images are shown.
 
     Attributes:
-      params: of the B networks, stacked.
-      opt_state: likewise.
-      loss: before each step, (S, B); zero where training has not been.
-      mse: over all pixels after each snapshot's step, (K, B).
+      params: stacked parameters of the B networks.
+      opt_state: stacked states of the optimizers.
+      loss: loss before each step, (S, B); zero for future steps.
+      mse: MSE over all pixels at each snapshot, (K, B).
       shown: reconstructions at the snapshots, (K, b, H, W, C).
     """
 
@@ -56,7 +56,7 @@ class TaskState:
 
 
 def init_state(config: ConfigDict, model: functa.Siren, task: Task) -> TaskState:
-    """The state before the first step: a function of config.seeds and the task."""
+    """The state before the first step, from config.seeds and the task."""
     num_images, height, width, channels = task.images.shape
     keys = jax.random.split(jax.random.key(config.seeds[0]), num_images)
     optimizer = optimizers.make_optimizer(config.optimizer, task.num_steps)
@@ -82,8 +82,8 @@ def init_state(config: ConfigDict, model: functa.Siren, task: Task) -> TaskState
 def make_update(config: ConfigDict, model: functa.Siren, task: Task):
     """The jitted training of one task: (state, first, last) -> state.
 
-    It does the steps first, ..., last - 1 in one dispatch; their number is traced, so
-    that it compiles once.
+    The steps first, ..., last - 1 are one dispatch. Their number is traced, so that the
+    function compiles once.
     """
     optimizer = optimizers.make_optimizer(config.optimizer, task.num_steps)
     low, high = config.coord_range

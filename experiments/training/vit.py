@@ -22,15 +22,15 @@ from vit import Cascade, ViT
 
 @struct.dataclass
 class TrainState:
-    """State and record of a training.
+    """Training state, with the loss and accuracy of each step.
 
     Attributes:
       params: weights, float32.
-      average: their exponential moving average, which is what is evaluated.
-      opt_state: of the optimizer.
-      loss: of each step's batch, (S,); zero where training has not been.
-      accuracy: likewise, of the batch before the step; of a mixed one, by the label
-        that is more of it.
+      average: exponential moving average of the weights, which is evaluated.
+      opt_state: state of the optimizer.
+      loss: loss of the batch of each step, (S,); zero for future steps.
+      accuracy: accuracy of the batch before each step, (S,); in a mixed batch the label
+        with the larger weight counts.
     """
 
     params: Any
@@ -41,13 +41,13 @@ class TrainState:
 
 
 def load_images(config: ConfigDict) -> Images:
-    """Loads config.dataset; with config.normalisation "google", mean and std are 0.5.
+    """Loads config.dataset; mean and std are 0.5 if config.normalisation is "google".
 
     Raises:
-      ValueError: if the normalisation is neither google nor dataset.
+      ValueError: if config.normalisation is not google or dataset.
     """
     settings = ConfigDict(config)
-    # The device resizes, if it must.
+    # Images are resized on the device if necessary.
     settings.image_size = 0
     images = classifier.load_images(settings)
     if config.normalisation == "google":
@@ -61,10 +61,10 @@ def load_images(config: ConfigDict) -> Images:
 
 
 def parse_dtype(name: str) -> Any:
-    """The compute dtype that a config names.
+    """The compute dtype with this name.
 
     Raises:
-      ValueError: if it is neither float32 nor bfloat16.
+      ValueError: if it is not float32 or bfloat16.
     """
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {name!r} is neither float32 nor bfloat16.")
@@ -72,7 +72,7 @@ def parse_dtype(name: str) -> Any:
 
 
 def check_channels(model: ViT, params: Any, images: Images | None) -> None:
-    """Raises ValueError if the weights are for images of other channels."""
+    """Raises ValueError if the weights are for another number of channels."""
     first = params["stem_0" if model.stem else "embedding"]["kernel"]
     if images is not None and first.shape[2] != images.train[0].shape[-1]:
         raise ValueError(
@@ -84,10 +84,10 @@ def check_channels(model: ViT, params: Any, images: Images | None) -> None:
 def make_optimizer(
     settings: ConfigDict, num_steps: int
 ) -> optax.GradientTransformation:
-    """config.optimizer: any of optax's, behind a clip of the gradient's global norm.
+    """Makes config.optimizer, any of optax, after clipping of the global norm.
 
-    Muon (Jordan et al. 2024) takes the matrices of the blocks, with heads and their
-    width as one axis, and AdamW the rest, the head and the embeddings.
+    Muon (Jordan et al. 2024) updates the matrices of the blocks, with heads and their
+    width as one axis. AdamW updates all other parameters, such as head and embeddings.
 
     Raises:
       ValueError: if the optimizer or one of its options is unknown.
@@ -109,7 +109,7 @@ def make_optimizer(
 
 
 def _matrices(params):
-    """Which parameters are matrices, and which of their axes are inputs and outputs."""
+    """Marks the parameters that are matrices, and their input and output axes."""
 
     def axes(path, x):
         names = [entry.key for entry in path]
@@ -126,9 +126,9 @@ def _matrices(params):
 def init_state(
     params: Any, optimizer: optax.GradientTransformation, num_steps: int
 ) -> TrainState:
-    """The state before the first of `num_steps` steps; `params` stay the caller's."""
+    """The state before the first of `num_steps` steps; `params` are copied."""
     return TrainState(
-        # The training gives its buffers away.
+        # The buffers of the training state are donated.
         params=jax.tree.map(jnp.copy, params),
         average=jax.tree.map(jnp.copy, params),
         opt_state=jax.jit(optimizer.init)(params),
@@ -138,10 +138,10 @@ def init_state(
 
 
 def patch_dropout(model: ViT, num_patches: int, keep: float) -> ViT:
-    """`model` on a random share of each image's patches, anew at every step.
+    """`model` on a random share of the patches of each image, drawn at every step.
 
     PatchDropout (Liu et al. 2023, arXiv 2208.07220): a cascade before the first layer.
-    A model that has a cascade of its own is returned as it is.
+    A model with its own cascade is returned unchanged.
     """
     if keep == 1 or model.cascade is not None:
         return model
@@ -152,7 +152,7 @@ def patch_dropout(model: ViT, num_patches: int, keep: float) -> ViT:
 
 
 def check_stages(config: ConfigDict) -> None:
-    """Raises ValueError if patch_dropout or stages are not what `train` takes."""
+    """Raises ValueError if patch_dropout or stages are not valid for `train`."""
     starts = [start for start, _ in config.stages]
     fields = {field for _, changes in config.stages for field in changes}
     if starts != sorted(starts) or not all(0 <= start < 1 for start in starts):
@@ -171,14 +171,14 @@ def check_stages(config: ConfigDict) -> None:
 
 
 def in_stage(config: ConfigDict, stage: int) -> ConfigDict:
-    """`config` after the changes of the first `stage` of config.stages."""
+    """`config` after the changes of the first `stage` entries of config.stages."""
     config = config.copy_and_resolve_references()
     for _, changes in config.stages[:stage]:
         config.update_from_flattened_dict(changes)
     return config
 
 
-# What is read only where a step is made, and by it alone.
+# Fields that only the construction of a step reads.
 _CHANGEABLE = {"patch_dropout", "label_smoothing"} | {
     f"augment.{name}"
     for name in (
@@ -189,15 +189,17 @@ _CHANGEABLE = {"patch_dropout", "label_smoothing"} | {
 
 
 class Teacher(NamedTuple):
-    """A network whose classes a training learns beside the labels.
+    """A network whose predictions are additional targets of a training.
 
-    Distillation of Hinton et al. 2015, arXiv 1503.02531, at temperature 1. The teacher
-    sees the same augmented images, before they are made smaller for the student.
+    Distillation of Hinton et al. 2015, arXiv 1503.02531, at temperature 1. The inputs
+    of the teacher are the same augmented images, before they are resized for the
+    student.
 
     Attributes:
-      model: without dropout of any kind.
-      params: its weights, which stay as they are.
-      weight: of its probabilities in the targets, in [0, 1]; the labels have the rest.
+      model: the network, without dropout of any kind.
+      params: its weights, which are not trained.
+      weight: weight of its probabilities in the targets, in [0, 1]; the labels have
+        the remaining weight.
     """
 
     model: ViT
@@ -250,7 +252,7 @@ def make_update(
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # So that the start is soon forgotten.
+        # The decay starts small, so that the initial weights are soon forgotten.
         decay = jnp.minimum(config.average_decay, (1 + step) / (10 + step))
         return TrainState(
             params=params,
@@ -272,10 +274,10 @@ def make_update(
 def augment(
     key: jax.Array, pixels: jax.Array, images: Images, config: ConfigDict
 ) -> jax.Array:
-    """What config.augment says, of one batch: uint8 (B, H, W, C) -> normalised float32.
+    """Augments a batch by config.augment: uint8 (B, H, W, C) -> normalized float32.
 
-    Images of another size than config.image_size are resized to it: as random parts
-    if augment.min_area is below one (Google's fine-tuning), else whole.
+    Images of another size are resized to config.image_size: random crops if
+    augment.min_area is below one (Google's fine-tuning), otherwise whole images.
     """
     settings = config.augment
     keys = jax.random.split(key, 4)
@@ -298,7 +300,7 @@ def augment(
 
 
 def prepare(images: Images, pixels: jax.Array, image_size: int) -> jax.Array:
-    """Resizes (B, H, W, C) to the model's size if need be, and normalises."""
+    """Resizes (B, H, W, C) to the size of the model if necessary, and normalizes."""
     if pixels.shape[1:3] != (image_size, image_size):
         pixels = augmentation.resize(pixels, image_size)
     return classifier.normalise(images, pixels)
@@ -328,22 +330,21 @@ def train(
     image_size: int | None = None,
     teacher: Teacher | None = None,
 ) -> TrainState:
-    """Trains `model` from `params` as run.config says; resumes from a checkpoint.
+    """Trains `model` from `params` by run.config; resumes from a checkpoint.
 
-    The settings change on the way as config.stages says: ((from, {field: value}), ...),
-    where `from` is a share of the epochs and each stage keeps what the ones before it
-    have changed.
+    config.stages changes fields during the training: ((from, {field: value}), ...),
+    where `from` is a share of the epochs. A stage keeps the changes of earlier stages.
 
     Args:
       run: the open run folder.
       model: the network, pruned or not.
       images: the data set.
-      params: where to start.
-      evaluate: what to measure and log every config.evaluate_every epochs.
-      optimizer: instead of config.optimizer.
-      image_size: that `model` sees, if it is not config.image_size: the augmented
+      params: the initial parameters.
+      evaluate: measures the metrics that are logged every config.evaluate_every epochs.
+      optimizer: replaces config.optimizer.
+      image_size: image size of `model` if it is not config.image_size; the augmented
         images are resized to it.
-      teacher: whose classes are learned beside the labels.
+      teacher: a network whose predictions are additional targets.
     """
     config = run.config
     image_size = image_size or config.image_size
