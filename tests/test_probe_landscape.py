@@ -195,6 +195,7 @@ def test_files_and_table(finished):
     assert summary["runs"]["bn_rate0.001_seed0"]["num_params"] > 0
 
 
+@pytest.mark.slow
 def test_resumed_run_ends_like_an_uninterrupted_one(finished, tmp_path, monkeypatch):
     workdir, config, whole = finished
     log, calls = runs.Run.log, []
@@ -286,7 +287,7 @@ def test_dead_runs_are_counted_and_left_out_of_the_second_width():
     for layers in ("last_layer", "all_layers"):
         for key in ("grad_distance", "beta"):
             arrays[f"plain/{layers}_{key}"] = np.ones((3, 1, num_steps - 1))
-    table = probe_landscape.make_table(config, arrays, 10, {})
+    table = probe_landscape.make_table(config, arrays, 10)
     assert table["plain.dead_runs"] == 1
     assert table["plain.envelope_width"] == pytest.approx(np.log(10) - 1)
     assert table["plain.envelope_width_without_dead"] == pytest.approx(0.5)

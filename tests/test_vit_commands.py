@@ -87,6 +87,7 @@ def test_training_writes_what_it_evaluated(trained):
     assert accuracy == summary["test_accuracy"]
 
 
+@pytest.mark.slow
 def test_resumed_training_ends_like_an_uninterrupted_one(
     trained, tmp_path, monkeypatch
 ):

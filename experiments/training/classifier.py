@@ -155,20 +155,25 @@ def make_problem(config: ConfigDict, images: Images, **fields: Any) -> Problem:
       **fields: fields of the network that replace those of config.model.
     """
     model = registry.make_model(config.model.to_dict() | fields, images.num_classes)
-    shape = (1, *images.train[0].shape[1:])
-    variables = jax.jit(model.init)(jax.random.key(config.seeds[0]), jnp.zeros(shape))
     steps_per_epoch = count_steps(images, config.batch_size)
     return Problem(
         model=model,
-        variables={
-            "params": variables["params"],
-            "batch_stats": variables.get("batch_stats", {}),
-        },
+        variables=init_variables(model, images, config.seeds[0]),
         images=images,
         predict=make_predict(model, images),
         steps_per_epoch=steps_per_epoch,
         num_steps=config.num_epochs * steps_per_epoch,
     )
+
+
+def init_variables(model: nn.Module, images: Images, seed: int) -> dict[str, Any]:
+    """Parameters and batch statistics ({} without) before the first step."""
+    shape = (1, *images.train[0].shape[1:])
+    variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros(shape))
+    return {
+        "params": variables["params"],
+        "batch_stats": variables.get("batch_stats", {}),
+    }
 
 
 def train(
