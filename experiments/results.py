@@ -252,6 +252,14 @@ def records_table(folder, prefix, columns, root: Path = ROOT) -> str:
     return table(["row", *(head for head, _, _ in columns)], lines)
 
 
+def picture(alt: str, path: str, root: Path = ROOT) -> str:
+    """A committed figure, or a line that says that a new run draws it."""
+    if (root / "results" / path).exists():
+        return f"![{alt}](../results/{path})\n"
+    name = Path(path).name
+    return f"{alt}: the evidence holds no arrays for `{name}`; a new run draws it.\n"
+
+
 def page(title, intro, sections, root: Path = ROOT) -> str:
     parts = [_GENERATED, f"# {title}\n", f"{intro}\n"]
     for heading, caption, rows, figures in sections:
@@ -260,8 +268,7 @@ def page(title, intro, sections, root: Path = ROOT) -> str:
             parts.append(
                 result_table(rows, "report" if "report" in title else "published", root)
             )
-        for alt, path in figures:
-            parts.append(f"![{alt}](../results/{path})\n")
+        parts += [picture(alt, path, root) for alt, path in figures]
     return "\n".join(parts)
 
 
@@ -277,7 +284,7 @@ def benchmarks_page(root: Path = ROOT) -> str:
         else:
             lines = [[label, render(folder, k, f, root)] for label, k, f in columns]
             parts.append(table(["quantity", "value"], lines))
-        parts += [f"![{alt}](../results/{path})\n" for alt, path in figures]
+        parts += [picture(alt, path, root) for alt, path in figures]
     return "\n".join(parts)
 
 
