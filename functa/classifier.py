@@ -1,7 +1,7 @@
-"""Classes from latents: an MLP, its loss, and a linear probe to compare with.
+"""Classification of latents: an MLP, its loss, and a linear probe as the baseline.
 
-The two MLPs of the CIFAR-10 report that this project follows are hidden_sizes
-(256, 128) and (256, 128, 64) with ReLU.
+The CIFAR-10 report that this project follows uses two MLPs with ReLU: hidden_sizes
+(256, 128) and (256, 128, 64).
 
 Axes: B batch, L latent size, K classes.
 """
@@ -16,12 +16,25 @@ from flax import linen as nn
 
 
 class MLP(nn.Module):
-    """Dense layers with dropout behind each activation: latents (..., L) -> logits.
+    """Dense layers with dropout after each activation: latents (..., L) -> logits.
 
     Attributes:
-      hidden_sizes: widths of the hidden layers; () is a linear classifier.
+      hidden_sizes: widths of the hidden layers; () makes a linear classifier.
       num_classes: K.
-      activation: the name of a function of `flax.linen`.
+      activation: name of a function in `flax.linen`.
+
+    Example:
+      >>> model = MLP(hidden_sizes=(8, 4), num_classes=10)
+      >>> latents = jnp.ones((5, 16))
+      >>> variables = model.init(jax.random.key(0), latents)
+      >>> model.apply(variables, latents).shape
+      (5, 10)
+
+      Given a key, the model applies dropout:
+
+      >>> key = jax.random.key(1)
+      >>> model.apply(variables, latents, dropout_rate=0.5, key=key).shape
+      (5, 10)
     """
 
     hidden_sizes: Sequence[int]
@@ -36,14 +49,14 @@ class MLP(nn.Module):
         dropout_rate: jax.typing.ArrayLike = 0.0,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits (..., K).
+        """Returns the logits (..., K).
 
         Args:
           x: latents (..., L).
-          dropout_rate: share of the hidden units set to zero, in [0, 1). It may be
-            traced, unlike that of `flax.linen.Dropout`, so that networks with
-            different rates can be trained under one vmap.
-          key: PRNG key of dropout; None switches it off.
+          dropout_rate: fraction of the hidden units set to zero, in [0, 1). Unlike the
+            rate of `flax.linen.Dropout`, it may be a traced value. One vmap can
+            therefore train networks with different rates.
+          key: PRNG key of dropout; None disables dropout.
         """
         for i, size in enumerate(self.hidden_sizes):
             x = nn.Dense(size, name=f"linear_{i}")(x)
@@ -59,14 +72,17 @@ class MLP(nn.Module):
 def cross_entropy(
     logits: jax.Array, targets: jax.Array, *, double_softmax: bool = False
 ) -> jax.Array:
-    """-sum_k targets_k log softmax(logits)_k for each example, (B,).
+    """Computes -sum_k targets_k log softmax(logits)_k for each example.
 
     Args:
       logits: (B, K).
       targets: probabilities of the classes, (B, K).
-      double_softmax: takes softmax(logits) for the logits. The report's networks end
-        in a softmax, and a cross-entropy that holds another one behind it can not
-        fall below log(1 + (K - 1) / e): 1.46 for ten classes.
+      double_softmax: apply a softmax to the logits first. The report's networks end in
+        a softmax, and its cross-entropy applies a second one. Such a loss cannot fall
+        below log(1 + (K - 1) / e), which is 1.46 for ten classes.
+
+    Returns:
+      The loss of each example, (B,).
     """
     chex.assert_equal_shape([logits, targets])
     chex.assert_rank(logits, 2)
@@ -78,7 +94,16 @@ def cross_entropy(
 def smooth_labels(
     labels: jax.Array, num_classes: int, amount: jax.typing.ArrayLike
 ) -> jax.Array:
-    """(1 - amount) one_hot(labels) + amount / K, (B, K) (Szegedy et al. 2016)."""
+    """Computes (1 - amount) one_hot(labels) + amount / K (Szegedy et al. 2016).
+
+    Args:
+      labels: (B,).
+      num_classes: K.
+      amount: probability spread over all classes, in [0, 1].
+
+    Returns:
+      Probabilities of the classes, (B, K).
+    """
     return (1 - amount) * jax.nn.one_hot(labels, num_classes) + amount / num_classes
 
 
@@ -88,16 +113,16 @@ def mixup(
     targets: jax.Array,
     largest: jax.typing.ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes every example with another one of the batch (mixup; Zhang et al. 2018).
+    """Mixes each example with another one of the batch (mixup; Zhang et al. 2018).
 
-    Differs from the source: the weight of the other example is uniform in
-    [0, largest], one for each example, instead of Beta distributed, one for the batch.
+    This differs from the source. Each example draws its own weight, uniform in
+    [0, largest]; the source draws one weight per batch from a Beta distribution.
 
     Args:
       key: PRNG key.
       latents: (B, L).
       targets: (B, K).
-      largest: 0 returns the arguments, 0.5 mixes up to halves.
+      largest: upper bound of the weight of the other example; 0 disables mixing.
 
     Returns:
       Mixed latents (B, L) and targets (B, K).
@@ -105,7 +130,7 @@ def mixup(
     weight = largest * jax.random.uniform(key, (len(latents), 1))
 
     def mix(x):
-        # Batches are shuffled: the neighbour is a random other example.
+        # Batches are shuffled, so the next example is a random one.
         return (1 - weight) * x + weight * jnp.roll(x, 1, axis=0)
 
     return mix(latents), mix(targets)
@@ -117,7 +142,16 @@ def predict(
     *,
     batch_size: int = 1000,
 ) -> jax.Array:
-    """The most likely class of each latent, int32 (N,), computed batch by batch."""
+    """Computes the most likely class of each latent, batch by batch.
+
+    Args:
+      apply_fn: maps one latent (L,) to logits (K,).
+      latents: (N, L).
+      batch_size: number of latents classified at once, which limits the memory.
+
+    Returns:
+      Classes, int32 (N,).
+    """
     return jax.lax.map(
         lambda latent: jnp.argmax(apply_fn(latent), axis=-1).astype(jnp.int32),
         latents,
@@ -134,18 +168,18 @@ def linear_probe(
     learning_rate: float = 0.05,
     weight_decay: float = 1e-4,
 ) -> Callable[[jax.Array], jax.Array]:
-    """Fits logistic regression by Adam on all examples at once, from zero.
+    """Fits a logistic regression with full-batch AdamW, starting at zero.
 
     Args:
       latents: (N, L), of unit variance.
       labels: (N,).
       num_classes: K.
-      num_steps: updates, under a cosine schedule.
-      learning_rate: of the first of them.
-      weight_decay: decoupled, of the weights.
+      num_steps: number of updates.
+      learning_rate: rate of the first update; a cosine schedule lowers it to zero.
+      weight_decay: decoupled weight decay of kernel and bias.
 
     Returns:
-      A function from latents (..., L) to logits (..., K).
+      A function that maps latents (..., L) to logits (..., K).
     """
     schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
     optimizer = optax.adamw(schedule, weight_decay=weight_decay)

@@ -1,16 +1,16 @@
-"""DeepMind's Haiku parameter trees and released files <-> ours.
+"""Conversion of the Haiku parameters and released files of google-deepmind/functa.
 
-google-deepmind/functa (Dupont et al. 2022, arXiv 2201.12204) keeps one signal as one
-Haiku tree, {module: {name: array}}: the weights, the signal's latent vector and, with
-Meta-SGD, the learned inner rates. It releases checkpoints and sets of fitted latents as
-dill pickles that end in .npz. `load_checkpoint` and `load_modulations` read them
-without Haiku, dill or ml_collections, and without running anything that a file asks
-for; `from_haiku` and `to_haiku` convert the trees.
+google-deepmind/functa (Dupont et al. 2022, arXiv 2201.12204) stores one signal as one
+Haiku tree, {module: {name: array}}. The tree holds the weights, the signal's latent
+vector and, with Meta-SGD, the learned inner rates. The authors release checkpoints and
+sets of fitted latents as dill pickles whose names end in .npz. `load_checkpoint` and
+`load_modulations` read these files. They need neither Haiku, dill nor ml_collections,
+and they execute no code from a file. `from_haiku` and `to_haiku` convert the trees.
 
-Both sides store weights input by output, so that nothing is transposed. The one change
-of layout is in the direct variant, `ModulatedSiren`: the original flattens its scales
-and shifts by sorted module name, which puts layer 10 before layer 2; ours are in
-numeric order.
+Both programs store a kernel as (inputs, outputs), so no kernel is transposed. Only the
+layout of the direct variant, `ModulatedSiren`, differs. The original orders its scales
+and shifts by the name of their module, which puts layer 10 before layer 2. Here they
+are in numeric order.
 
 Axes: N signals, d coordinates of a point, C channels, W width, L latent size,
 M modulations of all layers.
@@ -34,15 +34,16 @@ HaikuTree = Mapping[str, Mapping[str, Any]]
 
 
 class Imported(NamedTuple):
-    """A Haiku tree in our terms: `model.apply({"params": params}, coords, latent)`.
+    """A converted Haiku tree: `model.apply({"params": params}, coords, latent)`.
 
     Attributes:
       model: LatentModulatedSiren, or ModulatedSiren for the direct variant.
-      params: the weights, nested dicts.
-      latent: the stored latent vector (L,), where the inner loop starts; for the direct
-        variant the stored modulation (M,), in the layout of `ModulatedSiren`.
-      learning_rate: the learned inner rates, laid out like `latent`; None without
-        Meta-SGD. Not clipped: the original defines a clip and never applies it.
+      params: the weights, as nested dicts.
+      latent: the stored latent vector (L,), the start point of the inner loop. For the
+        direct variant, the stored modulation (M,) in the layout of `ModulatedSiren`.
+      learning_rate: the learned inner rates, in the layout of `latent`; None without
+        Meta-SGD. They are not clipped: the original defines a clip but never applies
+        it.
     """
 
     model: LatentModulatedSiren | ModulatedSiren
@@ -52,16 +53,16 @@ class Imported(NamedTuple):
 
 
 class HaikuCheckpoint(NamedTuple):
-    """A released checkpoint: the network, and how its latents are fitted.
+    """A released checkpoint: the network and the settings of its inner loop.
 
     Attributes:
       imported: the converted tree.
-      resolution: rows, and columns, of the images.
-      num_steps: inner steps.
-      learning_rate: of the inner loop: the learned rates, laid out like the latent, or
-        one number without Meta-SGD.
-      l2_weight: weight of the inner loss's penalty on the latent.
-      noise_std: deviation of the noise added to a fitted latent.
+      resolution: number of rows and of columns of the images.
+      num_steps: number of inner steps.
+      learning_rate: rates of the inner loop: the learned rates, in the layout of the
+        latent, or one number without Meta-SGD.
+      l2_weight: weight of the penalty on the latent in the inner loss.
+      noise_std: standard deviation of the noise added to a fitted latent.
     """
 
     imported: Imported
@@ -81,22 +82,23 @@ def from_haiku(
 ) -> Imported:
     """Converts a Haiku tree of google-deepmind/functa; the inverse of `to_haiku`.
 
-    Modules are found by the end of their names, whatever the root module is called, and
-    every size is read from the shapes. What shapes cannot tell is an argument.
+    The function finds modules by the end of their names; the root module may have any
+    name. It reads all sizes from the shapes of the arrays. The arguments state what the
+    shapes do not determine.
 
     Args:
       tree: {module: {name: array}}, arrays of floats.
-      omega_0: frequency factor inside every sine, `w0` of the original.
+      omega_0: frequency factor inside every sine, `w0` in the original.
       modulate_scale: whether the latent is mapped to scales. The direct variant ignores
-        both flags: its tree names its scales and shifts.
+        this flag and the next, because its tree names its scales and shifts.
       modulate_shift: whether the latent is mapped to shifts.
 
     Returns:
       The model, its weights, the stored latent and the inner rates.
 
     Raises:
-      ValueError: if modules are missing, unknown or double, if shapes do not fit each
-        other, or if the flags do not fit the number of modulations.
+      ValueError: if modules are missing, unknown or duplicated, if shapes are
+        inconsistent, or if the flags contradict the number of modulations.
     """
     modules = {name: dict(module) for name, module in tree.items()}
     layers = _take(modules, r"modulated_siren_layer(?:_(\d+))?/linear")
@@ -105,19 +107,22 @@ def from_haiku(
     latents = _take(modules, r"latent_vector(?:_(\d+))?")
     rates = _take(modules, r"meta_sgd_lrs(?:_(\d+))?")
     if modules:
-        raise ValueError(f"unknown modules in the tree: {sorted(modules)}.")
+        raise ValueError(f"the tree holds unknown modules: {sorted(modules)}.")
     if len(layers) < 2:
         raise ValueError(
-            "the tree needs modulated_siren_layer/linear and at least _1/linear, "
-            f"has {[name for name, _ in layers]}."
+            "the tree must hold modulated_siren_layer/linear and at least "
+            "modulated_siren_layer_1/linear; "
+            f"it holds {[name for name, _ in layers]}."
         )
     if len(latents) > 1 or len(rates) > 1:
         names = [name for name, _ in latents + rates]
-        raise ValueError(f"a tree holds one latent and its rates, this one: {names}.")
+        raise ValueError(
+            f"the tree must hold at most one latent and its rates; got {names}."
+        )
     if bool(latents) == bool(films) or bool(latents) != bool(maps):
         raise ValueError(
-            "a tree has either one latent_vector and its mlp/~/linear_0, ..., or one "
-            f"fi_lm per sine layer; this one has {len(latents)} latent_vector, "
+            "the tree must hold either one latent_vector and its mlp/~/linear_0, ..., "
+            f"or one fi_lm per sine layer; it holds {len(latents)} latent_vector, "
             f"{len(maps)} mlp/~/linear and {len(films)} fi_lm."
         )
 
@@ -149,7 +154,7 @@ def from_haiku(
             raise ValueError(
                 f"{maps[-1][0]} gives {widths[-1]} modulations; depth {depth} and "
                 f"width {width} with modulate_scale={modulate_scale}, "
-                f"modulate_shift={modulate_shift} need {num_modulations(model)}."
+                f"modulate_shift={modulate_shift} require {num_modulations(model)}."
             )
         params["latent_to_modulation"] = _from_linears(maps, widths, "linear")
         latent = _arrays(*latents[0], latent_vector=(widths[0],))["latent_vector"]
@@ -158,10 +163,10 @@ def from_haiku(
         model = ModulatedSiren(
             modulate_scale="scale" in parts, modulate_shift="shift" in parts, **sizes
         )
-        num_modulations(model)  # Refuses a tree with neither.
+        num_modulations(model)  # Raises if the tree has neither.
         if len(films) != depth - 1:
             raise ValueError(
-                f"{depth - 1} sine layers need as many fi_lm, found {len(films)}."
+                f"{depth - 1} sine layers require as many fi_lm; got {len(films)}."
             )
         films = [_arrays(*film, **dict.fromkeys(parts, (width,))) for film in films]
         latent = jnp.concatenate(
@@ -177,24 +182,35 @@ def from_haiku(
 
 
 def to_haiku(imported: Imported) -> dict[str, dict[str, jax.Array]]:
-    """Converts to the Haiku tree of google-deepmind/functa, under its own names.
+    """Converts a model to a Haiku tree of google-deepmind/functa.
 
     Args:
-      imported: from `from_haiku`, or made of one's own model, weights and latent.
+      imported: the result of `from_haiku`, or an `Imported` made from a model, its
+        weights and a latent.
 
     Returns:
-      {module: {name: array}}, equal to the tree that `from_haiku` was given if that had
-      the original's root module.
+      {module: {name: array}}, with the names of the original. It equals the tree that
+      `from_haiku` received, if that tree had the original's root module.
 
     Raises:
-      ValueError: if latent or rates do not have the shape that the model needs. Rates
-        per step have no place in a Haiku tree.
+      ValueError: if the latent or the rates do not have the shape of the model's
+        latent. A Haiku tree cannot store different rates for each step.
+
+    Example:
+      >>> model = LatentModulatedSiren(width=4, depth=3, latent_dim=2)
+      >>> latent = model.initial_latent()
+      >>> params = model.init(jax.random.key(0), jnp.zeros(2), latent)["params"]
+      >>> tree = to_haiku(Imported(model, params, latent, learning_rate=None))
+      >>> tree["latent_modulated_siren/modulated_siren_layer_1/linear"]["w"].shape
+      (4, 4)
+      >>> from_haiku(tree, omega_0=30.0).model == model
+      True
     """
     model, params, latent, learning_rate = imported
     for name, value in (("latent", latent), ("learning_rate", learning_rate)):
         if value is not None and np.shape(value) != model.latent_shape:
             raise ValueError(
-                f"{name} has shape {np.shape(value)}, needs {model.latent_shape}."
+                f"{name} must have shape {model.latent_shape}; got {np.shape(value)}."
             )
     direct = isinstance(model, ModulatedSiren)
     root = "modulated_siren" if direct else "latent_modulated_siren"
@@ -222,17 +238,17 @@ def to_haiku(imported: Imported) -> dict[str, dict[str, jax.Array]]:
 
 
 def load_checkpoint(path: str | Path) -> HaikuCheckpoint:
-    """Reads a released checkpoint, such as celeba_params_128_latents.npz.
+    """Reads a released checkpoint, for example celeba_params_128_latents.npz.
 
     Args:
-      path: a dill pickle of dict(params=..., config=...), whatever its name ends in.
+      path: a dill pickle of dict(params=..., config=...), with any suffix.
 
     Returns:
       The network and the settings of its inner loop.
 
     Raises:
-      ValueError: if the file cannot be read (see `load_haiku_file`), or holds something
-        else, or a config that does not fit.
+      ValueError: if the file cannot be read (see `load_haiku_file`), if it is not a
+        checkpoint, or if its config contradicts its parameters.
     """
     contents = load_haiku_file(path)
     try:
@@ -242,18 +258,19 @@ def load_checkpoint(path: str | Path) -> HaikuCheckpoint:
 
 
 def load_modulations(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
-    """Reads a released set of fitted latents, celeba_modulations_128_latents.npz.
+    """Reads a set of fitted latents, for example celeba_modulations_128_latents.npz.
 
     Args:
-      path: a dill pickle, whatever its name ends in.
+      path: a dill pickle, with any suffix.
 
     Returns:
-      {"train": {"modulation": (N, L), "psnr": (N,)}, "test": {...}}, PSNR per image in
-      dB, as stored: without labels, in the order of the original's data set.
+      {"train": {"modulation": (N, L), "psnr": (N,)}, "test": {...}}, with the PSNR of
+      each image in dB. The file has no labels; its order is that of the original's data
+      set.
 
     Raises:
-      ValueError: if the file cannot be read (see `load_haiku_file`) or holds something
-        else.
+      ValueError: if the file cannot be read (see `load_haiku_file`) or is not a set of
+        latents.
     """
     contents = load_haiku_file(path)
     splits = {}
@@ -264,46 +281,47 @@ def load_modulations(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
         shapes = [getattr(array, "shape", ()) for array in arrays.values()]
         if len(shapes[0]) != 2 or shapes[1] != shapes[0][:1]:
             raise ValueError(
-                f"{path}: a set of modulations holds {split!r} with 'modulation' "
-                f"(N, L) and 'psnr' (N,), got shapes {shapes} in {_summary(contents)}."
+                f"{path}: a set of modulations must hold {split!r} with 'modulation' "
+                f"(N, L) and 'psnr' (N,); got shapes {shapes} in {_summary(contents)}."
             )
         splits[split] = arrays
     return splits
 
 
 def load_haiku_file(path: str | Path) -> Any:
-    """Reads a pickle of arrays, configs and plain containers; runs nothing from it.
+    """Reads a pickle of arrays, configs and plain containers without executing it.
 
-    A pickle may name any function and have it called. Here a name is looked up in a
-    fixed table and stands for an inert record of its arguments; a name outside the
-    table ends the reading. Afterwards the records of arrays, configs and mappings of
-    NumPy, JAX, Haiku, ml_collections and dill, as of 2022 and of today, become arrays
-    and dicts.
+    A pickle can name any function and have it called. This reader accepts only the
+    names in a fixed table and refuses a file that uses another name. A name in the
+    table stands for a record that stores its arguments and does nothing. After reading,
+    the records become arrays and dicts. The table covers arrays, configs and mappings
+    of NumPy, JAX, Haiku, ml_collections and dill, in their versions of 2022 and of
+    today.
 
     Args:
-      path: a pickle, whatever its name ends in.
+      path: a pickle, with any suffix.
 
     Returns:
-      Nested dict, list, tuple and set of NumPy arrays of numbers, Python and NumPy
+      Nested dicts, lists, tuples and sets of numeric NumPy arrays, Python and NumPy
       numbers, strings, bytes and None.
 
     Raises:
-      ValueError: if the file is truncated or no pickle, or asks for anything else.
+      ValueError: if the file is truncated, is not a pickle, or uses another name.
     """
     data = Path(path).read_bytes()
     if data.startswith(b"PK\x03\x04"):
         raise ValueError(
-            f"{path} is a true .npz archive, which numpy.load reads; the files of "
-            "google-deepmind/functa are pickles of that name."
+            f"{path} is a real .npz archive, which numpy.load reads; the files of "
+            "google-deepmind/functa are pickles with that suffix."
         )
     try:
         return _plain(_Unpickler(io.BytesIO(data)).load(), {})
     except _RefusedError as error:
         raise ValueError(f"{path} is refused: {error}.") from None
-    # Damaged bytes may raise anything inside pickle, as its manual warns.
+    # On damaged data pickle may raise any exception, as its documentation warns.
     except Exception as error:
         raise ValueError(
-            f"{path} is truncated, or not a pickle of google-deepmind/functa "
+            f"{path} is truncated or is not a pickle of google-deepmind/functa "
             f"({type(error).__name__}: {error})."
         ) from error
 
@@ -315,11 +333,11 @@ def _take(modules, pattern):
     """Moves the modules whose names end in `pattern`, numbered 0, 1, ..., to a list.
 
     Args:
-      modules: {name: module}; loses what is found.
-      pattern: with one group, the number; empty is 0.
+      modules: {name: module}. The function removes the modules that it returns.
+      pattern: a regular expression. Its one group is the number, 0 if empty.
 
     Returns:
-      [(name, module)] by number.
+      [(name, module)], ordered by number.
     """
     found = {}
     for name in sorted(modules):
@@ -327,32 +345,32 @@ def _take(modules, pattern):
             number = int(match[1] or 0)
             if number in found:
                 raise ValueError(
-                    f"{name} and {found[number][0]} are the same part of a network."
+                    f"{name} and {found[number][0]} name the same part of the network."
                 )
             found[number] = name, modules.pop(name)
     if missing := set(range(len(found))) - found.keys():
         names = sorted(name for name, _ in found.values())
-        raise ValueError(f"number {min(missing)} is missing among {names}.")
+        raise ValueError(f"module number {min(missing)} is missing; got {names}.")
     return [found[number] for number in range(len(found))]
 
 
 def _shape(name, module, key, *, rank):
     shape = np.shape(module[key]) if key in module else None
     if shape is None or len(shape) != rank or 0 in shape:
-        raise ValueError(f"{name} needs {key} of rank {rank}, has shape {shape}.")
+        raise ValueError(f"{name} must hold {key} of rank {rank}; got shape {shape}.")
     return shape
 
 
 def _arrays(name, module, **shapes):
-    """The module's arrays, if these are its names and shapes."""
+    """Returns the module's arrays after a check of their names and shapes."""
     actual = {key: np.shape(value) for key, value in module.items()}
     if actual != shapes:
-        raise ValueError(f"{name} has shapes {actual}, needs {shapes}.")
+        raise ValueError(f"{name} must have shapes {shapes}; got {actual}.")
     return {key: jnp.asarray(value) for key, value in module.items()}
 
 
 def _from_linears(linears, sizes, prefix):
-    """Haiku linears in a row, of these in- and output sizes -> params of `nn.Dense`."""
+    """Converts consecutive Haiku linears of the given sizes to params of `nn.Dense`."""
     params = {}
     for i, linear in enumerate(linears):
         arrays = _arrays(*linear, w=(sizes[i], sizes[i + 1]), b=(sizes[i + 1],))
@@ -369,7 +387,7 @@ def _layer_name(i):
 
 
 def _name_order(num_layers):
-    """Numbers of the sine layers in the order of their modules' names: 0, 1, 10, 2."""
+    """Sorts the sine layers by module name: 0, 1, 10, 2, ..."""
     return sorted(range(num_layers), key=lambda i: f"{_layer_name(i)}/fi_lm")
 
 
@@ -379,13 +397,13 @@ def _name_order(num_layers):
 def _checkpoint(contents):
     if not isinstance(contents, dict) or not {"params", "config"} <= contents.keys():
         raise ValueError(
-            f"a checkpoint is a dict of params and config, got {_summary(contents)}."
+            f"a checkpoint must hold params and config; got {_summary(contents)}."
         )
     tree, config = contents["params"], contents["config"]
     if not isinstance(tree, dict) or not all(
         isinstance(m, dict) for m in tree.values()
     ):
-        raise ValueError(f"params need to be a tree of Haiku, got {_summary(tree)}.")
+        raise ValueError(f"params must be a Haiku tree; got {_summary(tree)}.")
     imported = from_haiku(
         tree,
         omega_0=float(_setting(config, "model", "w0", numbers.Real)),
@@ -395,8 +413,8 @@ def _checkpoint(contents):
     learning_rate = imported.learning_rate
     if learning_rate is None:
         learning_rate = float(_setting(config, "opt_inner", "lr", numbers.Real))
-    # The original's readers allow for configs whose model section was already stripped
-    # of what is no argument of the network.
+    # The original also reads configs whose model section holds only the arguments of
+    # the network, without these two.
     l2_weight = _setting(config, "model", "l2_weight", numbers.Real, default=0.0)
     noise_std = _setting(config, "model", "noise_std", numbers.Real, default=0.0)
     return HaikuCheckpoint(
@@ -414,51 +432,51 @@ def _setting(config, section, name, kind, default=None):
     value = default if value is None else value
     if not isinstance(value, kind):
         raise ValueError(
-            f"config needs {section}.{name}, of type {kind.__name__}, got {value!r}."
+            f"config must hold {section}.{name}, a {kind.__name__}; got {value!r}."
         )
     return value
 
 
 def _entry(value, *keys):
-    """value[key][key]...; None where there is no such entry."""
+    """Returns value[key][key]..., or None if there is no such entry."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
 def _summary(value):
-    """A short account of a file's contents, for errors."""
+    """Describes the contents of a file for an error message."""
     keys = f" with {sorted(map(str, value))[:8]}" if isinstance(value, dict) else ""
     return type(value).__name__ + keys
 
 
-# Unpickling. A pickle may name any function and have it called, so a downloaded file
-# is a program. This reader knows a fixed table of names only, and each of them stands
-# for an inert record.
+# Unpickling. A pickle can name any function and have it called, so a downloaded file
+# is a program. This reader accepts only the names in a fixed table. Each name stands
+# for a record that does nothing.
 
 
 class _RefusedError(Exception):
-    """The file asks for something that arrays and configs do not need."""
+    """The file contains something other than arrays, configs and containers."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the names of `_ADMITTED` only, none of which does anything."""
+    """Accepts only the names in `_ADMITTED`; none of them executes code."""
 
     def find_class(self, module, name):
         if (module, name) not in _ADMITTED:
             raise _RefusedError(
-                f"it asks for {module}.{name}, which arrays, configs and plain "
-                "containers do not need"
+                f"it asks for {module}.{name}, which is not in the table of names for "
+                "arrays, configs and plain containers"
             )
         return _ADMITTED[module, name]
 
 
 class _StandIn:
-    """Keeps what a pickle gives to build an object: arguments, then perhaps a state.
+    """Stores the arguments, and the state if any, from which pickle builds an object.
 
-    Pickle can call, instantiate or set the state of what it finds by name. It finds the
-    subclasses below, for which all three do no more than keep the values; the class
-    itself has no state to set, as `__setstate__` then lacks an argument.
+    Pickle can call a class that it finds by name, instantiate it and set its state. For
+    the subclasses below, these operations only store the values. Pickle cannot set the
+    state of the class itself, because `__setstate__` then lacks an argument.
     """
 
     __slots__ = ("args", "state")
@@ -472,18 +490,18 @@ class _StandIn:
         self.state = state
 
     def build(self, plain):
-        """The plain value; `plain` converts parts of it."""
-        raise _RefusedError("it holds a type or dtype where a value belongs")
+        """Returns the plain value; `plain` converts its parts."""
+        raise _RefusedError("it holds a type or dtype in place of a value")
 
 
 class _Type(_StandIn):
-    """The type of a config field, or what dill makes of it; never needed."""
+    """The type of a config field, or dill's replacement for it. It is never used."""
 
     __slots__ = ()
 
 
 class _NumpyArrayType(_StandIn):
-    """numpy.ndarray, as the argument of others."""
+    """The class numpy.ndarray, which other records take as an argument."""
 
     __slots__ = ()
 
@@ -495,20 +513,22 @@ class _NumpyDtype(_StandIn):
 
 
 class _NumpyArray(_StandIn):
-    """An array: args (class, shape, code), all ignored but the class, and the state."""
+    """An array: args (class, shape, code), where only the class is used, and state."""
 
     __slots__ = ()
 
     def build(self, plain):
         del plain
         if not self.args or self.args[0] is not _NumpyArrayType:
-            raise _RefusedError("it makes an array of a class other than numpy.ndarray")
+            raise _RefusedError(
+                "it builds an array of a class other than numpy.ndarray"
+            )
         *_, shape, dtype, fortran, data = self.state
         return _numbers(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 
 class _NumpyBuffer(_StandIn):
-    """An array of protocol 5: args (data, dtype, shape, order[, axis order])."""
+    """An array in protocol 5: args (data, dtype, shape, order[, axis order])."""
 
     __slots__ = ()
 
@@ -533,27 +553,27 @@ class _NumpyScalar(_StandIn):
 
 
 class _WrappedArray(_StandIn):
-    """An array of JAX or through dill: args (function, its args, state, ignored)."""
+    """An array written by JAX or dill: args (function, its args, state, ignored)."""
 
     __slots__ = ()
 
     def build(self, plain):
         function, args, state, *_ = self.args
         if function is not _NumpyArray:
-            raise _RefusedError("it makes an array of something else than an array")
+            raise _RefusedError("it builds an array from something other than an array")
         array = _NumpyArray(*args)
         array.state = state
         return array.build(plain)
 
 
 class _Latin1(_StandIn):
-    """Bytes of protocols 0 to 2: args (text, encoding)."""
+    """Bytes in protocols 0 to 2: args (text, encoding)."""
 
     __slots__ = ()
 
 
 class _ConfigDict(_StandIn):
-    """An ml_collections.ConfigDict, known by its state."""
+    """An ml_collections.ConfigDict, read from its state."""
 
     __slots__ = ()
 
@@ -562,17 +582,18 @@ class _ConfigDict(_StandIn):
 
 
 class _FieldReference(_StandIn):
-    """An ml_collections.FieldReference, known by its state."""
+    """An ml_collections.FieldReference, read from its state."""
 
     __slots__ = ()
 
     def build(self, plain):
         if self.state["_ops"]:
-            raise _RefusedError("it holds a config field that is still to be computed")
+            raise _RefusedError("it holds a config field that is not yet computed")
         return plain(self.state["_value"])
 
 
-# Calling `dict`, the one real object here, on what a pickle can build runs nothing.
+# `dict` is the only real class here. Calling it on records and plain values executes no
+# code from the file.
 _ADMITTED = {
     ("numpy", "ndarray"): _NumpyArrayType,
     ("numpy", "dtype"): _NumpyDtype,
@@ -597,11 +618,11 @@ for _name in ("bool", "int", "float", "str", "bytes", "tuple", "list", "dict"):
 
 
 def _numbers(data, dtype):
-    """Bytes and the stand-in of their dtype -> a flat array of its own, native."""
+    """Copies bytes of the recorded dtype to a flat array in native byte order."""
     if isinstance(data, _Latin1) and data.args[1:] == ("latin1",):
         data = data.args[0].encode("latin1")
     if not isinstance(data, bytes | bytearray) or not isinstance(dtype, _NumpyDtype):
-        raise _RefusedError("it holds an array of something else than plain numbers")
+        raise _RefusedError("it holds an array of something other than plain numbers")
     code, order = dtype.args[0], dtype.state[1] if dtype.state else "="
     if not re.fullmatch(r"[biuf][1248]", code) or order not in ("<", ">", "|", "="):
         raise _RefusedError(f"it holds an array of type {order}{code}, not of numbers")
@@ -610,14 +631,14 @@ def _numbers(data, dtype):
 
 
 def _plain(value, done):
-    """Replaces all stand-ins within `value`; a part that occurs twice is built once.
+    """Replaces all records in `value`; a part that occurs twice is built once.
 
     Args:
-      value: what the unpickler made.
-      done: {id of a part: its plain form}, filled on the way.
+      value: the result of the unpickler.
+      done: {id of a part: its plain form}. The function adds the parts that it builds.
 
     Returns:
-      The same without stand-ins.
+      The value without records.
     """
     if type(value) in (type(None), bool, int, float, str, bytes):
         return value
@@ -630,6 +651,6 @@ def _plain(value, done):
             plain = value.build(lambda part: _plain(part, done))
         else:
             name = "type" if isinstance(value, type) else type(value).__name__
-            raise _RefusedError(f"it holds a {name} where a value belongs")
+            raise _RefusedError(f"it holds a {name} in place of a value")
         done[id(value)] = plain
     return done[id(value)]

@@ -100,11 +100,37 @@ def save_functaset(file: Any, functaset: Functaset) -> None:
 
 
 def load_functaset(path: str | Path) -> Functaset:
-    """Reads and checks a functaset; see `save_functaset` for an example.
+    """Reads a functaset and checks it.
+
+    Args:
+      path: an .npz file, for example one written by `save_functaset`.
+
+    Returns:
+      The data set.
 
     Raises:
       FileNotFoundError: if the file does not exist.
       ValueError: if the file is damaged or is not a functaset.
+
+    Example:
+      >>> import os, tempfile
+      >>> path = os.path.join(tempfile.mkdtemp(), "functaset.npz")
+      >>> save_functaset(
+      ...     path,
+      ...     Functaset(
+      ...         latent=np.ones((3, 4), np.float32),
+      ...         label=np.array([3, 7, 3], np.int32),
+      ...         psnr=np.array([30.0, 31.0, 29.0], np.float32),
+      ...         split=np.array(["train", "train", "test"]),
+      ...         mean=np.ones(4, np.float32),
+      ...         std=np.zeros(4, np.float32),
+      ...         config={"dataset": "digits"},
+      ...         params_sha256="",
+      ...     ),
+      ... )
+      >>> train = load_functaset(path).select("train")
+      >>> train.latent.shape, train.label.tolist()
+      ((2, 4), [3, 7])
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"functaset {path} does not exist.")

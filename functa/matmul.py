@@ -1,20 +1,20 @@
 """The matrix products of a SIREN and of its derivatives of any order.
 
-A product of activations with a kernel has two relatives, and the derivatives of each
-of the three in its two arguments are the others:
+Three products occur. The derivatives of each in its two arguments are the other two:
 
     forward    h, w -> h w
     backward   g, w -> g w^T
     weights    h, g -> sum over points and leading axes of h^T g
 
-JAX would derive them from `jax.lax.dot_general` alone, but not as well. Gradients of
-kernels come out transposed, and on a CPU the copies that put them right took a fifth of
-a meta-learning step. And nothing can be rounded in the gradients alone. Here all three
-are written out.
+JAX can derive all of them from `jax.lax.dot_general`, with two disadvantages. It
+computes the gradient of a kernel transposed; on a CPU, copying it into the right layout
+took a fifth of a meta-learning step. It also offers no way to round the gradients
+alone. This module therefore defines the three products as one primitive.
 
-With `dtype="bfloat16"` the operands of `backward` and `weights` are rounded to it: two
-thirds of the products of a meta-learning step, which on many machines take half the
-time. Values, made by `forward`, stay exact; rounding them too costs accuracy.
+With `dtype="bfloat16"`, `backward` and `weights` round their operands to bfloat16. They
+are two thirds of the products of a meta-learning step, and many machines compute them
+in half the time. `forward` computes the values and stays exact, because rounding them
+costs accuracy.
 
 Axes: N points, K and M features of the input and of the output.
 """
@@ -34,20 +34,25 @@ def matmul(h: jax.Array, w: jax.Array, *, dtype: str = "float32") -> jax.Array:
     Args:
       h: activations, (..., N, K).
       w: kernel, (K, M).
-      dtype: "float32", or "bfloat16", to which the operands of the products that only
-        derivatives have are rounded; sums never are. Products in float32 are as precise
-        as `jax.default_matmul_precision` says.
+      dtype: "float32" or "bfloat16". The products of the derivatives round their
+        operands to it; sums are never rounded. `jax.default_matmul_precision` sets the
+        precision of products in float32.
 
     Returns:
-      (..., N, M), float32 (or float64, of operands that are).
+      (..., N, M), in float32, or in float64 if an operand is float64.
 
     Raises:
-      ValueError: if `dtype` is neither.
+      ValueError: if `dtype` has another value.
+
+    Example:
+      >>> matmul(jnp.ones((5, 2)), jnp.ones((2, 3))).shape
+      (5, 3)
     """
-    # Asked for here: a context that was left is not known when this is compiled.
+    # Read the precision now: compilation may happen after the
+    # `default_matmul_precision` context has exited.
     precision = jax.config.jax_default_matmul_precision
     if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}.")
+        raise ValueError(f"dtype must be float32 or bfloat16; got {dtype!r}.")
     h, w = jnp.asarray(h), jnp.asarray(w)
     exact = jnp.promote_types(h.dtype, w.dtype)
     return _product_p.bind(
@@ -63,7 +68,7 @@ _product_p = Primitive("siren_product")
 
 
 def _multiply(a, b, *, kind, rounded, precision):
-    """What the primitive means."""
+    """Computes the product that the primitive stands for."""
     exact = a.dtype
     if rounded and kind != "forward":
         a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
@@ -87,7 +92,7 @@ def _abstract_eval(a, b, **params):
 
 
 def _transpose_first(cotangent, _, b, *, kind, **settings):
-    if kind == "weights":  # b are activations, and the cotangent is like a kernel
+    if kind == "weights":  # b holds activations; the cotangent has a kernel's shape.
         return _product_p.bind(b, cotangent, kind="backward", **settings)
     other = {"forward": "backward", "backward": "forward"}[kind]
     return _product_p.bind(cotangent, b, kind=other, **settings)
@@ -104,7 +109,7 @@ def _batch(args, dims, **params):
     if params["kind"] != "weights" and dims[1] is None:
         activations = jnp.moveaxis(args[0], dims[0], 0)
         return _product_p.bind(activations, args[1], **params), 0
-    # A kernel, or the gradient of one, for each example: left to JAX.
+    # Each example has its own kernel or gradient of a kernel: JAX batches the product.
     return jax.vmap(functools.partial(_multiply, **params), dims)(*args), 0
 
 
@@ -120,4 +125,4 @@ batching.primitive_batchers[_product_p] = _batch
 mlir.register_lowering(_product_p, mlir.lower_fun(_multiply, multiple_results=False))
 
 
-product = matmul  # the old name, for one version
+product = matmul  # The old name, for one version.
