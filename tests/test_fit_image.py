@@ -166,7 +166,10 @@ def test_gradient_magnitude_matches_finite_differences():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"resolution": (0,)}, "resolution must be values each at least 1"),
+        (
+            {"resolution": (0,)},
+            "resolution must be a non-empty tuple, each value at least 1",
+        ),
         ({"num_steps": (1, 2), "mosaic": (1, 2, 3)}, "num_steps must have one value"),
         (
             {"num_images": (2,), "dataset": {"name": "photograph"}},

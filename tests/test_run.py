@@ -115,12 +115,26 @@ def test_run_resumes_state_and_metrics(tmp_path):
 
 
 def test_another_config_names_the_fields(tmp_path):
-    with runs.open_run(tmp_path, ConfigDict(CONFIG)):
-        pass
+    with runs.open_run(tmp_path, ConfigDict(CONFIG)) as run:
+        run.log(1, {"loss": 0.5}, num_steps=2)
     other = ConfigDict({**CONFIG, "a": {"b": 2}})
     with (
         pytest.raises(ValueError, match="a.b is 1 there and 2 here. Choose another"),
         runs.open_run(tmp_path, other),
+    ):
+        pass
+
+
+def test_corrected_config_is_taken_where_nothing_was_done(tmp_path):
+    with runs.open_run(tmp_path, ConfigDict(CONFIG), inputs={"weights": "a"}):
+        pass
+    other = ConfigDict({**CONFIG, "a": {"b": 2}})
+    with runs.open_run(tmp_path, other, inputs={"weights": "b"}) as run:
+        run.log(1, {"loss": 0.5}, num_steps=2)
+    assert runs.load_config(tmp_path).a.b == 2
+    with (
+        pytest.raises(ValueError, match="the weights of .* has changed"),
+        runs.open_run(tmp_path, other, inputs={"weights": "a"}),
     ):
         pass
 

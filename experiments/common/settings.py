@@ -132,7 +132,7 @@ def one_of(*allowed: Any) -> Rule:
 def each(rule: Rule, *, empty: bool = False) -> Rule:
     """A tuple whose values each satisfy a rule."""
     return Rule(
-        f"values each {rule.words}" + (", at least one" * (not empty)),
+        f"a {'' if empty else 'non-empty '}tuple, each value {rule.words}",
         lambda values: (empty or len(values) > 0) and all(map(rule.holds, values)),
     )
 
