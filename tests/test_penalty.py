@@ -335,6 +335,6 @@ def test_axes_that_do_not_fit_name_the_layer():
 @pytest.mark.parametrize("rules", ["lasso", 1.0, [L1()], {"kernel": "lasso"}], ids=str)
 def test_unknown_rules_are_refused(rules):
     unknown = rules["kernel"] if isinstance(rules, dict) else rules
-    message = f'a penalty is "auto", .*, got {re.escape(repr(unknown))}'
+    message = f'a penalty must be "auto", .*, got {re.escape(repr(unknown))}'
     with pytest.raises(ValueError, match=message):
         assign(rules, PARAMS)
