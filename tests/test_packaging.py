@@ -104,4 +104,4 @@ def test_installed_command_finds_its_config(installed, tmp_path):
         command, cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert ended.returncode == 1
-    assert "num_steps must not be negative" in ended.stderr
+    assert "num_steps must be at least 0" in ended.stderr
