@@ -229,8 +229,7 @@ def _encode(*, variant, batch_size, image_size, **model):
     optimizer = meta.make_optimizer(config)
     state = meta.init_state(config, network, optimizer)
     learner = encoding.make_learner(config, vars(state))
-    coords = functa.coordinate_grid((image_size, image_size))
-    fixed = devices.replicate((*learner[1:4], coords), local=True)
+    fixed = devices.replicate(learner[1:4], local=True)
     images = devices.divide(_random_images(batch_size, image_size, 3), local=True)
 
     def step(state, *inputs):

@@ -59,6 +59,12 @@ def _complete_config(config, shape):
             f"have {channels} channels."
         )
     config.model.out_channels = channels
+    for name in ("latent_dim", "channels"):
+        if config.model.get(name, 1) < 1:
+            raise ValueError(
+                f"model.{name} must be at least 1, got {config.model[name]}."
+            )
+    _complete_cells(config, (height, width))
     factor = config.coarse_factor
     if config.coarse_steps and (height % factor or width % factor):
         raise ValueError(
@@ -73,6 +79,42 @@ def _complete_config(config, shape):
         raise ValueError(f"optax has no optimizer {config.eval.optimizer!r}.")
 
 
+def _complete_cells(config, shape):
+    """Sets the size of a cell; checks the fields that concern grids of latents."""
+    model = functaset.make_model(config.model.to_dict())
+    spatial = isinstance(model, functa.SpatialSiren)
+    if not spatial or model.interpolation != "nearest":
+        if config.by_cells:
+            raise ValueError(
+                "by_cells needs a model of type SpatialSiren with interpolation nearest."
+            )
+        if config.cell is not None:
+            raise ValueError("cell is for a SpatialSiren with interpolation nearest.")
+    if not spatial:
+        return
+    grid = "x".join(map(str, model.grid))
+    if len(model.grid) != 2 or any(
+        cells < 1 or points % cells
+        for points, cells in zip(shape, model.grid, strict=True)
+    ):
+        raise ValueError(
+            f"model.grid must divide the images of {shape[0]}x{shape[1]} pixels, got "
+            f"{grid}."
+        )
+    if model.interpolation != "nearest":
+        return
+    cell = tuple(n // cells for n, cells in zip(shape, model.grid, strict=True))
+    if config.cell not in (None, cell):
+        raise ValueError(
+            f"cell is {config.cell}, but a grid of {grid} has cells of {cell} pixels."
+        )
+    config.cell = cell
+    if config.by_cells and (config.coarse_steps or config.num_pixels):
+        raise ValueError(
+            "by_cells has neither coarse_steps nor num_pixels; set them to 0."
+        )
+
+
 def _evaluate(run, learner, dataset):
     config = run.config
     run.say("evaluating on the test split ...")
@@ -84,16 +126,10 @@ def _evaluate(run, learner, dataset):
             learner, images[: num_images or len(images)], batch_size=batch_size
         )
         mse[split] = np.concatenate([values for _, values in encoded])
-    further = _fit_further(learner, dataset["test"]["image"], config.eval)
-    further_psnr = np.asarray(functa.psnr(further)).mean(0)
-    num_steps = learner.inner["num_steps"]
-    arrays = _showcase(learner, dataset, mse, further_psnr, batch_size)
-    files.write_npz(run.workdir / "arrays.npz", arrays)
-    figures.draw(run.workdir)
     written = {}
     if config.write_functaset:
         run.say("writing the functaset ...")
-        written = encoding.write_functaset(
+        summary = encoding.write_functaset(
             run.workdir / "functaset.npz",
             learner,
             dataset,
@@ -101,6 +137,16 @@ def _evaluate(run, learner, dataset):
             batch_size=batch_size,
             say=run.say,
         )
+        written = {f"functaset_{name}": value for name, value in summary.items()}
+    further = _fit_further(learner, dataset["test"]["image"], config.eval)
+    further_psnr = np.asarray(functa.psnr(further)).mean(0)
+    num_steps = learner.inner["num_steps"]
+    arrays = _showcase(learner, dataset, mse, further_psnr, batch_size)
+    files.write_npz(run.workdir / "arrays.npz", arrays)
+    figures.draw(run.workdir)
+    metrics = run.metrics()
+    if config.max_drop and metrics:
+        written["num_recoveries"] = metrics[-1]["num_recoveries"]
     return {
         "test_psnr": functa.mean_psnr(mse["test"][:, -1]),
         "test_psnr_of_mean": functa.psnr_of_mean(mse["test"][:, -1]),
@@ -111,7 +157,7 @@ def _evaluate(run, learner, dataset):
         "num_further_steps": further.shape[1] - 1,
         "further_psnr_start": further_psnr[num_steps],
         "further_psnr": further_psnr[-1],
-        **{f"functaset_{name}": value for name, value in written.items()},
+        **written,
     }
 
 
@@ -122,7 +168,10 @@ _NUM_TRAIN = 1000
 def _fit_further(learner, images, settings):
     """MSE (B, S + more_steps + 1) of the inner loop and the additional steps."""
     model = learner.model
-    coords = jnp.asarray(functa.coordinate_grid(images.shape[1:3]))
+    grid = ()
+    if learner.cell is not None:  # Cells are separate signals.
+        grid, model = model.grid, model.cell()
+    coords = jnp.asarray(functa.coordinate_grid(learner.cell or images.shape[1:3]))
     make = getattr(optax, settings.optimizer)
     if settings.learning_rate:
         steps = max(settings.more_steps, 1)
@@ -147,8 +196,13 @@ def _fit_further(learner, images, settings):
         batch = images[start : min(start + batch_size, settings.more_images)]
         [(latents, first)] = encoding.encode(learner, batch, batch_size=len(batch))
         with jax.default_matmul_precision("highest"):
-            _, info = fit(latents, data.to_float(batch))
-        mse.append(np.concatenate([first, info.mse[:, 1:]], axis=1))
+            targets = data.to_float(batch)
+            if grid:
+                targets = functa.spatial.split_cells(targets, grid)
+                targets = targets.reshape(-1, *learner.cell, targets.shape[-1])
+            _, info = fit(latents.reshape(-1, *model.latent_shape), targets)
+        later = info.mse.reshape(len(batch), -1, info.mse.shape[-1]).mean(1)
+        mse.append(np.concatenate([first, later[:, 1:]], axis=1))
     return np.concatenate(mse)
 
 
@@ -187,7 +241,8 @@ def _showcase(learner, dataset, mse, further_psnr, batch_size):
     steps = [draw(fit(images, n)) for n in range(num_steps + 1)]
     arrays["over_steps"] = np.stack([*steps, data.to_float(images)])
     latents = fit(images)
-    weights = np.linspace(0, 1, 9, dtype=np.float32)[:, None]
+    weights = np.linspace(0, 1, 9, dtype=np.float32)
+    weights = weights.reshape(-1, *[1] * (latents.ndim - 1))
     arrays["interpolation"] = draw((1 - weights) * latents[0] + weights * latents[1])
     arrays["super_resolved"] = draw(latents, tuple(4 * n for n in shape))
     return arrays

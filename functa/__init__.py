@@ -12,6 +12,7 @@ from functa.functaset import save_functaset as save_functaset
 from functa.inner_loop import FitInfo as FitInfo
 from functa.inner_loop import fit_batch as fit_batch
 from functa.inner_loop import fit_latent as fit_latent
+from functa.inner_loop import largest_eigenvalue as largest_eigenvalue
 from functa.inner_loop import meta_gradient as meta_gradient
 from functa.inner_loop import optimize_latent as optimize_latent
 from functa.inner_loop import reconstruction_loss as reconstruction_loss
@@ -22,6 +23,7 @@ from functa.siren import LatentModulatedSiren as LatentModulatedSiren
 from functa.siren import ModulatedSiren as ModulatedSiren
 from functa.siren import Siren as Siren
 from functa.siren import coordinate_grid as coordinate_grid
+from functa.spatial import SpatialSiren as SpatialSiren
 
 __version__ = "0.1.0"
 

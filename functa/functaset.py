@@ -31,8 +31,12 @@ from functa.siren import (
     Siren,
     coordinate_grid,
 )
+from functa.spatial import SpatialSiren
 
-MODELS = {m.__name__: m for m in (Siren, ModulatedSiren, LatentModulatedSiren)}
+MODELS = {
+    model.__name__: model
+    for model in (Siren, ModulatedSiren, LatentModulatedSiren, SpatialSiren)
+}
 
 
 class Functaset(NamedTuple):

@@ -92,7 +92,7 @@ class Siren(nn.Module):
 
     @nn.compact
     def __call__(self, coords: jax.Array) -> jax.Array:
-        return _siren(self, coords, [(None, None)] * (self.depth - 1))
+        return apply_layers(self, coords, [(None, None)] * (self.depth - 1))
 
 
 class ModulatedSiren(nn.Module):
@@ -135,7 +135,7 @@ class ModulatedSiren(nn.Module):
     def __call__(self, coords: jax.Array, modulation: jax.Array) -> jax.Array:
         """Maps coords (..., d) and one signal's modulation (M,) to (..., C)."""
         chex.assert_shape(modulation, self.latent_shape)
-        return _siren(self, coords, _split_modulation(self, modulation))
+        return apply_layers(self, coords, split_modulation(self, modulation))
 
 
 class LatentModulatedSiren(nn.Module):
@@ -188,14 +188,14 @@ class LatentModulatedSiren(nn.Module):
     def __call__(self, coords: jax.Array, latent: jax.Array) -> jax.Array:
         """Maps coords (..., d) and one signal's latent (L,) to (..., C)."""
         chex.assert_shape(latent, self.latent_shape)
-        modulation = _LatentToModulation(
+        modulation = LatentToModulation(
             (*self.layer_sizes, num_modulations(self)), name="latent_to_modulation"
         )(latent)
         layers = [
             (None if scale is None else 1 + scale, shift)
-            for scale, shift in _split_modulation(self, modulation)
+            for scale, shift in split_modulation(self, modulation)
         ]
-        return _siren(self, coords, layers)
+        return apply_layers(self, coords, layers)
 
 
 def num_modulations(model: ModulatedSiren | LatentModulatedSiren) -> int:
@@ -228,7 +228,7 @@ def _rename_dtype(model):
         model.derivative_dtype, model.dtype = model.dtype, None
 
 
-class _LatentToModulation(nn.Module):
+class LatentToModulation(nn.Module):
     sizes: Sequence[int]
 
     @nn.compact
@@ -243,20 +243,30 @@ class _LatentToModulation(nn.Module):
         return x
 
 
-def _split_modulation(model, modulation):
-    """Splits a modulation (M,) into (scale, shift) per layer, each (W,) or None."""
-    layers = modulation.reshape(model.depth - 1, -1, model.width)
+def split_modulation(model, modulation):
+    """Splits (..., M) into (scale, shift) per layer, each (..., W) or None."""
+    parts = modulation.reshape(*modulation.shape[:-1], model.depth - 1, -1, model.width)
     return [
         (
-            layer[0] if model.modulate_scale else None,
-            layer[-1] if model.modulate_shift else None,
+            parts[..., i, 0, :] if model.modulate_scale else None,
+            parts[..., i, -1, :] if model.modulate_shift else None,
         )
-        for layer in layers
+        for i in range(model.depth - 1)
     ]
 
 
-def _siren(model, coords, modulations):
-    """Applies the layers of all three models, inside their compact `__call__`."""
+def apply_layers(model, coords, modulations):
+    """Applies the layers of a SIREN, inside the compact `__call__` of its model.
+
+    Args:
+      model: the module.
+      coords: (..., d).
+      modulations: (scale, shift) of each sine layer. Each is None, (W,) for all points,
+        or (..., W) with one vector per point.
+
+    Returns:
+      (..., C).
+    """
     _check_sizes(model)
     sin = sine.sin if model.fast_sine else jnp.sin
     init = siren_init(model.omega_0)
@@ -270,12 +280,17 @@ def _siren(model, coords, modulations):
             name=f"layer_{i}",
         )(x)
         if scale is not None:
-            x = jnp.expand_dims(scale, range(x.ndim - 1)) * x
+            x = _for_all_points(scale, x) * x
         if shift is not None:
-            x = x + jnp.expand_dims(shift, range(x.ndim - 1))
+            x = x + _for_all_points(shift, x)
         x = sin(model.omega_0 * x)
     last = _Linear(model.out_channels, init, name=f"layer_{model.depth - 1}")
     return last(x) + 0.5
+
+
+def _for_all_points(vector, x):
+    """Adds the axes of x (..., W) to a vector (W,)."""
+    return jnp.expand_dims(vector, range(x.ndim - vector.ndim))
 
 
 class _Linear(nn.Module):

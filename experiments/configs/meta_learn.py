@@ -31,8 +31,8 @@ BASE = {
         "name": "digits",
         "data_dir": settings.Optional(str),
     },
-    # The fields of functa.LatentModulatedSiren, or of ModulatedSiren without a latent.
-    # Without out_channels the number of channels of the images is used.
+    # The fields of functa.LatentModulatedSiren, of ModulatedSiren without a latent, or of
+    # SpatialSiren. Without out_channels the number of channels of the images is used.
     "model": {
         "type": "LatentModulatedSiren",
         "width": 128,
@@ -52,6 +52,9 @@ BASE = {
         # meta_sgd = False they keep their initial values. Equal ends give a constant.
         "meta_sgd": True,
         "rate_range": (0.2, 0.4),
+        # If given, all rates start at calibration / eigenvalue instead, with the largest
+        # eigenvalue of the inner loop of the initial network. Below 2 a step contracts.
+        "calibration": settings.Optional(float),
         # Whether each inner step has its own rates, instead of one set for all steps.
         "rates_per_step": True,
         "first_order": False,
@@ -84,6 +87,14 @@ BASE = {
     "coarse_factor": 2,
     # Random pixels of each image per update; 0 uses all.
     "num_pixels": 0,
+    # Whether to train on random cells of different images; then batch_size counts cells.
+    # For a SpatialSiren with interpolation "nearest", whose cells are separate signals.
+    "by_cells": False,
+    # Pixels of such a cell, computed from the images and the grid.
+    "cell": settings.Optional(tuple),
+    # Largest fall of the PSNR between two log lines, in dB. A larger one is a collapse:
+    # training goes back to the last good state with half of the learning rates. 0: never.
+    "max_drop": 0.0,
     "log_every": 100,
     "checkpoint_every": 500,
     "write_functaset": True,
@@ -99,6 +110,29 @@ BASE = {
         "optimizer": "lbfgs",
         "learning_rate": 0.0,
     },
+}
+# A SpatialSiren has other fields than the model of BASE.
+_SPATIAL = {
+    "model": {
+        "type": "SpatialSiren",
+        "width": 128,
+        "depth": 5,
+        "grid": (8, 8),
+        "channels": 16,
+        "omega_0": 10.0,
+        "interpolation": "nearest",
+        "modulate_scale": False,
+        "modulate_shift": True,
+        "fast_sine": True,
+        "derivative_dtype": "float32",
+        "out_channels": settings.Optional(int),
+    },
+    "by_cells": True,
+    "max_drop": 3.0,
+    "batch_size": 1024,
+    "inner.calibration": 0.8,
+    "inner.rate_clip": (1e-6, 10.0),
+    "optimizer.warmup_steps": 100,
 }
 VARIANTS = {
     "digits": {},
@@ -121,6 +155,33 @@ VARIANTS = {
         "dataset.name": "mnist",
         "eval.num_images": 1000,
         "num_steps": 4000,
+    },
+    "digits_spatial": {
+        **_SPATIAL,
+        "batch_size": 128,
+        "model.channels": 12,
+        "model.grid": (4, 4),
+        "num_steps": 1500,
+    },
+    "smoke_spatial": {
+        **_SPATIAL,
+        "batch_size": 64,
+        "checkpoint_every": 10,
+        "eval.more_images": 4,
+        "eval.more_steps": 4,
+        "eval.num_images": 16,
+        "log_every": 5,
+        "model.channels": 3,
+        "model.depth": 3,
+        "model.grid": (4, 4),
+        "model.width": 16,
+        "num_steps": 20,
+        "optimizer.warmup_steps": 2,
+    },
+    "cifar10_spatial_cpu": {
+        **_SPATIAL,
+        "dataset.name": "cifar10",
+        "num_steps": 20000,
     },
     "cifar10_cpu": {
         "batch_size": 16,
@@ -161,7 +222,6 @@ RULES = {
     "coarse_factor": settings.at_least(1),
     "model.width": settings.at_least(1),
     "model.depth": settings.at_least(2),
-    "model.latent_dim": settings.at_least(1),
     "inner.num_steps": settings.at_least(1),
     "inner.noise_std": settings.at_least(0),
     "inner.l2_weight": settings.at_least(0),

@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,8 @@ class Learner(NamedTuple):
       latent: initial latent of the inner loop, (*Z), of any shape.
       learning_rate: (), (*Z) or (S, ...), as in `functa.fit_latent`.
       inner: keywords of `functa.fit_latent`: num_steps, l2_weight, unroll.
+      cell: points of a cell along each axis, for a model whose cells are separate
+        signals, otherwise None.
     """
 
     model_config: dict[str, Any]
@@ -45,10 +47,34 @@ class Learner(NamedTuple):
     latent: np.ndarray
     learning_rate: np.ndarray
     inner: dict[str, Any]
+    cell: tuple[int, ...] | None = None
 
     @property
     def model(self):
         return functaset.make_model(self.model_config)
+
+    def for_shape(self, shape: Sequence[int]) -> "Learner":
+        """The learner of signals of another size (H, W): a grid has more cells then.
+
+        Raises:
+          ValueError: if cells do not fill the signals.
+        """
+        if self.cell is None:
+            return self
+        if any(size % points for size, points in zip(shape, self.cell, strict=True)):
+            raise ValueError(
+                f"cells of {_by(self.cell)} points do not fill images of {_by(shape)}; "
+                "crop or resize the images."
+            )
+        grid = [size // points for size, points in zip(shape, self.cell, strict=True)]
+        latent = np.zeros((*grid, self.model_config["channels"]), np.float32)
+        return self._replace(
+            model_config=self.model_config | {"grid": grid}, latent=latent
+        )
+
+
+def _by(sizes):
+    return "x".join(map(str, sizes))
 
 
 def load_learner(workdir: str | Path) -> Learner:
@@ -79,6 +105,7 @@ def make_learner(config: ConfigDict, state: dict[str, Any]) -> Learner:
         latent=np.asarray(state["latent"]),
         learning_rate=np.asarray(weights["learning_rate"]),
         inner=fit_options(config),
+        cell=tuple(cell) if (cell := config.get("cell")) else None,
     )
 
 
@@ -106,8 +133,8 @@ def encode(
       latents (B, *Z) and mean squared errors (B, S + 1), fewer in the last batch.
     """
     batch_size += -batch_size % jax.local_device_count()
-    coords = functa.coordinate_grid(images.shape[1:3])
-    fixed = devices.replicate((*learner[1:4], coords), local=True)
+    learner = learner.for_shape(images.shape[1:3])
+    fixed = devices.replicate(learner[1:4], local=True)
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         # A batch of another size would be compiled separately.
@@ -127,7 +154,6 @@ def fit_batch(
     params: Any,
     latent: jax.Array,
     learning_rate: jax.Array,
-    coords: jax.Array,
     images: jax.Array,
     *,
     model: nn.Module,
@@ -141,16 +167,15 @@ def fit_batch(
     Returns:
       latents (B, *Z) and mean squared errors (B, S + 1).
     """
+    targets = jnp.float32(images) / 255
+    options = {"learning_rate": learning_rate, **dict(inner)}
     # Reported PSNR is measured at full precision, also if training used less.
     with jax.default_matmul_precision("highest"):
+        if isinstance(model, functa.SpatialSiren):
+            return functa.spatial.fit_grids(model, params, targets, **options)
+        coords = functa.coordinate_grid(images.shape[1:3])
         latents, info = functa.fit_batch(
-            model.apply,
-            params,
-            latent,
-            coords,
-            jnp.float32(images) / 255,
-            learning_rate=learning_rate,
-            **dict(inner),
+            model.apply, params, latent, coords, targets, **options
         )
     return latents, info.mse
 
@@ -187,6 +212,7 @@ def write_functaset(
     Returns:
       {"num_signals", "images_per_second" of this process, "<split>_psnr" mean in dB}.
     """
+    learner = learner.for_shape(next(iter(dataset.values()))["image"].shape[1:3])
     config = {
         "model": learner.model_config,
         "inner": learner.inner,

@@ -1,12 +1,14 @@
 """The outer loop of meta-learning: state, batches and compiled step."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from flax import struct
 from ml_collections import ConfigDict
 
@@ -23,13 +25,87 @@ class TrainState:
       weights: the trained leaves {"params": ..., "learning_rate": (), (L,) or (S, L)}.
       opt_state: state of the outer optimizer.
       average: exponential moving average of `weights`, or None.
-      latent: start of every inner loop, (L,); not trained.
+      latent: start of every inner loop, (*Z); not trained.
+      guard: what a recovery from a collapse needs, or None.
     """
 
     weights: dict[str, Any]
     opt_state: optax.OptState
     average: dict[str, Any] | None
     latent: jax.Array
+    guard: "Guard | None" = None
+
+    def trained(self) -> tuple[Any, ...]:
+        """The parts that an update changes."""
+        return self.weights, self.opt_state, self.average
+
+
+@struct.dataclass
+class Guard:
+    """States to return to when the training collapses.
+
+    A collapse is noticed at the end of an interval of steps, after it has begun. The
+    state to return to is therefore one interval older than the last sound one.
+
+    Attributes:
+      good: trained parts after the last sound interval but one.
+      latest: trained parts after the last sound interval.
+      best_psnr: the best mean PSNR of an interval, ().
+      scale: factor of the updates, (); each recovery lowers it.
+      num_recoveries: ().
+    """
+
+    good: Any
+    latest: Any
+    best_psnr: jax.Array
+    scale: jax.Array
+    num_recoveries: jax.Array
+
+
+# Factor of the updates after a recovery, and the number of recoveries that is allowed.
+_SLOWER, _MAX_RECOVERIES = 0.5, 8
+
+
+def keep_or_recover(
+    state: TrainState, psnr: float, *, max_drop: float
+) -> tuple[TrainState, bool]:
+    """Stores a sound state, or returns to the last good one after a collapse.
+
+    Args:
+      state: the state after an interval of steps.
+      psnr: mean PSNR of the interval, in dB; NaN counts as a collapse.
+      max_drop: largest fall below the best interval so far, in dB.
+
+    Returns:
+      The state to continue with, and whether it is an earlier one.
+
+    Raises:
+      ValueError: if the training has collapsed too often.
+    """
+    guard = state.guard
+    if psnr >= guard.best_psnr - max_drop:
+        guard = guard.replace(
+            good=guard.latest,
+            latest=jax.tree.map(jnp.copy, state.trained()),
+            best_psnr=jnp.maximum(guard.best_psnr, psnr),
+        )
+        return state.replace(guard=guard), False
+    num_recoveries = guard.num_recoveries + 1
+    if num_recoveries > _MAX_RECOVERIES:
+        raise ValueError(
+            f"the training has collapsed {num_recoveries} times; lower "
+            "optimizer.learning_rate."
+        )
+    guard = guard.replace(
+        latest=jax.tree.map(jnp.copy, guard.good),
+        scale=_SLOWER * guard.scale,
+        num_recoveries=num_recoveries,
+    )
+    weights, opt_state, average = jax.tree.map(jnp.copy, guard.good)
+    state = state.replace(
+        weights=weights, opt_state=opt_state, average=average, guard=guard
+    )
+    return state, True
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
@@ -57,7 +133,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 def init_state(
     config: ConfigDict,
-    model: functa.LatentModulatedSiren | functa.ModulatedSiren,
+    model: nn.Module,
     optimizer: optax.GradientTransformation,
     learner: encoding.Learner | None = None,
 ) -> TrainState:
@@ -65,7 +141,8 @@ def init_state(
     if learner is None:
         key_params, key_rates = jax.random.split(jax.random.key(config.seeds[0]))
         latent = model.initial_latent()
-        shape = latent.shape if config.inner.meta_sgd else ()
+        # The cells of a grid share their rates.
+        shape = latent.shape[-1:] if config.inner.meta_sgd else ()
         if config.inner.rates_per_step:
             shape = (config.inner.num_steps, *(shape or (1,)))
         low, high = config.inner.rate_range
@@ -77,12 +154,54 @@ def init_state(
     # A copy: the buffers of the state are donated, and each only once.
     average = jax.tree.map(jnp.copy, weights) if config.optimizer.ema_decay else None
     state = TrainState(weights, optimizer.init(weights), average, latent)
+    if config.max_drop:
+        guard = Guard(
+            *[jax.tree.map(jnp.copy, state.trained()) for _ in range(2)],
+            best_psnr=jnp.array(-jnp.inf),
+            scale=jnp.array(1.0),
+            num_recoveries=jnp.array(0),
+        )
+        state = state.replace(guard=guard)
     return devices.replicate(state)
+
+
+def calibrate_rates(
+    state: TrainState, model: Any, shape: Sequence[int], fraction: float
+) -> TrainState:
+    """Starts all learning rates at fraction / (largest eigenvalue of the inner loop).
+
+    An inner step contracts if its rate is below 2 / eigenvalue
+    (`functa.largest_eigenvalue`). A grid has the rates of one of its cells.
+
+    Args:
+      state: the state before the first step.
+      model: the field.
+      shape: points of a signal along each axis.
+      fraction: below 2.
+    """
+    coords, params = functa.coordinate_grid(shape), state.weights["params"]
+    eigenvalue = functa.largest_eigenvalue(
+        lambda z: model.apply({"params": params}, coords, z), state.latent
+    )
+    rate = fraction / (eigenvalue * _num_cells(model))
+
+    def fill(weights):
+        rates = weights["learning_rate"]
+        return weights | {"learning_rate": jnp.full_like(rates, rate)}
+
+    average = None if state.average is None else fill(state.average)
+    return devices.replicate(
+        state.replace(weights=fill(state.weights), average=average)
+    )
+
+
+def _num_cells(model):
+    return getattr(model, "num_cells", 1)
 
 
 def make_update(
     config: ConfigDict,
-    model: functa.LatentModulatedSiren | functa.ModulatedSiren,
+    model: nn.Module,
     optimizer: optax.GradientTransformation,
 ):
     """The jitted outer step: (state, coords (N, d), targets (B, N, C), key) -> ...
@@ -106,14 +225,18 @@ def make_update(
             state.latent,
             coords,
             targets,
-            learning_rate=state.weights["learning_rate"],
+            # The loss is a mean over the cells of a grid; the rates are those of a cell.
+            learning_rate=_num_cells(model) * state.weights["learning_rate"],
             noise=noise,
             num_groups=_num_groups(batch_size, num_points, config.points_per_group),
             first_order=inner.first_order,
             **encoding.fit_options(config),
         )
+        rate_grads = _num_cells(model) * rate_grads
         grads = {"params": grads, "learning_rate": rate_grads}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.weights)
+        if state.guard is not None:
+            updates = jax.tree.map(lambda x: state.guard.scale * x, updates)
         weights = optax.apply_updates(state.weights, updates)
         if inner.rate_clip:
             rates = jnp.clip(weights["learning_rate"], *inner.rate_clip)
@@ -123,7 +246,7 @@ def make_update(
             decay = config.optimizer.ema_decay
             average = optax.incremental_update(weights, average, 1 - decay)
         psnr = functa.psnr(info.mse).mean(0)
-        state = TrainState(weights, opt_state, average, state.latent)
+        state = state.replace(weights=weights, opt_state=opt_state, average=average)
         return state, info.loss[:, -1].mean(), psnr
 
     return update
@@ -153,7 +276,7 @@ def make_batch(
 
 def train(
     run: runs.Run,
-    model: functa.LatentModulatedSiren | functa.ModulatedSiren,
+    model: nn.Module,
     images: np.ndarray,
     learner: encoding.Learner | None = None,
 ) -> TrainState:
@@ -168,6 +291,11 @@ def train(
     config = run.config
     num_steps = config.num_steps
     devices.check_divisible(config.batch_size)
+    if config.by_cells:
+        # A cell is a signal of its own; a batch has cells of different images.
+        images = functa.spatial.split_cells(images, model.grid)
+        images = images.reshape(-1, *config.cell, images.shape[-1])
+        model = model.cell()
     optimizer = make_optimizer(config)
     update = make_update(config, model, optimizer)
     key = jax.random.key(config.seeds[0] + 1)
@@ -186,14 +314,30 @@ def train(
             losses.append(loss)
             psnrs.append(psnr)
         psnr = np.mean(jax.device_get(psnrs), axis=0)
-        return state, losses, {"psnr": float(psnr[-1]), "psnr_per_step": psnr}
+        metrics = {"psnr": float(psnr[-1]), "psnr_per_step": psnr}
+        if config.max_drop and stop > start:
+            state, recovered = keep_or_recover(
+                state, psnr[-1], max_drop=config.max_drop
+            )
+            if recovered:
+                run.say(
+                    f"the PSNR fell to {psnr[-1]:.1f} dB by step {stop}; going back to "
+                    f"the last good state with {_SLOWER} of the learning rates."
+                )
+            metrics["num_recoveries"] = int(state.guard.num_recoveries)
+        return state, losses, metrics
 
+    state = init_state(config, model, optimizer, learner)
+    if config.inner.calibration and learner is None:
+        shape = images.shape[1:-1]
+        state = calibrate_rates(state, model, shape, config.inner.calibration)
     return loop.train(
         run,
-        init_state(config, model, optimizer, learner),
+        state,
         advance,
         stops=loop.every(num_steps, config.log_every),
         saves=loop.every(num_steps, config.checkpoint_every),
+        may_diverge=bool(config.max_drop),
     )
 
 

@@ -1,0 +1,243 @@
+"""Latents with space in them: a SIREN modulated by a grid of latents.
+
+Source: Spatial Functa (Bauer et al. 2023, arXiv 2302.03130). A signal over [0, 1]^d is
+divided into a grid of cells. Each cell has its own latent (C,). One linear map turns
+the latents into modulations, and a point uses the modulation of its cell (`nearest`)
+or a mixture of those of the 2^d nearest cells (`bilinear`).
+
+With `nearest` the cells of a signal do not influence each other. The network of one
+cell is a `LatentModulatedSiren`, and a data set of signals is a data set of cells
+(`SpatialSiren.cell`, `split_cells`). Cells can therefore be trained and fitted as
+separate signals, and a signal may have any number of them.
+
+Axes: B batch, N points, d coordinates of a point, (*grid) cells along each axis,
+(*cell) points of a cell along each axis, C channels of a latent, M modulations.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from functa import inner_loop, siren
+
+INTERPOLATIONS = ("nearest", "bilinear")
+
+
+class SpatialSiren(nn.Module):
+    """A SIREN modulated by a grid of latents: coords (..., d) -> values.
+
+    The parameters have the names and shapes of those of a `LatentModulatedSiren` whose
+    `latent_dim` is `channels`, and for a grid of one cell both networks are equal.
+
+    Attributes:
+      width, depth, out_channels, omega_0, fast_sine, derivative_dtype: as in `Siren`.
+      grid: number of cells along each of the d axes.
+      channels: C, size of the latent of a cell.
+      interpolation: "nearest": the network sees the position inside the cell, in
+        [0, 1]^d, and the modulation of the cell. "bilinear": the network sees the
+        position in the signal, and the modulations are interpolated between the
+        centers of the cells; beyond the outermost centers they are constant.
+      modulate_scale, modulate_shift: as in `ModulatedSiren`.
+
+    Example:
+      >>> model = SpatialSiren(width=8, depth=3, grid=(2, 3), channels=4)
+      >>> coords = siren.coordinate_grid((8, 9))
+      >>> latent = model.initial_latent()
+      >>> params = model.init(jax.random.key(0), coords, latent)["params"]
+      >>> latent.shape, model.apply({"params": params}, coords, latent).shape
+      ((2, 3, 4), (8, 9, 3))
+    """
+
+    width: int
+    depth: int
+    grid: Sequence[int]
+    channels: int
+    out_channels: int = 3
+    omega_0: float = 10.0
+    interpolation: str = "nearest"
+    modulate_scale: bool = False
+    modulate_shift: bool = True
+    fast_sine: bool = False
+    derivative_dtype: str = "float32"
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return (*self.grid, self.channels)
+
+    @property
+    def num_cells(self) -> int:
+        return math.prod(self.grid)
+
+    def initial_latent(self) -> jax.Array:
+        """Returns zeros (*grid, C), the usual start of the inner loop."""
+        return jnp.zeros(self.latent_shape)
+
+    def cell(self) -> "SpatialSiren":
+        """Returns the network of one cell, which has the same parameters.
+
+        Raises:
+          ValueError: if the cells of the network depend on each other.
+        """
+        if self.interpolation != "nearest":
+            raise ValueError(
+                "the cells of a SpatialSiren are separate signals if interpolation is "
+                f"'nearest'; it is {self.interpolation!r}."
+            )
+        return self.clone(grid=(1,) * len(self.grid))
+
+    @nn.compact
+    def __call__(self, coords: jax.Array, latent: jax.Array) -> jax.Array:
+        """Maps coords (..., d) and one signal's latents (*grid, C) to (..., C_out)."""
+        _check_fields(self)
+        chex.assert_shape(latent, self.latent_shape)
+        chex.assert_axis_dimension(coords, -1, len(self.grid))
+        modulation = siren.LatentToModulation(
+            (siren.num_modulations(self),), name="latent_to_modulation"
+        )(latent)  # (*grid, M)
+        if self.num_cells == 1:
+            modulation = modulation.reshape(-1)  # (M,), for all points
+        elif self.interpolation == "nearest":
+            coords, index = _locate(coords, self.grid)
+            modulation = modulation[index]  # (..., M)
+        else:
+            modulation = _interpolate(coords, modulation)  # (..., M)
+        layers = [
+            (None if scale is None else 1 + scale, shift)
+            for scale, shift in siren.split_modulation(self, modulation)
+        ]
+        return siren.apply_layers(self, coords, layers)
+
+
+def split_cells(signals: Any, grid: Sequence[int]) -> Any:
+    """Cuts signals into cells: (B, *shape, C) -> (B, *grid, *cell, C).
+
+    Args:
+      signals: B signals on a regular grid of points; a NumPy or JAX array.
+      grid: number of cells along each axis of `shape`.
+
+    Raises:
+      ValueError: if `grid` does not divide `shape`.
+
+    Example:
+      >>> import numpy as np
+      >>> split_cells(np.zeros((5, 8, 6, 3)), (2, 3)).shape
+      (5, 2, 3, 4, 2, 3)
+    """
+    shape = signals.shape[1:-1]
+    if len(grid) != len(shape) or any(
+        cells < 1 or size % cells for size, cells in zip(shape, grid, strict=True)
+    ):
+        raise ValueError(
+            f"a grid of {tuple(grid)} cells does not divide signals of {shape} points."
+        )
+    d = len(shape)
+    sizes = [
+        n
+        for size, cells in zip(shape, grid, strict=True)
+        for n in (cells, size // cells)
+    ]
+    signals = signals.reshape(len(signals), *sizes, signals.shape[-1])
+    return signals.transpose(0, *range(1, 2 * d, 2), *range(2, 2 * d + 1, 2), 2 * d + 1)
+
+
+def join_cells(cells: Any) -> Any:
+    """Inverse of `split_cells`: (B, *grid, *cell, C) -> (B, *shape, C)."""
+    d = (cells.ndim - 2) // 2
+    order = [axis for i in range(d) for axis in (1 + i, 1 + d + i)]
+    shape = [cells.shape[1 + i] * cells.shape[1 + d + i] for i in range(d)]
+    cells = cells.transpose(0, *order, 2 * d + 1)
+    return cells.reshape(len(cells), *shape, cells.shape[-1])
+
+
+def fit_grids(
+    model: SpatialSiren,
+    params: chex.ArrayTree,
+    signals: jax.Array,
+    *,
+    learning_rate: jax.Array,
+    **options,
+) -> tuple[jax.Array, jax.Array]:
+    """Fits grids of latents to signals by the inner loop, starting at zero.
+
+    With `nearest` the cells are fitted as separate signals; the result is the same and
+    the work is less. The learning rates are those of one cell in both cases: the loss
+    of a whole signal is a mean over the cells, so its gradient in the latent of a cell
+    is `num_cells` times smaller.
+
+    Args:
+      model: the network.
+      params: its weights.
+      signals: (B, *shape, C_out).
+      learning_rate: (), or (C,), or per step (S, C).
+      **options: other keywords of `functa.fit_latent`.
+
+    Returns:
+      Latents (B, *grid, C), and mean squared errors (B, S + 1).
+
+    Raises:
+      ValueError: if the grid does not divide the signals.
+    """
+    cells = split_cells(signals, model.grid)
+    d = len(model.grid)
+    if model.interpolation == "nearest":
+        network, scale = model.cell(), 1
+        targets = cells.reshape(-1, *cells.shape[1 + d :])
+    else:
+        network, scale = model, model.num_cells
+        targets = signals
+    latents, info = inner_loop.fit_batch(
+        network.apply,
+        params,
+        network.initial_latent(),
+        siren.coordinate_grid(targets.shape[1:-1]),
+        targets,
+        learning_rate=scale * learning_rate,
+        **options,
+    )
+    latents = latents.reshape(len(signals), *model.latent_shape)
+    mse = info.mse.reshape(len(signals), -1, info.mse.shape[-1]).mean(1)
+    return latents, mse
+
+
+def _check_fields(model):
+    if not model.grid or min(model.grid) < 1 or model.channels < 1:
+        raise ValueError(
+            "a SpatialSiren needs at least one cell along each axis and one channel, "
+            f"got grid {tuple(model.grid)} and channels {model.channels}."
+        )
+    if model.interpolation not in INTERPOLATIONS:
+        raise ValueError(
+            f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got "
+            f"{model.interpolation!r}."
+        )
+
+
+def _locate(coords, grid):
+    """Positions inside the cells (..., d), and the index of the cell of each point."""
+    sizes = jnp.broadcast_to(jnp.array(grid), coords.shape)
+    scaled = coords * sizes  # (..., d)
+    # The end of the last cell belongs to it.
+    cell = jnp.clip(jnp.floor(scaled).astype(jnp.int32), 0, sizes - 1)
+    return scaled - cell, tuple(jnp.moveaxis(cell, -1, 0))
+
+
+def _interpolate(coords, modulation):
+    """Multilinear interpolation of (*grid, M) at coords (..., d): (..., M)."""
+    *grid, _ = modulation.shape
+    sizes = jnp.broadcast_to(jnp.array(grid), coords.shape)
+    position = coords * sizes - 0.5  # in units of cells, from the first center
+    first = jnp.floor(position)
+    weight = position - first
+    total = 0.0
+    for corner in itertools.product((0, 1), repeat=len(grid)):
+        offset = jnp.broadcast_to(jnp.array(corner), coords.shape)
+        index = jnp.clip(first.astype(jnp.int32) + offset, 0, sizes - 1)
+        share = jnp.where(offset == 1, weight, 1 - weight).prod(-1, keepdims=True)
+        total += share * modulation[tuple(jnp.moveaxis(index, -1, 0))]
+    return total
