@@ -134,6 +134,53 @@ def accuracy_curves(
     return ax
 
 
+def against_num_values(
+    controls: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    codes: Mapping[str, tuple[np.ndarray, ...]] | None = None,
+    *,
+    y_label: str = "PSNR (dB)",
+    ax: Any = None,
+) -> Any:
+    """PSNR, or accuracy, of codes against their size, beside that of linear controls.
+
+    Args:
+      controls: {label: (numbers per signal (K,), values (K,))}, drawn as lines.
+      codes: {label: (numbers per signal (K,), values (K,)) or (numbers, values,
+        deviation (K,))}, drawn as markers with error bars.
+      y_label: name and unit of the y axis.
+      ax: Axes to draw into; None makes a figure.
+
+    Returns:
+      The Axes; the x axis is logarithmic.
+    """
+    ax = _axes(ax)
+    for number, (label, (sizes, values)) in enumerate(controls.items()):
+        _curve(ax, sizes, values, number, label)
+        # Evenly spaced on the logarithmic axis.
+        spaced = np.geomspace(1, max(len(sizes), 1), 6).astype(int) - 1
+        ax.lines[-1].set_markevery(sorted(set(spaced.tolist())))
+        ax.lines[-1].set_markerfacecolor("white")
+    for number, (label, (sizes, values, *deviation)) in enumerate(
+        (codes or {}).items(), start=len(controls)
+    ):
+        color, marker, _ = _STYLES[number % len(_STYLES)]
+        ax.errorbar(
+            sizes,
+            values,
+            yerr=deviation[0] if deviation else None,
+            color=color,
+            marker=marker,
+            markersize=6,
+            linestyle="none",
+            capsize=2,
+            label=label,
+        )
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    _finish(ax, "numbers per signal", y_label)
+    return ax
+
+
 def image_grid(
     rows: Sequence[Sequence[np.ndarray]],
     *,

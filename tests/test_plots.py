@@ -43,6 +43,9 @@ SINGLE = {
     "functa.confusion_matrix": lambda ax: functa.plots.confusion_matrix(
         np.array([[3, 1], [0, 2]]), class_names=["cat", "dog"], ax=ax
     ),
+    "functa.against_num_values": lambda ax: functa.plots.against_num_values(
+        {"PCA": (X, RUNS[0])}, {"functa": (X[:1], X[:1], X[:1])}, ax=ax
+    ),
     "vit.training_curves": lambda ax: vit.plots.training_curves(
         {"a": (X, RUNS)}, y_label="loss (nats)", marks={"stage": 2}, ax=ax
     ),

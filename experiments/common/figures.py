@@ -8,6 +8,7 @@ figures that need it are skipped, and those that only need logged numbers are dr
 """
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -1140,6 +1141,24 @@ def _scaling_figure(run):
     return figure
 
 
+def _latent_controls(run):
+    return {"psnr_against_size": functools.partial(_psnr_against_size, run)}
+
+
+def _psnr_against_size(run):
+    curves = {}
+    for name in ("pca", *sorted(run.arrays.keys() - {"pca"})):
+        psnr = run.need(name)[1:]
+        label, num_cells = "PCA of whole images", 1
+        if name != "pca":
+            label = f"PCA of {name} patches"
+            num_cells = math.prod(map(int, name.split("x")))
+        # With more components the image is exact once it is rounded to 8 bits.
+        psnr = psnr[psnr <= functa_plots.EXACT_TO_8_BITS]
+        curves[label] = num_cells * np.arange(1, 1 + len(psnr)), psnr
+    return functa_plots.against_num_values(curves, y_label="test PSNR (dB)").figure
+
+
 _FIGURES: dict[str, Callable[[Run], dict[str, Callable[[], Any]]]] = {
     "meta_learn": _meta_learn,
     "fit_image": _fit_image,
@@ -1151,4 +1170,5 @@ _FIGURES: dict[str, Callable[[Run], dict[str, Callable[[], Any]]]] = {
     "probe_landscape": _probe_landscape,
     "benchmark": _benchmark,
     "scaling": _scaling,
+    "latent_controls": _latent_controls,
 }
