@@ -86,7 +86,7 @@ def _complete_cells(config, shape):
     if not spatial or model.interpolation != "nearest":
         if config.by_cells:
             raise ValueError(
-                "by_cells needs a model of type SpatialSiren with interpolation nearest."
+                "by_cells needs model.type SpatialSiren and interpolation nearest."
             )
         if config.cell is not None:
             raise ValueError("cell is for a SpatialSiren with interpolation nearest.")

@@ -3,6 +3,7 @@
 import importlib
 
 from functa import deepmind as deepmind
+from functa import linear as linear
 from functa.functaset import Functaset as Functaset
 from functa.functaset import load_functaset as load_functaset
 from functa.functaset import make_model as make_model

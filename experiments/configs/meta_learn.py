@@ -31,8 +31,8 @@ BASE = {
         "name": "digits",
         "data_dir": settings.Optional(str),
     },
-    # The fields of functa.LatentModulatedSiren, of ModulatedSiren without a latent, or of
-    # SpatialSiren. Without out_channels the number of channels of the images is used.
+    # The fields of functa.LatentModulatedSiren or SpatialSiren, or of ModulatedSiren,
+    # which has no latent. out_channels: by default the channels of the images.
     "model": {
         "type": "LatentModulatedSiren",
         "width": 128,
@@ -52,8 +52,8 @@ BASE = {
         # meta_sgd = False they keep their initial values. Equal ends give a constant.
         "meta_sgd": True,
         "rate_range": (0.2, 0.4),
-        # If given, all rates start at calibration / eigenvalue instead, with the largest
-        # eigenvalue of the inner loop of the initial network. Below 2 a step contracts.
+        # If given, all rates start at calibration / eigenvalue instead, the largest one
+        # of the inner loop of the initial network. Below 2 a step contracts.
         "calibration": settings.Optional(float),
         # Whether each inner step has its own rates, instead of one set for all steps.
         "rates_per_step": True,
@@ -87,13 +87,17 @@ BASE = {
     "coarse_factor": 2,
     # Random pixels of each image per update; 0 uses all.
     "num_pixels": 0,
-    # Whether to train on random cells of different images; then batch_size counts cells.
+    # Whether to train on random cells of different images; batch_size then counts them.
     # For a SpatialSiren with interpolation "nearest", whose cells are separate signals.
     "by_cells": False,
+    # The first updates teach the field to decode the principal components of the
+    # signals; meta-learning starts from there. 0 starts from random weights.
+    "warm_start_steps": 0,
     # Pixels of such a cell, computed from the images and the grid.
     "cell": settings.Optional(tuple),
-    # Largest fall of the PSNR between two log lines, in dB. A larger one is a collapse:
-    # training goes back to the last good state with half of the learning rates. 0: never.
+    # Largest fall of the PSNR below its best interval between log lines, in dB. After a
+    # larger one, training goes back to the last good state with half of the learning
+    # rates; 0 never goes back.
     "max_drop": 0.0,
     "log_every": 100,
     "checkpoint_every": 500,
@@ -159,8 +163,7 @@ VARIANTS = {
     "digits_spatial": {
         **_SPATIAL,
         "batch_size": 128,
-        "model.channels": 12,
-        "model.grid": (4, 4),
+        "model.grid": (2, 2),
         "num_steps": 1500,
     },
     "smoke_spatial": {
@@ -173,7 +176,7 @@ VARIANTS = {
         "log_every": 5,
         "model.channels": 3,
         "model.depth": 3,
-        "model.grid": (4, 4),
+        "model.grid": (2, 2),
         "model.width": 16,
         "num_steps": 20,
         "optimizer.warmup_steps": 2,
@@ -217,6 +220,9 @@ RULES = {
     "log_every": settings.at_least(1),
     "checkpoint_every": settings.at_least(1),
     "num_pixels": settings.at_least(0),
+    "max_drop": settings.at_least(0),
+    "warm_start_steps": settings.at_least(0),
+    "inner.calibration": settings.optional(settings.within("(0, 2)")),
     "points_per_group": settings.at_least(0),
     "coarse_steps": settings.at_least(0),
     "coarse_factor": settings.at_least(1),

@@ -1,0 +1,302 @@
+"""Grids of latents, against a global latent, image resizing and whole-signal fits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import functa
+from functa import inner_loop, spatial
+
+COORDS = functa.coordinate_grid((6, 8))
+
+
+def make(grid=(2, 4), channels=3, **fields):
+    model = functa.SpatialSiren(
+        width=5, depth=3, grid=grid, channels=channels, out_channels=2, **fields
+    )
+    params = model.init(jax.random.key(0), COORDS, model.initial_latent())["params"]
+    latent = jax.random.normal(jax.random.key(1), model.latent_shape)
+    return model, params, latent
+
+
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("interpolation", spatial.INTERPOLATIONS)
+def test_a_grid_of_one_cell_is_a_latent_modulated_siren(interpolation, scale):
+    model, params, latent = make(
+        (1, 1), interpolation=interpolation, modulate_scale=scale
+    )
+    other = functa.LatentModulatedSiren(
+        width=5,
+        depth=3,
+        latent_dim=3,
+        out_channels=2,
+        omega_0=10.0,
+        modulate_scale=scale,
+    )
+    expected = other.init(jax.random.key(0), COORDS, other.initial_latent())["params"]
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    np.testing.assert_array_equal(
+        model.apply({"params": params}, COORDS, latent),
+        other.apply({"params": params}, COORDS, latent[0, 0]),
+    )
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_nearest_evaluates_each_cell_by_itself(scale):
+    model, params, latent = make(modulate_scale=scale)
+    values = model.apply({"params": params}, COORDS, latent)
+    inside = functa.coordinate_grid((3, 2))
+    cell = model.cell()
+    for row in range(2):
+        for column in range(4):
+            alone = cell.apply(
+                {"params": params}, inside, latent[row, column].reshape(1, 1, -1)
+            )
+            part = values[3 * row : 3 * row + 3, 2 * column : 2 * column + 2]
+            np.testing.assert_allclose(part, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_ends_of_the_domain_belong_to_the_outer_cells():
+    position, index = spatial._locate(jnp.array([[0.0, 1.0], [0.5, 0.25]]), (2, 4))
+    np.testing.assert_array_equal(np.stack(index, -1), [[0, 3], [1, 1]])
+    np.testing.assert_array_equal(position, [[0, 1], [0, 0]])
+
+
+def test_bilinear_weights_are_those_of_image_resizing():
+    values = jax.random.normal(jax.random.key(0), (3, 4, 5))
+    coords = functa.coordinate_grid((12, 20))
+    expected = jax.image.resize(values, (12, 20, 5), "bilinear")
+    result = spatial._interpolate(coords, values)
+    np.testing.assert_allclose(result, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("grid", [(3,), (2, 3, 2)])
+@pytest.mark.parametrize("interpolation", spatial.INTERPOLATIONS)
+def test_any_number_of_axes(grid, interpolation):
+    model = functa.SpatialSiren(
+        width=4, depth=2, grid=grid, channels=2, interpolation=interpolation
+    )
+    coords = functa.coordinate_grid([4 * n for n in grid])
+    latent = model.initial_latent()
+    params = model.init(jax.random.key(0), coords, latent)["params"]
+    values = model.apply({"params": params}, coords, latent)
+    assert values.shape == (*coords.shape[:-1], 3)
+
+
+def test_a_latent_reaches_its_own_pixels_only():
+    for interpolation, reach in ("nearest", 0), ("bilinear", 1):
+        model, params, latent = make((6, 8), interpolation=interpolation)
+        coords = functa.coordinate_grid((12, 16))
+        before = model.apply({"params": params}, coords, latent)
+        after = model.apply({"params": params}, coords, latent.at[2, 3].add(1.0))
+        changed = np.argwhere(np.any(np.asarray(before != after), axis=-1))
+        low, high = changed.min(0), changed.max(0)
+        np.testing.assert_array_equal(low, [2 * 2 - reach, 2 * 3 - reach])
+        np.testing.assert_array_equal(high, [2 * 2 + 1 + reach, 2 * 3 + 1 + reach])
+
+
+def test_rolled_latents_give_a_rolled_image():
+    model, params, latent = make((3, 4))
+    coords = functa.coordinate_grid((6, 8))
+    apply = jax.jit(lambda z: model.apply({"params": params}, coords, z))
+    rolled = apply(jnp.roll(latent, (1, 2), (0, 1)))
+    np.testing.assert_allclose(
+        rolled, jnp.roll(apply(latent), (2, 4), (0, 1)), atol=1e-5
+    )
+
+
+def test_cells_are_cut_and_joined():
+    signals = np.arange(2 * 6 * 8 * 3).reshape(2, 6, 8, 3)
+    cells = spatial.split_cells(signals, (2, 4))
+    np.testing.assert_array_equal(cells[1, 1, 2], signals[1, 3:6, 4:6])
+    np.testing.assert_array_equal(spatial.join_cells(cells), signals)
+    volumes = np.arange(2 * 4 * 6 * 2).reshape(2, 4, 6, 2, 1)
+    cells = spatial.split_cells(volumes, (2, 3, 1))
+    assert cells.shape == (2, 2, 3, 1, 2, 2, 2, 1)
+    np.testing.assert_array_equal(spatial.join_cells(cells), volumes)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (2,), (0, 4)])
+def test_a_grid_that_does_not_divide_the_signals_is_refused(grid):
+    with pytest.raises(ValueError, match=r"does not divide signals of \(6, 8\)"):
+        spatial.split_cells(np.zeros((1, 6, 8, 3)), grid)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"interpolation": "cubic"}, "interpolation must be one of nearest, bilinear"),
+        ({"grid": (0, 2)}, "at least one cell"),
+        ({"channels": 0}, "one channel"),
+    ],
+)
+def test_wrong_fields_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        make(**fields)
+
+
+def test_only_separate_cells_have_a_network_of_one_cell():
+    model, *_ = make(interpolation="bilinear")
+    with pytest.raises(ValueError, match="interpolation is 'nearest'"):
+        model.cell()
+
+
+@pytest.fixture
+def problem(float64):
+    """A model, its parameters, rates per step and channel, and three signals."""
+    model, params, _ = make((2, 4))
+    params = jax.tree.map(lambda x: jnp.float64(x), params)
+    key_rates, key_signals = jax.random.split(jax.random.key(2))
+    rates = jax.random.uniform(key_rates, (3, 3), minval=0.5, maxval=2.0)
+    signals = jax.random.uniform(key_signals, (3, 6, 8, 2))
+    return model, params, rates, signals
+
+
+def centers(*shape):
+    """`functa.coordinate_grid` in float64."""
+    cells = np.moveaxis(np.indices(shape), 0, -1)
+    return (cells + 0.5) / np.array(shape)
+
+
+def fit_whole(model, params, rates, signals):
+    return functa.fit_batch(
+        model.apply,
+        params,
+        jnp.zeros(model.latent_shape),
+        centers(6, 8),
+        signals,
+        learning_rate=model.num_cells * rates,
+        num_steps=3,
+    )
+
+
+def test_fitting_cells_equals_fitting_whole_signals(problem):
+    model, params, rates, signals = problem
+    latents, mse = spatial.fit_grids(
+        model, params, signals, learning_rate=rates, num_steps=3
+    )
+    expected, info = fit_whole(model, params, rates, signals)
+    # Coordinates are float32; their products with the grid differ in the last digit.
+    np.testing.assert_allclose(latents, expected, atol=1e-6)
+    np.testing.assert_allclose(mse, info.mse, atol=1e-7)
+
+
+def test_latents_of_a_crop_are_a_crop_of_the_latents(problem):
+    model, params, rates, signals = problem
+    options = {"learning_rate": rates, "num_steps": 3}
+    latents, _ = spatial.fit_grids(model, params, signals, **options)
+    small = model.clone(grid=(1, 2))
+    crop, _ = spatial.fit_grids(small, params, signals[:, 3:6, 2:6], **options)
+    np.testing.assert_allclose(crop, latents[:, 1:2, 1:3], atol=1e-12)
+
+
+def test_the_outer_gradient_of_cells_is_that_of_whole_signals(problem):
+    model, params, rates, signals = problem
+
+    def loss(params, rates):
+        _, info = fit_whole(model, params, rates, signals)
+        return info.loss[:, -1].mean()
+
+    expected = jax.grad(loss, argnums=(0, 1))(params, rates)
+    cell = model.cell()
+    cells = spatial.split_cells(signals, model.grid).reshape(-1, 3, 2, 2)
+    grads, _ = functa.meta_gradient(
+        cell.apply,
+        params,
+        jnp.zeros(cell.latent_shape),
+        centers(3, 2),
+        cells,
+        learning_rate=rates,
+        num_steps=3,
+        num_groups=4,
+    )
+    for ours, theirs in zip(
+        jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-10 * np.abs(theirs).max())
+
+
+def test_cells_do_not_influence_each_other(problem):
+    model, params, _, signals = problem
+
+    def loss(latent):
+        values = model.apply({"params": params}, COORDS, latent)
+        return jnp.mean(jnp.square(values - signals[0]))
+
+    hessian = jax.hessian(loss)(jnp.ones(model.latent_shape))
+    hessian = np.asarray(hessian).reshape(8, 3, 8, 3)
+    between = np.abs(hessian).max((1, 3))
+    assert np.all(between[~np.eye(8, dtype=bool)] == 0)
+    assert np.all(np.diag(between) > 0)
+
+
+def test_the_first_step_is_a_product_with_the_jacobian(problem):
+    model, params, rates, signals = problem
+    cell = model.cell()
+    inside = functa.coordinate_grid((3, 2)).astype(np.float64)
+
+    def field(z):
+        return cell.apply({"params": params}, inside, z.reshape(1, 1, 3)).reshape(-1)
+
+    start, jacobian = field(jnp.zeros(3)), jax.jacobian(field)(jnp.zeros(3))
+    cells = spatial.split_cells(signals, model.grid).reshape(24, -1)
+    expected = rates[:1] * 2 / start.size * ((cells - start[None]) @ jacobian)
+    latents, _ = spatial.fit_grids(
+        model, params, signals, learning_rate=rates[:1], num_steps=1
+    )
+    np.testing.assert_allclose(latents.reshape(24, 3), expected, atol=1e-12)
+
+
+def test_a_shared_jacobian_changes_no_result(problem):
+    model, params, rates, signals = problem
+    cell = model.cell()
+    start = jnp.zeros(cell.latent_shape)
+    inside = functa.coordinate_grid((3, 2)).astype(np.float64)
+    few = inner_loop.field_vjp(cell.apply, params, start, inside)
+    many = inner_loop.field_vjp(cell.apply, params, start, inside, num_fits=100)
+    np.testing.assert_allclose(few[0], many[0], rtol=1e-12)
+    cotangent = jnp.cos(jnp.arange(few[0].size)).reshape(few[0].shape)
+    np.testing.assert_allclose(few[1](cotangent)[0], many[1](cotangent)[0], rtol=1e-12)
+
+
+def test_largest_eigenvalue(problem):
+    model, params, *_ = problem
+    cell = model.cell()
+    inside = functa.coordinate_grid((3, 2)).astype(np.float64)
+
+    def field(z):
+        return cell.apply({"params": params}, inside, z)
+
+    start = jnp.zeros(cell.latent_shape)
+    jacobian = jax.jacobian(field)(start).reshape(-1, 3)
+    expected = np.linalg.eigvalsh(2 / len(jacobian) * jacobian.T @ jacobian)[-1]
+    np.testing.assert_allclose(
+        functa.largest_eigenvalue(field, start, num_iterations=200), expected, rtol=1e-6
+    )
+
+
+def test_a_functaset_of_grids_is_rendered(tmp_path):
+    model, params, latent = make()
+    fields = {"type": "SpatialSiren", "width": 5, "depth": 3, "grid": [2, 4]}
+    latents = np.stack([latent, 2 * latent])
+    functaset = functa.Functaset(
+        latent=latents,
+        label=np.zeros(2, np.int32),
+        psnr=np.zeros(2, np.float32),
+        split=np.full(2, "train"),
+        mean=latents.mean((0, 1, 2)),
+        std=latents.std((0, 1, 2)),
+        config={"model": fields | {"channels": 3, "out_channels": 2}},
+        params_sha256=functa.functaset.hash_params(params),
+    )
+    functa.save_functaset(tmp_path / "f.npz", functaset)
+    loaded = functa.load_functaset(tmp_path / "f.npz")
+    np.testing.assert_allclose(
+        loaded.normalized().std((0, 1, 2)), np.ones(3), rtol=1e-5
+    )
+    images = functa.reconstruct(loaded, params, (12, 16))
+    expected = model.apply(
+        {"params": params}, functa.coordinate_grid((12, 16)), 2 * latent
+    )
+    np.testing.assert_allclose(images[1], expected, atol=1e-5)
