@@ -12,6 +12,12 @@ Variants:
   mnist: MNIST, 28x28 gray; results/ has no run of it.
   cifar10_cpu: CIFAR-10 with a small network; about 25 dB in half an hour on two cores
     (results/meta_learn_cifar10_cpu).
+  digits_spatial: the digits with a 2x2 grid of latents of 8 numbers.
+  smoke_spatial: digits_spatial with a tiny network and 20 steps; seconds.
+  cifar10_spatial_cpu: CIFAR-10 with an 8x8 grid of latents of 16 numbers; 12,000 steps,
+    under an hour on two cores (results/meta_learn_cifar10_spatial_cpu).
+  cifar10_spatial: the same at the size of Spatial Functa. It needs a GPU; results/ has
+    no run of it.
   cifar10: CIFAR-10 at the size of the paper. It needs a GPU; results/ has no run of it.
 """
 
@@ -133,10 +139,12 @@ _SPATIAL = {
     },
     "by_cells": True,
     "max_drop": 3.0,
-    "batch_size": 1024,
+    "batch_size": 256,
     "inner.calibration": 0.8,
     "inner.rate_clip": (1e-6, 10.0),
+    "optimizer.learning_rate": 2e-3,
     "optimizer.warmup_steps": 100,
+    "warm_start_steps": 400,
 }
 VARIANTS = {
     "digits": {},
@@ -163,8 +171,10 @@ VARIANTS = {
     "digits_spatial": {
         **_SPATIAL,
         "batch_size": 128,
+        "model.channels": 8,
         "model.grid": (2, 2),
-        "num_steps": 1500,
+        "num_steps": 1200,
+        "warm_start_steps": 200,
     },
     "smoke_spatial": {
         **_SPATIAL,
@@ -180,11 +190,29 @@ VARIANTS = {
         "model.width": 16,
         "num_steps": 20,
         "optimizer.warmup_steps": 2,
+        "warm_start_steps": 5,
     },
     "cifar10_spatial_cpu": {
         **_SPATIAL,
+        "checkpoint_every": 1000,
         "dataset.name": "cifar10",
-        "num_steps": 20000,
+        "log_every": 200,
+        "num_steps": 12000,
+    },
+    "cifar10_spatial": {
+        **_SPATIAL,
+        "batch_size": 8192,
+        "checkpoint_every": 1000,
+        "dataset.name": "cifar10",
+        "eval.batch_size": 250,
+        "model.depth": 6,
+        "model.width": 256,
+        "num_steps": 50000,
+        "optimizer.clip_norm": 1.0,
+        "optimizer.ema_decay": 0.999,
+        "optimizer.learning_rate": 3e-4,
+        "optimizer.warmup_steps": 1000,
+        "points_per_group": 0,
     },
     "cifar10_cpu": {
         "batch_size": 16,
