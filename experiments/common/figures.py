@@ -242,11 +242,10 @@ def _best_and_worst(run):
 
 def _over_inner_steps(run):
     steps = run.need("over_steps")  # (S + 2, B, H, W, C), the images last
-    titles = [f"inner step {n}" for n in range(len(steps) - 1)] + ["image"]
-    return functa_plots.image_grid(
-        np.swapaxes(steps, 0, 1),
+    return functa_plots.over_inner_steps(
+        steps[:-1],
+        steps[-1],
         row_labels=[f"test {i}" for i in range(steps.shape[1])],
-        column_titles=titles,
     )
 
 
