@@ -101,8 +101,8 @@ def measure(*, width, depth, channels, patches, side=4, num_steps=3, num_repeats
         times.append(time.perf_counter() - started)
     seconds = sorted(times[1:])[num_repeats // 2]  # The first one warms up.
     print(
-        f"torch width={width} depth={depth} channels={channels} side={side} "
-        f"patches={patches}: step {seconds:.4f}s"
+        f"torch width={width} depth={depth} channels={channels} patches={patches}: "
+        f"step {seconds:.4f}s"
     )
 
 
