@@ -5,8 +5,8 @@
 The paths take turns in each round, so that other load on the machine affects all of
 them. Medians over the rounds are reported. Square matrix products also take turns.
 Their best rate is the ceiling of the machine, and the rate of each path is given
-relative to it. With --config.peers the programs of that folder, which do the same work
-in torch, run between the rounds.
+relative to it. With --config.peers programs that do the same work in torch run between
+the rounds: those of experiments/peers, and the others from the folder that is named.
 
 Operations are counted in closed form: two for each multiply-add of a matrix product,
 and none for anything else. XLA's own count is not used, because it counts the body of a
@@ -86,15 +86,14 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         if run.summary is not None:
             run.say((run.workdir / "table.md").read_text())
             return run.show_summary()
-        paths, compiled, summary = {}, {}, {}
+        paths, compiled, summary, programs = {}, {}, {}, set()
         for name in names:
-            run.say(f"compiling {name} ...")
             path = paths[name] = make_path(config, name)
+            if config.peers is not None and path.peer:
+                programs.add(_find_peer(config, path.peer[0]).name)
+            run.say(f"compiling {name} ...")
             compiled[name], summary[name] = _compile(path)
-        programs = []
-        if config.peers is not None:
-            programs = sorted({path.peer[0] for path in paths.values() if path.peer})
-        times, peer_rates = _take_turns(run, paths, compiled, programs)
+        times, peer_rates = _take_turns(run, paths, compiled, sorted(programs))
         ceilings = {
             dtype: paths[name].flops / min(times[name])
             for dtype, name in _CEILINGS.items()
@@ -199,7 +198,13 @@ def _meta_step(
     targets = np.float32(images).reshape(batch_size, -1, channels) / 255  # (B, N, C)
     width, depth, latent_dim = model["width"], model["depth"], model["latent_dim"]
     key = jax.random.key(config.seeds[0])
-    name = f"width={width} depth={depth} latent={latent_dim} B={batch_size}"
+    name = f"width={width} depth={depth}"
+    # The peers have RGB images and three inner steps: whole images, or patches of 4x4
+    # pixels, the cells of a latent grid.
+    peers = {
+        32: ("torch_functa.py", f"{name} latent={latent_dim} B={batch_size}"),
+        4: ("torch_spatial.py", f"{name} channels={latent_dim} patches={batch_size}"),
+    }
     multiply_adds = count_siren(
         width=width,
         depth=depth,
@@ -215,10 +220,7 @@ def _meta_step(
         units=batch_size,
         flops=2 * multiply_adds * count_meta_passes(num_steps, batch_size),
         dtype=dtype,
-        # The peer has 32x32 RGB images and three inner steps.
-        peer=("torch_functa.py", name)
-        if (image_size, channels, num_steps) == (32, 3, 3)
-        else None,
+        peer=peers.get(image_size) if (channels, num_steps) == (3, 3) else None,
     )
 
 
@@ -547,7 +549,7 @@ def run_peer(config: ConfigDict, program: str) -> dict[str, float]:
     Raises:
       ValueError: if it fails, or if its output cannot be parsed.
     """
-    path = Path(config.peers) / program
+    path = _find_peer(config, program)
     python = config.peer_python or sys.executable
     try:
         done = subprocess.run([python, path], capture_output=True, text=True)
@@ -560,6 +562,14 @@ def run_peer(config: ConfigDict, program: str) -> dict[str, float]:
     if not rates:
         raise ValueError(f"the output of {path} contains no times.")
     return rates
+
+
+def _find_peer(config, program):
+    """The path of a program, of this project or of the folder config.peers."""
+    for folder in (Path(__file__).parent / "peers", Path(config.peers)):
+        if (folder / program).is_file():
+            return folder / program
+    raise ValueError(f"peers: there is no {program} in {config.peers}.")
 
 
 def read_torch_functa(text: str) -> dict[str, float]:
@@ -575,15 +585,24 @@ def read_torch_vgg(text: str) -> dict[str, float]:
     return {"B=128": 128 / np.median(seconds)} if any(seconds) else {}
 
 
-PEERS = {"torch_functa.py": read_torch_functa, "torch_vgg.py": read_torch_vgg}
+def read_torch_spatial(text: str) -> dict[str, float]:
+    """Parses lines "torch width=128 depth=5 channels=16 patches=1024: step 0.5s"."""
+    pattern = (
+        r"torch (width=\d+ depth=\d+ channels=\d+ patches=(\d+)): step (\d+\.\d+)s"
+    )
+    found = re.findall(pattern, text)
+    return {name: int(n) / float(s) for name, n, s in found if float(s)}
+
+
+PEERS = {
+    "torch_functa.py": read_torch_functa,
+    "torch_spatial.py": read_torch_spatial,
+    "torch_vgg.py": read_torch_vgg,
+}
 
 
 def _check_paths(config):
     """Names of all paths, those of the ceilings first."""
-    if config.peers is not None:
-        for program in PEERS:
-            if not (Path(config.peers) / program).is_file():
-                raise ValueError(f"peers: there is no {program} in {config.peers}.")
     unknown = [name for name in config.paths if name not in config.sizes]
     if unknown or not config.paths:
         raise ValueError(

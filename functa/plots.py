@@ -7,6 +7,7 @@ return the Axes. Multi-panel functions return the Figure.
 Axis letters: B signals, K points of a curve, R repeats, S steps, H W C image.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -222,6 +223,151 @@ def image_grid(
     return figure
 
 
+def latent_channels(
+    latent: np.ndarray, *, num_channels: int | None = None, size: float = 1.1
+) -> Any:
+    """The channels of a latent grid as pictures, on one symmetric scale.
+
+    Args:
+      latent: (h, w, L), for example one signal of a functaset.
+      num_channels: channels to show, from the first on; None shows all.
+      size: inches of a picture.
+
+    Returns:
+      The Figure.
+    """
+    import matplotlib.pyplot as plt
+
+    channels = np.moveaxis(np.asarray(latent), -1, 0)[:num_channels]
+    num_columns = min(8, len(channels))
+    num_rows = -(-len(channels) // num_columns)
+    figure, axes = plt.subplots(
+        num_rows,
+        num_columns,
+        figsize=(size * num_columns + 1, (size + 0.25) * num_rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    limit = np.max(np.abs(channels)) or 1
+    for number, ax in enumerate(axes.flat):
+        ax.axis("off")
+        if number < len(channels):
+            ax.set_title(f"channel {number}", fontsize=7)
+            shown = ax.imshow(channels[number], cmap="PuOr", vmin=-limit, vmax=limit)
+    figure.colorbar(shown, ax=axes, label="latent value", shrink=0.8)
+    return figure
+
+
+def reconstructions(
+    images: np.ndarray, codes: Mapping[str, np.ndarray], *, size: float = 1.1
+) -> Any:
+    """Images, their reconstructions by one or more codes, and maps of the error.
+
+    Args:
+      images: (B, H, W, C) in [0, 1].
+      codes: {label: reconstructions (B, H, W, C)}. The error maps of all codes have one
+        color scale.
+      size: inches of an image.
+
+    Returns:
+      The Figure, one column for each image. The PSNR stands above a reconstruction.
+    """
+    codes = {label: np.asarray(values) for label, values in codes.items()}
+    errors = {label: np.abs(values - images) for label, values in codes.items()}
+    rows, labels = [images], ["image"]
+    for label, values in codes.items():
+        rows += [values, values]  # The second is replaced by its error map.
+        labels += [label, "error"]
+    figure = image_grid(rows, row_labels=labels, size=size)
+    axes = np.reshape(figure.axes, (len(rows), len(images)))
+    limit = max(np.max(error.mean(-1)) for error in errors.values()) or 1
+    for above, below, error in zip(
+        axes[1::2], axes[2::2], errors.values(), strict=True
+    ):
+        for number, ax in enumerate(below):
+            above[number].set_title(_psnr_text(error[number]), fontsize=7)
+            ax.images[0].remove()
+            shown = ax.imshow(error[number].mean(-1), cmap="magma", vmin=0, vmax=limit)
+    label = "absolute error\n(mean over channels)"
+    bar = figure.colorbar(shown, ax=axes, shrink=0.5)
+    bar.set_label(label, fontsize=7)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def over_inner_steps(
+    steps: np.ndarray,
+    images: np.ndarray,
+    *,
+    row_labels: Sequence[str] | None = None,
+    size: float = 1.1,
+) -> Any:
+    """Reconstructions after each inner step, with their PSNR, beside the images.
+
+    Args:
+      steps: (S + 1, B, H, W, C) in [0, 1], from before the first step on.
+      images: (B, H, W, C) in [0, 1].
+      row_labels: text at the left of each image.
+      size: inches of an image.
+
+    Returns:
+      The Figure, one row for each image.
+    """
+    steps, images = np.asarray(steps), np.asarray(images)
+    titles = [f"inner step {number}" for number in range(len(steps))]
+    figure = image_grid(
+        [*zip(*steps, images, strict=True)],
+        row_labels=row_labels,
+        column_titles=[*titles, "image"],
+        size=size,
+    )
+    axes = np.reshape(figure.axes, (len(images), len(steps) + 1))
+    for row, image, fields in zip(axes, images, steps.swapaxes(0, 1), strict=True):
+        for ax, field in zip(row, fields, strict=False):
+            ax.set_xlabel(_psnr_text(field - image), fontsize=7)
+    return figure
+
+
+def super_resolution(
+    columns: Mapping[str, np.ndarray],
+    *,
+    window: tuple[float, float, float, float] = (0.25, 0.25, 0.5, 0.5),
+    size: float = 1.8,
+) -> Any:
+    """Renderings of the same images side by side, and a window of each enlarged.
+
+    Args:
+      columns: {title: images (B, H, W, C) in [0, 1]}, for example the original, its
+        bicubic interpolation and the fields of two models. H and W may differ.
+      window: (top, left, height, width) as fractions of the image.
+      size: inches of an image.
+
+    Returns:
+      The Figure, two rows for each image: whole, and its window.
+    """
+    import matplotlib.pyplot as plt
+
+    columns = {title: np.asarray(images) for title, images in columns.items()}
+    rows = []
+    for images in zip(*columns.values(), strict=True):
+        rows += [images, [image[_window(image, window)] for image in images]]
+    sizes = ["{} x {}".format(*images.shape[1:3]) for images in columns.values()]
+    titles = [f"{title}\n{text}" for title, text in zip(columns, sizes, strict=True)]
+    figure = image_grid(rows, column_titles=titles, size=size)
+    axes = np.reshape(figure.axes, (len(rows), len(columns)))
+    for ax, image in zip(axes[::2].flat, itertools.chain(*rows[::2]), strict=True):
+        down, across = _window(image, window)
+        frame = plt.Rectangle(
+            (across.start - 0.5, down.start - 0.5),
+            across.stop - across.start,
+            down.stop - down.start,
+            fill=False,
+            edgecolor="#D55E00",
+        )
+        ax.add_patch(frame)
+    return figure
+
+
 def field_and_gradient(
     images: Sequence[np.ndarray],
     fields: Sequence[np.ndarray],
@@ -318,6 +464,21 @@ def confusion_matrix(
     accuracy = 100 * np.trace(confusion) / max(confusion.sum(), 1)
     ax.set_title(f"accuracy {accuracy:.2f} %", fontsize=9)
     return ax
+
+
+def _psnr_text(error):
+    mse = np.mean(np.square(error))
+    return "exact" if mse == 0 else f"{-10 * np.log10(mse):.1f} dB"
+
+
+def _window(image, window):
+    """The slices of rows and columns of a window given by fractions of an image."""
+    top, left, height, width = window
+    rows, columns = image.shape[:2]
+    return (
+        slice(round(top * rows), round((top + height) * rows)),
+        slice(round(left * columns), round((left + width) * columns)),
+    )
 
 
 def _axes(ax, size=(5.5, 3.4)):

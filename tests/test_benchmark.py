@@ -114,6 +114,20 @@ def test_peers_are_read():
     assert benchmark.read_torch_vgg(text) == {"B=128": 256}
     assert benchmark.read_torch_vgg("torch 9.99") == {}
     assert benchmark.read_torch_functa("torch 2.1") == {}
+    text = "torch width=128 depth=5 channels=16 patches=1024: step 0.5000s"
+    name = "width=128 depth=5 channels=16 patches=1024"
+    assert benchmark.read_torch_spatial(text) == {name: 2048}
+    assert benchmark.read_torch_spatial("torch 2.1") == {}
+
+
+@pytest.mark.slow
+def test_program_for_patches_measures_the_path_of_patches():
+    pytest.importorskip("torch")
+    config = configs.get_config("patches")
+    path = benchmark.make_path(config, "one_group")
+    config.peers = ""
+    rates = benchmark.run_peer(config, path.peer[0])
+    assert rates[path.peer[1]] > 0
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,8 @@ def test_every_public_function_of_one_panel_is_tested(name):
     # Multi-panel functions, images without axes and three dimensions are tested below.
     others = {
         *("image_grid", "field_and_gradient", "show_image", "kept_patches"),
+        *("latent_channels", "reconstructions", "over_inner_steps"),
+        "super_resolution",
         *("attention_maps", "informativeness", "filter_norms", "pruned_layer"),
         *("surface_3d", "robust_limits"),
     }
@@ -200,6 +202,79 @@ def test_image_functions_show_the_images():
     )
     _, given = plt.subplots()
     assert functa.plots.show_image(images[0], ax=given) is given
+
+
+def test_channels_of_a_latent_grid_share_a_symmetric_scale():
+    latent = np.random.default_rng(0).normal(size=(2, 3, 10))
+    figure = functa.plots.latent_channels(latent)
+    shown = [ax.images[0] for ax in figure.axes if ax.get_title()]
+    assert len(shown) == 10
+    for number, image in enumerate(shown):
+        np.testing.assert_allclose(image.get_array(), latent[..., number])
+        low, high = image.get_clim()
+        assert -low == high == np.abs(latent).max()
+    figure.canvas.draw()
+    assert len(functa.plots.latent_channels(latent, num_channels=3).axes) == 4
+
+
+def test_reconstructions_show_psnr_and_error():
+    images = np.random.default_rng(0).random((2, 4, 6, 3))
+    codes = {"a": images + 0.1, "b": images.copy()}
+    codes["b"][1] -= [0.3, 0.0, 0.0]
+    figure = functa.plots.reconstructions(images, codes)
+    axes = np.reshape(figure.axes[:-1], (5, 2))
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == ["image", "a", "error"] + [
+        "b",
+        "error",
+    ]
+    # MSE 0.01, and 0.09 in one of three channels.
+    titles = [ax.get_title() for ax in axes[1::2].flat]
+    assert titles == ["20.0 dB", "20.0 dB", "exact", "15.2 dB"]
+    for row, expected in ((2, (0.1, 0.1)), (4, (0.0, 0.1))):
+        for ax, error in zip(axes[row], expected, strict=True):
+            [image] = ax.images
+            np.testing.assert_allclose(image.get_array(), error, atol=1e-12)
+            assert image.get_clim() == pytest.approx((0, 0.1))
+    figure.canvas.draw()
+
+
+def test_inner_steps_are_columns_with_their_psnr():
+    image = np.full((1, 3, 4, 1), 0.5)
+    figure = functa.plots.over_inner_steps(
+        np.stack([image - 0.1, image - 0.01]), image, row_labels=["test 0"]
+    )
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles == ["inner step 0", "inner step 1", "image"]
+    assert [ax.get_xlabel() for ax in figure.axes] == ["20.0 dB", "40.0 dB", ""]
+    assert figure.axes[0].get_ylabel() == "test 0"
+    np.testing.assert_allclose(figure.axes[1].images[0].get_array(), 0.49)
+
+
+def test_super_resolution_enlarges_the_same_window():
+    image = np.random.default_rng(0).random((1, 4, 8, 3))
+    large = image.repeat(2, 1).repeat(2, 2)
+    figure = functa.plots.super_resolution(
+        {"original": image, "field": large}, window=(0.5, 0.25, 0.5, 0.5)
+    )
+    whole, wholes, part, parts = figure.axes
+    assert whole.get_title() == "original\n4 x 8"
+    assert wholes.get_title() == "field\n8 x 16"
+    for ax, expected in ((part, image[0, 2:, 2:6]), (parts, large[0, 4:, 4:12])):
+        np.testing.assert_allclose(ax.images[0].get_array(), expected)
+    [frame] = whole.patches
+    assert (*frame.get_xy(), frame.get_width(), frame.get_height()) == (1.5, 1.5, 4, 2)
+    figure.canvas.draw()
+
+
+def test_sizes_are_on_a_logarithmic_axis():
+    ax = functa.plots.against_num_values(
+        {"PCA": (X, RUNS[0])}, {"functa": (X[1:], RUNS[1][1:])}, y_label="accuracy (%)"
+    )
+    assert ax.get_xscale() == "log" and ax.get_ylabel() == "accuracy (%)"
+    np.testing.assert_allclose(ax.lines[0].get_data(), [X, RUNS[0]])
+    np.testing.assert_allclose(ax.lines[1].get_data(), [X[1:], RUNS[1][1:]])
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == ["PCA", "functa"]
 
 
 def test_kept_patches_fades_what_is_pruned():

@@ -242,11 +242,10 @@ def _best_and_worst(run):
 
 def _over_inner_steps(run):
     steps = run.need("over_steps")  # (S + 2, B, H, W, C), the images last
-    titles = [f"inner step {n}" for n in range(len(steps) - 1)] + ["image"]
-    return functa_plots.image_grid(
-        np.swapaxes(steps, 0, 1),
+    return functa_plots.over_inner_steps(
+        steps[:-1],
+        steps[-1],
         row_labels=[f"test {i}" for i in range(steps.shape[1])],
-        column_titles=titles,
     )
 
 
@@ -1151,7 +1150,7 @@ def _psnr_against_size(run):
         psnr = run.need(name)[1:]
         label, num_cells = "PCA of whole images", 1
         if name != "pca":
-            label = f"PCA of {name} patches"
+            label = f"PCA of the cells of a {name} grid"
             num_cells = math.prod(map(int, name.split("x")))
         # With more components the image is exact once it is rounded to 8 bits.
         psnr = psnr[psnr <= functa_plots.EXACT_TO_8_BITS]

@@ -12,6 +12,8 @@ Variants:
   scaling: the meta-step at several batch sizes, image sizes, latent sizes and numbers
     of inner steps; one of them varies at a time. About a minute on two cores
     (results/benchmark_scaling).
+  patches: the meta-step over 1,024 patches of 4x4 pixels, in groups of several sizes;
+    under a minute on two cores.
   paper: the meta-step at the size of the paper, with each sine and dtype. It needs a
     GPU; results/ has no run of it.
   smoke: a few paths at tiny sizes, to check that the command runs.
@@ -166,6 +168,18 @@ def _scaling():
     return {"num_rounds": 5, "axes": axes} | _measured(_products(1024, 8) | sizes)
 
 
+def _patches():
+    """The meta-step over patches of 4x4 pixels, the cells of a latent grid."""
+    patches = _meta_step(128, 5, 16, 1024) | {"image_size": 4}
+    whole = {"points_per_group": 0, "reference": "groups_of_64"}
+    sizes = {
+        "groups_of_64": patches,
+        "groups_of_256": patches | whole | {"points_per_group": 4096},
+        "one_group": patches | whole,
+    }
+    return _measured(_products(1024, 8) | sizes)
+
+
 def _paper():
     whole = _meta_step(512, 15, 256, 32) | {"points_per_group": 0}
     exact = whole | {"fast_sine": False}
@@ -201,9 +215,10 @@ BASE = {
     # ends after a complete call.
     "num_rounds": 7,
     "seconds_per_turn": 0.2,
-    # A folder with torch_functa.py and torch_vgg.py. The Python `peer_python`, which
-    # has torch, runs them at the start of every `peer_every` rounds; None is the
-    # Python of this process.
+    # A folder with the programs in torch that experiments/peers does not hold:
+    # torch_functa.py and torch_vgg.py. The Python `peer_python`, which has torch, runs
+    # all of them at the start of every `peer_every` rounds; None is the Python of this
+    # process.
     "peers": settings.Optional(str),
     "peer_python": settings.Optional(str),
     "peer_every": 3,
@@ -223,6 +238,7 @@ VARIANTS = {
     "lenet": _measured(_sizes(), "lenet"),
     "vgg": _measured(_sizes(), "vgg"),
     "scaling": _scaling(),
+    "patches": _patches(),
     "paper": _paper(),
     "smoke": {
         "num_rounds": 3,

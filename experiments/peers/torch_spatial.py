@@ -1,0 +1,110 @@
+"""The meta-step of a spatial functa over patches in torch; prints its speed.
+
+    python experiments/peers/torch_spatial.py
+
+It is what a user of torch would write, and needs torch only. `experiments.benchmark`
+runs it beside the project's own step. Equations (Bauer et al. 2023, arXiv 2302.03130):
+
+  M = z K + b                                   modulations of all sine layers
+  h = x,  h <- sin(omega (h W_l + b_l + M_l))   for every sine layer l
+  y = h W + b + 0.5
+  z <- z - rate_s * d/dz mean((y - target)^2)   three steps s, from z = 0
+
+With nearest-neighbor interpolation each cell of an image is a signal of its own, with
+coordinates in [0, 1]^2. The outer loss is the mean squared error after the last step;
+it is differentiated through all steps.
+
+Axes: B patches, N pixels of a patch, C channels of the latent, D layers, W width.
+"""
+
+import math
+import time
+
+import torch
+
+
+def init_params(*, width, depth, channels, out_channels=3, omega=10.0):
+    """The weights, named and shaped as those of `functa.SpatialSiren`."""
+
+    def uniform(rows, columns, bound):
+        return bound * (2 * torch.rand(rows, columns) - 1)
+
+    hidden = math.sqrt(6 / width) / omega
+    sizes = [2] + [width] * (depth - 1) + [out_channels]
+    layers = {}
+    for i, (rows, columns) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        kernel = uniform(rows, columns, hidden if i else 1 / rows)
+        layers[f"layer_{i}"] = {"kernel": kernel, "bias": torch.zeros(columns)}
+    shifts = (depth - 1) * width
+    kernel = torch.nn.init.trunc_normal_(torch.empty(channels, shifts))
+    kernel /= math.sqrt(channels)
+    linear = {"kernel": kernel, "bias": torch.zeros(shifts)}
+    return layers | {"latent_to_modulation": {"linear_0": linear}}
+
+
+def apply_field(params, coords, latents, *, omega=10.0):
+    """Values (B, N, 3) of the fields of latents (B, C) at coords (N, 2)."""
+    linear = params["latent_to_modulation"]["linear_0"]
+    depth = len(params) - 1
+    modulation = latents @ linear["kernel"] + linear["bias"]
+    modulation = modulation.reshape(len(latents), depth - 1, 1, -1)
+    x = coords
+    for i in range(depth - 1):
+        layer = params[f"layer_{i}"]
+        x = x @ layer["kernel"] + layer["bias"] + modulation[:, i]
+        x = torch.sin(omega * x)
+    layer = params[f"layer_{depth - 1}"]
+    return x @ layer["kernel"] + layer["bias"] + 0.5
+
+
+def meta_loss(params, rates, coords, targets, *, omega=10.0):
+    """The outer loss of targets (B, N, 3), with one row of rates (S, C) per step."""
+    latents = torch.zeros(len(targets), rates.shape[1], dtype=targets.dtype)
+    latents.requires_grad_()
+    for rate in rates:
+        error = apply_field(params, coords, latents, omega=omega) - targets
+        # The sum over patches of their mean losses: each has its own gradient.
+        loss = error.square().mean((1, 2)).sum()
+        [gradient] = torch.autograd.grad(loss, latents, create_graph=True)
+        latents = latents - rate * gradient
+    error = apply_field(params, coords, latents, omega=omega) - targets
+    return error.square().mean()
+
+
+def pixel_centers(side):
+    """Coordinates (side^2, 2) of the pixels of a patch in [0, 1]^2."""
+    centers = (torch.arange(side) + 0.5) / side
+    return torch.cartesian_prod(centers, centers)
+
+
+def leaves(tree):
+    if isinstance(tree, dict):
+        return [leaf for value in tree.values() for leaf in leaves(value)]
+    return [tree]
+
+
+def measure(*, width, depth, channels, patches, side=4, num_steps=3, num_repeats=5):
+    """Prints the median time of a step."""
+    torch.manual_seed(0)
+    params = init_params(width=width, depth=depth, channels=channels)
+    rates = torch.full((num_steps, channels), 0.3)
+    trained = [leaf.requires_grad_() for leaf in (*leaves(params), rates)]
+    optimizer = torch.optim.Adam(trained, 1e-5)
+    coords = pixel_centers(side)
+    targets = torch.rand(patches, side**2, 3)
+    times = []
+    for _ in range(1 + num_repeats):
+        started = time.perf_counter()
+        optimizer.zero_grad()
+        meta_loss(params, rates, coords, targets).backward()
+        optimizer.step()
+        times.append(time.perf_counter() - started)
+    seconds = sorted(times[1:])[num_repeats // 2]  # The first one warms up.
+    print(
+        f"torch width={width} depth={depth} channels={channels} patches={patches}: "
+        f"step {seconds:.4f}s"
+    )
+
+
+if __name__ == "__main__":
+    measure(width=128, depth=5, channels=16, patches=1024)

@@ -1,0 +1,217 @@
+"""The meta-step of a field with a latent grid, against NumPy without autodiff.
+
+The oracle follows the equations of Spatial Functa (Bauer et al. 2023, arXiv 2302.03130)
+on whole images: each pixel looks up the modulation of its cell. Gradients of the inner
+steps are written out, and those of the outer loss are central differences.
+
+Axes: B images, N pixels, G cells, C channels of the latent, W width, S inner steps.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import functa
+
+ROOT = Path(__file__).parents[1]
+GRID, IMAGE, OMEGA = (2, 3), (4, 9), 10.0
+WIDTH, DEPTH, CHANNELS, STEPS = 4, 3, 2, 2
+
+
+def make_params(rng):
+    sizes = [2] + [WIDTH] * (DEPTH - 1) + [3]
+    params = {
+        f"layer_{i}": {
+            "kernel": rng.normal(size=(rows, columns)) / (OMEGA if i else 1),
+            "bias": 0.1 * rng.normal(size=columns),
+        }
+        for i, (rows, columns) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+    }
+    shifts = (DEPTH - 1) * WIDTH
+    linear = {
+        "kernel": 0.3 * rng.normal(size=(CHANNELS, shifts)),
+        "bias": 0.1 * rng.normal(size=shifts),
+    }
+    return params | {"latent_to_modulation": {"linear_0": linear}}
+
+
+def pixels_by_cell(grid, image):
+    """The cell (N,) of every pixel, and its coordinates within the cell (N, 2)."""
+    cells, local = [], []
+    for i in range(image[0]):
+        for j in range(image[1]):
+            u = (i + 0.5) / image[0] * grid[0], (j + 0.5) / image[1] * grid[1]
+            row, column = int(u[0]), int(u[1])
+            cells.append(row * grid[1] + column)
+            local.append((u[0] - row, u[1] - column))
+    return np.array(cells), np.array(local)
+
+
+def field_and_pullback(params, cells, coords, latent):
+    """Values (N, 3) of a latent (G, C), and the gradient (N, 3) -> (G, C)."""
+    linear = params["latent_to_modulation"]["linear_0"]
+    modulation = (latent @ linear["kernel"] + linear["bias"])[cells]  # (N, (D-1) W)
+    x, cosines = coords, []
+    for i in range(DEPTH - 1):
+        layer = params[f"layer_{i}"]
+        shift = modulation[:, i * WIDTH : (i + 1) * WIDTH]
+        inner = OMEGA * (x @ layer["kernel"] + layer["bias"] + shift)
+        x = np.sin(inner)
+        cosines.append(OMEGA * np.cos(inner))
+    last = params[f"layer_{DEPTH - 1}"]
+
+    def pullback(cotangent):
+        cotangent = cotangent @ last["kernel"].T
+        shifts = np.zeros_like(modulation)
+        for i in reversed(range(DEPTH - 1)):
+            cotangent = cotangent * cosines[i]
+            shifts[:, i * WIDTH : (i + 1) * WIDTH] = cotangent
+            cotangent = cotangent @ params[f"layer_{i}"]["kernel"].T
+        members = np.arange(len(latent))[:, None] == cells  # (G, N)
+        return members @ shifts @ linear["kernel"].T
+
+    return x @ last["kernel"] + last["bias"] + 0.5, pullback
+
+
+def meta_loss(params, rates, images, grid=GRID):
+    """Mean squared error of images (B, H, W, 3) after inner steps with rates (S, C).
+
+    The loss of an image is a mean over its pixels, so the gradient of each cell is
+    multiplied by the number of cells: the rates are those of a cell alone.
+    """
+    cells, coords = pixels_by_cell(grid, images.shape[1:3])
+    num_cells = grid[0] * grid[1]
+    losses = []
+    for image in images.reshape(len(images), -1, 3):
+        latent = np.zeros((num_cells, CHANNELS))
+        for rate in rates:
+            values, pullback = field_and_pullback(params, cells, coords, latent)
+            gradient = pullback(2 * (values - image) / image.size)
+            latent = latent - num_cells * rate * gradient
+        values, _ = field_and_pullback(params, cells, coords, latent)
+        losses.append(np.mean(np.square(values - image)))
+    return np.mean(losses)
+
+
+def central_differences(function, tree, eps=1e-5):
+    """Gradient of a scalar function of nested dicts of arrays."""
+    if isinstance(tree, dict):
+        return {
+            name: central_differences(
+                lambda x, name=name: function(tree | {name: x}), value, eps
+            )
+            for name, value in tree.items()
+        }
+    gradient = np.zeros_like(tree)
+    for index in np.ndindex(tree.shape):
+        step = np.zeros_like(tree)
+        step[index] = eps
+        gradient[index] = (function(tree + step) - function(tree - step)) / (2 * eps)
+    return gradient
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """Parameters, rates, images, and the outer loss with its gradients."""
+    rng = np.random.default_rng(0)
+    params = make_params(rng)
+    rates = rng.uniform(0.05, 0.3, (STEPS, CHANNELS))
+    images = rng.random((2, *IMAGE, 3))
+    loss = meta_loss(params, rates, images)
+    grads = central_differences(lambda p: meta_loss(p, rates, images), params)
+    rate_grads = central_differences(lambda r: meta_loss(params, r, images), rates)
+    return params, rates, images, loss, grads, rate_grads
+
+
+def assert_same_gradients(found, expected):
+    # Central differences at 1e-5 are exact to about 1e-9.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8),
+        found,
+        expected,
+    )
+
+
+def as_patches(images):
+    """Images (B, H, W, 3) as patches (B * G, N, 3), row by row."""
+    p, q = IMAGE[0] // GRID[0], IMAGE[1] // GRID[1]
+    return np.stack(
+        [
+            image[i * p : (i + 1) * p, j * q : (j + 1) * q].reshape(-1, 3)
+            for image in images
+            for i in range(GRID[0])
+            for j in range(GRID[1])
+        ]
+    )
+
+
+def test_the_inner_gradient_of_the_oracle(problem):
+    params, _, images, *_ = problem
+    cells, coords = pixels_by_cell(GRID, IMAGE)
+    latent = np.random.default_rng(1).normal(size=(6, CHANNELS))
+    image = images[0].reshape(-1, 3)
+
+    def loss(z):
+        return np.square(field_and_pullback(params, cells, coords, z)[0] - image).sum()
+
+    values, pullback = field_and_pullback(params, cells, coords, latent)
+    np.testing.assert_allclose(
+        pullback(2 * (values - image)), central_differences(loss, latent), rtol=1e-6
+    )
+
+
+def test_the_image_has_the_step_of_its_patches(problem):
+    params, rates, images, loss, *_ = problem
+    patches = as_patches(images).reshape(-1, 2, 3, 3)
+    alone = meta_loss(params, rates, patches, grid=(1, 1))
+    np.testing.assert_allclose(alone, loss, rtol=1e-12)
+
+
+def test_torch_program_has_the_same_step(problem):
+    torch = pytest.importorskip("torch")
+    params, rates, images, loss, grads, rate_grads = problem
+    path = ROOT / "experiments" / "peers" / "torch_spatial.py"
+    spec = importlib.util.spec_from_file_location("torch_spatial", path)
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    tensors = jax.tree.map(torch.tensor, (params, rates))
+    for leaf in jax.tree.leaves(tensors):
+        leaf.requires_grad_()
+    side = torch.tensor(pixels_by_cell((1, 1), (2, 3))[1])
+    targets = torch.tensor(as_patches(images))
+    found = program.meta_loss(*tensors, side, targets)
+    np.testing.assert_allclose(found.item(), loss, rtol=1e-12)
+    found.backward()
+    found = jax.tree.map(lambda leaf: leaf.grad.numpy(), tensors)
+    assert_same_gradients(found, (grads, rate_grads))
+    own = program.init_params(width=WIDTH, depth=DEPTH, channels=CHANNELS)
+    shapes = [jax.tree.map(lambda leaf: tuple(leaf.shape), p) for p in (own, params)]
+    assert shapes[0] == shapes[1]
+    torch.testing.assert_close(
+        program.pixel_centers(2),
+        torch.tensor(pixels_by_cell((1, 1), (2, 2))[1], dtype=torch.float32),
+    )
+
+
+def test_patches_as_signals_have_the_same_step(problem, float64):
+    params, rates, images, loss, grads, rate_grads = problem
+    model = functa.LatentModulatedSiren(
+        width=WIDTH, depth=DEPTH, latent_dim=CHANNELS, omega_0=OMEGA
+    )
+    # In float32, as `functa.coordinate_grid` gives them, they are off by 3e-8.
+    coords = jnp.asarray(pixels_by_cell((1, 1), (2, 3))[1])
+    found, info = functa.meta_gradient(
+        model.apply,
+        jax.tree.map(jnp.asarray, params),
+        jnp.zeros(CHANNELS),
+        coords,
+        jnp.asarray(as_patches(images)),
+        learning_rate=jnp.asarray(rates),
+        num_steps=STEPS,
+    )
+    np.testing.assert_allclose(info.loss[:, -1].mean(), loss, rtol=1e-12)
+    assert_same_gradients(found, (grads, rate_grads))
