@@ -42,7 +42,6 @@ from experiments.configs import train_vit as train_vit_configs
 from experiments.networks import registry
 from experiments.training import classifier, encoding, meta, siren
 from experiments.training import lbi as lbi_training
-from experiments.training import vit as vit_training
 from landscape import probes
 
 _NUM_CLASSES = 10
@@ -328,9 +327,7 @@ def _vit_forward(*, variant, batch_size, ratio, **model):
     config = train_vit_configs.get_config(variant)
     options = config.model.to_dict() | model
     dtype = options.pop("dtype")
-    model = vit.make(
-        num_classes=_NUM_CLASSES, dtype=vit_training.parse_dtype(dtype), **options
-    )
+    model = vit.make(num_classes=_NUM_CLASSES, dtype=jnp.dtype(dtype), **options)
     side = config.image_size
     images = np.float32(_random_images(batch_size, side, 3)) / 255
     params = _init(model, images.shape[1:])["params"]

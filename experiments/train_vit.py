@@ -17,6 +17,8 @@ from experiments.common.sweep import sweep
 from experiments.configs import train_vit as configs
 from experiments.training import classifier
 from experiments.training import vit as vit_training
+from experiments.training.classifier import Images
+from experiments.training.vit import Problem
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -29,16 +31,16 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def _train_one(run, images):
     config = run.config
-    model, params = make_model(config, images)
-    predict = vit_training.make_predict(model, images, config.image_size)
+    problem = make_problem(config, images)
+    predict = vit_training.make_predict(problem)
     pixels, labels = images.test
 
     def evaluate(state):
         logits = predict(state.average, pixels)
         return {"test_accuracy": classifier.accuracy(logits, labels)}
 
-    state = vit_training.train(run, model, images, params, evaluate=evaluate)
-    vit.save_checkpoint(run.workdir / "model.npz", model, state.average)
+    state = vit_training.train(run, problem, evaluate=evaluate)
+    vit.save_checkpoint(run.workdir / "model.npz", problem.model, state.average)
     metrics = run.metrics()
     accuracies = [m["test_accuracy"] for m in metrics if "test_accuracy" in m]
     steps_per_epoch = classifier.count_steps(images, config.batch_size)
@@ -48,32 +50,23 @@ def _train_one(run, images):
     return evaluate(state) | {
         "best_test_accuracy": max(accuracies),
         "train_accuracy": metrics[-1]["train_accuracy"],
-        "num_params": sum(x.size for x in jax.tree.leaves(params)),
+        "num_params": sum(x.size for x in jax.tree.leaves(problem.params)),
     }
 
 
-def make_model(config, images):
-    """The model of config.model and its initial parameters: (model, params)."""
-    options = config.model.to_dict()
-    dtype = vit_training.parse_dtype(options.pop("dtype"))
+def make_problem(config: ConfigDict, images: Images) -> Problem:
+    """The network of config.model, with random weights or those of a checkpoint."""
+    fields = config.model.to_dict() | {"dtype": jnp.dtype(config.model.dtype)}
     if config.checkpoint:
-        model, params = vit.load_checkpoint(
-            config.checkpoint,
-            image_size=config.image_size,
-            num_classes=images.num_classes,
-        )
-        vit_training.check_channels(model, params, images)
         # The shapes in the file define the other fields.
-        rates = {k: v for k, v in options.items() if k.endswith("_rate")}
-        return model.clone(dtype=dtype, **rates), params
-    try:
-        model = vit.make(num_classes=images.num_classes, dtype=dtype, **options)
-    except TypeError as error:
-        raise ValueError(f"config.model: {error}") from None
-    channels = images.train[0].shape[-1]
-    shape = (1, config.image_size, config.image_size, channels)
-    variables = jax.jit(model.init)(jax.random.key(config.seeds[0]), jnp.zeros(shape))
-    return model, variables["params"]
+        kept = ["dtype", *(name for name in fields if name.endswith("_rate"))]
+        fields = {name: fields[name] for name in kept}
+        return vit_training.load_problem(
+            config.checkpoint, config.image_size, images, **fields
+        )
+    return vit_training.init_problem(
+        config.seeds[0], config.image_size, images, **fields
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from experiments import prune_vit, train_vit
 from experiments.common import figures, files, runs
 from experiments.configs import prune_vit as prune_configs
 from experiments.configs import train_vit as train_configs
-from experiments.training import classifier, loop
+from experiments.training import loop, vit_pruning
 from experiments.training import vit as vit_training
 
 ROOT = Path(__file__).parents[1]
@@ -82,9 +82,8 @@ def test_training_writes_what_it_evaluated(trained):
     assert (model.num_layers, model.num_heads, model.patch_size) == (2, 4, 2)
     assert summary["num_params"] == vit.cost.count_params(model, 8, channels=1)
     images = vit_training.load_images(train_config())
-    predict = vit_training.make_predict(model, images, 8)
-    accuracy = classifier.accuracy(predict(params, images.test[0]), images.test[1])
-    assert accuracy == summary["test_accuracy"]
+    problem = vit_training.Problem(model, params, 8, images)
+    assert problem.test_accuracy(params) == summary["test_accuracy"]
 
 
 @pytest.mark.slow
@@ -120,9 +119,10 @@ def test_first_steps_against_a_plain_loop(tmp_path):
     config.augment.crop_padding = 0
     config.optimizer.warmup_steps = 0
     images = vit_training.load_images(config)
-    model, params = train_vit.make_model(config, images)
+    problem = train_vit.make_problem(config, images)
+    model, params = problem.model, problem.params
     optimizer = vit_training.make_optimizer(config.optimizer, 8)
-    update = vit_training.make_update(model, images, optimizer, config)
+    update = vit_training.make_update(problem, optimizer, config)
     start = jax.tree.map(jnp.copy, params)
     state = update(vit_training.init_state(params, optimizer, 8), 0, 2)
 
@@ -167,21 +167,15 @@ def teach(weight, method, ratio):
     config.patch_dropout, config.stages = 1.0, ()
     config.augment.crop_padding = 0
     images = vit_training.load_images(config)
-    model, params = train_vit.make_model(config, images)
+    dense = train_vit.make_problem(config, images)
     # The zeros that heads start with would teach nothing.
-    params["head"]["kernel"] += jax.random.normal(jax.random.key(3), (16, 10))
-    dense = prune_vit.Network(model, params, 8, 1)
-    student = prune_vit.prune(method, ratio, dense)
+    dense.params["head"]["kernel"] += jax.random.normal(jax.random.key(3), (16, 10))
+    student = vit_pruning.prune(method, ratio, dense)
     update = vit_training.make_update(
-        student.model,
-        images,
-        optax.sgd(0.1),
-        config,
-        image_size=student.image_size,
-        teacher=vit_training.Teacher(model, params, weight),
+        student, optax.sgd(0.1), config, teacher=dense, teacher_weight=weight
     )
     state = vit_training.init_state(student.params, optax.sgd(0.1), 1)
-    return config, images, dense, student, update(state, 0, 1)
+    return config, dense, student, update(state, 0, 1)
 
 
 def test_a_network_has_nothing_to_learn_from_itself():
@@ -191,7 +185,8 @@ def test_a_network_has_nothing_to_learn_from_itself():
 
 
 def test_teacher_sees_the_whole_image_and_shares_the_targets_with_the_labels():
-    config, images, dense, student, state = teach(0.25, "resolution", 0.5)
+    config, dense, student, state = teach(0.25, "resolution", 0.5)
+    images = dense.images
     assert student.image_size < dense.image_size == 8
     chosen = np.random.default_rng((config.seeds[0], 0)).permutation(128)[:32]
     pixels = images.train[0][chosen] / 255.0 - images.mean
@@ -288,6 +283,11 @@ def test_pruning_table(pruned):
             assert (f"speedup_{batch}" in row) == timed
             if not timed:
                 continue
+            for name in ("milliseconds", "speedup"):
+                low, high = row[f"{name}_{batch}_quartiles"]
+                assert 0 < low <= high
+            low, high = row[f"milliseconds_{batch}_quartiles"]
+            assert low <= row[f"milliseconds_{batch}"] <= high
             efficiency = row[f"speedup_{batch}"] / row["predicted_speedup"]
             assert row[f"efficiency_{batch}"] == pytest.approx(efficiency)
         assert ("tuned_accuracy" in row) == (row["method"] in config.tuning.methods), (
@@ -317,9 +317,9 @@ def test_pruning_resumes_row_by_row(pruned, tmp_path, monkeypatch):
         (tmp_path / "rows" / path.name).write_bytes(path.read_bytes())
     measured = []
 
-    def measure(run, network, *arguments, **options):
+    def measure(network, *arguments, **options):
         measured.append(network)
-        return real(run, network, *arguments, **options)
+        return real(network, *arguments, **options)
 
     real = prune_vit.measure
     monkeypatch.setattr(prune_vit, "measure", measure)
@@ -335,12 +335,12 @@ def test_equal_cost():
     sizes = {"num_layers": 3, "hidden_size": 16, "num_heads": 4, "mlp_dim": 12}
     model = vit.make("cifar_128", 10, 2, **sizes)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
-    dense = prune_vit.Network(model, params, 8, 1)
-    target = prune_vit.prune("max", 0.5, dense).cost.total
+    dense = vit_training.Problem(model, params, 8)
+    target = vit_pruning.prune("max", 0.5, dense).cost.total
     for method in ("evit", "merge"):
-        cost = prune_vit.prune(method, 0.5, dense).cost.total
+        cost = vit_pruning.prune(method, 0.5, dense).cost.total
         assert abs(cost - target) < 0.15 * dense.cost.total
-    smaller = prune_vit.prune("resolution", 0.6, dense)
+    smaller = vit_pruning.prune("resolution", 0.6, dense)
     assert smaller.image_size < 8
     positions = smaller.params["Transformer"]["posembed_input"]["pos_embedding"]
     assert positions.shape[1] == 1 + smaller.num_patches
@@ -421,13 +421,11 @@ def test_committed_network_classifies_cifar10_pruned_and_not():
     model, params = vit.load_checkpoint(
         ROOT / "results" / "train_vit_cifar10_cpu" / "model.npz"
     )
-    pixels, labels = images.test
     accuracies = []
     for ratio in (None, 0.4):
         chosen = ratio and vit.schedules.cp_vit(ratio, num_layers=7, num_patches=64)
-        pruned = model.clone(cascade=chosen)
-        predict = vit_training.make_predict(pruned, images, 32)
-        accuracies.append(classifier.accuracy(predict(params, pixels), labels))
+        pruned = vit_training.Problem(model.clone(cascade=chosen), params, 32, images)
+        accuracies.append(pruned.test_accuracy(params))
     whole, dropped = accuracies
     assert whole > 0.85
     assert dropped > whole - 0.02

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from experiments.common import augmentation, runs
 from experiments.training import classifier, loop, optimizers
 from experiments.training.classifier import Images
-from vit import Cascade, ViT
+from vit import Cascade, ViT, cost, load_checkpoint, make
 
 
 @struct.dataclass
@@ -40,45 +40,104 @@ class TrainState:
     accuracy: jax.Array
 
 
+class Problem(NamedTuple):
+    """A classification problem: a network, pruned or not, and its images.
+
+    Attributes:
+      model: the network.
+      params: its parameters.
+      image_size: side of the images that it takes; others are resized.
+      images: the data set; None if only the time is measured.
+    """
+
+    model: ViT
+    params: Any
+    image_size: int
+    images: Images | None = None
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an image; the first kernel tells the channels."""
+        first = self.params["stem_0" if self.model.stem else "embedding"]["kernel"]
+        return (self.image_size, self.image_size, first.shape[2])
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.model.patch_size) ** 2
+
+    @property
+    def cost(self) -> cost.Cost:
+        """Multiply-adds of one image."""
+        *_, channels = self.input_shape
+        return cost.count(self.model, self.image_size, channels=channels)
+
+    def test_accuracy(self, params: Any) -> float:
+        """Accuracy on the test images."""
+        pixels, labels = self.images.test
+        return classifier.accuracy(make_predict(self)(params, pixels), labels)
+
+    def blocks(self, params: Any, pixels: jax.Array) -> list[dict[str, Any]]:
+        """What each layer sows ("attention", "tokens") for uint8 (B, H, W, C)."""
+        inputs = prepare(self.images, pixels, self.image_size)
+        _, captured = self.model.apply(
+            {"params": params}, inputs, mutable=["intermediates"]
+        )
+        layers = captured["intermediates"]["Transformer"]
+        return [layers[f"encoderblock_{i}"] for i in range(self.model.num_layers)]
+
+
 def load_images(config: ConfigDict) -> Images:
     """Loads config.dataset; mean and std are 0.5 if config.normalisation is "google".
 
-    Raises:
-      ValueError: if config.normalisation is not google or dataset.
+    Images are resized on the device if necessary.
     """
-    settings = ConfigDict(config)
-    # Images are resized on the device if necessary.
-    settings.image_size = 0
-    images = classifier.load_images(settings)
+    images = classifier.load_images(ConfigDict({**config, "image_size": 0}))
     if config.normalisation == "google":
         half = np.full_like(images.mean, 0.5)
-        return images._replace(mean=half, std=half)
-    if config.normalisation != "dataset":
-        raise ValueError(
-            f"normalisation {config.normalisation!r} is neither google nor dataset."
-        )
+        images = images._replace(mean=half, std=half)
     return images
 
 
-def parse_dtype(name: str) -> Any:
-    """The compute dtype with this name.
+def load_problem(
+    path: str, image_size: int, images: Images | None, **fields: Any
+) -> Problem:
+    """The network of a checkpoint file, with other values of some fields of the model.
 
     Raises:
-      ValueError: if it is not float32 or bfloat16.
+      FileNotFoundError, ValueError: as `vit.load_checkpoint`, and if the images have
+        another number of channels.
     """
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype {name!r} is neither float32 nor bfloat16.")
-    return jnp.dtype(name)
-
-
-def check_channels(model: ViT, params: Any, images: Images | None) -> None:
-    """Raises ValueError if the weights are for another number of channels."""
-    first = params["stem_0" if model.stem else "embedding"]["kernel"]
-    if images is not None and first.shape[2] != images.train[0].shape[-1]:
+    num_classes = None if images is None else images.num_classes
+    model, params = load_checkpoint(
+        path, image_size=image_size, num_classes=num_classes
+    )
+    problem = Problem(model.clone(**fields), params, image_size, images)
+    channels = problem.input_shape[-1]
+    if images is not None and channels != images.train[0].shape[-1]:
         raise ValueError(
-            f"the checkpoint takes images of {first.shape[2]} channels, the data set "
-            f"has {images.train[0].shape[-1]}."
+            f"the checkpoint takes images of {channels} channels, the data set has "
+            f"{images.train[0].shape[-1]}."
         )
+    return problem
+
+
+def init_problem(
+    seed: int, image_size: int, images: Images | None, **fields: Any
+) -> Problem:
+    """A network with random weights; without images, for 1000 classes of RGB images.
+
+    Raises:
+      ValueError: if the model has no such field, or a value is out of range.
+    """
+    num_classes = 1000 if images is None else images.num_classes
+    channels = 3 if images is None else images.train[0].shape[-1]
+    try:
+        model = make(num_classes=num_classes, **fields)
+    except TypeError as error:
+        raise ValueError(f"config.model: {error}") from None
+    inputs = jnp.zeros((1, image_size, image_size, channels))
+    variables = jax.jit(model.init)(jax.random.key(seed), inputs)
+    return Problem(model, variables["params"], image_size, images)
 
 
 def make_optimizer(
@@ -188,39 +247,19 @@ _CHANGEABLE = {"patch_dropout", "label_smoothing"} | {
 }
 
 
-class Teacher(NamedTuple):
-    """A network whose predictions are additional targets of a training.
-
-    Distillation of Hinton et al. 2015, arXiv 1503.02531, at temperature 1. The inputs
-    of the teacher are the same augmented images, before they are resized for the
-    student.
-
-    Attributes:
-      model: the network, without dropout of any kind.
-      params: its weights, which are not trained.
-      weight: weight of its probabilities in the targets, in [0, 1]; the labels have
-        the remaining weight.
-    """
-
-    model: ViT
-    params: Any
-    weight: float
-
-
 def make_update(
-    model: ViT,
-    images: Images,
+    problem: Problem,
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
     *,
-    image_size: int | None = None,
-    teacher: Teacher | None = None,
+    teacher: Problem | None = None,
+    teacher_weight: float = 0.0,
 ) -> Callable[[TrainState, int, int], TrainState]:
     """The training: (state, first, last) -> state after steps first, ..., last - 1.
 
     See `classifier.make_steps`, and `train` for the arguments.
     """
-    image_size = image_size or config.image_size
+    images = problem.images
 
     def step_fn(state, step, pixels, labels, *teacher_params):
         key = jax.random.fold_in(jax.random.key(config.seeds[0]), step)
@@ -237,13 +276,15 @@ def make_update(
         if teacher is not None:
             logits = teacher.model.apply({"params": teacher_params[0]}, pixels)
             learned = optax.incremental_update(
-                jax.nn.softmax(logits), learned, teacher.weight
+                jax.nn.softmax(logits), learned, teacher_weight
             )
-        if image_size != config.image_size:
-            pixels = augmentation.resize(pixels, image_size)
+        if problem.image_size != config.image_size:
+            pixels = augmentation.resize(pixels, problem.image_size)
 
         def loss_fn(params):
-            logits = model.apply({"params": params}, pixels, train=True, rngs=rngs)
+            logits = problem.model.apply(
+                {"params": params}, pixels, train=True, rngs=rngs
+            )
             loss = optax.losses.softmax_cross_entropy(logits, learned).mean()
             return loss, jnp.mean(logits.argmax(-1) == targets.argmax(-1))
 
@@ -307,52 +348,48 @@ def prepare(images: Images, pixels: jax.Array, image_size: int) -> jax.Array:
 
 
 def make_predict(
-    model: ViT, images: Images, image_size: int, *, batch_size: int = 250
+    problem: Problem, *, batch_size: int = 250
 ) -> Callable[[Any, np.ndarray], np.ndarray]:
     """Evaluation: (params, uint8 (N, H, W, C)) -> logits (N, K)."""
 
-    return classifier.in_batches(
-        lambda params, batch: model.apply(
-            {"params": params}, prepare(images, batch, image_size)
-        ),
-        batch_size,
-    )
+    def forward(params, pixels):
+        inputs = prepare(problem.images, pixels, problem.image_size)
+        return problem.model.apply({"params": params}, inputs)
+
+    return classifier.in_batches(forward, batch_size)
 
 
 def train(
     run: runs.Run,
-    model: ViT,
-    images: Images,
-    params: Any,
+    problem: Problem,
     *,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     optimizer: optax.GradientTransformation | None = None,
-    image_size: int | None = None,
-    teacher: Teacher | None = None,
+    teacher: Problem | None = None,
+    teacher_weight: float = 0.0,
 ) -> TrainState:
-    """Trains `model` from `params` by run.config; resumes from a checkpoint.
+    """Trains a network, pruned or not, by run.config; resumes from a checkpoint.
 
     config.stages changes fields during the training: ((from, {field: value}), ...),
     where `from` is a share of the epochs. A stage keeps the changes of earlier stages.
 
     Args:
       run: the open run folder.
-      model: the network, pruned or not.
-      images: the data set.
-      params: the initial parameters.
+      problem: the network, with its initial parameters, and the images. The augmented
+        images, of side config.image_size, are resized to the size that it takes.
       evaluate: measures the metrics that are logged every config.evaluate_every epochs.
       optimizer: replaces config.optimizer.
-      image_size: image size of `model` if it is not config.image_size; the augmented
-        images are resized to it.
-      teacher: a network whose predictions are additional targets.
+      teacher: a network, without dropout of any kind, whose probabilities are
+        additional targets (distillation of Hinton et al. 2015, arXiv 1503.02531, at
+        temperature 1). It gets the augmented images before they are resized.
+      teacher_weight: weight of its probabilities in the targets, in [0, 1]; the labels
+        have the remaining weight.
     """
-    config = run.config
-    image_size = image_size or config.image_size
-    steps_per_epoch = classifier.count_steps(images, config.batch_size)
+    config, model = run.config, problem.model
+    steps_per_epoch = classifier.count_steps(problem.images, config.batch_size)
     num_steps = config.num_epochs * steps_per_epoch
     if optimizer is None:
         optimizer = make_optimizer(config.optimizer, num_steps)
-    num_patches = (image_size // model.patch_size) ** 2
     starts = [start * config.num_epochs for start, _ in config.stages]
 
     @functools.cache
@@ -361,12 +398,11 @@ def train(
         keep = settings.patch_dropout
         run.say(f"compiling; {100 * keep:.0f} % of the patches ...")
         return make_update(
-            patch_dropout(model, num_patches, keep),
-            images,
+            problem._replace(model=patch_dropout(model, problem.num_patches, keep)),
             optimizer,
             settings,
-            image_size=image_size,
             teacher=teacher,
+            teacher_weight=teacher_weight,
         )
 
     def advance(state, start, stop):
@@ -384,7 +420,7 @@ def train(
 
     return loop.train(
         run,
-        init_state(params, optimizer, num_steps),
+        init_state(problem.params, optimizer, num_steps),
         advance,
         stops=loop.every(num_steps, config.log_every, steps_per_epoch),
         saves=loop.every(num_steps, config.checkpoint_every),

@@ -1,0 +1,210 @@
+"""Methods that prune a trained Vision Transformer, for prune_vit.
+
+A method maps (problem, ratio, scores, seed) to the pruned network. `METHODS` names them
+all. Axes: L layers, H heads, M neurons of an MLP.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+import lbi
+from experiments.training import optimizers
+from experiments.training.vit import Problem
+from vit import Cascade, checkpoint, importance, schedules, slicing
+
+Scores = Mapping[str, np.ndarray]
+
+
+def prune(
+    method: str, ratio: float, problem: Problem, scores: Scores | None = None, seed=0
+) -> Problem:
+    """`network` pruned by one of METHODS.
+
+    Args:
+      method: its name.
+      ratio: plateau of the ramp over the layers; for "constant" and "range" the mean
+        over all layers except the first; for heads and neurons the share per layer. The
+        cost of "evit", "merge" and "resolution" is as close as possible to that of
+        "max". Ratio 0 is the network itself.
+      problem: the dense network.
+      scores: {method: scores} for the methods that need them: attention ranges (L,) for
+        "range", scores of each layer's heads or neurons for "heads", "heads_lbi" and
+        "neurons_lbi". See `attention_scores` and `entry_scores`.
+      seed: for "random", "heads_random" and "neurons_random".
+    """
+    return METHODS[method](problem, ratio, scores, seed) if ratio else problem
+
+
+def with_cascade(
+    problem: Problem, make: Callable[..., Cascade], *args: Any, **options: Any
+) -> Problem:
+    """`network` with the cascade make(*args, num_layers=, num_patches=, **options)."""
+    cascade = make(
+        *args,
+        num_layers=problem.model.num_layers,
+        num_patches=problem.num_patches,
+        **options,
+    )
+    return problem._replace(model=problem.model.clone(cascade=cascade))
+
+
+def _by_score(problem, ratio, scores, seed, **options):
+    return with_cascade(problem, schedules.cp_vit, ratio, seed=seed, **options)
+
+
+def _constant(problem, ratio, scores, seed):
+    ratios = schedules.constant_ratios(ratio, problem.model.num_layers)
+    return _with_ratios(problem, ratios)
+
+
+def _by_range(problem, ratio, scores, seed):
+    return _with_ratios(problem, schedules.range_ratios(ratio, scores["range"]))
+
+
+def _with_ratios(problem, ratios):
+    cascade = schedules.from_ratios(ratios, problem.num_patches)
+    return problem._replace(model=problem.model.clone(cascade=cascade))
+
+
+def _released_code(problem, ratio, scores, seed):
+    return with_cascade(problem, schedules.released_code, plateau=ratio)
+
+
+def _at_equal_cost(variants):
+    """A method: the variant of a network whose cost is closest to that of "max"."""
+
+    def prune_at_equal_cost(problem, ratio, scores, seed):
+        target = with_cascade(problem, schedules.cp_vit, ratio).cost.total
+        return min(variants(problem), key=lambda p: abs(p.cost.total - target))
+
+    return prune_at_equal_cost
+
+
+def _keep_rates(problem):
+    for rate in np.linspace(0.2, 1, 161):
+        yield with_cascade(problem, schedules.evit, rate)
+
+
+def _merged_tokens(problem):
+    for num_merged in range(problem.num_patches // 2):
+        yield with_cascade(problem, schedules.token_merging, num_merged)
+
+
+def _resolutions(problem):
+    patch = problem.model.patch_size
+    encoder = problem.params["Transformer"]
+    positions = np.asarray(encoder["posembed_input"]["pos_embedding"])
+    for side in range(1, problem.image_size // patch):
+        resized = checkpoint.resize_positions(positions, side)
+        resized = encoder | {"posembed_input": {"pos_embedding": resized}}
+        params = problem.params | {"Transformer": resized}
+        yield problem._replace(params=params, image_size=side * patch)
+
+
+def _slices(cut, name):
+    """A method: cuts units of low score out of the weights of every layer."""
+
+    def prune_weights(problem, ratio, scores, seed):
+        model = problem.model
+        total = model.num_heads if cut is slicing.keep_heads else model.mlp_dim
+        if name.endswith("_random"):
+            rng = np.random.default_rng(seed)
+            chosen = [rng.random(total) for _ in range(model.num_layers)]
+        else:
+            chosen = scores[name]
+        count = max(schedules.keep_counts([ratio], total)[0], 1)
+        kept = slicing.largest(chosen, [count] * model.num_layers)
+        model, params = cut(model, problem.params, kept)
+        return problem._replace(model=model, params=params)
+
+    return prune_weights
+
+
+_HEADS = ("heads", "heads_random", "heads_lbi")
+_NEURONS = ("neurons_random", "neurons_lbi")
+# name -> (problem, ratio, scores, seed) -> the pruned network.
+METHODS = {
+    "max": _by_score,
+    "sum": functools.partial(_by_score, score="sum"),
+    "cls": functools.partial(_by_score, score="cls", cumulative=False),
+    "norm": functools.partial(_by_score, score="norm", cumulative=False),
+    "random": functools.partial(_by_score, score="random"),
+    "constant": _constant,
+    "range": _by_range,
+    "skip": functools.partial(_by_score, semantics="skip"),
+    "zero": functools.partial(_by_score, semantics="zero"),
+    "released_code": _released_code,
+    "evit": _at_equal_cost(_keep_rates),
+    "merge": _at_equal_cost(_merged_tokens),
+    "resolution": _at_equal_cost(_resolutions),
+    **{name: _slices(slicing.keep_heads, name) for name in _HEADS},
+    **{name: _slices(slicing.keep_neurons, name) for name in _NEURONS},
+}
+# Methods that need images, for their scores.
+NEED_IMAGES = ("range", "heads", "heads_lbi", "neurons_lbi")
+
+
+def attention_scores(problem: Problem, num_images: int) -> dict[str, np.ndarray]:
+    """Scores of the heads (L, H) and attention ranges (L,) on training images."""
+    grid = (problem.image_size // problem.model.patch_size,) * 2
+
+    @jax.jit
+    def observe(params, pixels):
+        probs = [block["attention"][0] for block in problem.blocks(params, pixels)]
+        return {
+            "heads": jnp.stack([importance.head_scores(p).mean(0) for p in probs]),
+            "range": jnp.stack([importance.attention_range(p, grid) for p in probs]),
+        }
+
+    pixels = problem.images.train[0][:num_images]
+    parts = np.array_split(pixels, -(-len(pixels) // 64))
+    sizes = [len(part) for part in parts]
+    means = [observe(problem.params, part) for part in parts]
+    return jax.tree.map(
+        lambda *values: np.average(np.stack(values), axis=0, weights=sizes), *means
+    )
+
+
+def entry_optimizer(
+    problem: Problem, settings: ConfigDict, num_steps: int
+) -> optax.GradientTransformation:
+    """DessiLBI+Adam with group penalties on heads and hidden neurons.
+
+    A head's group is its rows of the output projection, a neuron's group its column.
+    """
+    schedule = optimizers.make_schedule(settings, num_steps)
+    penalty = lbi.suggest_lambda(
+        problem.params,
+        schedule,
+        settings.nu,
+        num_steps,
+        {
+            "/out/kernel$": lbi.GroupL2(group_axes=0),
+            "/Dense_0/kernel$": lbi.GroupL2(group_axes=-1),
+        },
+        enter_at=settings.enter_at,
+    )
+    return lbi.dessilbi_adam(schedule, settings.nu, penalty=penalty, record_entry=True)
+
+
+def entry_scores(state: Any, num_layers: int) -> dict[str, list[np.ndarray]]:
+    """Scores after a training with `entry_optimizer`: higher for earlier entry.
+
+    Groups that never enter come last, ordered by their norm.
+    """
+    places = lbi.pruning.entry_importance(state.params, state.opt_state)
+    kernels = {
+        "heads_lbi": "Transformer/encoderblock_{}/MultiHeadDotProductAttention_0/out",
+        "neurons_lbi": "Transformer/encoderblock_{}/MlpBlock_0/Dense_0",
+    }
+    return {
+        method: [places[f"{name.format(i)}/kernel"] for i in range(num_layers)]
+        for method, name in kernels.items()
+    }
