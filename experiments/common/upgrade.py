@@ -50,7 +50,14 @@ RENAMED: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
 # command: {field: the value that means what was done before, or a function of the
 # stored configuration that gives it}.
 ADDED: dict[str, dict[str, Any]] = {
-    "meta_learn": {"model.derivative_dtype": "float32"},
+    "meta_learn": {
+        "model.derivative_dtype": "float32",
+        "inner.calibration": None,
+        "warm_start_steps": 0,
+        "by_cells": False,
+        "cell": None,
+        "max_drop": 0.0,
+    },
     "train_vit": {"stages": []},
     "prune_vit": {
         "timing.gradient_batch_size": _gradient_batch_size,
@@ -63,7 +70,7 @@ ADDED: dict[str, dict[str, Any]] = {
 REMOVED: dict[str, dict[str, Any]] = {"meta_learn": {"exact_steps": 0}}
 
 # Fields that a run filled from its data; they are not settings.
-FILLED = ("model.out_channels", "params_sha256")
+FILLED = ("model.out_channels", "cell", "params_sha256")
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
