@@ -1,0 +1,185 @@
+"""Meta-learning of grids of latents: cells, warm start, calibration, recovery."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import functa
+from experiments import meta_learn
+from experiments.common import data, files, runs
+from experiments.configs import meta_learn as configs
+from experiments.training import encoding, meta
+
+
+def small_config(**changes):
+    config = configs.get_config("smoke_spatial")
+    config.model.out_channels = 1
+    config.cell = (4, 4)
+    config.inner.num_steps = 2
+    for name, value in changes.items():
+        group, _, field = name.rpartition("__")
+        (config[group] if group else config)[field] = value
+    return config
+
+
+def start(config):
+    model = functa.make_model(config.model.to_dict()).cell()
+    optimizer = meta.make_optimizer(config)
+    return model, optimizer, meta.init_state(config, model, optimizer)
+
+
+def test_the_cells_share_rates_per_step_and_channel():
+    _, _, state = start(small_config())
+    assert state.weights["learning_rate"].shape == (2, 3)
+    assert state.latent.shape == (1, 1, 3)
+
+
+def test_calibrated_rate_contracts_the_linearized_field():
+    model, _, state = start(small_config())
+    params = state.weights["params"]
+    rate = meta.calibrated_rate(model, params, (4, 4), 0.8)
+    coords = functa.coordinate_grid((4, 4))
+    jacobian = jax.jacobian(lambda z: model.apply({"params": params}, coords, z))(
+        state.latent
+    ).reshape(16, 3)
+    largest = np.linalg.eigvalsh(2 / 16 * jacobian.T @ jacobian)[-1]
+    np.testing.assert_allclose(rate * largest, 0.8, rtol=1e-3)
+
+
+def test_a_whole_grid_has_the_rate_of_one_of_its_cells():
+    config = small_config()
+    model, _, state = start(config)
+    params = state.weights["params"]
+    whole = functa.make_model(config.model.to_dict())
+    np.testing.assert_allclose(
+        meta.calibrated_rate(whole, params, (8, 8), 0.8),
+        meta.calibrated_rate(model, params, (4, 4), 0.8),
+        rtol=1e-2,
+    )
+
+
+def test_warm_start_has_the_codes_and_the_rate_of_the_linear_control():
+    images = data.load("digits", "train")["image"]
+    cells = functa.spatial.split_cells(images, (2, 2)).reshape(-1, 4, 4, 1)
+    warm = meta.make_warm_start(cells, 5)
+    targets = data.to_float(cells[:100]).reshape(100, 16, 1)
+    codes = warm.codes(targets, (1, 1, 5))
+    assert codes.shape == (100, 1, 1, 5)
+    # One step of gradient descent at `rate` for the linear field m + s V z, from zero.
+    jacobian = meta._WARM_SCALE * warm.components  # (5, 16)
+    error = targets.reshape(100, 16) - warm.mean
+    step = warm.rate * (2 / 16) * error @ jacobian.T
+    np.testing.assert_allclose(step, codes.reshape(100, 5), atol=1e-6)
+    # Latents with more entries than the signal has values are filled up with zeros.
+    more = meta.make_warm_start(cells, 20).codes(targets, (1, 1, 20))
+    assert not more[..., 16:].any()
+    assert more[..., 15].any()
+
+
+def test_warm_start_learns_to_decode():
+    config = small_config(optimizer__schedule="constant")
+    images = data.load("digits", "train")["image"]
+    cells = functa.spatial.split_cells(images, (2, 2)).reshape(-1, 4, 4, 1)
+    model, optimizer, state = start(config)
+    update = meta.make_warm_update(config, model, optimizer)
+    warm = meta.make_warm_start(cells, 3)
+    losses = []
+    for step in range(20):
+        coords, targets = meta.make_batch(config, cells, step)
+        codes = warm.codes(targets, model.latent_shape)
+        state, loss, psnr = update(state, coords, targets, codes)
+        losses.append(float(loss))
+    assert losses[-1] < 0.6 * losses[0]
+    assert psnr.shape == (3,)
+
+
+def test_a_collapse_leads_back_to_the_last_good_state():
+    config = small_config(max_drop=3.0)
+    _, _, state = start(config)
+
+    def moved(state, value):
+        weights = jax.tree.map(lambda x: jnp.full_like(x, value), state.weights)
+        return state.replace(weights=weights)
+
+    def value(state):
+        return float(jax.tree.leaves(state.weights)[0].ravel()[0])
+
+    for number, psnr in enumerate([20.0, 25.0, 23.0]):
+        state, recovered = meta.keep_or_recover(
+            moved(state, number), psnr, max_drop=3.0
+        )
+        assert not recovered
+    # The state after the last sound interval may already have begun to collapse.
+    for number, (psnr, scale) in enumerate([(21.9, 0.5), (np.nan, 0.25)]):
+        state, recovered = meta.keep_or_recover(moved(state, 9), psnr, max_drop=3.0)
+        assert recovered
+        assert value(state) == 1.0
+        assert state.guard.num_recoveries == number + 1
+        assert state.guard.scale == scale
+    with pytest.raises(ValueError, match="collapsed 9 times"):
+        for _ in range(9):
+            state, _ = meta.keep_or_recover(state, 1.0, max_drop=3.0)
+
+
+def test_a_run_recovers_and_counts_it(tmp_path, capsys):
+    config = small_config(
+        optimizer__name="sgd",
+        optimizer__learning_rate=1e4,
+        optimizer__clip_norm=0.0,
+        warm_start_steps=0,
+        max_drop=1.0,
+        log_every=2,
+        num_steps=4,
+    )
+    images = data.load("digits", "train")["image"]
+    model = functa.make_model(config.model.to_dict())
+    with runs.open_run(tmp_path, config) as run:
+        state = meta.train(run, model, images)
+        last = run.metrics()[-1]
+    assert state.guard.num_recoveries == last["num_recoveries"] > 0
+    assert "going back to the last good state" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model__grid": (3, 2)}, "model.grid must divide the images of 8x8"),
+        ({"model__grid": (16, 16)}, "model.grid must divide the images of 8x8"),
+        ({"cell": (2, 2)}, "a grid of 2x2 has cells of"),
+        ({"model__interpolation": "bilinear", "cell": None}, "by_cells needs"),
+        ({"coarse_steps": 5}, "neither coarse_steps nor num_pixels"),
+        ({"model__channels": 0}, "model.channels must be at least 1"),
+        ({"inner__calibration": 2.0}, "inner.calibration must be"),
+    ],
+)
+def test_bad_settings(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        meta_learn.train_and_evaluate(small_config(**changes), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_whose_cells_encode_other_images(tmp_path):
+    summary = meta_learn.train_and_evaluate(
+        configs.get_config("smoke_spatial"), tmp_path
+    )
+    functaset = functa.load_functaset(tmp_path / "functaset.npz")
+    assert functaset.latent.shape == (1797, 2, 2, 3)
+    assert functaset.mean.shape == (3,)
+    assert files.read_json(tmp_path / "config.json")["cell"] == [4, 4]
+    assert summary["num_recoveries"] == 0
+    learner = encoding.load_learner(tmp_path)
+    # The PSNR in the file is that of the images drawn from its latents.
+    test = functaset.select("test")
+    images = data.to_float(data.load("digits", "test")["image"])
+    drawn = functa.reconstruct(functaset, learner.params, 8)[functaset.split == "test"]
+    psnr = functa.psnr(np.square(drawn - images).mean((1, 2, 3)))
+    np.testing.assert_allclose(psnr, test.psnr, atol=1e-3)
+    # Larger images have more cells; latents of a crop are a crop of the latents.
+    large = np.random.default_rng(0).integers(0, 256, (2, 12, 16, 1), np.uint8)
+    [(latents, _)] = encoding.encode(learner, large, batch_size=2)
+    [(crops, _)] = encoding.encode(learner, large[:, 4:, 8:], batch_size=2)
+    assert latents.shape == (2, 3, 4, 3)
+    np.testing.assert_allclose(crops, latents[:, 1:, 2:], atol=1e-5)
+    with pytest.raises(ValueError, match="cells of 4x4 points do not fill images of"):
+        learner.for_shape((10, 8))
