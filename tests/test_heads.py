@@ -172,48 +172,36 @@ def make_config(tmp_path, made, **changes):
     return config
 
 
-def test_patches_are_the_pixels_of_the_cells():
-    images = np.arange(2 * 4 * 6).reshape(2, 4, 6, 1)
-    cells = features.split_cells(images, (2, 3), (2, 3))
-    np.testing.assert_array_equal(cells[1, 1, 2], images[1, 2:4, 4:6].ravel())
-    # A larger grid continues the image by reflection.
-    padded = features.split_cells(images, (4, 5), (2, 3))
-    np.testing.assert_array_equal(padded[:, 1:3, 1:4], cells)
-    np.testing.assert_array_equal(padded[0, 1, 0], images[0, :2, [2, 1], 0].T.ravel())
-    for grid in ((3, 3), (2, 4), (1, 3)):
-        if grid == (3, 3):  # One more cell of 2 pixels: one pixel on each side.
-            features.split_cells(images, grid, (2, 3))
-            continue
-        with pytest.raises(ValueError, match="cannot be cut"):
-            features.split_cells(images[:, :, :5] if grid == (2, 4) else images,
-                                 grid, (2, 3))  # fmt: skip
-
-
-def test_patch_pca_against_numpy():
-    values = np.random.default_rng(0).normal(size=(20, 2, 3, 5)) * [1, 2, 3, 4, 5]
-    projected = features.project(values, values[:15], 2)
-    train = values[:15].reshape(-1, 5)
-    _, _, components = np.linalg.svd(train - train.mean(0), full_matrices=False)
-    expected = (values - train.mean(0)) @ components[:2].T
-    # The signs of the components are free.
-    np.testing.assert_allclose(np.abs(projected), np.abs(expected), atol=1e-5)
-
-
 def test_controls_of_a_functaset():
     made = make_grids(copies=2)
     patches, mean, std = features.load_features("patches", made)
-    assert patches.shape == (58, 4, 4, 4) and patches.dtype == np.uint8
     train = made.split == "train"
-    images = np.float32(data.load("digits", "test")["image"][:10])
-    np.testing.assert_array_equal(patches[~train][3, 1, 2], images[3, 2:4, 4:6].ravel())
-    np.testing.assert_allclose(mean, patches[train].mean((0, 1, 2)), rtol=1e-5)
-    np.testing.assert_allclose(std, patches[train].std((0, 1, 2)), rtol=1e-5)
+    images = np.float32(data.load("digits", "test")["image"][:10]) / 255
+    cell = images[3, 2:4, 4:6].ravel()
+    np.testing.assert_allclose(patches[~train][3, 1, 2], cell, atol=1e-6)
     # The second copy is augmented, the first one is not.
-    np.testing.assert_allclose(patches[:24].mean(-1), made.latent[:24, ..., 0])
-    assert np.any(patches[:24] != patches[24:48])
-    projected, _, std = features.load_features("patch_pca", made)
+    first, second = patches[train][:24], patches[train][24:]
+    np.testing.assert_allclose(first.mean(-1), made.latent[:24, ..., 0] / 255, 1e-5)
+    assert np.any(np.abs(first - second) > 0.1)
+    np.testing.assert_allclose(mean, first.mean((0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(std, first.std((0, 1, 2), ddof=1), rtol=1e-2)
+    projected, mean, std = features.load_features("patch_pca", made)
     assert projected.shape == (58, 4, 4, 3)
-    assert (np.diff(std) < 0).all()
+    np.testing.assert_allclose(projected[:24].mean((0, 1, 2)), mean, atol=1e-5)
+    np.testing.assert_allclose(projected[:24].std((0, 1, 2)), std, rtol=1e-2)
+    # An orthogonal projection keeps distances that lie in its plane, and only those.
+    distances, originals = (np.linalg.norm(x[3] - x[5]) for x in (projected, patches))
+    assert 0.8 * originals < distances < originals
+
+
+def test_controls_of_padded_images():
+    made = make_grids(padded=True)
+    made = made._replace(config=made.config | {"padding": 2})
+    padded, _, _ = features.load_features("patches", made)
+    inner, _, _ = features.load_features("patches", make_grids())
+    np.testing.assert_array_equal(padded[:, 1:5, 1:5], inner)
+    # Reflection: one cell beyond the border lies what is behind the border's pixel.
+    np.testing.assert_array_equal(padded[:, 1, 0, 1], inner[:, 0, 0, 1])
 
 
 @pytest.mark.parametrize(
@@ -221,7 +209,7 @@ def test_controls_of_a_functaset():
     [
         (lambda f: f._replace(label=f.label[::-1]), "their labels differ"),
         (lambda f: f._replace(latent=f.latent[:, 0, 0]), "need a functaset of grids"),
-        (lambda f: f._replace(latent=f.latent[:, :3]), "cannot be cut"),
+        (lambda f: f._replace(latent=f.latent[:, :3]), "does not divide signals"),
     ],
 )
 def test_controls_that_can_not_be_had(change, message):
@@ -261,10 +249,7 @@ def test_run_on_windows_of_copies(tmp_path):
         make_grids(copies=2, padded=True),
         crop=(4, 4),
         cutmix=0.5,
-        optimizer="muon",
-        clip_norm=1.0,
         num_measured=5,
-        stages=((0.5, {"model.token_drop": 0.0, "cutmix": 0.0}),),
         validation_fraction=0.25,
     )
     summary = classify_functa.train_and_evaluate(config, tmp_path / "run")

@@ -4,18 +4,17 @@ The controls are computed from the images of the functaset, in its order and on 
 grid, so that the same head can be trained on them:
 
 * `patches`: the pixels of each cell.
-* `patch_pca`: their first principal components, as many as a cell has channels. This is
-  the linear code of the same size.
+* `patch_pca`: the first principal components of the cells, as many as a cell of the
+  latents has channels. This is the linear code of the same size.
 
-Axes: N signals, H W C pixels of an image, h w cells of a grid, D numbers of a cell.
+Axes: N signals, H W C pixels of an image, h w cells of a grid, D values of a cell.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 
 from experiments.common import data
 from experiments.training import encoding
+from functa import linear
 from functa.functaset import Functaset
 
 FEATURES = ("latents", "patches", "patch_pca")
@@ -28,12 +27,13 @@ def load_features(
 
     Args:
       name: one of FEATURES.
-      functaset: the latents; its config names the data set of the images.
+      functaset: the latents. Its config names the data set of the images and, if the
+        images were padded by reflection, the number of pixels on each side, `padding`.
       data_dir: directory of the data set, as in `data.load`.
 
     Returns:
       Features (N, ...) in the order of the functaset, and the mean and deviation of
-      their last axis over the training split.
+      their last axis over the training images.
 
     Raises:
       ValueError: if the latents are not grids over the images, or if the images are not
@@ -41,128 +41,72 @@ def load_features(
     """
     if name == "latents":
         return functaset.latent, functaset.mean, functaset.std
-    values = cut_patches(functaset, data_dir)
-    train = functaset.split == "train"
-    if name == "patch_pca":
-        num_channels = functaset.latent.shape[-1]
-        if num_channels > values.shape[-1]:
-            raise ValueError(
-                f"patch_pca cannot have {num_channels} components, as the latents: a "
-                f"patch has {values.shape[-1]} numbers."
-            )
-        # The first copy, which is not augmented.
-        num_images = train.sum() // functaset.config.get("copies", 1)
-        values = project(
-            values, values[np.flatnonzero(train)[:num_images]], num_channels
-        )
-    mean, covariance = _moments(values[train])
-    return values, np.float32(mean), np.float32(np.sqrt(np.diag(covariance)))
-
-
-def cut_patches(functaset: Functaset, data_dir: str | None = None) -> np.ndarray:
-    """The pixels of each cell: uint8 (N, h, w, D), see `load_features`."""
-    config = functaset.config
-    grid = functaset.latent.shape[1:-1]
+    grid, num_channels = functaset.latent.shape[1:-1], functaset.latent.shape[-1]
     if len(grid) != 2:
         raise ValueError(
-            "patches need a functaset of grids (N, h, w, C), but its latents have the "
-            f"shape {functaset.latent.shape}."
+            f"features {name} need a functaset of grids (N, h, w, C), but its latents "
+            f"have the shape {functaset.latent.shape}."
         )
-    # A larger grid than that of the model is the encoding of a padded image.
-    model_grid = config["model"].get("grid", grid)
-    values = None
-    for split in np.unique(functaset.split):
-        rows = np.flatnonzero(functaset.split == split)
-        copies = config.get("copies", 1) if split == "train" else 1
-        num_images = len(rows) // copies
-        arrays = data.load(config["dataset"], str(split), data_dir=data_dir)
-        labels = arrays["label"][:num_images]
-        if not np.array_equal(labels, functaset.label[rows[:num_images]]):
+    train, _ = _load_images(functaset, "train", data_dir)
+    pca = linear.fit_pca(_pad(functaset, train), grid=grid)
+    if name == "patches":
+        # The projection to these components changes nothing.
+        variance = np.square(pca.components.T) @ pca.variance
+        mean, pca = pca.mean, _identity(pca)
+    else:
+        if num_channels > len(pca.mean):
             raise ValueError(
-                f"the {split} images of {config['dataset']} are not those of the "
-                "functaset: their labels differ."
+                f"the latents have {num_channels} channels, but a cell has only "
+                f"{len(pca.mean)} principal components."
             )
-        images = arrays["image"][:num_images]
-        for copy in range(copies):
-            for start in range(0, num_images, encoding.SHARD_SIZE):
+        variance = pca.variance[:num_channels]
+        mean = np.zeros(num_channels)
+        pca = pca._replace(components=pca.components[:num_channels], variance=variance)
+    values = np.empty((*functaset.latent.shape[:-1], len(pca.components)), np.float32)
+    for rows, images in _copies(functaset, data_dir):
+        values[rows] = linear.encode(pca, _pad(functaset, images))
+    return values, np.float32(mean), np.float32(np.sqrt(variance))
+
+
+def _identity(pca):
+    size = len(pca.mean)
+    return pca._replace(mean=np.zeros(size), components=np.eye(size))
+
+
+def _pad(functaset, images):
+    padding = functaset.config.get("padding", 0)
+    widths = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    return np.pad(images, widths, mode="reflect")
+
+
+def _copies(functaset, data_dir):
+    """Yields the rows of each shard of the functaset and its images."""
+    config = functaset.config
+    for split in map(str, np.unique(functaset.split)):
+        images, rows = _load_images(functaset, split, data_dir)
+        for copy in range(len(rows) // len(images)):
+            for start in range(0, len(images), encoding.SHARD_SIZE):
                 shard = encoding.copy_images(
                     images[start : start + encoding.SHARD_SIZE],
                     copy * len(functaset.label) + start if copy else None,
                     seed=config.get("seed", 0),
                     flip=config.get("flip", False),
                 )
-                patches = split_cells(shard, grid, model_grid)
-                if values is None:
-                    shape = (len(functaset.label), *patches.shape[1:])
-                    values = np.empty(shape, np.uint8)
-                first = copy * num_images + start
-                values[rows[first : first + len(patches)]] = patches
-    return values
+                first = copy * len(images) + start
+                yield rows[first : first + len(shard)], shard
 
 
-def split_cells(
-    images: np.ndarray, grid: Sequence[int], model_grid: Sequence[int]
-) -> np.ndarray:
-    """Cuts images into the cells of a grid.
-
-    Args:
-      images: (N, H, W, C).
-      grid: (h, w).
-      model_grid: the grid that covers an image; if `grid` is larger, the images are
-        padded by reflection.
-
-    Returns:
-      (N, h, w, D) with the pixels of each cell in the order of its rows.
-
-    Raises:
-      ValueError: if the cells do not divide the images, or the padding is not even.
-    """
-    sides = images.shape[1:3]
-    cell = [side // cells for side, cells in zip(sides, model_grid, strict=True)]
-    padding = [n * p - side for n, p, side in zip(grid, cell, sides, strict=True)]
-    if any(side % cells for side, cells in zip(sides, model_grid, strict=True)) or any(
-        pad < 0 or pad % 2 for pad in padding
-    ):
+def _load_images(functaset, split, data_dir):
+    """The images of a split, without copies, and the rows of the split."""
+    rows = np.flatnonzero(functaset.split == split)
+    copies = functaset.config.get("copies", 1) if split == "train" else 1
+    num_images = len(rows) // copies
+    name = functaset.config["dataset"]
+    arrays = data.load(name, split, data_dir=data_dir)
+    labels = arrays["label"][:num_images]
+    if not np.array_equal(labels, functaset.label[rows[:num_images]]):
         raise ValueError(
-            f"images of {sides[0]}x{sides[1]} pixels cannot be cut into the cells of a "
-            f"{grid[0]}x{grid[1]} grid, where {model_grid[0]}x{model_grid[1]} cells "
-            "cover an image."
+            f"the {split} images of {name} are not those of the functaset: their "
+            "labels differ."
         )
-    pads = [(0, 0), *((pad // 2, pad // 2) for pad in padding), (0, 0)]
-    images = np.pad(images, pads, mode="reflect")
-    cells = images.reshape(len(images), grid[0], cell[0], grid[1], cell[1], -1)
-    return cells.transpose(0, 1, 3, 2, 4, 5).reshape(len(images), *grid, -1)
-
-
-def project(values: np.ndarray, train: np.ndarray, num_components: int) -> np.ndarray:
-    """The first principal components of all cells, fitted to those of `train`.
-
-    Args:
-      values: (N, h, w, D).
-      train: (M, h, w, D).
-      num_components: number of components.
-
-    Returns:
-      float32 (N, h, w, num_components).
-    """
-    mean, covariance = _moments(train)
-    _, vectors = np.linalg.eigh(covariance)
-    basis = np.float32(vectors[:, ::-1][:, :num_components])
-    projected = np.empty((*values.shape[:-1], num_components), np.float32)
-    for start in range(0, len(values), 1000):
-        part = slice(start, start + 1000)
-        projected[part] = (np.float32(values[part]) - np.float32(mean)) @ basis
-    return projected
-
-
-def _moments(values):
-    """Mean (D,) and covariance (D, D) of all cells, float64."""
-    size = values.shape[-1]
-    total, products, count = np.zeros(size), np.zeros((size, size)), 0
-    for start in range(0, len(values), 1000):  # limits the memory of float64
-        cells = np.float64(values[start : start + 1000]).reshape(-1, size)
-        total += cells.sum(0)
-        products += cells.T @ cells
-        count += len(cells)
-    mean = total / count
-    return mean, products / count - np.outer(mean, mean)
+    return arrays["image"][:num_images], rows
