@@ -75,10 +75,11 @@ def test_token_drop(settings):
 
     @jax.jit
     def logits(key):
+        keys = jax.random.split(key)
         # Without a key nothing is dropped.
         evaluated = thinned.apply(params, latents)
-        at_rate_0 = plain.apply(params, latents, key=key)
-        return evaluated, at_rate_0, thinned.apply(params, latents, key=key)
+        at_rate_0 = plain.apply(params, latents, key=keys[0])
+        return evaluated, at_rate_0, thinned.apply(params, latents, key=keys[1])
 
     evaluated, at_rate_0, dropped = logits(jax.random.key(1))
     assert evaluated.shape == (3, 4)
