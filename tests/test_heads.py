@@ -10,7 +10,7 @@ from experiments import classify_functa
 from experiments.common import augmentation, data, files
 from experiments.configs import classify_functa as configs
 from experiments.networks import convnext, heads
-from experiments.training import features
+from experiments.training import features, loop
 from functa import functaset
 
 VIT = {"type": "vit", "hidden_size": 8, "num_layers": 2, "num_heads": 2, "mlp_dim": 12}
@@ -249,18 +249,15 @@ def test_run_on_windows_of_copies(tmp_path):
         tmp_path,
         make_grids(copies=2, padded=True),
         crop=(4, 4),
-        cutmix=0.5,
         num_measured=5,
         validation_fraction=0.25,
     )
+    config.model = {"type": "mlp", "hidden_sizes": (4,), "activation": "relu"}
     summary = classify_functa.train_and_evaluate(config, tmp_path / "run")
     assert (summary["num_train"], summary["num_validation"]) == (2 * 18, 6)
     assert 0 <= summary["linear_probe_test_accuracy"] <= 1
-    # The position embedding has the 16 cells of the window and CLS.
+    assert summary["num_params"] == 4 * 4 * 3 * 4 + 4 + 4 * 10 + 10
     signals = classify_functa.load_signals(config, config.functaset)
-    head = classify_functa.make_head(config, signals)
-    params = jax.eval_shape(head.init, jax.random.key(0))
-    assert params["Transformer"]["posembed_input"]["pos_embedding"].shape == (1, 17, 8)
     latents, labels = classify_functa.evaluated_part(config, signals, "train")
     assert latents.shape == (18, 4, 4, 3) and labels.shape == (18,)
     with np.load(tmp_path / "run" / "arrays.npz") as arrays:
@@ -269,11 +266,58 @@ def test_run_on_windows_of_copies(tmp_path):
     assert len(files.read_metrics(tmp_path / "run" / "metrics.jsonl")) == 2
 
 
+def all_zero(candidates):
+    return {f"candidates.{name}": (0.0,) for name in candidates}
+
+
+@pytest.mark.parametrize("settings", [VIT, CONVNEXT], ids=["vit", "convnext"])
+def test_epoch_of_every_option_can_be_traced(tmp_path, settings):
+    config = make_config(
+        tmp_path,
+        make_grids(copies=2, padded=True),
+        crop=(4, 4),
+        cutmix=0.5,
+        optimizer="muon",
+        clip_norm=1.0,
+        stages=((0.5, {"model.token_drop": 0.0, "cutmix": 0.0}),),
+    )
+    config.model = settings | {"token_drop": 0.25}
+    candidates = classify_functa.make_candidates(config)
+    signals = classify_functa.load_signals(config, config.functaset)
+    for stage in range(2):
+        changed = loop.in_stage(config, stage)
+        head = classify_functa.make_head(changed, signals)
+        state = jax.eval_shape(
+            lambda head=head: classify_functa.init_state(config, head, candidates)
+        )
+        epoch = classify_functa.make_epoch(
+            changed, head, candidates, num_images=signals.num_images
+        )
+        args = (*signals.splits["train"], jax.random.key(0))
+        trained, losses = jax.eval_shape(epoch, state, *args)
+        chex.assert_trees_all_equal_shapes_and_dtypes(trained, state)
+        assert losses.shape == (1,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [VIT, CONVNEXT], ids=["vit", "convnext"])
+def test_heads_learn(tmp_path, settings):
+    config = make_config(tmp_path, make_grids(), num_epochs=40, log_every=40)
+    config.update_from_flattened_dict(all_zero(config.candidates))
+    config.update({"checkpoint_every": 40, "validation_fraction": 0.0})
+    config.candidates.learning_rate = (3e-3,)
+    config.model = settings
+    classify_functa.train_and_evaluate(config, tmp_path / "run")
+    [metrics] = files.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    # 24 digits are learned by heart.
+    assert metrics["train_accuracy"] > 0.9
+
+
 def test_epoch_takes_each_image_once_in_a_random_copy():
     # Latent and label are the numbers of image and copy; a linear model's gradient
     # with respect to its kernel sums what it saw.
     config = configs.get_config("digits")
-    config.candidates.update({name: (0.0,) for name in config.candidates})
+    config.update_from_flattened_dict(all_zero(config.candidates))
     config.candidates.learning_rate = (1.0,)
     config.update({"batch_size": 6, "schedule": "constant", "crop": (1, 1)})
     rows = np.stack([np.arange(18) % 6, np.arange(18) // 6], 1)
