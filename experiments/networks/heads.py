@@ -73,6 +73,11 @@ def make_head(
 
 def _mlp(fields, num_classes, latent_shape):
     model = MLP(**fields, num_classes=num_classes)
+    if not all(type(width) is int and width > 0 for width in model.hidden_sizes):
+        raise ValueError(
+            "config.model.hidden_sizes must be a tuple of positive integers, got "
+            f"{model.hidden_sizes}."
+        )
     size = math.prod(latent_shape)
 
     def apply(params, latents, *, key=None, dropout_rate=None):
@@ -117,10 +122,18 @@ def _vit(fields, num_classes, latent_shape):
 
 def _convnext(fields, num_classes, latent_shape):
     model = ConvNeXt(num_classes, **fields)
-    if len(model.widths) != len(model.depths):
+    sizes = (*model.widths, *model.depths)
+    if len(model.widths) != len(model.depths) or not all(
+        type(size) is int and size > 0 for size in sizes
+    ):
         raise ValueError(
             f"config.model.widths {model.widths} and depths {model.depths} must have "
-            "one entry per stage."
+            "one positive integer per stage."
+        )
+    if not 0 <= model.drop_path_rate < 1:
+        raise ValueError(
+            f"config.model.drop_path_rate must be in [0, 1), got "
+            f"{model.drop_path_rate}."
         )
     factor = 2 ** (len(model.widths) - 1)
     grid = latent_shape[:-1]
