@@ -196,7 +196,7 @@ def load_signals(config: ConfigDict, path: str) -> Signals:
 
     def inputs(index):
         # One copy, changed in place: grids with padding are large.
-        chosen = values[index].astype(np.float32)
+        chosen = values[index].astype(np.float32, copy=False)
         if config.normalize:
             chosen -= mean
             # An entry that is constant becomes 0 instead of infinite.

@@ -234,7 +234,7 @@ VARIANTS = {
     | {
         "candidates.learning_rate": (4e-3,),
         "candidates.weight_decay": (0.05,),
-        "candidates.mixup": (0.5,),
+        "candidates.mixup": (0.2,),
         "cutmix": 0.5,
         "model": {
             "type": "vit",
@@ -254,7 +254,7 @@ VARIANTS = {
     | {
         "candidates.learning_rate": (4e-3,),
         "candidates.weight_decay": (0.05,),
-        "candidates.mixup": (0.5,),
+        "candidates.mixup": (0.2,),
         "cutmix": 0.5,
         "model": {
             "type": "convnext",
