@@ -1,17 +1,18 @@
-"""Trains an MLP that classifies images by their latents.
+"""Trains a network that classifies images by their latents.
 
     python -m experiments.classify_functa \
         --config=experiments/configs/classify_functa.py:digits
 
-The whole functaset is on the device, and an epoch is one call. All candidate settings
-are trained at once. A validation part of the training split selects a candidate and an
+The network is an MLP, or for grids of latents a Vision Transformer or a ConvNeXt. The
+whole functaset is on the device, and an epoch is one call. All candidate settings are
+trained at once. A validation part of the training split selects a candidate and an
 epoch, and only this one is evaluated on the test split.
 """
 
 import functools
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,41 @@ from flax import linen as nn
 from flax import struct
 from ml_collections import ConfigDict
 
-from experiments.common import devices, figures, files, launch, runs, settings
+from experiments.common import (
+    augmentation,
+    devices,
+    figures,
+    files,
+    launch,
+    runs,
+    settings,
+)
 from experiments.common.sweep import sweep
 from experiments.configs import classify_functa as configs
-from experiments.training import loop
+from experiments.networks import heads
+from experiments.networks.heads import Head
+from experiments.training import features, loop, optimizers
 from functa import classifier, functaset
 
-Splits = dict[str, tuple[np.ndarray, np.ndarray]]
+
+class Signals(NamedTuple):
+    """A functaset as the data of a classifier.
+
+    Attributes:
+      splits: {part: (inputs (N, *Z), labels (N,))} of the parts `train`, `validation`
+        (if any) and `test`. The rows of `train` are ordered by copy, and within a copy
+        by image.
+      num_images: number of training images; each has N / num_images copies.
+      num_classes: K.
+      class_names: names of the classes, or None.
+      params_sha256: digest of the weights that made the functaset.
+    """
+
+    splits: dict[str, tuple[np.ndarray, np.ndarray]]
+    num_images: int
+    num_classes: int
+    class_names: list[str] | None
+    params_sha256: str
 
 
 @struct.dataclass
@@ -51,22 +80,39 @@ class TrainState:
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
     settings.check(config, configs.RULES)
+    loop.check_stages(config, _CHANGEABLE)
     candidates = make_candidates(config)
-    by_seed = {seed: load_splits(config, seed) for seed in config.seeds}
+    paths = {seed: _path(config, seed) for seed in config.seeds}
+    # Several seeds may classify the same functaset.
+    loaded = {path: load_signals(config, path) for path in set(paths.values())}
+    for signals in loaded.values():
+        for stage in range(len(config.stages) + 1):
+            make_head(loop.in_stage(config, stage), signals)
 
     def experiment(run):
         [seed] = run.config.seeds
-        _, splits = by_seed[seed]
-        num_classes = 1 + max(int(labels.max()) for _, labels in splits.values())
-        model = classifier.MLP(**config.model, num_classes=num_classes)
-        state = train(run, model, candidates, splits)
-        return _evaluate(run, model, candidates, state, splits)
+        signals = loaded[paths[seed]]
+        state = train(run, candidates, signals)
+        return _evaluate(run, candidates, state, signals)
 
     def inputs(config):
         [seed] = config.seeds
-        return {"functaset": by_seed[seed][0]}
+        return {"functaset": loaded[paths[seed]].params_sha256}
 
     return sweep(config, workdir, experiment, inputs=inputs)
+
+
+# Fields that only the construction of an epoch reads.
+_CHANGEABLE = {
+    "cutmix",
+    "model.token_drop",
+    "model.dropout_rate",
+    "model.drop_path_rate",
+}
+
+
+def _path(config, seed):
+    return config.functaset.replace("{seed}", str(seed))
 
 
 def make_candidates(config: ConfigDict) -> dict[str, np.ndarray]:
@@ -83,24 +129,28 @@ def make_candidates(config: ConfigDict) -> dict[str, np.ndarray]:
             f"selecting one of {len(combinations)} candidates needs a validation part: "
             "set validation_fraction."
         )
-    if not callable(getattr(nn, config.model.activation, None)):
-        raise ValueError(f"flax.linen has no activation {config.model.activation!r}.")
+    activation = config.model.get("activation", "relu")
+    if not callable(getattr(nn, activation, None)):
+        raise ValueError(f"flax.linen has no activation {activation!r}.")
+    if config.model.type != "mlp" and any(config.candidates.dropout_rate):
+        raise ValueError(
+            "candidates.dropout_rate is the rate of the head mlp; for the head "
+            f"{config.model.type} set model.dropout_rate."
+        )
     return dict(zip(values, combinations.T, strict=True))
 
 
-def load_splits(config: ConfigDict, seed: int = 0) -> tuple[str, Splits]:
-    """Reads a functaset: the digest of the weights that made it, and its parts.
-
-    The parts are latents and labels of `train`, `validation` (if any) and `test`.
+def load_signals(config: ConfigDict, path: str) -> Signals:
+    """Reads a functaset, or the control of config.features on the same images.
 
     The validation part is a fixed random choice of images of the training split. Their
     augmented copies are not used for training.
 
     Raises:
       FileNotFoundError: if the functaset does not exist.
-      ValueError: if it is damaged, or if it has no test split, labels or classes.
+      ValueError: if it is damaged, or if it has no test split, labels or classes, or
+        if config.crop or config.cutmix do not fit its latents.
     """
-    path = config.functaset.replace("{seed}", str(seed))
     if not Path(path).exists():
         raise FileNotFoundError(
             f"there is no functaset {path}; experiments.meta_learn and "
@@ -112,48 +162,91 @@ def load_splits(config: ConfigDict, seed: int = 0) -> tuple[str, Splits]:
             raise ValueError(f"{path} has no {split} split.")
     if whole.label.min() < 0:
         raise ValueError(f"{path} has signals without a label (-1).")
-    train = whole.select("train")
-    if len(np.unique(train.label)) < 2:
+    of_split = {
+        split: np.flatnonzero(whole.split == split) for split in ("train", "test")
+    }
+    train_rows = of_split["train"]
+    if len(np.unique(whole.label[train_rows])) < 2:
         raise ValueError(f"{path} has signals of one class only.")
     copies = whole.config.get("copies", 1)
-    num_images, remainder = divmod(len(train.label), copies)
+    num_images, remainder = divmod(len(train_rows), copies)
     if remainder:
         raise ValueError(
-            f"{path}: {len(train.label)} training signals are not {copies} copies."
+            f"{path}: {len(train_rows)} training signals are not {copies} copies."
         )
+    _check_grid(config, path, whole.latent.shape[1:])
     # Independent of the seed: runs of several seeds are compared on the same images.
     order = np.random.default_rng(0).permutation(num_images)
     num_validation = round(config.validation_fraction * num_images)
     held_out, kept = order[:num_validation], np.sort(order[num_validation:])
     # The rows are ordered by copy, and within a copy by image.
-    rows = {"train": (np.arange(copies)[:, None] * num_images + kept).ravel()}
+    copied = (np.arange(copies)[:, None] * num_images + kept).ravel()
+    rows = {"train": train_rows[copied]}
     if num_validation:
-        rows["validation"] = np.sort(held_out)
-    if not 0 < config.batch_size <= len(rows["train"]):
+        rows["validation"] = train_rows[np.sort(held_out)]
+    rows["test"] = of_split["test"]
+    if not 0 < config.batch_size <= len(kept):
         raise ValueError(
-            f"batch_size must be between 1 and the {len(rows['train'])} training "
-            f"signals, got {config.batch_size}."
+            f"batch_size must be between 1 and the {len(kept)} training images, got "
+            f"{config.batch_size}."
+        )
+    values, mean, std = features.load_features(
+        config.features, whole, data_dir=config.data_dir
+    )
+
+    def inputs(index):
+        # One copy, changed in place: grids with padding are large.
+        chosen = values[index].astype(np.float32, copy=False)
+        if config.normalize:
+            chosen -= mean
+            # An entry that is constant becomes 0 instead of infinite.
+            chosen /= np.where(std > 0, std, 1)
+        return chosen
+
+    return Signals(
+        splits={
+            name: (inputs(index), whole.label[index]) for name, index in rows.items()
+        },
+        num_images=len(kept),
+        num_classes=1 + int(whole.label.max()),
+        class_names=whole.config.get("class_names"),
+        params_sha256=whole.params_sha256,
+    )
+
+
+def _check_grid(config, path, latent_shape):
+    grid = latent_shape[:-1]
+    if config.crop and (
+        len(config.crop) != len(grid)
+        or any(kept > side for kept, side in zip(config.crop, grid, strict=True))
+    ):
+        raise ValueError(
+            f"crop {tuple(config.crop)} does not fit into the grid {grid} of the "
+            f"latents of {path}."
+        )
+    if len(grid) != 2 and any(
+        loop.in_stage(config, stage).cutmix for stage in range(len(config.stages) + 1)
+    ):
+        raise ValueError(
+            f"cutmix needs grids of latents (N, h, w, C), but those of {path} have the "
+            f"shape {latent_shape}; set cutmix=0."
         )
 
-    def latents(signals):
-        return signals.normalized() if config.normalize else signals.latent
 
-    values = latents(train)
-    splits = {name: (values[index], train.label[index]) for name, index in rows.items()}
-    test = whole.select("test")
-    splits["test"] = latents(test), test.label
-    return whole.params_sha256, splits
+def make_head(config: ConfigDict, signals: Signals) -> Head:
+    """The network of config.model, see `heads.make_head`."""
+    latent_shape = signals.splits["train"][0].shape[1:]
+    if config.crop:
+        latent_shape = (*config.crop, latent_shape[-1])
+    return heads.make_head(config.model.to_dict(), signals.num_classes, latent_shape)
 
 
 def init_state(
-    config: ConfigDict,
-    model: classifier.MLP,
-    candidates: dict[str, np.ndarray],
-    latents: np.ndarray,
+    config: ConfigDict, head: Head, candidates: dict[str, np.ndarray]
 ) -> TrainState:
     """The state before the first epoch; all candidates start from the same weights."""
     num_candidates = len(candidates["learning_rate"])
-    params = jax.jit(model.init)(jax.random.key(config.seeds[0]), latents[:1])["params"]
+    params = jax.jit(head.init)(jax.random.key(config.seeds[0]))
 
     def stack(tree):
         return jax.tree.map(
@@ -168,57 +261,94 @@ def init_state(
 
 
 def _make_optimizer(config, settings, *, num_steps):
-    """Adam with the learning rate and weight decay of a candidate (may be traced)."""
+    """The optimizer of a candidate, whose settings may be traced."""
     rate, decay = settings["learning_rate"], settings["weight_decay"]
-    if config.schedule == "cosine":
-        cosine = optax.cosine_decay_schedule(1.0, num_steps)
-        schedule = lambda count: rate * cosine(count)  # noqa: E731
-    else:
-        schedule = lambda count: rate  # noqa: E731
-    if config.weight_decay_type == "l2":
-        return optax.chain(optax.add_decayed_weights(decay), optax.adam(schedule))
-    return optax.adamw(
-        schedule,
-        weight_decay=decay,
-        mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+    relative = ConfigDict(
+        {
+            "learning_rate": 1.0,
+            "schedule": config.schedule,
+            "warmup_steps": round(num_steps * config.warmup_epochs / config.num_epochs),
+        }
     )
+    factor = optimizers.make_schedule(relative, num_steps)
+
+    def schedule(count):
+        return rate * factor(count)
+
+    if config.optimizer == "muon":
+        # The scale of the updates is that of Adam (Liu et al. 2025, arXiv 2502.16982).
+        optimizer = optax.contrib.muon(
+            schedule,
+            weight_decay=decay,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=optimizers.matrix_axes,
+        )
+    elif config.weight_decay_type == "l2":
+        optimizer = optax.chain(optax.add_decayed_weights(decay), optax.adam(schedule))
+    else:
+        optimizer = optax.adamw(
+            schedule,
+            weight_decay=decay,
+            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+        )
+    if config.clip_norm:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return optimizer
 
 
 def make_epoch(
     config: ConfigDict,
-    model: classifier.MLP,
+    head: Head,
     candidates: dict[str, np.ndarray],
     *,
-    num_examples: int,
+    num_images: int,
 ):
-    """The jitted epoch: (state, latents (N, L), labels (N,), key) -> state, losses.
+    """The jitted epoch: (state, latents (N, *Z), labels (N,), key) -> state, losses.
 
-    An epoch is shuffled, and a remainder that does not fill a batch is dropped. The
-    losses are means over the epoch, (num_candidates,).
+    An epoch takes each image once, in random order, in a random one of its N /
+    num_images copies, and in a random window if config.crop is set. A remainder that
+    does not fill a batch is dropped. The losses are means over the epoch,
+    (num_candidates,).
     """
-    num_steps = num_examples // config.batch_size
+    num_steps = num_images // config.batch_size
     num_candidates = len(candidates["learning_rate"])
     used = {name for name, values in candidates.items() if values.any()}
+
+    def mix(key, latents, targets, largest):
+        def by_mixup(key):
+            if "mixup" not in used:
+                return latents, targets
+            return classifier.mixup(key, latents, targets, largest)
+
+        def by_cutmix(key):
+            return augmentation.mix(
+                key, latents, targets, mixup_alpha=0.0, cutmix_alpha=1.0
+            )
+
+        if not config.cutmix:
+            return by_mixup(key)
+        keys = jax.random.split(key, 3)
+        is_cutmix = jax.random.bernoulli(keys[0], config.cutmix)
+        return jax.tree.map(
+            functools.partial(jnp.where, is_cutmix),
+            by_cutmix(keys[1]),
+            by_mixup(keys[2]),
+        )
 
     def loss_fn(params, settings, latents, labels, key):
         key_noise, key_mixup, key_dropout = jax.random.split(key, 3)
         targets = classifier.smooth_labels(
-            labels, model.num_classes, settings["label_smoothing"]
+            labels, head.num_classes, settings["label_smoothing"]
         )
         # Only the regularization that some candidate uses is computed.
         if "noise_std" in used:
             noise = jax.random.normal(key_noise, latents.shape)
             latents = latents + settings["noise_std"] * noise
-        if "mixup" in used:
-            latents, targets = classifier.mixup(
-                key_mixup, latents, targets, settings["mixup"]
-            )
-        logits = model.apply(
-            {"params": params},
-            latents,
-            dropout_rate=settings["dropout_rate"],
-            key=key_dropout if "dropout_rate" in used else None,
-        )
+        latents, targets = mix(key_mixup, latents, targets, settings["mixup"])
+        options = {}
+        if "dropout_rate" in used:
+            options["dropout_rate"] = settings["dropout_rate"]
+        logits = head.apply(params, latents, key=key_dropout, **options)
         return classifier.cross_entropy(
             logits, targets, double_softmax=config.double_softmax
         ).mean()
@@ -241,19 +371,32 @@ def make_epoch(
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated())
     def epoch(state, latents, labels, key):
         key_order, key_steps = jax.random.split(key)
-        order = jax.random.permutation(key_order, num_examples)
+        num_copies = len(latents) // num_images
+        if num_copies > 1:
+            key_order, key_copies = jax.random.split(key_order)
+            copies = jax.random.randint(key_copies, (num_images,), 0, num_copies)
+        order = jax.random.permutation(key_order, num_images)
+        if num_copies > 1:
+            order += num_images * copies
         order = order[: num_steps * config.batch_size].reshape(num_steps, -1)
 
         def step(state, inputs):
-            indices, keys = inputs
-            batch = devices.divide_traced((latents[indices], labels[indices]))
+            indices, keys, *key_window = inputs
+            batch = latents[indices]
+            if config.crop:
+                batch = augmentation.random_window(*key_window, batch, config.crop)
+            batch = devices.divide_traced((batch, labels[indices]))
             # All candidates use the same batch.
             return jax.vmap(update, in_axes=(0, 0, None, None, 0))(
                 state, candidates, *batch, keys
             )
 
+        windows = ()
+        if config.crop:
+            key_steps, key_windows = jax.random.split(key_steps)
+            windows = (jax.random.split(key_windows, num_steps),)
         keys = jax.random.split(key_steps, (num_steps, num_candidates))
-        state, losses = jax.lax.scan(step, state, (order, keys))
+        state, losses = jax.lax.scan(step, state, (order, keys, *windows))
         return state, losses.mean(0)
 
     return epoch
@@ -261,17 +404,21 @@ def make_epoch(
 
 @functools.partial(jax.jit, static_argnums=0)
 def measure_accuracy(
-    model: classifier.MLP, params: Any, latents: jax.Array, labels: jax.Array
+    head: Head, params: Any, latents: jax.Array, labels: jax.Array
 ) -> jax.Array:
     """Accuracy of each candidate, (num_candidates,)."""
 
     def accuracy(params):
-        predicted = classifier.predict(
-            lambda x: model.apply({"params": params}, x), latents
-        )
-        return jnp.mean(predicted == labels)
+        return jnp.mean(predict(head, params, latents) == labels)
 
     return jax.lax.map(accuracy, params)
+
+
+def predict(head: Head, params: Any, latents: jax.Array) -> jax.Array:
+    """Most likely class of each latent: (N, *Z) -> int32 (N,)."""
+    return classifier.predict(
+        lambda latent: head.apply(params, latent[None])[0], latents, batch_size=500
+    )
 
 
 @jax.jit
@@ -291,29 +438,43 @@ def keep_best(state: TrainState, accuracy: jax.Array, epoch: int) -> TrainState:
 
 
 def train(
-    run: runs.Run,
-    model: classifier.MLP,
-    candidates: dict[str, np.ndarray],
-    splits: Splits,
+    run: runs.Run, candidates: dict[str, np.ndarray], signals: Signals
 ) -> TrainState:
     """Trains all candidates at once according to run.config; a step is an epoch."""
     config = run.config
-    on_device = devices.replicate(splits)
-    latents, labels = on_device["train"]
-    run_epoch = make_epoch(config, model, candidates, num_examples=len(latents))
-    shown = [name for name in splits if name != "test" or config.log_test]
+    head = make_head(config, signals)
+    latents, labels = devices.replicate(signals.splits["train"])
+    measured = {
+        name: evaluated_part(config, signals, name)
+        for name in signals.splits
+        if name != "test" or config.log_test
+    }
+    if config.num_measured:
+        measured["train"] = tuple(x[: config.num_measured] for x in measured["train"])
+    measured = devices.replicate(measured)
     key = jax.random.key(config.seeds[0] + 1)
-    run.say(f"compiling the epoch of {len(latents)} latents ...")
+
+    @functools.cache
+    def epoch_in(stage):
+        run.say(f"compiling the epoch of {signals.num_images} images ...")
+        changed = loop.in_stage(config, stage)
+        return make_epoch(
+            changed,
+            make_head(changed, signals),
+            candidates,
+            num_images=signals.num_images,
+        )
 
     def advance(state, start, stop):
         losses = []
         for epoch in range(start, stop):
+            run_epoch = epoch_in(loop.stage_of(config, epoch))
             epoch_key = jax.random.fold_in(key, epoch)
             state, loss = run_epoch(state, latents, labels, epoch_key)
             losses.append(loss)
         accuracy = {
-            name: measure_accuracy(model, state.average, *on_device[name])
-            for name in shown
+            name: measure_accuracy(head, state.average, *part)
+            for name, part in measured.items()
         }
         # Without a validation part each epoch replaces the previous one.
         score = accuracy.get("validation", jnp.full(len(loss), float(stop)))
@@ -328,40 +489,55 @@ def train(
 
     return loop.train(
         run,
-        init_state(config, model, candidates, latents),
+        init_state(config, head, candidates),
         advance,
         stops=loop.every(config.num_epochs, config.log_every),
         saves=loop.every(config.num_epochs, config.checkpoint_every),
     )
 
 
-def _evaluate(run, model, candidates, state, splits):
+def evaluated_part(
+    config: ConfigDict, signals: Signals, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels for evaluation: the first copies, in their central windows."""
+    latents, labels = signals.splits[name]
+    if name == "train":
+        latents, labels = latents[: signals.num_images], labels[: signals.num_images]
+    if config.crop:
+        latents = augmentation.center_window(latents, config.crop)
+    return latents, labels
+
+
+def _evaluate(run, candidates, state, signals):
     config = run.config
+    head = make_head(config, signals)
+    num_classes = signals.num_classes
     chosen = int(np.argmax(state.best["accuracy"]))
     params = jax.tree.map(lambda x: x[chosen], state.best["params"])
-    latents, labels = splits["test"]
-    predict = jax.jit(classifier.predict, static_argnums=0)
-    predicted = np.asarray(
-        predict(lambda x: model.apply({"params": params}, x), latents)
-    )
-    confusion = np.zeros((model.num_classes, model.num_classes), np.int64)
+    latents, labels = evaluated_part(config, signals, "test")
+    predicted = np.asarray(jax.jit(predict, static_argnums=0)(head, params, latents))
+    confusion = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(confusion, (labels, predicted), 1)
     run.say("fitting a linear probe ...")
     probe = jax.jit(_probe_accuracy, static_argnums=0)
-    probe_accuracy = probe(model.num_classes, splits["train"], splits["test"])
+    probe_accuracy = probe(
+        num_classes, evaluated_part(config, signals, "train"), (latents, labels)
+    )
     metrics = run.metrics()
     arrays = {"confusion": confusion, "chosen": np.array(chosen)}
+    if signals.class_names is not None:
+        arrays["class_names"] = np.array(signals.class_names)
     files.write_npz(run.workdir / "arrays.npz", arrays)
     figures.draw(run.workdir)
     summary = {"test_accuracy": np.mean(predicted == labels)}
-    if "validation" in splits:
+    if "validation" in signals.splits:
         summary["validation_accuracy"] = state.best["accuracy"][chosen]
     summary |= {
         "linear_probe_test_accuracy": probe_accuracy,
         "epoch": state.best["epoch"][chosen],
         **{name: values[chosen] for name, values in candidates.items()},
         "num_params": sum(x.size for x in jax.tree.leaves(params)),
-        **{f"num_{name}": len(labels) for name, (_, labels) in splits.items()},
+        **{f"num_{name}": len(part[1]) for name, part in signals.splits.items()},
     }
     if config.log_test:
         summary["epochs"] = [m["step"] for m in metrics]
@@ -372,11 +548,13 @@ def _evaluate(run, model, candidates, state, splits):
 
 
 def _probe_accuracy(num_classes, train, test):
+    vectors = train[0].reshape(len(train[0]), -1)
     # Raw latents are too small for the probe to converge.
-    mean, std = train[0].mean(0, keepdims=True), train[0].std(0, keepdims=True)
+    mean, std = vectors.mean(0, keepdims=True), vectors.std(0, keepdims=True)
     std = jnp.where(std > 0, std, 1)
-    probe = classifier.linear_probe((train[0] - mean) / std, train[1], num_classes)
-    return jnp.mean(classifier.predict(probe, (test[0] - mean) / std) == test[1])
+    probe = classifier.linear_probe((vectors - mean) / std, train[1], num_classes)
+    tested = (test[0].reshape(len(test[0]), -1) - mean) / std
+    return jnp.mean(classifier.predict(probe, tested) == test[1])
 
 
 if __name__ == "__main__":

@@ -120,16 +120,17 @@ def mixup(
 
     Args:
       key: PRNG key.
-      latents: (B, L).
+      latents: (B, ...), vectors or grids.
       targets: (B, K).
       largest: upper bound of the weight of the other example; 0 disables mixing.
 
     Returns:
-      Mixed latents (B, L) and targets (B, K).
+      Mixed latents (B, ...) and targets (B, K).
     """
-    weight = largest * jax.random.uniform(key, (len(latents), 1))
+    weights = largest * jax.random.uniform(key, (len(latents), 1))
 
     def mix(x):
+        weight = weights.reshape(-1, *[1] * (x.ndim - 1))
         # Batches are shuffled, so the next example is a random one.
         return (1 - weight) * x + weight * jnp.roll(x, 1, axis=0)
 
@@ -145,8 +146,8 @@ def predict(
     """Computes the most likely class of each latent, batch by batch.
 
     Args:
-      apply_fn: maps one latent (L,) to logits (K,).
-      latents: (N, L).
+      apply_fn: maps one latent (*Z,) to logits (K,).
+      latents: (N, *Z), vectors or grids.
       batch_size: number of latents classified at once, which limits the memory.
 
     Returns:

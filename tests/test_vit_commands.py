@@ -210,7 +210,7 @@ def test_stages_add_up_and_leave_the_config_alone():
         (0.8, {"patch_dropout": 1.0, "augment.flip": True}),
     )
     vit_training.check_stages(config)
-    settings = [vit_training.in_stage(config, stage) for stage in range(3)]
+    settings = [loop.in_stage(config, stage) for stage in range(3)]
     assert [s.patch_dropout for s in settings] == [0.5, 0.75, 1.0]
     assert [s.augment.num_ops for s in settings] == [0, 3, 3]
     assert [s.augment.flip for s in settings] == [False, False, True]

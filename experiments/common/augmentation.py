@@ -67,6 +67,39 @@ def crop_flip(
     return _gather(images, rows[:, :, None], columns[:, None, :], fill=0)
 
 
+def random_window(
+    key: jax.Array, grids: jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
+    """Random windows of grids with any number of axes, one window per example.
+
+    Args:
+      key: PRNG key.
+      grids: (B, *G, C).
+      shape: sides of the windows, one for each side of the grid.
+
+    Returns:
+      (B, *shape, C).
+    """
+    *sides, channels = grids.shape[1:]
+    largest = jnp.array(sides) - jnp.array(shape) + 1
+    corners = jax.random.randint(key, (len(grids), len(sides)), 0, largest[None])
+
+    def window(grid, corner):
+        return jax.lax.dynamic_slice(grid, (*corner, 0), (*shape, channels))
+
+    return jax.vmap(window)(grids, corners)
+
+
+def center_window(grids: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The windows in the centers of grids: (B, *G, C) -> (B, *shape, C)."""
+    for axis, (size, kept) in enumerate(
+        zip(grids.shape[1:-1], shape, strict=True), start=1
+    ):
+        first = (size - kept) // 2
+        grids = grids[(slice(None),) * axis + (slice(first, first + kept),)]
+    return grids
+
+
 def rand_augment(
     key: jax.Array, images: jax.Array, *, num_ops: int = 2, magnitude: float = 0.3
 ) -> jax.Array:

@@ -58,6 +58,18 @@ ADDED: dict[str, dict[str, Any]] = {
         "cell": None,
         "max_drop": 0.0,
     },
+    "classify_functa": {
+        "model.type": "mlp",
+        "features": "latents",
+        "data_dir": None,
+        "crop": [],
+        "cutmix": 0.0,
+        "optimizer": "adam",
+        "clip_norm": 0.0,
+        "warmup_epochs": 0.0,
+        "stages": [],
+        "num_measured": 0,
+    },
     "train_vit": {"stages": []},
     "prune_vit": {
         "timing.gradient_batch_size": _gradient_batch_size,

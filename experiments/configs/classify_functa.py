@@ -20,6 +20,22 @@ Variants:
   report_mlp1_decay: report_mlp1 with weight decay 1e-4 in the gradient, 500 epochs;
     54 % in 4 minutes on two cores (results/classify_functa_report_mlp1_decay).
 
+  digits_spatial: a Vision Transformer of 4 layers on the grids of latents of
+    meta_learn's digits_spatial variant; seconds.
+  smoke_spatial: the digits_spatial variant for 2 epochs, to check that it runs.
+  cifar10_spatial: a ConvNeXt of 6 blocks on the grids of latents of make_functaset's
+    cifar10_spatial_cpu variant; about 40 minutes on two cores.
+  cifar10_spatial_vit: a Vision Transformer of 6 layers on the same grids; about as
+    long.
+  cifar10_spatial_mlp: an MLP on the same grids, as one vector.
+
+The controls of a grid of latents use the same head on the same images:
+
+    --config.features=patches      all pixels of each cell
+    --config.features=patch_pca    as many principal components as channels
+    --config.functaset=PATH        latents after one inner step, for example a functaset
+                                   of make_functaset with --config.inner.num_steps=1
+
 The MLPs of the report end in logits. With --config.double_softmax they end in a softmax
 before the softmax of the loss, as in the report's code.
 """
@@ -35,8 +51,18 @@ BASE = {
     "functaset": "runs/meta_learn/digits/functaset.npz",
     # Latents are (latent - mean) / std, with mean and std of the training split.
     "normalize": True,
-    # Fields of functa.classifier.MLP.
-    "model": {"hidden_sizes": (512, 512), "activation": "relu"},
+    # What is classified: latents; or, as controls for grids of latents, the images of
+    # the functaset, cut into the cells of the grid: patches (all pixels of a cell) or
+    # patch_pca (as many principal components as a cell has channels).
+    "features": "latents",
+    # Directory of the images, for the controls; see experiments/common/data.py.
+    "data_dir": settings.Optional(str),
+    # Sides of the window of the grid that the network sees: a random one in training,
+    # the central one in evaluation. () is the whole grid.
+    "crop": (),
+    # type: mlp, or for grids of latents vit or convnext (experiments/networks/heads.py).
+    # The other entries are the fields of the network.
+    "model": {"type": "mlp", "hidden_sizes": (512, 512), "activation": "relu"},
     "double_softmax": False,
     # All combinations of these values are trained at once. The validation accuracy
     # selects one of them, and its epoch.
@@ -45,9 +71,10 @@ BASE = {
         "weight_decay": (0.01,),
         "dropout_rate": (0.3,),
         # Standard deviation of Gaussian noise on the latents. With `normalize` its unit
-        # is the standard deviation of each entry.
+        # is the standard deviation of each entry or, in grids, of each channel.
         "noise_std": (0.3,),
-        # Largest weight of the other example in functa.classifier.mixup.
+        # Largest weight of the other example in functa.classifier.mixup. At 0.5 all
+        # weights in [0, 1] are equally likely.
         "mixup": (0.0,),
         "label_smoothing": (0.1,),
         # Decay of the moving average of the weights. The average is evaluated; 0: none.
@@ -56,17 +83,66 @@ BASE = {
     # decoupled: AdamW, on the kernels only. l2: weight_decay * params is added to the
     # gradient of all parameters, as in PyTorch's Adam.
     "weight_decay_type": "decoupled",
+    # Share of the batches that are mixed by CutMix on the grid instead of mixup.
+    "cutmix": 0.0,
+    # adam, or muon for the matrices of the blocks and adam for all other parameters.
+    "optimizer": "adam",
+    # Largest norm of the gradient; 0: no limit.
+    "clip_norm": 0.0,
+    # Epochs during which the learning rate rises linearly.
+    "warmup_epochs": 0.0,
     "schedule": "cosine",
+    # Changes during the training, as in train_vit: ((start as a share of the epochs,
+    # {field: value}), ...). Fields are cutmix, model.token_drop, model.dropout_rate and
+    # model.drop_path_rate.
+    "stages": (),
     # Share of the training images that is held out for validation. With 0 all images
     # are used for training, and the last epoch is kept.
     "validation_fraction": 0.1,
     # Whether to log the test accuracy during training. It is always measured at the
     # end.
     "log_test": False,
+    # Number of training images whose accuracy is logged; 0: all.
+    "num_measured": 0,
+    # An epoch takes each image once, in one of its copies.
     "num_epochs": 150,
     "batch_size": 64,
     "log_every": 5,
     "checkpoint_every": 50,
+}
+_DIGITS_SPATIAL = {
+    "batch_size": 128,
+    "candidates.dropout_rate": (0.0,),
+    "candidates.learning_rate": (2e-3,),
+    "candidates.mixup": (0.2,),
+    "candidates.noise_std": (0.1,),
+    "candidates.weight_decay": (0.05,),
+    "functaset": "runs/meta_learn/digits_spatial/functaset.npz",
+    "model": {
+        "type": "vit",
+        "hidden_size": 64,
+        "num_layers": 4,
+        "num_heads": 4,
+        "mlp_dim": 128,
+        "dropout_rate": 0.0,
+        "drop_path_rate": 0.0,
+        "token_drop": 0.1,
+    },
+    "num_epochs": 60,
+    "warmup_epochs": 2.0,
+}
+_CIFAR10_SPATIAL = {
+    "batch_size": 128,
+    "candidates.dropout_rate": (0.0,),
+    "candidates.ema_decay": (0.998,),
+    "candidates.noise_std": (0.1,),
+    "checkpoint_every": 1,
+    "clip_norm": 1.0,
+    "functaset": "runs/make_functaset/cifar10_spatial_cpu/functaset.npz",
+    "log_every": 1,
+    "num_epochs": 30,
+    "num_measured": 5000,
+    "warmup_epochs": 1.0,
 }
 VARIANTS = {
     "digits": {},
@@ -142,6 +218,65 @@ VARIANTS = {
         "validation_fraction": 0.0,
         "weight_decay_type": "l2",
     },
+    "digits_spatial": _DIGITS_SPATIAL,
+    "smoke_spatial": _DIGITS_SPATIAL
+    | {
+        "checkpoint_every": 1,
+        "functaset": "runs/meta_learn/smoke_spatial/functaset.npz",
+        "log_every": 1,
+        "model.hidden_size": 16,
+        "model.mlp_dim": 32,
+        "model.num_layers": 2,
+        "num_epochs": 2,
+        "warmup_epochs": 1.0,
+    },
+    "cifar10_spatial_vit": _CIFAR10_SPATIAL
+    | {
+        "candidates.learning_rate": (4e-3,),
+        "candidates.weight_decay": (0.05,),
+        "candidates.mixup": (0.2,),
+        "cutmix": 0.5,
+        "model": {
+            "type": "vit",
+            "hidden_size": 128,
+            "num_layers": 6,
+            "num_heads": 4,
+            "mlp_dim": 256,
+            "dropout_rate": 0.0,
+            "drop_path_rate": 0.0,
+            "token_drop": 0.5,
+        },
+        "optimizer": "muon",
+        # Half of the cells cost half the time. The last epochs see all of them.
+        "stages": ((0.85, {"model.token_drop": 0.0, "cutmix": 0.0}),),
+    },
+    "cifar10_spatial": _CIFAR10_SPATIAL
+    | {
+        "candidates.learning_rate": (4e-3,),
+        "candidates.weight_decay": (0.05,),
+        "candidates.mixup": (0.2,),
+        "cutmix": 0.5,
+        "model": {
+            "type": "convnext",
+            "widths": (96, 192),
+            "depths": (3, 3),
+            "drop_path_rate": 0.1,
+            "layer_scale": 1e-6,
+            "token_drop": 0.1,
+        },
+        "optimizer": "muon",
+        "stages": ((0.85, {"model.token_drop": 0.0, "cutmix": 0.0}),),
+    },
+    "cifar10_spatial_mlp": _CIFAR10_SPATIAL
+    | {
+        "batch_size": 256,
+        "candidates.dropout_rate": (0.2, 0.4),
+        "candidates.noise_std": (0.3, 0.6),
+        "clip_norm": 0.0,
+        "num_epochs": 40,
+        "num_measured": 0,
+        "warmup_epochs": 0.0,
+    },
 }
 RULES = {
     "seeds": settings.SEEDS,
@@ -149,6 +284,13 @@ RULES = {
     "batch_size": settings.at_least(1),
     "log_every": settings.at_least(1),
     "checkpoint_every": settings.at_least(1),
+    "features": settings.one_of("latents", "patches", "patch_pca"),
+    "crop": settings.each(settings.at_least(1), empty=True),
+    "cutmix": settings.within("[0, 1]"),
+    "optimizer": settings.one_of("adam", "muon"),
+    "clip_norm": settings.at_least(0),
+    "warmup_epochs": settings.at_least(0),
+    "num_measured": settings.at_least(0),
     "schedule": settings.one_of("constant", "cosine"),
     "weight_decay_type": settings.one_of("decoupled", "l2"),
     "validation_fraction": settings.within("[0, 1)"),

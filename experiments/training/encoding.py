@@ -251,10 +251,12 @@ def write_functaset(
         shards.append((shard, split, stop - start))
         mine = number % jax.process_count() == jax.process_index()
         if mine and not shard.exists():
-            images = arrays["image"][start:stop]
-            if copy:
-                key = jax.random.fold_in(jax.random.key(seed), copy * total + start)
-                images = augment(key, images, flip=flip)
+            images = copy_images(
+                arrays["image"][start:stop],
+                copy * total + start if copy else None,
+                seed=seed,
+                flip=flip,
+            )
             latents, mse = zip(
                 *encode(learner, images, batch_size=batch_size), strict=True
             )
@@ -281,6 +283,24 @@ def write_functaset(
     if devices.is_main():
         shutil.rmtree(parts)
     return summary | {"images_per_second": encoded / seconds}
+
+
+def copy_images(
+    images: np.ndarray, number: int | None, *, seed: int, flip: bool
+) -> np.ndarray:
+    """One shard of one copy of the images of a functaset.
+
+    Args:
+      images: the images of the shard, uint8 (N, H, W, C).
+      number: None for the first copy, which is not augmented; otherwise copy * (number
+        of signals of the functaset) + number of the shard's first image.
+      seed: seed of the augmentation.
+      flip: see `augment`.
+    """
+    if number is None:
+        return images
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    return augment(key, images, flip=flip)
 
 
 def augment(key: jax.Array, images: np.ndarray, *, flip: bool) -> np.ndarray:

@@ -1,9 +1,14 @@
-"""The training loop: restore, advance from stop to stop, check, log, save."""
+"""The training loop: restore, advance from stop to stop, check, log, save.
 
-from collections.abc import Callable, Iterable
+config.stages changes fields during a training: ((from, {field: value}), ...), where
+`from` is a share of the epochs. A stage keeps the changes of earlier stages.
+"""
+
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from experiments.common import runs
 
@@ -69,6 +74,34 @@ def every(num_steps: int, *intervals: int) -> set[int]:
     for interval in intervals:
         steps.update(range(interval, num_steps, interval))
     return steps
+
+
+def check_stages(config: ConfigDict, changeable: Set[str]) -> None:
+    """Raises ValueError if config.stages are not in order or change other fields."""
+    starts = [start for start, _ in config.stages]
+    fields = {field for _, changes in config.stages for field in changes}
+    if starts != sorted(starts) or not all(0 <= start < 1 for start in starts):
+        raise ValueError(
+            f"stages must begin at rising shares of the epochs in [0, 1), got {starts}."
+        )
+    if fields - changeable:
+        raise ValueError(
+            f"stages can change {', '.join(sorted(changeable))}, not "
+            f"{', '.join(sorted(fields - changeable))}."
+        )
+
+
+def stage_of(config: ConfigDict, epoch: int) -> int:
+    """The number of stages that have begun at an epoch, counted from 0."""
+    return sum(start * config.num_epochs <= epoch for start, _ in config.stages)
+
+
+def in_stage(config: ConfigDict, stage: int) -> ConfigDict:
+    """`config` after the changes of the first `stage` entries of config.stages."""
+    config = config.copy_and_resolve_references()
+    for _, changes in config.stages[:stage]:
+        config.update_from_flattened_dict(changes)
+    return config
 
 
 def check_finite(losses: np.ndarray, *, first_step: int) -> None:

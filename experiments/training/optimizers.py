@@ -1,5 +1,8 @@
 """Optimizers and schedules from a config."""
 
+from typing import Any
+
+import jax
 import optax
 from ml_collections import ConfigDict
 
@@ -40,3 +43,25 @@ def make_optimizer(
         return make(schedule, **settings.options.to_dict())
     except TypeError as error:
         raise ValueError(f"optimizer.options: {error}") from None
+
+
+def matrix_axes(params: Any) -> Any:
+    """The parameters that Muon updates, with their input and output axes.
+
+    These are the kernels of the blocks, with heads and their width as one axis. For all
+    other parameters, such as embeddings and the last layer, the entry is None.
+    """
+
+    def axes(path, x):
+        names = [entry.key for entry in path]
+        if names[-1] != "kernel" or names[0].startswith(_ENDS):
+            return None
+        num_inputs = 2 if names[-2] == "out" else 1
+        return optax.contrib.MuonDimensionNumbers(
+            tuple(range(num_inputs)), tuple(range(num_inputs, x.ndim))
+        )
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+_ENDS = ("embedding", "stem", "pre_logits", "head")

@@ -158,28 +158,15 @@ def make_optimizer(
         schedule = optimizers.make_schedule(settings, num_steps)
         try:
             optimizer = optax.contrib.muon(
-                schedule, muon_weight_dimension_numbers=_matrices, **options
+                schedule,
+                muon_weight_dimension_numbers=optimizers.matrix_axes,
+                **options,
             )
         except TypeError as error:
             raise ValueError(f"optimizer.options: {error}") from None
     else:
         optimizer = optimizers.make_optimizer(settings, num_steps)
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
-
-
-def _matrices(params):
-    """Marks the parameters that are matrices, and their input and output axes."""
-
-    def axes(path, x):
-        names = [entry.key for entry in path]
-        if names[-1] != "kernel" or "Transformer" not in names:
-            return None
-        num_inputs = 2 if names[-2] == "out" else 1
-        return optax.contrib.MuonDimensionNumbers(
-            tuple(range(num_inputs)), tuple(range(num_inputs, x.ndim))
-        )
-
-    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def init_state(
@@ -212,29 +199,11 @@ def patch_dropout(model: ViT, num_patches: int, keep: float) -> ViT:
 
 def check_stages(config: ConfigDict) -> None:
     """Raises ValueError if patch_dropout or stages are not valid for `train`."""
-    starts = [start for start, _ in config.stages]
-    fields = {field for _, changes in config.stages for field in changes}
-    if starts != sorted(starts) or not all(0 <= start < 1 for start in starts):
-        raise ValueError(
-            f"stages must begin at rising shares of the epochs in [0, 1), got {starts}."
-        )
-    if fields - _CHANGEABLE:
-        raise ValueError(
-            f"stages can change {', '.join(sorted(_CHANGEABLE))}, not "
-            f"{', '.join(sorted(fields - _CHANGEABLE))}."
-        )
-    for stage in range(len(starts) + 1):
-        keep = in_stage(config, stage).patch_dropout
+    loop.check_stages(config, _CHANGEABLE)
+    for stage in range(len(config.stages) + 1):
+        keep = loop.in_stage(config, stage).patch_dropout
         if not 0 < keep <= 1:
             raise ValueError(f"patch_dropout keeps a share in (0, 1], got {keep}.")
-
-
-def in_stage(config: ConfigDict, stage: int) -> ConfigDict:
-    """`config` after the changes of the first `stage` entries of config.stages."""
-    config = config.copy_and_resolve_references()
-    for _, changes in config.stages[:stage]:
-        config.update_from_flattened_dict(changes)
-    return config
 
 
 # Fields that only the construction of a step reads.
@@ -390,11 +359,10 @@ def train(
     num_steps = config.num_epochs * steps_per_epoch
     if optimizer is None:
         optimizer = make_optimizer(config.optimizer, num_steps)
-    starts = [start * config.num_epochs for start, _ in config.stages]
 
     @functools.cache
     def update_of(stage):
-        settings = in_stage(config, stage)
+        settings = loop.in_stage(config, stage)
         keep = settings.patch_dropout
         run.say(f"compiling; {100 * keep:.0f} % of the patches ...")
         return make_update(
@@ -406,7 +374,7 @@ def train(
         )
 
     def advance(state, start, stop):
-        stage = sum(first <= start // steps_per_epoch for first in starts)
+        stage = loop.stage_of(config, start // steps_per_epoch)
         state = update_of(stage)(state, start, stop)
         metrics = {}
         epoch, rest = divmod(stop, steps_per_epoch)

@@ -1,0 +1,112 @@
+"""The inputs of a classifier of latents: latents, or their linear controls.
+
+The controls are computed from the images of the functaset, in its order and on its
+grid, so that the same head can be trained on them:
+
+* `patches`: the pixels of each cell.
+* `patch_pca`: the first principal components of the cells, as many as a cell of the
+  latents has channels. This is the linear code of the same size.
+
+Axes: N signals, H W C pixels of an image, h w cells of a grid, D values of a cell.
+"""
+
+import numpy as np
+
+from experiments.common import data
+from experiments.training import encoding
+from functa import linear
+from functa.functaset import Functaset
+
+FEATURES = ("latents", "patches", "patch_pca")
+
+
+def load_features(
+    name: str, functaset: Functaset, *, data_dir: str | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Loads one of FEATURES for all signals of a functaset.
+
+    Args:
+      name: one of FEATURES.
+      functaset: the latents. Its config names the data set of the images and, if the
+        images were padded by reflection, the number of pixels on each side, `padding`.
+      data_dir: directory of the data set, as in `data.load`.
+
+    Returns:
+      Features (N, ...) in the order of the functaset, and the mean and deviation of
+      their last axis over the training images.
+
+    Raises:
+      ValueError: if the latents are not grids over the images, or if the images are not
+        those of the functaset.
+    """
+    if name == "latents":
+        return functaset.latent, functaset.mean, functaset.std
+    grid, num_channels = functaset.latent.shape[1:-1], functaset.latent.shape[-1]
+    if len(grid) != 2:
+        raise ValueError(
+            f"features {name} need a functaset of grids (N, h, w, C), but its latents "
+            f"have the shape {functaset.latent.shape}."
+        )
+    train, _ = _load_images(functaset, "train", data_dir)
+    pca = linear.fit_pca(_pad(functaset, train), grid=grid)
+    if name == "patches":
+        # The projection to these components changes nothing.
+        variance = np.square(pca.components.T) @ pca.variance
+        mean, pca = pca.mean, _identity(pca)
+    else:
+        if num_channels > len(pca.mean):
+            raise ValueError(
+                f"the latents have {num_channels} channels, but a cell has only "
+                f"{len(pca.mean)} principal components."
+            )
+        variance = pca.variance[:num_channels]
+        mean = np.zeros(num_channels)
+        pca = pca._replace(components=pca.components[:num_channels], variance=variance)
+    values = np.empty((*functaset.latent.shape[:-1], len(pca.components)), np.float32)
+    for rows, images in _copies(functaset, data_dir):
+        values[rows] = linear.encode(pca, _pad(functaset, images))
+    return values, np.float32(mean), np.float32(np.sqrt(variance))
+
+
+def _identity(pca):
+    size = len(pca.mean)
+    return pca._replace(mean=np.zeros(size), components=np.eye(size))
+
+
+def _pad(functaset, images):
+    padding = functaset.config.get("padding", 0)
+    widths = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    return np.pad(images, widths, mode="reflect")
+
+
+def _copies(functaset, data_dir):
+    """Yields the rows of each shard of the functaset and its images."""
+    config = functaset.config
+    for split in map(str, np.unique(functaset.split)):
+        images, rows = _load_images(functaset, split, data_dir)
+        for copy in range(len(rows) // len(images)):
+            for start in range(0, len(images), encoding.SHARD_SIZE):
+                shard = encoding.copy_images(
+                    images[start : start + encoding.SHARD_SIZE],
+                    copy * len(functaset.label) + start if copy else None,
+                    seed=config.get("seed", 0),
+                    flip=config.get("flip", False),
+                )
+                first = copy * len(images) + start
+                yield rows[first : first + len(shard)], shard
+
+
+def _load_images(functaset, split, data_dir):
+    """The images of a split, without copies, and the rows of the split."""
+    rows = np.flatnonzero(functaset.split == split)
+    copies = functaset.config.get("copies", 1) if split == "train" else 1
+    num_images = len(rows) // copies
+    name = functaset.config["dataset"]
+    arrays = data.load(name, split, data_dir=data_dir)
+    labels = arrays["label"][:num_images]
+    if not np.array_equal(labels, functaset.label[rows[:num_images]]):
+        raise ValueError(
+            f"the {split} images of {name} are not those of the functaset: their "
+            "labels differ."
+        )
+    return arrays["image"][:num_images], rows
