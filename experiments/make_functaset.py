@@ -35,6 +35,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             batch_size=config.batch_size,
             copies=config.copies,
             flip=config.flip,
+            padding=config.padding,
             seed=config.seed,
             say=run.say,
         )

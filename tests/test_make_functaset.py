@@ -153,7 +153,6 @@ def test_grids_of_latents_are_encoded_and_rendered():
         params,
         latent,
         rate,
-        functa.coordinate_grid((6, 5)),
         images,
         model=GridField(),
         inner=(("num_steps", 1),),

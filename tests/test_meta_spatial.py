@@ -183,3 +183,28 @@ def test_a_run_whose_cells_encode_other_images(tmp_path):
     np.testing.assert_allclose(crops, latents[:, 1:, 2:], atol=1e-5)
     with pytest.raises(ValueError, match="cells of 4x4 points do not fill images of"):
         learner.for_shape((10, 8))
+
+
+def test_padded_copies_are_moved_by_less_than_a_cell_and_mirrored():
+    images = np.arange(2 * 8 * 8, dtype=np.uint8).reshape(2, 8, 8, 1)
+
+    def copy_images(copy):
+        return encoding.copy_images(
+            images, copy, number=copy, seed=0, flip=True, padding=4, cell=(4, 4)
+        )
+
+    first = copy_images(0)
+    np.testing.assert_array_equal(first[:, 4:12, 4:12], images)
+    np.testing.assert_array_equal(first[:, 3, 4:12], images[:, 1])  # reflected
+    for copy in range(1, 5):
+        moved = copy_images(copy)
+        assert moved.shape == (2, 16, 16, 1)
+        original = images[:, :, ::-1] if copy % 2 else images
+        places = [
+            (row, column)
+            for row in range(9)
+            for column in range(9)
+            if np.array_equal(moved[:, row : row + 8, column : column + 8], original)
+        ]
+        [(row, column)] = places
+        assert 0 <= 4 - row < 4 and 0 <= 4 - column < 4

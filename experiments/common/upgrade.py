@@ -70,6 +70,7 @@ ADDED: dict[str, dict[str, Any]] = {
         "stages": [],
         "num_measured": 0,
     },
+    "make_functaset": {"padding": 0},
     "train_vit": {"stages": []},
     "prune_vit": {
         "timing.gradient_batch_size": _gradient_batch_size,

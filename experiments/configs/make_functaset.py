@@ -15,6 +15,9 @@ Variants:
     that the command runs.
   cifar10_cpu: CIFAR-10 with the weights of meta_learn's cifar10_cpu run, each image
     once; about 130 images per second on two cores (results/meta_learn_cifar10_cpu).
+  cifar10_spatial_cpu: CIFAR-10 with the weights of meta_learn's cifar10_spatial_cpu
+    run, padded by 4 pixels, and each training image also mirrored; results/ has no run
+    of it.
   cifar10_flip: as cifar10_cpu, with one more copy of the training split that is
     cropped and mirrored at random.
 """
@@ -40,6 +43,11 @@ BASE = {
     # quarter and cropped at random. With `flip` they are also mirrored at random.
     "copies": 1,
     "flip": False,
+    # Reflected pixels on each side of every image, for grids of latents. Copies after
+    # the first are then moved by less than a cell, and with `flip` every second one is
+    # mirrored. classify_functa takes windows of the larger grids (crop), so that each
+    # image is seen in all of its crops.
+    "padding": 0,
     # Images fitted at once. On a CPU small batches are fastest: they fit the cache.
     "batch_size": 8,
 }
@@ -47,12 +55,19 @@ VARIANTS = {
     "digits": {"copies": 4},
     "smoke": {"copies": 2, "num_images": 32, "run": "runs/meta_learn/smoke"},
     "cifar10_cpu": {"run": "runs/meta_learn/cifar10_cpu"},
+    "cifar10_spatial_cpu": {
+        "copies": 2,
+        "flip": True,
+        "padding": 4,
+        "run": "runs/meta_learn/cifar10_spatial_cpu",
+    },
     "cifar10_flip": {"copies": 2, "flip": True, "run": "runs/meta_learn/cifar10_cpu"},
 }
 RULES = {
     "splits": settings.each(settings.one_of("train", "test")),
     "num_images": settings.at_least(0),
     "copies": settings.at_least(1),
+    "padding": settings.at_least(0),
     "batch_size": settings.at_least(1),
     "seed": settings.at_least(0),
 }

@@ -189,6 +189,7 @@ def write_functaset(
     batch_size: int,
     copies: int = 1,
     flip: bool = False,
+    padding: int = 0,
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -203,21 +204,31 @@ def write_functaset(
       dataset: {split: arrays of `data.load`}, written in this order.
       config: recorded in the file in addition to the model and the inner loop.
       batch_size: number of images fitted at once.
-      copies: how often the training split is encoded. The copies after the first are
-        augmented by `augment`.
-      flip: whether the augmentation also mirrors images at random.
+      copies: how often the training split is encoded; see `copy_images` for the copies
+        after the first.
+      flip: whether they are also mirrored.
+      padding: reflected pixels on each side of every image, for a learner with cells.
       seed: seed of the augmentation.
       say: prints progress.
 
     Returns:
       {"num_signals", "images_per_second" of this process, "<split>_psnr" mean in dB}.
     """
-    learner = learner.for_shape(next(iter(dataset.values()))["image"].shape[1:3])
+    shape = next(iter(dataset.values()))["image"].shape[1:3]
+    if padding and (learner.cell is None or max(learner.cell) > padding + 1):
+        raise ValueError(
+            f"padding {padding} needs cells of at most {padding + 1} pixels, and the "
+            f"cells are {'None' if learner.cell is None else _by(learner.cell)}."
+        )
+    if padding >= min(shape):
+        raise ValueError(f"padding must be below the image sides {_by(shape)}.")
+    learner = learner.for_shape([side + 2 * padding for side in shape])
     config = {
         "model": learner.model_config,
         "inner": learner.inner,
         "copies": copies,
         "flip": flip,
+        "padding": padding,
         "seed": seed,
         **config,
     }
@@ -253,9 +264,12 @@ def write_functaset(
         if mine and not shard.exists():
             images = copy_images(
                 arrays["image"][start:stop],
-                copy * total + start if copy else None,
+                copy,
+                number=copy * total + start,
                 seed=seed,
                 flip=flip,
+                padding=padding,
+                cell=learner.cell,
             )
             latents, mse = zip(
                 *encode(learner, images, batch_size=batch_size), strict=True
@@ -286,21 +300,45 @@ def write_functaset(
 
 
 def copy_images(
-    images: np.ndarray, number: int | None, *, seed: int, flip: bool
+    images: np.ndarray,
+    copy: int,
+    *,
+    number: int,
+    seed: int,
+    flip: bool,
+    padding: int = 0,
+    cell: Sequence[int] | None = None,
 ) -> np.ndarray:
     """One shard of one copy of the images of a functaset.
 
+    Without padding, the copies after the first are augmented by `augment`. With padding
+    they are moved by less than a cell, by one random distance per shard, and every
+    second one is mirrored if `flip`. The windows of their grids of latents are then the
+    latents of all crops of the padded images and of their mirror images.
+
     Args:
       images: the images of the shard, uint8 (N, H, W, C).
-      number: None for the first copy, which is not augmented; otherwise copy * (number
-        of signals of the functaset) + number of the shard's first image.
+      copy: number of the copy, from 0.
+      number: copy * (number of signals of the functaset) + number of the shard's first
+        image.
       seed: seed of the augmentation.
-      flip: see `augment`.
+      flip: whether copies are mirrored.
+      padding: reflected pixels on each side.
+      cell: pixels of a cell along each axis; needed with padding.
+
+    Returns:
+      uint8 (N, H + 2 padding, W + 2 padding, C).
     """
-    if number is None:
-        return images
     key = jax.random.fold_in(jax.random.key(seed), number)
-    return augment(key, images, flip=flip)
+    if not padding:
+        return augment(key, images, flip=flip) if copy else images
+    moved = [0, 0]
+    if copy:
+        moved = np.asarray(jax.random.randint(key, (2,), 0, jnp.array(cell)))
+    sides = [(padding - distance, padding + distance) for distance in moved]
+    if flip and copy % 2:
+        images = images[:, :, ::-1]
+    return np.pad(images, [(0, 0), *sides, (0, 0)], mode="reflect")
 
 
 def augment(key: jax.Array, images: np.ndarray, *, flip: bool) -> np.ndarray:

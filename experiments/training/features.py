@@ -64,7 +64,7 @@ def load_features(
         pca = pca._replace(components=pca.components[:num_channels], variance=variance)
     values = np.empty((*functaset.latent.shape[:-1], len(pca.components)), np.float32)
     for rows, images in _copies(functaset, data_dir):
-        values[rows] = linear.encode(pca, _pad(functaset, images))
+        values[rows] = linear.encode(pca, images)
     return values, np.float32(mean), np.float32(np.sqrt(variance))
 
 
@@ -82,15 +82,22 @@ def _pad(functaset, images):
 def _copies(functaset, data_dir):
     """Yields the rows of each shard of the functaset and its images."""
     config = functaset.config
+    padding, grid = config.get("padding", 0), functaset.latent.shape[1:3]
     for split in map(str, np.unique(functaset.split)):
         images, rows = _load_images(functaset, split, data_dir)
         for copy in range(len(rows) // len(images)):
             for start in range(0, len(images), encoding.SHARD_SIZE):
                 shard = encoding.copy_images(
                     images[start : start + encoding.SHARD_SIZE],
-                    copy * len(functaset.label) + start if copy else None,
+                    copy,
+                    number=copy * len(functaset.label) + start,
                     seed=config.get("seed", 0),
                     flip=config.get("flip", False),
+                    padding=padding,
+                    cell=[
+                        (side + 2 * padding) // cells
+                        for side, cells in zip(images.shape[1:3], grid, strict=True)
+                    ],
                 )
                 first = copy * len(images) + start
                 yield rows[first : first + len(shard)], shard
