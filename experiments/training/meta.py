@@ -148,13 +148,13 @@ def init_state(
             shape = (config.inner.num_steps, *(shape or (1,)))
         low, high = config.inner.rate_range
         rates = jax.random.uniform(key_rates, shape, minval=low, maxval=high)
-        params = model.init(key_params, jnp.zeros((1, 2)), latent)["params"]
+        params = jax.jit(model.init)(key_params, jnp.zeros((1, 2)), latent)["params"]
     else:
         params, latent, rates = learner.params, learner.latent, learner.learning_rate
     weights = {"params": params, "learning_rate": rates}
     # A copy: the buffers of the state are donated, and each only once.
     average = jax.tree.map(jnp.copy, weights) if config.optimizer.ema_decay else None
-    state = TrainState(weights, optimizer.init(weights), average, latent)
+    state = TrainState(weights, jax.jit(optimizer.init)(weights), average, latent)
     if config.max_drop:
         guard = Guard(
             *[jax.tree.map(jnp.copy, state.trained()) for _ in range(2)],
