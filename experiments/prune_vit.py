@@ -349,9 +349,13 @@ def make_pictures(
     """Arrays for the pictures: kept patches, attention maps, informativeness."""
     pixels = dense.images.test[0][:num_images]
     pruned = prune("max", ratio, dense)
-    attention = [block["attention"][0] for block in dense.blocks(dense.params, pixels)]
+
+    def observe(problem):
+        return jax.jit(problem.blocks)(problem.params, pixels)
+
+    attention = [block["attention"][0] for block in observe(dense)]
     kept = np.zeros((dense.model.num_layers, len(pixels), dense.num_patches), bool)
-    for layer, block in enumerate(pruned.blocks(dense.params, pixels)):
+    for layer, block in enumerate(observe(pruned)):
         for image, tokens in enumerate(np.asarray(block["tokens"][0])):
             kept[layer, image, tokens[tokens > 0] - 1] = True
     return {

@@ -46,7 +46,7 @@ def test_matches_numpy(batch_norm, train):
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_parameter_counts(batch_norm):
     model = DeepLinear(depth=5, width=16, batch_norm=batch_norm)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 7, 7)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 7, 7)))
     # 49 inputs, three hidden layers of 16 behind the first, ten outputs.
     expected = 50 * 16 + 3 * 17 * 16 + 17 * 10 + batch_norm * 4 * 2 * 16
     assert sum(x.size for x in jax.tree.leaves(variables["params"])) == expected

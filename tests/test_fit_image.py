@@ -132,7 +132,7 @@ def test_mosaic_puts_images_side_by_side():
 def test_folded_parameters_are_the_same_field():
     model = functa.Siren(width=8, depth=3, out_channels=2)
     grid = jnp.asarray(functa.coordinate_grid((4, 5)))
-    params = model.init(jax.random.key(0), grid)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), grid)["params"]
     params["layer_0"]["bias"] = jnp.linspace(-0.1, 0.1, 8)
     low, high = -1.5, 0.75
     folded = fit_image.fold_range(params, (low, high))
@@ -146,7 +146,7 @@ def test_folded_parameters_are_the_same_field():
 
 def test_gradient_magnitude_matches_finite_differences():
     model = functa.Siren(width=8, depth=3, out_channels=2, omega_0=3.0)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2)))["params"]
     stacked = jax.tree.map(lambda x: x[None], params)
     shape, step = (3, 4), 1e-2
     grid = jnp.asarray(functa.coordinate_grid(shape))

@@ -19,7 +19,7 @@ def checkpoint(tmp_path):
     """A file as the original writes it, of a network for grey images."""
     model = functa.LatentModulatedSiren(8, 3, latent_dim=4, out_channels=1)
     latent = jnp.full(4, 0.01)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2)), latent)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2)), latent)["params"]
     rates = jnp.linspace(0.01, 0.1, 4)
     tree = functa.deepmind.to_haiku(
         functa.deepmind.Imported(model, params, latent, rates)

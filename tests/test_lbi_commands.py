@@ -125,6 +125,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeypat
         chex.assert_trees_all_equal(dict(first), dict(second))
 
 
+@pytest.mark.slow
 def test_pruning(trained, tmp_path):
     workdir = trained[0]
     summary = prune_lbi.train_and_evaluate(

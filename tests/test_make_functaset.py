@@ -33,7 +33,7 @@ MODEL = {
 def learner():
     model = functaset.make_model(MODEL)
     latent = model.initial_latent()
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2)), latent)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2)), latent)["params"]
     inner = {"num_steps": 2, "l2_weight": 0.0, "unroll": True}
     return encoding.Learner(MODEL, params, latent, jnp.full(5, 0.05), inner)
 

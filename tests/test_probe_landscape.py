@@ -48,7 +48,7 @@ def train_by_hand(config, num_steps):
     variables = classifier.init_variables(model, images, 0)
     params, batch_stats = variables["params"], variables["batch_stats"]
     optimizer = optax.adam(config.learning_rates[0])
-    opt_state = optimizer.init(params)
+    opt_state = jax.jit(optimizer.init)(params)
 
     @jax.jit
     def grad(params, batch_stats, inputs, labels):

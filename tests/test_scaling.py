@@ -6,6 +6,7 @@ from experiments import scaling
 from experiments.configs import scaling as configs
 
 
+@pytest.mark.slow
 def test_smoke_run(tmp_path):
     config = configs.get_config("smoke")
     summary = scaling.train_and_evaluate(config, tmp_path)

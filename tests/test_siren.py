@@ -137,7 +137,9 @@ def test_latent_modulated_siren_matches_numpy(layer_sizes, scale, shift):
 def test_siren_init_is_uniform_within_its_bounds(grid):
     width, omega_0 = 64, 10.0
     model = Siren(width=width, depth=4, out_channels=5, omega_0=omega_0)
-    params = model.init(jax.random.key(0), *init_arguments(model, grid))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), *init_arguments(model, grid))[
+        "params"
+    ]
     later = math.sqrt(6 / width) / omega_0
     bounds = [1 / len(grid), later, later, later]
     for i, bound in enumerate(bounds):
@@ -158,7 +160,7 @@ def test_latent_map_init_is_a_truncated_normal_without_variance_correction():
     model = LatentModulatedSiren(
         width=64, depth=2, latent_dim=25, layer_sizes=(49,), modulate_scale=True
     )
-    variables = model.init(jax.random.key(0), *init_arguments(model, (1, 1)))
+    variables = jax.jit(model.init)(jax.random.key(0), *init_arguments(model, (1, 1)))
     layers = variables["params"]["latent_to_modulation"]
     for name, fan_in in [("linear_0", 25), ("linear_1", 49)]:
         kernel = np.float64(layers[name]["kernel"]) * math.sqrt(fan_in)

@@ -55,6 +55,7 @@ def _words(text):
     return _NUMBER.sub("#", text).split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_tutorial_prints_what_it_shows(page, tmp_path, monkeypatch):
     steps = read_steps(page.read_text())

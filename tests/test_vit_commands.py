@@ -20,15 +20,8 @@ from experiments.training import loop, vit_pruning
 from experiments.training import vit as vit_training
 
 ROOT = Path(__file__).parents[1]
-METHODS = (
-    "max",
-    "evit",
-    "merge",
-    "resolution",
-    "released_code",
-    "heads",
-    "neurons_lbi",
-)
+# One of each kind: a cascade, another image size, masks, cut weights, learned scores.
+METHODS = ("max", "resolution", "released_code", "heads", "neurons_lbi")
 
 
 def train_config(**changes):
@@ -143,7 +136,7 @@ def test_first_steps_against_a_plain_loop(tmp_path):
         return loss, optax.apply_updates(params, updates), opt_state
 
     params, average = start, start
-    opt_state = reference.init(params)
+    opt_state = jax.jit(reference.init)(params)
     for step in range(2):
         chosen = order[step * 32 : (step + 1) * 32]
         pixels = images.train[0][chosen] / 255.0 - images.mean
@@ -251,7 +244,9 @@ def test_muon_takes_the_matrices_of_the_blocks():
     grads = jax.tree.map(
         lambda x: jax.random.normal(jax.random.key(1), x.shape), params
     )
-    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(
+        grads, jax.jit(optimizer.init)(params), params
+    )
     block = updates["Transformer"]["encoderblock_1"]
     attention = block["MultiHeadDotProductAttention_0"]
     for matrix in (
@@ -267,6 +262,7 @@ def test_muon_takes_the_matrices_of_the_blocks():
         np.testing.assert_allclose(np.abs(vector), np.abs(vector).mean(), rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_pruning_table(pruned):
     workdir, config, summary = pruned
     assert json.loads((workdir / "summary.json").read_text()) == summary
@@ -302,12 +298,14 @@ def test_pruning_table(pruned):
     figures.draw(workdir)
 
 
+@pytest.mark.slow
 def test_masked_and_compact_predict_alike(pruned):
     for semantics, parity in pruned[2]["parity"].items():
         assert parity["largest_difference_of_logits"] < 1e-4, semantics
         assert parity["same_predictions"] == parity["num_images"] == 40
 
 
+@pytest.mark.slow
 def test_pruning_resumes_row_by_row(pruned, tmp_path, monkeypatch):
     workdir, _, summary = pruned
     # As if it had been killed before the last rows.
@@ -410,6 +408,7 @@ def test_bad_options_of_training(tmp_path, changes, message):
         train_vit.train_and_evaluate(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_committed_network_classifies_cifar10_pruned_and_not():
     """The weights under results/, in float16, on the first 500 test images."""
     config = train_configs.get_config("cifar10_cpu")
