@@ -10,8 +10,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-GENERATED = ("results.md", "benchmarks.md", "report.md")
-# Pages written by hand, and the README.
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "api" not in page.relative_to(ROOT).parts]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -22,7 +20,7 @@ GUIDES = ("functa", "vit", "lbi", "landscape")
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
-    assert len(README.encode()) <= 9000
+    assert len(re.sub("<!--.*?-->", "", README).encode()) <= 8500
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
@@ -52,9 +50,7 @@ def test_pictures_and_linked_files_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_numbers_have_evidence(page):
     for folder in re.findall(r"results/(\w+)", page.read_text()):
-        if (ROOT / "results" / folder).exists() or page.name not in GENERATED:
-            summary = ROOT / "results" / folder / "summary.json"
-            json.loads(summary.read_text())
+        json.loads((ROOT / "results" / folder / "summary.json").read_text())
 
 
 def numbers_and_words(text):
