@@ -118,8 +118,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         text = _make_table(summary)
         files.write_atomic(run.workdir / "table.md", lambda file: file.write(text))
         run.say(text)
-        if config.axes:
-            _draw_axes(run, summary)
+        figures.draw(run.workdir, summary)
         totals = {
             f"{dtype}_product_gflops_per_second": ceiling / 1e9
             for dtype, ceiling in ceilings.items()
@@ -526,18 +525,6 @@ def _make_table(summary):
             cells.append(f"{row['over_peer']:.2f}" if "over_peer" in row else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _draw_axes(run, summary):
-    """Writes the measurements along each axis, and draws them."""
-    arrays = {}
-    for axis, values in run.config.axes.items():
-        rows = [summary[f"{axis}_{value}"] for value in values]
-        arrays[f"{axis}/value"] = np.array(values)
-        for key in ("milliseconds", "milliseconds_quartiles", "mebibytes"):
-            arrays[f"{axis}/{key}"] = np.array([row[key] for row in rows])
-    files.write_npz(run.workdir / "arrays.npz", arrays)
-    figures.draw(run.workdir)
 
 
 def run_peer(config: ConfigDict, program: str) -> dict[str, float]:

@@ -133,9 +133,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         return _train_one(run, tools_of(network, seed), with_surface=with_surface)
 
     def finish(run, summaries):
-        arrays = _collect(config, run.workdir)
-        files.write_npz(run.workdir / "arrays.npz", arrays)
         figures.draw(run.workdir)
+        arrays = figures.landscape_arrays(run.workdir, config)
         return make_table(config, arrays, images.num_classes)
 
     return sweep(
@@ -293,11 +292,13 @@ def _train_one(run, tools, *, with_surface):
         stops={0} | loop.every(num_steps, *intervals),
         may_diverge=True,
     )
-    changes = optax.tree.get(state.opt_state, "changes")
-    metrics = run.metrics()
-    arrays = _arrays_of_run(state, changes, metrics)
+    arrays = {"loss": np.asarray(state.loss)}
+    for name, change in optax.tree.get(state.opt_state, "changes").items():
+        for key, values in change._asdict().items():
+            # No step precedes the first one.
+            arrays[f"{name}_{key}"] = np.asarray(values[1:])
     summary = {
-        "test_accuracy": metrics[-1]["test_accuracy"],
+        "test_accuracy": run.metrics()[-1]["test_accuracy"],
         "is_dead": bool(probes.is_dead(state.loss, problem.images.num_classes)),
         "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
     }
@@ -360,55 +361,6 @@ def _measure_surface(run, tools, state, key):
     ):
         files.write_npz(path, {"losses": losses})
     return losses.reshape(settings.size, settings.size)
-
-
-def _arrays_of_run(state, changes, metrics):
-    """Curves of one run for the figures; P probes, E measurements of eigenvalues."""
-    arrays = {"loss": state.loss, "accuracy": state.accuracy}
-    for name, change in changes.items():
-        for key, values in change._asdict().items():
-            # No step precedes the first one.
-            arrays[f"{name}_{key}"] = values[1:]
-    probed = [m for m in metrics if "probe" in m]
-    arrays["probe_step"] = [m["step"] for m in probed]
-    for key in probes.GradientProbe._fields:
-        arrays[f"probe_{key}"] = [m["probe"][key] for m in probed]
-    curved = [m for m in metrics if "eigenvalues" in m]
-    if curved:
-        arrays["eigenvalue_step"] = [m["step"] for m in curved]
-        arrays["eigenvalues"] = [m["eigenvalues"] for m in curved]
-    tested = [m for m in metrics if "test_accuracy" in m]
-    arrays["test_accuracy"] = [m["test_accuracy"] for m in tested]
-    return {key: np.asarray(value) for key, value in arrays.items()}
-
-
-def _collect(config, workdir):
-    """Stacks the curves of all runs: {NETWORK/NAME: (rates, seeds, ...)}."""
-    arrays = {
-        "learning_rates": np.array(config.learning_rates),
-        "step_sizes": np.array(config.step_sizes),
-        "span": np.array(config.surface.span),
-    }
-    for network in config.networks:
-        rows = []
-        for rate in config.learning_rates:
-            row = []
-            for seed in config.seeds:
-                name = f"{network}_rate{rate:g}_seed{seed}"
-                path = workdir / name / "arrays.npz"
-                with np.load(path) as file:
-                    row.append(dict(file))
-            rows.append(row)
-        for key in rows[0][0]:
-            if key != "surface":
-                values = [[single[key] for single in row] for row in rows]
-                arrays[f"{network}/{key}"] = np.array(values)
-        for single in (single for row in rows for single in row):
-            if "surface" in single:
-                arrays[f"{network}/surface"] = single["surface"]
-        num_steps = rows[0][0]["loss"].size
-        arrays["steps_per_epoch"] = np.array(num_steps // config.num_epochs)
-    return arrays
 
 
 def make_table(

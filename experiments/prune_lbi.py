@@ -65,9 +65,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             if not path.exists():
                 files.write_json(path, prune_one(run, folder.name, trained))
             rows.append(files.read_json(path))
-        # The images are those of the first network, the curves the mean over all.
-        arrays = make_pictures(config, all_trained[0]) | _curves(rows)
-        files.write_npz(run.workdir / "arrays.npz", arrays)
+        files.write_npz(
+            run.workdir / "arrays.npz", make_pictures(config, all_trained[0])
+        )
         figures.draw(run.workdir)
         return {"num_runs": len(rows), **mean_and_std(rows)}
 
@@ -220,7 +220,7 @@ def _measure_curves(run, trained, importances, mode):
     config = run.config
     if not config.curve_sparsities:
         return {}
-    shares = curve_sparsities(config)
+    shares = sorted({*config.sparsities, *config.curve_sparsities})
     convs = [n for n in _layers(trained) if _kernel(trained, n).ndim == 4]
     curves = {}
     for order in ORDERS:
@@ -246,11 +246,6 @@ def _measure_curves(run, trained, importances, mode):
             curves[f"{scope}_{order}"] = values
             run.say(f"curve {scope}, {order}: {_percent(values)}")
     return curves
-
-
-def curve_sparsities(config: ConfigDict) -> list[float]:
-    """Shares of the curves, rising: those of the tables and the additional ones."""
-    return sorted({*config.sparsities, *config.curve_sparsities})
 
 
 def _finetune_layer(run, name, trained, importances):
@@ -414,28 +409,11 @@ def _kernel(trained, layer):
 
 
 def make_pictures(config: ConfigDict, trained: Trained) -> dict[str, np.ndarray]:
-    """Arrays for the figures of one network."""
-    importance = pruning.entry_importance(
-        trained.variables["params"], trained.opt_state
-    )
-    path = f"{config.layer}/kernel"
-    kernel = np.asarray(_kernel(trained, config.layer))
+    """Arrays for the figure of config.layer before and after pruning."""
+    params, path = trained.variables["params"], f"{config.layer}/kernel"
+    importance = pruning.entry_importance(params, trained.opt_state)
     keep = pruning.keep_masks({path: importance[path]}, config.sparsities[-1])[path]
-    return {
-        "kernel": kernel,
-        "kept": keep,
-        "sparsities": np.array(config.sparsities),
-        "curve_sparsities": np.array(curve_sparsities(config)),
-        "layer": np.array(config.layer),
-    }
-
-
-def _curves(rows):
-    """The curves against sparsity, {curve_NAME: (runs, shares)}."""
-    return {
-        f"curve_{name}": np.array([row["curves"][name] for row in rows])
-        for name in rows[0]["curves"]
-    }
+    return {"kernel": np.asarray(_kernel(trained, config.layer)), "kept": keep}
 
 
 def _percent(values):

@@ -22,7 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import functa
-from experiments.common import devices, figures, files, launch, runs, settings
+from experiments.common import devices, figures, launch, runs, settings
 from experiments.configs import meta_learn as meta_configs
 from experiments.configs import scaling as configs
 from experiments.training import encoding, meta
@@ -46,14 +46,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 run.say(f"first step of digits after {starts[-1]:.1f} s")
         summary["first_step_nothing_compiled_seconds"] = starts[0]
         summary["first_step_seconds"] = float(np.median(starts[1:]))
-        arrays = {"num_devices": np.array(config.num_devices)}
-        rates = []
+        rates, encoded = [], []
         for num_devices in config.num_devices:
             rates.append(_in_process(_time_meta_step, config, num_devices=num_devices))
             run.say(f"{num_devices} devices: {rates[-1]:.4g} images/s")
-        arrays["images_per_second"] = np.array(rates)
-        arrays["num_images"] = np.array(config.num_images)
-        encoded = []
         for num_images in config.num_images:
             encoded.append(_in_process(_encode, config, num_images))
             run.say(
@@ -61,11 +57,16 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                     num_images, *encoded[-1]
                 )
             )
-        names = "encoded_per_second", "peak_mebibytes"
-        arrays |= dict(zip(names, np.array(encoded).T, strict=True))
-        files.write_npz(run.workdir / "arrays.npz", arrays)
-        figures.draw(run.workdir)
-        return summary | arrays
+        per_second, peak = zip(*encoded, strict=True)
+        summary |= {
+            "num_devices": config.num_devices,
+            "images_per_second": rates,
+            "num_images": config.num_images,
+            "encoded_per_second": per_second,
+            "peak_mebibytes": peak,
+        }
+        figures.draw(run.workdir, summary)
+        return summary
 
     return runs.run_once(workdir, config, measure)
 

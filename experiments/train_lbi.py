@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 import lbi
@@ -50,14 +49,7 @@ def _train_one(run, images):
 
 
 def _summarize_all(run, summaries):
-    """Mean and deviation over the seeds of each method; the curves of all runs."""
-    curves = {}
-    for name in summaries:
-        metrics = files.read_metrics(run.workdir / name / "metrics.jsonl")
-        epochs = [m for m in metrics if "test_accuracy" in m]
-        for key in ("train_accuracy", "test_accuracy"):
-            curves[f"{name}_{key}"] = np.array([m[key] for m in epochs])
-    files.write_npz(run.workdir / "arrays.npz", curves)
+    """Mean and deviation over the seeds of each method."""
     figures.draw(run.workdir)
     table = {}
     for method in run.config.methods:

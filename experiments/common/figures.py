@@ -3,13 +3,13 @@
 A figure is a function of `config.json`, `metrics.jsonl`, `summary.json` and
 `arrays.npz`; no network is trained. The public functions of `functa.plots`,
 `vit.plots`, `landscape.plots` and `lbi.plots` draw the figures; this module passes them
-the numbers, names and titles of a run. A folder of `results/` has no `arrays.npz`:
+the numbers, names and titles of a run. Most folders of `results/` have no `arrays.npz`:
 figures that need it are skipped, and those that only need logged numbers are drawn.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,11 +56,15 @@ class _MissingError(Exception):
     """A figure needs an array that the folder of the run does not contain."""
 
 
-def draw(workdir: Path) -> None:
+def draw(workdir: Path, summary: Mapping[str, Any] | None = None) -> None:
     """Draws all figures of the run into `<workdir>/figures`.
 
     One line names the figures that cannot be drawn because arrays are missing. A figure
     that fails gives a warning.
+
+    Args:
+      workdir: the folder of the run.
+      summary: replaces `summary.json`, which a run writes after its figures.
 
     Raises:
       FileNotFoundError: if the folder does not contain a run.
@@ -68,6 +72,8 @@ def draw(workdir: Path) -> None:
     if not devices.is_main():
         return
     run = read_run(Path(workdir))
+    if summary is not None:
+        run = run._replace(summary=files.plain(summary))
     experiment = run.config["experiment"]
     if experiment not in _FIGURES:
         raise ValueError(f"{workdir} is a run of {experiment}, which has no figures.")
@@ -98,50 +104,48 @@ def read_run(workdir: Path) -> Run:
     """Reads the files of the folder; only `config.json` is required."""
     if not (workdir / "config.json").exists():
         raise FileNotFoundError(f"{workdir} has no config.json: it holds no run.")
+    jsons = {}
+    for name in ("config", "environment", "summary"):
+        path = workdir / f"{name}.json"
+        jsons[name] = files.read_json(path) if path.exists() else {}
+    metrics = files.read_metrics(workdir / "metrics.jsonl")
+    return Run(workdir, **jsons, metrics=metrics, arrays=_read_arrays(workdir))
 
-    def read(name):
-        path = workdir / name
-        return files.read_json(path) if path.exists() else {}
 
-    arrays = {}
-    if (workdir / "arrays.npz").exists():
-        with np.load(workdir / "arrays.npz", allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    return Run(
-        workdir,
-        read("config.json"),
-        read("environment.json"),
-        read("summary.json"),
-        files.read_metrics(workdir / "metrics.jsonl"),
-        arrays,
-    )
+def _read_arrays(folder):
+    if not (folder / "arrays.npz").exists():
+        return {}
+    with np.load(folder / "arrays.npz", allow_pickle=False) as file:
+        return dict(file)
 
 
 def describe(run: Run) -> str:
     """Title of the figures of a run: command, data set, seeds, length of training."""
-    config = run.config
-    data = (config.get("dataset") or {}).get("name")
-    for source in ("functaset", "run", "checkpoint"):
-        # runs/meta_learn/digits/functaset.npz -> meta_learn/digits
-        if config.get(source):
-            parts = [p for p in Path(config[source]).parts if p not in ("runs", "/")]
-            parts = parts[:-1] if parts[-1].endswith(".npz") else parts
-            data = f"{data}, " if data else ""
-            data += f"{source} {'/'.join(parts[-2:])}"
+    config, environment = run.config, run.environment
+    parts = [f"{config['experiment']} {config.get('variant', '')}".strip()]
     if config["experiment"] in ("benchmark", "scaling"):
-        cores = run.environment.get("cpu_count")
-        data = run.environment.get("backend", "")
-        data += f" with {cores} cores" if cores and data == "cpu" else ""
-    elif config["experiment"] == "prune_vit" and not data:
-        data = "random weights"
-    parts = [f"{config['experiment']} {config.get('variant', '')}".strip(), data]
+        backend = environment.get("backend", "")
+        cores = f" with {environment.get('cpu_count')} cores"
+        parts.append(backend + cores if backend == "cpu" else backend)
+    else:
+        parts += [name for name in [(config.get("dataset") or {}).get("name")] if name]
+        for source in ("functaset", "run", "checkpoint"):
+            # runs/meta_learn/digits/functaset.npz -> meta_learn/digits
+            path = Path(config.get(source) or "")
+            folder = path.parent if path.suffix == ".npz" else path
+            names = [name for name in folder.parts if name not in ("runs", "/")]
+            if names:
+                parts.append(f"{source} {'/'.join(names[-2:])}")
+        if config["experiment"] == "prune_vit" and len(parts) == 1:
+            parts.append("random weights")
     seeds = config.get("seeds", config.get("seed"))
-    if isinstance(seeds, list) and len(seeds) > 1:
-        parts.append(f"seeds {', '.join(map(str, seeds))}")
-    elif seeds is not None and seeds != []:
-        seed = seeds[0] if isinstance(seeds, list) else seeds
-        num_runs = run.summary.get("num_runs", 1)
-        parts.append(f"seed {seed}" if num_runs == 1 else f"{num_runs} trained seeds")
+    seeds = seeds if isinstance(seeds, list) else [] if seeds is None else [seeds]
+    num_runs = run.summary.get("num_runs", 1)
+    if num_runs > 1:
+        parts.append(f"{num_runs} trained seeds")
+    elif seeds:
+        words = "seed" if len(seeds) == 1 else "seeds"
+        parts.append(f"{words} {', '.join(map(str, seeds))}")
     for key, unit in (("num_epochs", "epochs"), ("num_steps", "steps")):
         if isinstance(config.get(key), int):
             parts.append(f"{config[key]} {unit}")
@@ -150,9 +154,20 @@ def describe(run: Run) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _panels(num, *, width=5.4, height=3.5, rows=1, **options):
-    """A figure with `rows` x `num` Axes."""
-    return plt.subplots(
+def _bind(figures, *args):
+    """{name: figure(*args)} without the arguments."""
+    return {name: functools.partial(make, *args) for name, make in figures.items()}
+
+
+def _logged(metrics, key):
+    """Steps (K,) and values (K, ...) of the log lines that have an entry."""
+    lines = [line for line in metrics if key in line]
+    return np.array([m["step"] for m in lines]), np.array([m[key] for m in lines])
+
+
+def _panels(num, *, width=5.4, height=3.5, rows=1, titles=(), **options):
+    """A figure with `rows` x `num` Axes, and titles above the first of them."""
+    figure, axes = plt.subplots(
         rows,
         num,
         figsize=(width * num, height * rows + 0.3),
@@ -160,68 +175,55 @@ def _panels(num, *, width=5.4, height=3.5, rows=1, **options):
         squeeze=False,
         **options,
     )
+    for ax, title in zip(axes.flat, titles, strict=False):
+        ax.set_title(title, fontsize=9)
+    return figure, axes
 
 
-def _one_legend(axes):
-    """Keeps only the legend of the last panel of the first row."""
-    axes = np.atleast_2d(axes)
+def _share_labels(axes):
+    """Keeps the last legend of the first row, and the first label of equal ones."""
     for ax in axes.flat:
         if ax is not axes[0, -1] and ax.get_legend():
             ax.get_legend().remove()
+    for first, *others in axes:
+        for ax in others:
+            if ax.get_ylabel() == first.get_ylabel():
+                ax.set_ylabel("")
 
 
 # --- functa ---
 
 
-def _meta_learn(run):
-    figures = {
-        "psnr": _meta_psnr,
-        "best_and_worst": _best_and_worst,
-        "over_inner_steps": _over_inner_steps,
-        "interpolation": _interpolation,
-        "super_resolution": _super_resolution,
-    }
-    return {name: functools.partial(make, run) for name, make in figures.items()}
-
-
 def _meta_psnr(run):
-    config = run.config
-    further = run.arrays.get("further_psnr")
-    panels = [run.metrics, further is not None or "test_psnr_per_step" in run.summary]
-    figure, axes = _panels(sum(map(bool, panels)) or 1)
-    axes = list(axes[0])
+    inner_steps = run.config["inner"]["num_steps"]
+    further = run.arrays.get("further_psnr", run.summary.get("test_psnr_per_step"))
+    figure, axes = _panels(bool(run.metrics) + (further is not None) or 1)
     if run.metrics:
-        steps = np.array([m["step"] for m in run.metrics])
-        psnr = np.array([m["psnr_per_step"] for m in run.metrics])
-        coarse = config.get("coarse_steps", 0)
+        steps, psnr = _logged(run.metrics, "psnr_per_step")
+        coarse = run.config.get("coarse_steps", 0)
         marks = {}
         if 0 < coarse < steps[-1]:
-            factor = config.get("coarse_factor", 2)
+            factor = run.config["coarse_factor"]
             marks = {f"images at full size (before: 1/{factor})": coarse}
         functa_plots.psnr_curves(
             {
-                f"after {n} inner steps": (steps, psnr[:, n])
-                for n in range(psnr.shape[1])
+                f"after {n} inner steps": (steps, values)
+                for n, values in enumerate(psnr.T)
             },
             x_label="outer step",
             y_label="training PSNR (dB)",
             marks=marks,
-            ax=axes.pop(0),
+            ax=axes[0, 0],
         )
-    if axes:
-        num_steps = config["inner"]["num_steps"]
-        marks = {}
-        if further is None:
-            further = np.array(run.summary["test_psnr_per_step"])
-        elif len(further) > num_steps + 1:
-            marks = {"end of the inner loop": num_steps}
+    if further is not None:
+        is_longer = len(further) > inner_steps + 1
         functa_plots.psnr_curves(
-            {"mean over images": (np.arange(len(further)), further)},
+            {"mean over images": (np.arange(len(further)), np.array(further))},
             x_label="step of the latent",
             y_label="test PSNR (dB)",
-            marks=marks,
-            log_x=num_steps if marks else None,
-            ax=axes[0],
+            marks={"end of the inner loop": inner_steps} if is_longer else {},
+            log_x=inner_steps if is_longer else None,
+            ax=axes[0, -1],
         )
     return figure
 
@@ -251,11 +253,10 @@ def _over_inner_steps(run):
 
 def _interpolation(run):
     images = run.need("interpolation")
-    weights = np.linspace(0, 1, len(images))
     return functa_plots.image_grid(
         [images],
         row_labels=["weight of the\nsecond latent"],
-        column_titles=[f"{weight:.2f}" for weight in weights],
+        column_titles=[f"{weight:.2f}" for weight in np.linspace(0, 1, len(images))],
     )
 
 
@@ -274,14 +275,10 @@ def _super_resolution(run):
 
 def _fit_image(run):
     tasks = list(dict.fromkeys(m["task"] for m in run.metrics))
-    tasks = tasks or [str(name) for name in run.arrays.get("tasks", ())]
-    figures = {"psnr": functools.partial(_fit_psnr, run, tasks)}
+    figures = _bind({"psnr": _fit_psnr}, run, tasks)
     for task in tasks:
-        for name, make in (
-            ("reconstructions", _reconstructions),
-            ("field", _field),
-        ):
-            figures[f"{name}_{task}"] = functools.partial(make, run, task)
+        makers = {f"reconstructions_{task}": _reconstructions, f"field_{task}": _field}
+        figures |= _bind(makers, run, task)
     return figures
 
 
@@ -291,20 +288,17 @@ def _fit_psnr(run, tasks):
     for task in tasks:
         logged = [m for m in run.metrics if m["task"] == task]
         measured = [m for m in logged if "psnr" in m]
-        if f"{task}_curve" in run.arrays:
+        loss = np.array([m["loss"] for m in logged])
+        curves[task] = np.array([m["task_step"] for m in logged]), -10 * np.log10(loss)
+        if f"{task}_curve" in run.arrays:  # every step
             curve = run.arrays[f"{task}_curve"]
             curves[task] = np.arange(len(curve)), curve
-        else:
-            steps = np.array([m["task_step"] for m in logged])
-            loss = np.array([m["loss"] for m in logged])
-            curves[task] = steps, -10 * np.log10(loss)
-        deviation = run.summary.get(f"{task}_psnr_std")
-        if f"{task}_psnr" in run.arrays:
-            deviation = run.arrays[f"{task}_psnr"].std(1)
         psnr = [m["psnr"] for m in measured]
         over_steps[task] = [m["task_step"] for m in measured], psnr
-        if deviation is not None:
-            over_steps[task] += (deviation,)
+        if f"{task}_psnr" in run.arrays:
+            over_steps[task] += (run.arrays[f"{task}_psnr"].std(1),)
+        elif f"{task}_psnr_std" in run.summary:
+            over_steps[task] += (run.summary[f"{task}_psnr_std"],)
         over_seconds[task] = [m["seconds"] - started for m in measured], psnr
         started = logged[-1]["seconds"]
     figure, axes = _panels(2)
@@ -354,37 +348,30 @@ def _field(run, task):
     )
 
 
-def _classify_functa(run):
-    return {
-        "accuracy": functools.partial(_classifier_accuracy, run),
-        "confusion": functools.partial(_confusion, run),
-    }
-
-
 def _classifier_accuracy(run):
-    epochs = np.array([m["step"] for m in run.metrics])
-    losses = np.array([m["loss_per_candidate"] for m in run.metrics]).T  # (R, K)
+    epochs, losses = _logged(run.metrics, "loss_per_candidate")  # (K,), (K, R)
     parts = {
-        part: 100 * np.array([m[f"{part}_accuracy_per_candidate"] for m in run.metrics])
+        part: 100 * _logged(run.metrics, f"{part}_accuracy_per_candidate")[1]
         for part in ("train", "validation", "test")
-        if f"{part}_accuracy_per_candidate" in run.metrics[0]
     }
-    # The command selects by the best validation accuracy of any epoch.
-    chosen = 0
+    parts = {part: values for part, values in parts.items() if values.size}
+    chosen, marks = 0, {}
     if "validation" in parts:
+        # The command selects by the best validation accuracy of any epoch.
         chosen = int(np.argmax(parts["validation"].max(0)))
-    figure, axes = _panels(2)
-    curves = {"chosen candidate": (epochs, losses[chosen])}
-    if len(losses) > 1:
-        curves[f"all {len(losses)} (mean, range)"] = epochs, losses
-    functa_plots.accuracy_curves(curves, y_label="training loss (nats)", ax=axes[0, 0])
+        if "epoch" in run.summary:
+            marks = {"weights kept": run.summary["epoch"]}
+    loss_curves = {"chosen candidate": (epochs, losses[:, chosen])}
     curves = {part: (epochs, values[:, chosen]) for part, values in parts.items()}
-    if len(losses) > 1 and "validation" in parts:
-        label = f"validation,\nall {len(losses)} (mean, range)"
-        curves[label] = epochs, parts["validation"].T
-    marks = {}
-    if "validation" in parts and "epoch" in run.summary:
-        marks = {"weights kept": run.summary["epoch"]}
+    if losses.shape[1] > 1:
+        everything = f"all {losses.shape[1]} (mean, range)"
+        loss_curves[everything] = epochs, losses.T
+        if "validation" in parts:
+            curves[f"validation,\n{everything}"] = epochs, parts["validation"].T
+    figure, axes = _panels(2)
+    functa_plots.accuracy_curves(
+        loss_curves, y_label="training loss (nats)", ax=axes[0, 0]
+    )
     functa_plots.accuracy_curves(curves, marks=marks, ax=axes[0, 1])
     return figure
 
@@ -427,30 +414,21 @@ _WEIGHTS = {
     "neurons_random": "neurons, random",
 }
 _METHODS = _TOKENS | _CASCADES | _WEIGHTS
-_WHOLE = 62  # style of the whole network: a black star
+_WHOLE = {"whole network": 62}  # style: a black star
 _STYLES = {label: number for number, label in enumerate(_METHODS.values())}
-
-
-def _train_vit(run):
-    return {"training": functools.partial(_vit_training, run)}
 
 
 def _vit_training(run):
     config = run.config
     steps_per_epoch = run.metrics[-1]["step"] / config["num_epochs"]
-    if "steps_per_epoch" in run.arrays:
-        steps_per_epoch = int(run.arrays["steps_per_epoch"])
     marks = {}
     for start, changes in config.get("stages", ()):
         changed = "\n".join(f"{name} {value}" for name, value in changes.items())
         marks[f"from here: {changed}"] = start * config["num_epochs"]
 
-    def curve(key, scale=1.0):
-        chosen = [m for m in run.metrics if key in m]
-        return (
-            np.array([m["step"] for m in chosen]) / steps_per_epoch,
-            scale * np.array([m[key] for m in chosen]),
-        )
+    def curve(key, scale=1):
+        steps, values = _logged(run.metrics, key)
+        return steps / steps_per_epoch, scale * values
 
     figure, axes = _panels(2)
     vit_plots.training_curves(
@@ -459,11 +437,10 @@ def _vit_training(run):
         marks=marks,
         ax=axes[0, 0],
     )
+    seen = "training, augmented,\non the patches it sees"
     vit_plots.training_curves(
         {
-            "training, augmented,\non the patches it sees": curve(
-                "train_accuracy", 100
-            ),
+            seen: curve("train_accuracy", 100),
             "test, averaged weights": curve("test_accuracy", 100),
         },
         y_label="accuracy (%)",
@@ -474,46 +451,24 @@ def _vit_training(run):
 
 
 def _prune_vit(run):
-    rows = _rows(run)
+    # The measured networks: from the files of their measurement, or the summary.
+    paths = sorted(run.workdir.glob("rows/*.json"))
+    rows = [files.read_json(path) for path in paths]
+    rows = rows or list(run.summary.get("rows", {}).values())
     figures = {}
     if any("accuracy" in row for row in rows):
-        figures = {
-            "accuracy_and_cost": functools.partial(_accuracy_and_cost, rows),
-            "kept_patches": functools.partial(_kept_patches, run),
-            "attention": functools.partial(_attention, run),
-            "informativeness": functools.partial(_informativeness, run),
-            "heads": functools.partial(_heads, run),
+        pictures = {
+            "kept_patches": _kept_patches,
+            "attention": _attention,
+            "informativeness": _informativeness,
+            "heads": _heads,
         }
-    batches = _timed_batches(rows)
-    if batches:
-        figures["speed"] = functools.partial(_speed, rows, batches)
-    return figures
-
-
-def _rows(run):
-    """The measured networks, from the arrays or from the summary's table."""
-    columns = {
-        name.removeprefix("row_"): values
-        for name, values in run.arrays.items()
-        if name.startswith("row_")
-    }
-    if not columns:
-        return list(run.summary.get("rows", {}).values())
-    return [
-        {
-            name: str(values[i]) if name == "method" else float(values[i])
-            for name, values in columns.items()
-            if name == "method" or np.isfinite(values[i])
-        }
-        for i in range(len(columns["method"]))
-    ]
-
-
-def _timed_batches(rows):
-    prefix = "speedup_"
-    keys = [key for row in rows if row["method"] != "dense" for key in row]
-    names = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
-    return sorted(int(name) for name in names if name.isdigit())
+        figures = _bind({"accuracy_and_cost": _accuracy_and_cost}, rows)
+        figures |= _bind(pictures, run)
+    names = {key for row in rows if row["method"] != "dense" for key in row}
+    names = {name.removeprefix("speedup_") for name in names}
+    batches = sorted(int(name) for name in names if name.isdigit())
+    return figures | (_bind({"speed": _speed}, rows, batches) if batches else {})
 
 
 def _points(rows, method, x, y):
@@ -546,48 +501,45 @@ def _accuracy_and_cost(rows):
         is_repeated = drawn and set(curves) == {_TOKENS["max"]}
         if curves and (column != "accuracy" or not is_repeated):
             if column in whole:
-                curves["whole network"] = (
-                    np.array([100.0]),
-                    np.array([100 * whole[column]]),
-                )
+                curves |= {"whole network": (np.full(1, 100.0), [100 * whole[column]])}
             drawn[title] = curves
     columns = min(len(drawn), 2)
-    figure, axes = _panels(columns, rows=-(-len(drawn) // columns), width=5.8)
+    figure, axes = _panels(
+        columns, rows=-(-len(drawn) // columns), width=5.8, titles=drawn
+    )
     for ax in axes.flat[len(drawn) :]:
         ax.axis("off")
-    for ax, (title, curves) in zip(axes.flat, drawn.items(), strict=False):
-        own = [label for label in curves if label != "whole network"]
-        styles = {label: number for number, label in enumerate(own)}
-        vit_plots.accuracy_against_cost(
-            curves, styles=styles | {"whole network": _WHOLE}, ax=ax
-        )
-        ax.set_title(title, fontsize=9)
+    for ax, curves in zip(axes.flat, drawn.values(), strict=False):
+        styles = {label: number for number, label in enumerate(curves)} | _WHOLE
+        vit_plots.accuracy_against_cost(curves, styles=styles, ax=ax)
     return figure
 
 
 def _speed(rows, batches):
     with_accuracy = any("accuracy" in row for row in rows)
-    figure, axes = _panels(len(batches) + with_accuracy, width=5.2, height=3.8)
+    figure, axes = _panels(
+        len(batches) + with_accuracy,
+        width=5.2,
+        height=3.8,
+        titles=[f"batch of {batch}" for batch in batches],
+    )
+
+    def points(methods, x, y):
+        found = {label: _points(rows, name, x, y) for name, label in methods.items()}
+        return {label: xy for label, xy in found.items() if xy.size}
+
     for ax, batch in zip(axes[0], batches, strict=False):
-        measured = {
-            label: _points(rows, method, "predicted_speedup", f"speedup_{batch}")
-            for method, label in _METHODS.items()
-        }
-        measured = {label: xy for label, xy in measured.items() if xy.size}
+        measured = points(_METHODS, "predicted_speedup", f"speedup_{batch}")
         vit_plots.speedup(measured, styles=_STYLES, ax=ax)
-        ax.set_title(f"batch of {batch}", fontsize=9)
-    _one_legend(axes[:, : len(batches)])
+    for ax in axes[0, : len(batches) - 1]:
+        ax.get_legend().remove()
     if with_accuracy:
-        batch = batches[-1]
-        curves = {
-            label: _points(rows, method, f"speedup_{batch}", "accuracy")
-            for method, label in (_TOKENS | {"dense": "whole network"}).items()
-        }
+        methods = _TOKENS | {"dense": "whole network"}
         vit_plots.accuracy_against_cost(
-            {label: xy for label, xy in curves.items() if xy.size},
-            x_label=f"measured speed-up, batch of {batch} (times)",
+            points(methods, f"speedup_{batches[-1]}", "accuracy"),
+            x_label=f"measured speed-up, batch of {batches[-1]} (times)",
             y_label="test accuracy (%), not fine-tuned",
-            styles=_STYLES | {"whole network": _WHOLE},
+            styles=_STYLES | _WHOLE,
             ax=axes[0, -1],
         )
     return figure
@@ -622,11 +574,6 @@ _OPTIMIZERS = {
     "dessilbi": "DessiLBI",
     "dessilbi_adam": "DessiLBI+Adam",
 }
-_ORDERS = {
-    "entry": "order of entry",
-    "magnitude": "magnitude",
-    "random": "random",
-}
 _SCOPES = {
     "one_layer": "filters of {layer}",
     "layer": "all convolutions, each by the same share",
@@ -637,11 +584,8 @@ _SCOPES = {
 def _train_lbi(run):
     # A single training has its own log; a sweep has one folder per training.
     if not run.metrics:
-        return {"accuracy": functools.partial(_lbi_accuracy, run)}
-    return {
-        "path": functools.partial(_path, run),
-        "filters": functools.partial(_filters, run),
-    }
+        return _bind({"accuracy": _lbi_accuracy}, run)
+    return _bind({"path": _path, "filters": _filters}, run)
 
 
 def _lbi_accuracy(run):
@@ -653,37 +597,30 @@ def _lbi_accuracy(run):
     for ax, (split, y_label) in zip(axes[0], labels.items(), strict=True):
         curves = {}
         for method in run.config["methods"]:
-            runs = [
-                _accuracy_of_epochs(run, f"{method}_seed{seed}", f"{split}_accuracy")
-                for seed in run.config["seeds"]
+            folders = [f"{method}_seed{seed}" for seed in run.config["seeds"]]
+            logs = [
+                files.read_metrics(run.workdir / folder / "metrics.jsonl")
+                for folder in folders
             ]
+            runs = [_logged(log, f"{split}_accuracy")[1] for log in logs]
             epochs = np.arange(1, len(runs[0]) + 1)
             curves[_OPTIMIZERS.get(method, method)] = epochs, 100 * np.array(runs)
         lbi_plots.accuracy_curves(curves, y_label=y_label, ax=ax)
-    _one_legend(axes)
+    _share_labels(axes)
     return figure
 
 
-def _accuracy_of_epochs(run, name, key):
-    metrics = files.read_metrics(run.workdir / name / "metrics.jsonl")
-    values = [m[key] for m in metrics if key in m]
-    return np.array(values) if values else run.need(f"{name}_{key}")
-
-
 def _path(run):
-    num_epochs = run.config["num_epochs"]
-    steps_per_epoch = run.metrics[-1]["step"] / num_epochs
-    measured = [m for m in run.metrics if "test_accuracy" in m]
-    epochs = np.array([m["step"] for m in measured]) / steps_per_epoch
-    curves = {
-        label: (epochs, 100 * np.array([m[key] for m in measured]))
-        for key, label in (
-            ("test_accuracy", "accuracy, dense"),
-            ("sparse_test_accuracy", "accuracy, projected\non the support"),
-            ("density", "groups in the support"),
-        )
-        if key in measured[0]
-    }
+    steps_per_epoch = run.metrics[-1]["step"] / run.config["num_epochs"]
+    curves = {}
+    for key, label in (
+        ("test_accuracy", "accuracy, dense"),
+        ("sparse_test_accuracy", "accuracy, projected\non the support"),
+        ("density", "groups in the support"),
+    ):
+        steps, values = _logged(run.metrics, key)
+        if steps.size:
+            curves[label] = steps / steps_per_epoch, 100 * values
     entries = _entries(run)
     figure, axes = _panels(1 + bool(entries))
     if entries:
@@ -700,12 +637,9 @@ def _path(run):
 
 
 def _entries(run):
-    prefix = "entry_"
-    return {
-        name.removeprefix(prefix): steps
-        for name, steps in run.arrays.items()
-        if name.startswith(prefix)
-    }
+    """{layer: step at which each group entered}."""
+    names = [name for name in run.arrays if name.startswith("entry_")]
+    return {name.removeprefix("entry_"): run.arrays[name] for name in names}
 
 
 def _filters(run):
@@ -719,11 +653,11 @@ def _filters(run):
 
 
 def _prune_lbi(run):
-    figures = {"layer_before_and_after": functools.partial(_pruned_layer, run)}
-    curves = _sparsity_curves(run)
+    figures = _bind({"layer_before_and_after": _pruned_layer}, run)
+    rows = [files.read_json(path) for path in sorted(run.workdir.glob("*.json"))]
+    curves = [row["curves"] for row in rows if row.get("curves")]
     if curves:
-        name = "accuracy_against_sparsity"
-        figures[name] = functools.partial(_sparsity, run, curves)
+        figures |= _bind({"accuracy_against_sparsity": _sparsity}, run.config, curves)
     return figures
 
 
@@ -733,44 +667,23 @@ def _pruned_layer(run):
     )
 
 
-def _sparsity_curves(run):
-    """{SCOPE_ORDER: accuracies (runs, K)}, from the arrays or the files of the runs."""
-    prefix = "curve_"
-    curves = {
-        name.removeprefix(prefix): values
-        for name, values in run.arrays.items()
-        if name.startswith(prefix) and name != "curve_sparsities"
-    }
-    if curves:
-        return curves
-    rows = [files.read_json(path) for path in sorted(run.workdir.glob("*.json"))]
-    rows = [row["curves"] for row in rows if row.get("curves")]
-    return (
-        {name: np.array([row[name] for row in rows]) for name in rows[0]}
-        if rows
-        else {}
-    )
-
-
-def _sparsity(run, curves):
-    config = run.config
+def _sparsity(config, curves):
+    """`curves` are those of each network, {SCOPE_ORDER: accuracies}."""
     shares = sorted({*config["sparsities"], *config["curve_sparsities"]})
-    figure, axes = _panels(3, width=4.4, sharey=True)
-    for ax, (scope, title) in zip(axes[0], _SCOPES.items(), strict=True):
+    orders = {"entry": "order of entry", "magnitude": "magnitude", "random": "random"}
+    titles = [title.format(layer=config["layer"]) for title in _SCOPES.values()]
+    figure, axes = _panels(3, width=4.4, sharey=True, titles=titles)
+    for ax, scope in zip(axes[0], _SCOPES, strict=True):
         lbi_plots.accuracy_against_sparsity(
             100 * np.array(shares),
             {
-                label: 100 * curves[f"{scope}_{order}"]
-                for order, label in _ORDERS.items()
-                if f"{scope}_{order}" in curves
+                label: 100 * np.array([own[f"{scope}_{order}"] for own in curves])
+                for order, label in orders.items()
             },
             y_label="test accuracy (%), no fine-tuning",
             ax=ax,
         )
-        ax.set_title(title.format(layer=config["layer"]), fontsize=9)
-    for ax in axes[0, 1:]:
-        ax.set_ylabel("")
-    _one_legend(axes)
+    _share_labels(axes)
     return figure
 
 
@@ -782,8 +695,7 @@ _NUM_WINDOWS = 60
 
 
 def _probe_landscape(run):
-    arrays = dict(run.arrays) or _landscape_arrays(run)
-    names = [name for name in _NETWORKS if f"{name}/loss" in arrays]
+    run = run._replace(arrays=landscape_arrays(run.workdir, run.config))
     figures = {
         "loss_envelope": _loss_envelope,
         "along_the_gradient": _along_the_gradient,
@@ -794,65 +706,66 @@ def _probe_landscape(run):
         figures["eigenvalues"] = _eigenvalues
     if run.config["surface"]["size"]:
         figures["surfaces"] = _surfaces
-    run = run._replace(arrays=arrays)
-    return {name: functools.partial(make, run, names) for name, make in figures.items()}
-
-
-def _landscape_arrays(run):
-    """The logs of the trainings in the form of `arrays.npz`: (rates, seeds, ...).
-
-    The log contains means of the loss over intervals; `loss_step` is their middle.
-    """
-    config = run.config
-    arrays = {
-        "learning_rates": np.array(config["learning_rates"]),
-        "step_sizes": np.array(config["step_sizes"]),
+    networks = {
+        network: label
+        for network, label in _NETWORKS.items()
+        if network in run.config["networks"]
     }
+    return _bind(figures, run, networks)
+
+
+def landscape_arrays(workdir: Path, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The measurements of all trainings of a run of probe_landscape.
+
+    Returns:
+      {NETWORK/NAME: (rates, seeds, ...)} of the arrays and the log of each training.
+      `logged_loss` are means over the intervals of the log, and `loss_step` their
+      middles. NETWORK/surface is that of the only training that has one.
+
+    Raises:
+      FileNotFoundError: if a training has no log.
+    """
+    arrays = {}
     for network in config["networks"]:
-        logs = [
-            [
-                _landscape_log(run.workdir / f"{network}_rate{rate:g}_seed{seed}")
-                for seed in config["seeds"]
-            ]
+        names = [
+            [f"{network}_rate{rate:g}_seed{seed}" for seed in config["seeds"]]
             for rate in config["learning_rates"]
         ]
-        for name in logs[0][0]:
-            values = np.array([[log[name] for log in row] for row in logs])
-            arrays[f"{network}/{name}"] = values
-        last = logs[0][0]["last_step"]
-        arrays["steps_per_epoch"] = np.array(last // config["num_epochs"])
-        arrays["loss_step"] = logs[0][0]["loss_step"]
-    return arrays
+        trainings = [[_training(workdir / name) for name in row] for row in names]
+        for single in (single for row in trainings for single in row):
+            if "surface" in single:
+                arrays[f"{network}/surface"] = single.pop("surface")
+        for name in trainings[0][0]:
+            values = [[single[name] for single in row] for row in trainings]
+            arrays[f"{network}/{name}"] = np.array(values)
+    last_step = next(v for k, v in arrays.items() if k.endswith("/last_step")).flat[0]
+    return arrays | {"steps_per_epoch": last_step // config["num_epochs"]}
 
 
-def _landscape_log(folder):
+def _training(folder):
     metrics = files.read_metrics(folder / "metrics.jsonl")
     if not metrics:
         raise FileNotFoundError(f"{folder} has no metrics.jsonl to draw from.")
-    ends = np.array([m["step"] for m in metrics])
-    log = {
-        "last_step": metrics[-1]["step"],
-        "loss": np.array([m["loss"] for m in metrics[1:]]),
-        "loss_step": (ends[1:] + ends[:-1]) / 2,
+    ends, losses = _logged(metrics[1:], "loss")
+    starts = [metrics[0]["step"], *ends[:-1]]
+    arrays = {
+        "last_step": np.array(ends[-1]),
+        "logged_loss": losses,
+        "loss_step": (ends + starts) / 2,
+        "test_accuracy": _logged(metrics, "test_accuracy")[1],
     }
     probed = [m for m in metrics if "probe" in m]
-    log["probe_step"] = np.array([m["step"] for m in probed])
+    arrays["probe_step"] = np.array([m["step"] for m in probed])
     for key in probed[0]["probe"]:
-        log[f"probe_{key}"] = np.array([m["probe"][key] for m in probed])
-    curved = [m for m in metrics if "eigenvalues" in m]
-    if curved:
-        log["eigenvalue_step"] = np.array([m["step"] for m in curved])
-        log["eigenvalues"] = np.array([m["eigenvalues"] for m in curved])
-    return log
+        arrays[f"probe_{key}"] = np.array([m["probe"][key] for m in probed])
+    steps, values = _logged(metrics, "eigenvalues")
+    if steps.size:
+        arrays |= {"eigenvalue_step": steps, "eigenvalues": values}
+    return arrays | _read_arrays(folder)
 
 
-def _losses(run, network):
-    """Epochs (W,) and training losses (rates, seeds, W), means over windows."""
-    losses = run.need(f"{network}/loss")
-    steps = run.arrays.get("loss_step")
-    if steps is None:
-        steps, losses = _windows(losses)
-    return steps / run.need("steps_per_epoch"), losses
+def _in_epochs(run, name):
+    return run.need(name) / run.need("steps_per_epoch")
 
 
 def _windows(values):
@@ -864,150 +777,145 @@ def _windows(values):
 
 
 def _loss_envelope(run, networks):
-    figure, axes = _panels(1 + len(networks), width=4.6, sharey=True)
+    titles = ["band over the learning rates", *networks.values()]
+    figure, axes = _panels(1 + len(networks), width=4.6, sharey=True, titles=titles)
     bands = {}
-    for ax, network in zip(axes[0, 1:], networks, strict=True):
-        epochs, losses = _losses(run, network)
+    for ax, (network, label) in zip(axes[0, 1:], networks.items(), strict=True):
+        epochs = _in_epochs(run, f"{network}/loss_step")[0, 0]
+        losses = run.need(f"{network}/logged_loss")  # (rates, seeds, K)
         # The mean over seeds of the bands.
-        low, high = losses.min(0).mean(0), losses.max(0).mean(0)
-        bands[_NETWORKS[network]] = epochs, np.stack([low, high])
+        bands[label] = epochs, np.stack([losses.min(0).mean(0), losses.max(0).mean(0)])
         landscape_plots.curves(
             {
                 f"{rate:g}": (epochs, runs)
-                for rate, runs in zip(run.need("learning_rates"), losses, strict=True)
+                for rate, runs in zip(run.config["learning_rates"], losses, strict=True)
             },
             y_label="training loss (nats)",
             legend_title="learning rate",
             ax=ax,
         )
-        ax.set_title(_NETWORKS[network], fontsize=9)
     landscape_plots.envelope(bands, y_label="training loss (nats)", ax=axes[0, 0])
-    axes[0, 0].set_title("band over the learning rates", fontsize=9)
     for ax in axes[0, 1:-1]:
         ax.get_legend().remove()
     return figure
 
 
 def _consecutive_steps(run, networks):
-    figure, axes = _panels(2, rows=2, height=3, sharex=True)
     layers = {"last_layer": "last layer", "all_layers": "all parameters"}
     measures = {
         "grad_distance": "gradient distance",
         "beta": "gradient distance / step length",
     }
+    titles = 2 * [f"between consecutive steps, {layer}" for layer in layers.values()]
+    figure, axes = _panels(2, rows=2, height=3, sharex=True, titles=titles)
     for row, (measure, y_label) in zip(axes, measures.items(), strict=True):
-        for ax, (which, layer) in zip(row, layers.items(), strict=True):
+        x_label = "epoch" if measure == "beta" else ""  # the lower row
+        for ax, layer in zip(row, layers, strict=True):
             bands = {}
-            for network in networks:
-                steps, values = _windows(run.need(f"{network}/{which}_{measure}"))
-                epochs = (steps + 1) / run.need("steps_per_epoch")
-                bands[_NETWORKS[network]] = epochs, values.mean(1)
-            x_label = "epoch" if measure == "beta" else ""  # the lower row
-            labels = {"x_label": x_label, "y_label": y_label}
-            landscape_plots.envelope(bands, **labels, log=True, ax=ax)
-            ax.set_title(f"between consecutive steps, {layer}", fontsize=9)
-    _one_legend(axes)
+            for network, label in networks.items():
+                steps, values = _windows(run.need(f"{network}/{layer}_{measure}"))
+                bands[label] = (
+                    (steps + 1) / run.need("steps_per_epoch"),
+                    values.mean(1),
+                )
+            landscape_plots.envelope(
+                bands, x_label=x_label, y_label=y_label, log=True, ax=ax
+            )
+    _share_labels(axes)
     return figure
+
+
+def _rate_panels(run, **options):
+    """A column of Axes for each learning rate."""
+    rates = run.config["learning_rates"]
+    titles = [f"learning rate {rate:g}" for rate in rates]
+    return _panels(len(rates), sharey="row", titles=titles, **options)
 
 
 def _along_the_gradient(run, networks):
     """Santurkar et al., figure 4, at every learning rate: bands over the step sizes."""
-    rates = run.need("learning_rates")
-    figure, axes = _panels(
-        len(rates), rows=4, width=3, height=2.3, sharex=True, sharey="row"
-    )
+    figure, axes = _rate_panels(run, rows=4, width=3, height=2.3, sharex=True)
     measures = {
         "losses": "loss (nats)",
         "grad_distances": "gradient distance",
         "relative_grad_distances": "gradient distance /\ngradient norm",
         "betas": "effective beta\n(largest)",
     }
+    x_label = ""
     for row, (key, y_label) in zip(axes, measures.items(), strict=True):
-        x_label = "epoch" if key == "betas" else ""  # the lowest row
         for i, ax in enumerate(row):
             bands = {}
-            for network in networks:
+            for network, label in networks.items():
                 values = run.need(f"{network}/probe_{key}")[i]  # (seeds, P, steps)
-                steps = run.need(f"{network}/probe_step")[i, 0]
-                epochs = steps / run.need("steps_per_epoch")
                 low, high = values.min(-1), values.max(-1)
                 band = np.stack([low.mean(0), high.mean(0)])
                 # The beta of the paper is the largest one.
-                bands[_NETWORKS[network]] = epochs, high if key == "betas" else band
-            draw_one = (
-                landscape_plots.curves if key == "betas" else landscape_plots.envelope
+                bands[label] = (
+                    _in_epochs(run, f"{network}/probe_step")[i, 0],
+                    high if key == "betas" else band,
+                )
+            make = landscape_plots.envelope
+            if key == "betas":  # the lowest row
+                make, x_label = landscape_plots.curves, "epoch"
+            make(
+                bands,
+                x_label=x_label,
+                y_label=y_label,
+                log=True,
+                ax=ax,
             )
-            labels = {"x_label": x_label, "y_label": y_label if i == 0 else ""}
-            draw_one(bands, **labels, log=True, ax=ax)
-    for ax, rate in zip(axes[0], rates, strict=True):
-        ax.set_title(f"learning rate {rate:g}", fontsize=9)
-    _one_legend(axes)
+    _share_labels(axes)
     return figure
 
 
 def _beta_profile(run, networks):
     """Over the step sizes, from the end of the first epoch on."""
-    rates = run.need("learning_rates")
-    figure, axes = _panels(len(rates), width=3.2, height=3, sharey=True)
-    for i, (ax, rate) in enumerate(zip(axes[0], rates, strict=True)):
+    figure, axes = _rate_panels(run, width=3.2, height=3)
+    for i, ax in enumerate(axes[0]):
         betas = {}
-        for network in networks:
-            steps = run.need(f"{network}/probe_step")[i, 0]
-            later = steps >= run.need("steps_per_epoch")
+        for network, label in networks.items():
+            later = _in_epochs(run, f"{network}/probe_step")[i, 0] >= 1
             values = run.need(f"{network}/probe_betas")[i][:, later]
-            betas[_NETWORKS[network]] = values.reshape(-1, values.shape[-1])
-        landscape_plots.step_profile(run.need("step_sizes"), betas, ax=ax)
-        ax.set_title(f"learning rate {rate:g}", fontsize=9)
-        if i:
-            ax.set_ylabel("")
+            betas[label] = values.reshape(-1, values.shape[-1])
+        landscape_plots.step_profile(np.array(run.config["step_sizes"]), betas, ax=ax)
     axes[0, -1].get_legend().set_title("median, 10 to 90 %", {"size": 7})
-    _one_legend(axes)
+    _share_labels(axes)
     return figure
 
 
 def _eigenvalues(run, networks):
-    rates = run.need("learning_rates")
-    figure, axes = _panels(
-        len(rates), rows=2, width=3, height=2.6, sharex=True, sharey="row"
-    )
-    for i, (top, bottom) in enumerate(axes.T):
+    figure, axes = _rate_panels(run, rows=2, width=3, height=2.6, sharex=True)
+    for i, rate in enumerate(run.config["learning_rates"]):
         largest, products = {}, {}
-        for network in networks:
-            steps = run.need(f"{network}/eigenvalue_step")[i, 0]
-            epochs = steps / run.need("steps_per_epoch")
+        for network, label in networks.items():
+            epochs = _in_epochs(run, f"{network}/eigenvalue_step")[i, 0]
             values = run.need(f"{network}/eigenvalues")[i]  # (seeds, E, k)
             # The last eigenvalue is the smallest.
-            largest[_NETWORKS[network]] = epochs, values.mean(0)[:, :-1]
-            products[_NETWORKS[network]] = epochs, rates[i] * values[..., 0]
-        landscape_plots.eigenvalues(largest, ax=top)
-        landscape_plots.stability(products, ax=bottom)
-        top.set_title(f"learning rate {rates[i]:g}", fontsize=9)
-        top.set_xlabel("")
-        if i:
-            top.set_ylabel("")
-            bottom.set_ylabel("")
-    _one_legend(axes)
+            largest[label] = epochs, values.mean(0)[:, :-1]
+            products[label] = epochs, rate * values[..., 0]
+        landscape_plots.eigenvalues(largest, x_label="", ax=axes[0, i])
+        landscape_plots.stability(products, ax=axes[1, i])
+    _share_labels(axes)
     return figure
 
 
 def _surfaces(run, networks):
     surfaces = {
-        network: run.arrays[f"{network}/surface"]
-        for network in networks
+        label: run.arrays[f"{network}/surface"]
+        for network, label in networks.items()
         if f"{network}/surface" in run.arrays
     }
     if not surfaces:
         raise _MissingError("surface")
     limits = landscape_plots.robust_limits(*surfaces.values())
-    figure = plt.figure(figsize=(5.4 * len(surfaces), 8.6), layout="constrained")
-    for number, (network, losses) in enumerate(surfaces.items(), start=1):
-        points = np.linspace(-1, 1, len(losses)) * run.need("span")
-        flat = figure.add_subplot(2, len(surfaces), number)
+    num, span = len(surfaces), run.config["surface"]["span"]
+    figure = plt.figure(figsize=(5.4 * num, 8.6), layout="constrained")
+    for number, (label, losses) in enumerate(surfaces.items(), start=1):
+        points = np.linspace(-span, span, len(losses))
+        flat = figure.add_subplot(2, num, number)
         landscape_plots.surface_contours(losses, points, limits=limits, ax=flat)
-        flat.set_title(_NETWORKS[network], fontsize=9)
-        deep = figure.add_subplot(
-            2, len(surfaces), len(surfaces) + number, projection="3d"
-        )
+        flat.set_title(label, fontsize=9)
+        deep = figure.add_subplot(2, num, num + number, projection="3d")
         landscape_plots.surface_3d(losses, points, limits=limits, ax=deep)
     return figure
 
@@ -1022,45 +930,14 @@ _AXES = {
 }
 
 
-def measurements(
-    x: np.ndarray,
-    values: np.ndarray,
-    *,
-    x_label: str,
-    y_label: str,
-    quartiles: np.ndarray | None = None,
-    number: int = 0,
-    log_x: bool = False,
-    ax: Any = None,
-) -> Any:
-    """Draws measured times, rates or memory with error bars; the axis starts at 0.
-
-    Args:
-      x: the varied quantity, (K,).
-      values: the measurements, (K,).
-      x_label: name and unit.
-      y_label: name and unit.
-      quartiles: quartiles over the rounds of each measurement, (K, 2).
-      number: index of the color and marker.
-      log_x: whether the x axis is logarithmic.
-      ax: the Axes to draw into; None makes a figure.
-
-    Returns:
-      The Axes.
-    """
-    if ax is None:
-        ax = _panels(1)[1][0, 0]
-    color, marker = (("#0072B2", "o"), ("#D55E00", "s"))[number]
-    bars = None
-    if quartiles is not None:
-        low, high = np.transpose(quartiles)
-        bars = np.clip([values - low, high - values], 0, None)
+def _measured(ax, x, values, *, x_label, y_label, style, quartiles=None, log_x=False):
+    """Measurements (K,) with their quartiles (K, 2) as error bars."""
+    low, high = np.transpose(np.array(quartiles or np.stack([values, values], -1)))
     ax.errorbar(
         x,
         values,
-        yerr=bars,
-        color=color,
-        marker=marker,
+        yerr=np.clip([values - low, high - values], 0, None) if quartiles else None,
+        **style,
         markersize=5,
         linestyle="none",
         capsize=3,
@@ -1070,78 +947,66 @@ def measurements(
     else:
         ax.set_xlim(0, 1.06 * np.max(x))
     # From zero: proportional measurements are on a line through the origin.
-    highest = np.max(values if quartiles is None else quartiles)
-    ax.set_ylim(0, 1.1 * highest)
+    ax.set_ylim(0, 1.1 * np.max(high))
     ax.set_xlabel(x_label)
     ax.set_ylabel(y_label)
     ax.grid(alpha=0.3)
-    return ax
+
+
+_TIME = {"color": "#0072B2", "marker": "o"}
+_MEMORY = {"color": "#D55E00", "marker": "s"}
 
 
 def _benchmark(run):
-    axes = run.config.get("axes") or {}
-    return {"scaling": functools.partial(_benchmark_axes, run, axes)} if axes else {}
+    return _bind({"scaling": _benchmark_axes}, run) if run.config.get("axes") else {}
 
 
-def _benchmark_axes(run, axes):
+def _benchmark_axes(run):
+    axes = run.config["axes"]
     figure, panels = _panels(len(axes), rows=2, width=3.4, height=2.6, sharex="col")
-    for column, (axis, values) in zip(panels.T, axes.items(), strict=True):
-
-        def measured(key, axis=axis, values=values):
-            if f"{axis}/{key}" in run.arrays:
-                return run.arrays[f"{axis}/{key}"]
-            return np.array([run.summary[f"{axis}_{value}"][key] for value in values])
-
-        measurements(
-            np.array(values),
-            measured("milliseconds"),
+    for (top, bottom), (axis, values) in zip(panels.T, axes.items(), strict=True):
+        rows = [run.summary[f"{axis}_{value}"] for value in values]
+        _measured(
+            top,
+            values,
+            np.array([row["milliseconds"] for row in rows]),
             x_label="",
             y_label="time of a step (ms)\nmedian and quartiles",
-            quartiles=measured("milliseconds_quartiles"),
-            ax=column[0],
+            quartiles=[row["milliseconds_quartiles"] for row in rows],
+            style=_TIME,
         )
-        measurements(
-            np.array(values),
-            measured("mebibytes"),
+        _measured(
+            bottom,
+            values,
+            np.array([row["mebibytes"] for row in rows]),
             x_label=_AXES.get(axis, axis),
             y_label="memory (MiB)",
-            number=1,
-            ax=column[1],
+            style=_MEMORY,
         )
     return figure
 
 
 def _scaling(run):
-    return {"scaling": functools.partial(_scaling_figure, run)}
-
-
-def _scaling_figure(run):
-    def measured(name):
-        return np.asarray(run.arrays.get(name, run.summary.get(name)))
-
     figure, axes = _panels(2, width=4.6, height=3.2)
-    measurements(
-        measured("num_devices"),
-        measured("images_per_second"),
+    _measured(
+        axes[0, 0],
+        run.summary["num_devices"],
+        np.array(run.summary["images_per_second"]),
         x_label="virtual devices on the same cores",
         y_label="meta-learning (images/s)",
-        ax=axes[0, 0],
+        style=_TIME,
     )
-    axes[0, 0].set_xticks(measured("num_devices"))
-    measurements(
-        measured("num_images"),
-        measured("peak_mebibytes"),
+    axes[0, 0].set_xticks(run.summary["num_devices"])
+    _measured(
+        axes[0, 1],
+        run.summary["num_images"],
+        np.array(run.summary["peak_mebibytes"]),
         x_label="images encoded into one functaset",
         y_label="peak memory of the process (MiB)",
-        number=1,
+        style=_MEMORY,
         log_x=True,
-        ax=axes[0, 1],
     )
     return figure
-
-
-def _latent_controls(run):
-    return {"psnr_against_size": functools.partial(_psnr_against_size, run)}
 
 
 def _psnr_against_size(run):
@@ -1158,16 +1023,25 @@ def _psnr_against_size(run):
     return functa_plots.against_num_values(curves, y_label="test PSNR (dB)").figure
 
 
+_META_LEARN = {
+    "psnr": _meta_psnr,
+    "best_and_worst": _best_and_worst,
+    "over_inner_steps": _over_inner_steps,
+    "interpolation": _interpolation,
+    "super_resolution": _super_resolution,
+}
+_CLASSIFY = {"accuracy": _classifier_accuracy, "confusion": _confusion}
+_CONTROLS = {"psnr_against_size": _psnr_against_size}
 _FIGURES: dict[str, Callable[[Run], dict[str, Callable[[], Any]]]] = {
-    "meta_learn": _meta_learn,
+    "meta_learn": functools.partial(_bind, _META_LEARN),
     "fit_image": _fit_image,
-    "classify_functa": _classify_functa,
-    "train_vit": _train_vit,
+    "classify_functa": functools.partial(_bind, _CLASSIFY),
+    "train_vit": functools.partial(_bind, {"training": _vit_training}),
     "prune_vit": _prune_vit,
     "train_lbi": _train_lbi,
     "prune_lbi": _prune_lbi,
     "probe_landscape": _probe_landscape,
     "benchmark": _benchmark,
-    "scaling": _scaling,
-    "latent_controls": _latent_controls,
+    "scaling": functools.partial(_bind, {"scaling": _scaling}),
+    "latent_controls": functools.partial(_bind, _CONTROLS),
 }
