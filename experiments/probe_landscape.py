@@ -31,6 +31,8 @@ from experiments.training.classifier import Images, TrainState
 from landscape import curvature, probes, surface
 
 _NETWORKS = ("bn", "plain")
+# Widths of the envelope: over all steps, over the last epoch, and of runs that learn.
+_WIDTHS = ("", "_at_the_end", "_without_dead")
 # Points of a surface between two writes of the file.
 _PIECE = 25
 
@@ -373,6 +375,7 @@ def make_table(
     over the steps of the last epoch.
     """
     table = {}
+    steps_per_epoch = int(arrays["steps_per_epoch"])
     for network in config.networks:
         curves = {
             key.removeprefix(f"{network}/"): values
@@ -382,51 +385,44 @@ def make_table(
         losses = curves["loss"]  # (rates, seeds, S)
         dead = np.asarray(probes.is_dead(losses, num_classes))
         finite = np.where(np.isfinite(losses), losses, np.log(num_classes))
-        widths, widths_at_the_end, widths_alive = [], [], []
+        widths = {suffix: [] for suffix in _WIDTHS}
         for number in range(len(config.seeds)):
             low, high = probes.envelope(finite[:, number])
-            width = high - low
-            widths.append(np.mean(width))
-            widths_at_the_end.append(np.mean(width[-int(arrays["steps_per_epoch"]) :]))
+            widths[""].append(np.mean(high - low))
+            widths["_at_the_end"].append(np.mean((high - low)[-steps_per_epoch:]))
             if not dead[:, number].all():
                 low, high = probes.envelope(finite[:, number], dead[:, number])
-                widths_alive.append(np.mean(high - low))
-        table |= _mean_and_std(f"{network}.envelope_width", widths)
-        table |= _mean_and_std(
-            f"{network}.envelope_width_at_the_end", widths_at_the_end
-        )
-        table |= _mean_and_std(f"{network}.envelope_width_without_dead", widths_alive)
+                widths["_without_dead"].append(np.mean(high - low))
+        for suffix, values in widths.items():
+            table |= _mean_and_std(f"{network}.envelope_width{suffix}", values)
         table[f"{network}.dead_runs"] = int(dead.sum())
-        later = curves["probe_step"][0, 0] >= arrays["steps_per_epoch"]
-        measures = {
-            "gradient_predictiveness": curves["probe_grad_distances"].max(-1),
-            "relative_gradient_predictiveness": curves[
-                "probe_relative_grad_distances"
-            ].max(-1),
-            "effective_beta": curves["probe_betas"].max(-1),
-            "grad_norm": curves["probe_grad_norm"],
+        later = curves["probe_step"][0, 0] >= steps_per_epoch
+        distances, relative, betas = (
+            curves[f"probe_{key}"].max(-1)
+            for key in ("grad_distances", "relative_grad_distances", "betas")
+        )
+        measures = {  # each (rates, seeds, measurements), to be averaged
+            "test_accuracy": curves["test_accuracy"][..., -1:],
+            "gradient_predictiveness": distances[..., later],
+            "relative_gradient_predictiveness": relative[..., later],
+            "effective_beta": betas[..., later],
+            "grad_norm": curves["probe_grad_norm"][..., later],
         }
-        changes = {
-            f"consecutive_{key}_{layers}": curves[f"{layers}_{key}"]
-            for layers in ("last_layer", "all_layers")
-            for key in ("grad_distance", "beta")
-        }
-        for i, rate in enumerate(config.learning_rates):
-            at = f"{network}.rate{rate:g}"
-            table |= _mean_and_std(
-                f"{at}.test_accuracy", curves["test_accuracy"][i, :, -1]
-            )
-            for key, values in measures.items():
-                table |= _mean_and_std(f"{at}.{key}", values[i][:, later].mean(-1))
-            for key, values in changes.items():
+        for layers in ("last_layer", "all_layers"):
+            for key in ("grad_distance", "beta"):
+                changes = curves[f"{layers}_{key}"]
                 # With a single epoch, the last change.
-                first = min(int(arrays["steps_per_epoch"]), values.shape[-1] - 1)
-                table |= _mean_and_std(f"{at}.{key}", values[i][:, first:].mean(-1))
-            if "eigenvalues" in curves:
-                largest = curves["eigenvalues"][i, :, -1, 0]
-                table |= _mean_and_std(f"{at}.largest_eigenvalue_at_the_end", largest)
+                first = min(steps_per_epoch, changes.shape[-1] - 1)
+                measures[f"consecutive_{key}_{layers}"] = changes[..., first:]
+        if "eigenvalues" in curves:
+            largest = curves["eigenvalues"][..., -1:, 0]
+            measures["largest_eigenvalue_at_the_end"] = largest
+        for i, rate in enumerate(config.learning_rates):
+            for key, values in measures.items():
+                name = f"{network}.rate{rate:g}.{key}"
+                table |= _mean_and_std(name, values[i].mean(-1))
     if set(config.networks) == set(_NETWORKS):
-        for suffix in ("", "_at_the_end", "_without_dead"):
+        for suffix in _WIDTHS:
             plain, bn = (table[f"{n}.envelope_width{suffix}"] for n in ("plain", "bn"))
             # The envelope of a single run has no width.
             is_known = plain is not None and bn

@@ -206,13 +206,17 @@ def _accuracy(config, trained, importances, order, layer, share, mode):
 
 def _evaluate(config, trained, variables, mode):
     if mode == "recalibrated":
-        variables = classifier.recalibrate(
-            trained.problem.model,
-            trained.problem.images,
-            variables,
-            num_batches=config.num_recalibration_batches,
-        )
+        variables = _recalibrate(config, trained, variables)
     return trained.problem.test_accuracy(variables)
+
+
+def _recalibrate(config, trained, variables):
+    return classifier.recalibrate(
+        trained.problem.model,
+        trained.problem.images,
+        variables,
+        num_batches=config.num_recalibration_batches,
+    )
 
 
 def _measure_curves(run, trained, importances, mode):
@@ -222,29 +226,26 @@ def _measure_curves(run, trained, importances, mode):
         return {}
     shares = sorted({*config.sparsities, *config.curve_sparsities})
     convs = [n for n in _layers(trained) if _kernel(trained, n).ndim == 4]
+    scopes = {
+        "one_layer": ([config.layer], "layer"),
+        "layer": (convs, "layer"),
+        "global": (convs, "global"),
+    }
+
+    def accuracy(importance, layers, share, scope):
+        chosen = {layer: importance[f"{layer}/kernel"] for layer in layers}
+        keep = pruning.keep_masks(chosen, share, scope=scope)
+        return _evaluate(config, trained, _zero_channels(trained, keep), mode)
+
     curves = {}
     for order in ORDERS:
-        drawn = importances[order]
-        draws = drawn if isinstance(drawn, list) else [drawn]
-        for scope in ("one_layer", "layer", "global"):
-            values = []
-            for share in shares:
-                accuracies = []
-                for importance in draws:
-                    if scope == "one_layer":
-                        chosen = {config.layer: importance[f"{config.layer}/kernel"]}
-                    else:
-                        chosen = {n: importance[f"{n}/kernel"] for n in convs}
-                    keep = pruning.keep_masks(
-                        chosen,
-                        share,
-                        scope="global" if scope == "global" else "layer",
-                    )
-                    variables = _zero_channels(trained, keep)
-                    accuracies.append(_evaluate(config, trained, variables, mode))
-                values.append(np.mean(accuracies))
-            curves[f"{scope}_{order}"] = values
-            run.say(f"curve {scope}, {order}: {_percent(values)}")
+        draws = importances[order] if order == "random" else [importances[order]]
+        for name, (layers, scope) in scopes.items():
+            values = curves[f"{name}_{order}"] = [
+                np.mean([accuracy(draw, layers, share, scope) for draw in draws])
+                for share in shares
+            ]
+            run.say(f"curve {name}, {order}: {_percent(values)}")
     return curves
 
 
@@ -328,18 +329,13 @@ def _compress(run, name, trained, importance):
         config.finetune.compressed_epochs,
     )
     if config.finetune.compressed_epochs == 0:
-        masked = classifier.recalibrate(
-            trained.problem.model,
-            trained.problem.images,
-            masked,
-            num_batches=config.num_recalibration_batches,
-        )
+        masked = _recalibrate(config, trained, masked)
     small_model = registry.thin_model(trained.problem.model, keep)
     small = lbi.channels.thin(masked, keep, channels)
-    predict = classifier.make_predict(trained.problem.model, trained.problem.images)
     predict_small = classifier.make_predict(small_model, trained.problem.images)
     pixels, labels = trained.problem.images.test
-    logits, small_logits = predict(masked, pixels), predict_small(small, pixels)
+    logits = trained.problem.predict(masked, pixels)
+    small_logits = predict_small(small, pixels)
     results = {
         "kept_channels": {layer: int(mask.sum()) for layer, mask in keep.items()},
         "accuracy_before_training": before,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from experiments.networks import lenet, vgg
+from experiments.networks import lenet, registry, vgg
 from lbi import channels, pruning
 
 
@@ -66,23 +66,28 @@ def make_lenet(channels):
 
 # name: (network from channels, its channels, its map, shape of the images)
 NETWORKS = {
-    "lenet": (make_lenet, (4, 5, 6, 8), lenet.channel_map(), (3, 28, 28, 1)),
+    "lenet": (
+        make_lenet,
+        (4, 5, 6, 8),
+        registry.channel_map(lenet.LeNet()),
+        (3, 28, 28, 1),
+    ),
     "vgg_bn": (
         lambda channels: make_vgg(channels, True),
         (4, 5, 6, 7, 5, 8),
-        vgg.channel_map(make_vgg((4, 5, 6, 7, 5, 8), True)),
+        registry.channel_map(make_vgg((4, 5, 6, 7, 5, 8), True)),
         (3, 32, 32, 3),
     ),
     "vgg": (
         lambda channels: make_vgg(channels, False),
         (4, 5, 6, 7, 5, 8),
-        vgg.channel_map(make_vgg((4, 5, 6, 7, 5, 8), False)),
+        registry.channel_map(make_vgg((4, 5, 6, 7, 5, 8), False)),
         (3, 32, 32, 3),
     ),
     "vgg_bn_positions": (
         lambda channels: make_vgg(channels, True, (2, 1), 1),
         (7, 5, 4, 6),
-        vgg.channel_map(make_vgg((7, 5, 4, 6), True, (2, 1), 1)),
+        registry.channel_map(make_vgg((7, 5, 4, 6), True, (2, 1), 1)),
         (3, 8, 12, 2),
     ),
     "positions": (

@@ -9,7 +9,8 @@ import pytest
 from jax import lax
 
 from experiments.networks.convolution import matmul_conv
-from experiments.networks.lenet import LeNet, channel_map
+from experiments.networks.lenet import LeNet
+from experiments.networks.registry import channel_map
 from lbi.penalty import named_leaves
 
 SMALL = {"features": (3, 4, 5), "hidden": 6, "num_classes": 7}
@@ -136,7 +137,7 @@ def test_images_of_another_size_are_refused(shape):
 def test_channel_map_names_all_that_goes_with_a_channel():
     lengths = {"conv1": 3, "conv2": 4, "conv3": 5, "fc1": 6}
     leaves = named_leaves(shapes_of(LeNet(**SMALL)))
-    channels = channel_map()
+    channels = channel_map(LeNet(**SMALL))
     assert list(channels) == list(lengths)
     named = []
     for name, places in channels.items():

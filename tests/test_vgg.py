@@ -10,7 +10,8 @@ import pytest
 from jax import lax
 
 from experiments.networks.convolution import matmul_conv
-from experiments.networks.vgg import VGG, channel_map
+from experiments.networks.registry import channel_map
+from experiments.networks.vgg import VGG
 from lbi.penalty import named_leaves
 
 # The shape of VGG-A, and two stages that leave several pixels to flatten.

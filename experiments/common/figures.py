@@ -457,14 +457,8 @@ def _prune_vit(run):
     rows = rows or list(run.summary.get("rows", {}).values())
     figures = {}
     if any("accuracy" in row for row in rows):
-        pictures = {
-            "kept_patches": _kept_patches,
-            "attention": _attention,
-            "informativeness": _informativeness,
-            "heads": _heads,
-        }
         figures = _bind({"accuracy_and_cost": _accuracy_and_cost}, rows)
-        figures |= _bind(pictures, run)
+        figures |= _bind(_ATTENTION_FIGURES, run)
     names = {key for row in rows if row["method"] != "dense" for key in row}
     names = {name.removeprefix("speedup_") for name in names}
     batches = sorted(int(name) for name in names if name.isdigit())
@@ -545,26 +539,24 @@ def _speed(rows, batches):
     return figure
 
 
-def _kept_patches(run):
-    return vit_plots.kept_patches(run.need("pictured") / 255, run.need("kept"))
-
-
-def _attention(run):
-    return vit_plots.attention_maps(
-        run.need("attention"), ranges=run.need("attention_ranges")
-    )
-
-
-def _informativeness(run):
-    return vit_plots.informativeness(run.need("patch_scores"))
-
-
 def _heads(run):
     scores, ranges = run.need("head_scores"), run.need("attention_ranges")
     figure, axes = _panels(2)
     vit_plots.head_scores(scores, ax=axes[0, 0])
     vit_plots.attention_range(ranges, ax=axes[0, 1])
     return figure
+
+
+_ATTENTION_FIGURES = {
+    "kept_patches": lambda run: vit_plots.kept_patches(
+        run.need("pictured") / 255, run.need("kept")
+    ),
+    "attention": lambda run: vit_plots.attention_maps(
+        run.need("attention"), ranges=run.need("attention_ranges")
+    ),
+    "informativeness": lambda run: vit_plots.informativeness(run.need("patch_scores")),
+    "heads": _heads,
+}
 
 
 # --- lbi ---

@@ -50,10 +50,10 @@ def _sizes():
         "reference": "meta_digits",
     }
     sizes["encode"] = _encode("cifar10_cpu", 8, 32)
-    for num_images in (1, 8):
-        sizes[f"fit_{num_images}"] = _fit_image("best", num_images, 32, 5)
-    sizes |= _trainings("lenet", "mnist", _METHODS, 128, 10)
-    sizes |= _trainings("vgg", "cifar10", (*_METHODS, "sgd"), 128, 2)
+    sizes |= _fits("best", "fit", (1, 8), image_size=32, num_steps=5)
+    sizes |= _trainings("lenet", "mnist", _METHODS, batch_size=128, num_steps=10)
+    methods = (*_METHODS, "sgd")
+    sizes |= _trainings("vgg", "cifar10", methods, batch_size=128, num_steps=2)
     sizes |= _vits("cifar10_cpu", 32)
     return sizes | _probes("cifar10_cpu", 128, 8)
 
@@ -64,78 +64,58 @@ def _tiny_sizes():
     rounded = {"dtype": "bfloat16", "reference": "meta"}
     sizes |= {"meta": tiny, "meta_bfloat16": tiny | rounded}
     sizes["encode"] = _encode("smoke", 4, 8)
-    for num_images in (1, 2):
-        sizes[f"num_images_{num_images}"] = _fit_image("smoke", num_images, 8, 2)
-    sizes |= _trainings("lenet", "mnist", ("adam", "dessilbi_adam"), 8, 2)
+    sizes |= _fits("smoke", "num_images", (1, 2), image_size=8, num_steps=2)
+    methods = ("adam", "dessilbi_adam")
+    sizes |= _trainings("lenet", "mnist", methods, batch_size=8, num_steps=2)
     sizes |= _vits("smoke", 4, num_layers=2, hidden_size=16, mlp_dim=16, num_heads=2)
     return sizes | _probes("deep_linear", 8, 2, width=16, depth=4)
 
 
 def _products(size, num_steps):
-    return {
-        f"product_{dtype}": {
-            "kind": "product",
-            "size": size,
-            "dtype": dtype,
-            "num_steps": num_steps,
-        }
-        for dtype in ("float32", "bfloat16")
-    }
-
-
-def _encode(variant, batch_size, image_size):
-    return {
-        "kind": "encode",
-        "variant": variant,
-        "batch_size": batch_size,
-        "image_size": image_size,
-    }
-
-
-def _fit_image(variant, num_images, image_size, num_steps):
-    return {
-        "kind": "fit_image",
-        "variant": variant,
-        "num_images": num_images,
-        "image_size": image_size,
-        "num_steps": num_steps,
-    }
+    path = dict(kind="product", size=size, num_steps=num_steps)
+    return {f"product_{d}": path | {"dtype": d} for d in ("float32", "bfloat16")}
 
 
 def _meta_step(width, depth, latent_dim, batch_size):
-    return {
-        "kind": "meta_step",
-        "variant": "cifar10",
-        "width": width,
-        "depth": depth,
-        "latent_dim": latent_dim,
-        "batch_size": batch_size,
-        "image_size": 32,
-        "channels": 3,
-        "num_steps": 3,
-        "dtype": "float32",
-        "fast_sine": True,
-        "points_per_group": 1024,
-    }
+    return dict(
+        kind="meta_step",
+        variant="cifar10",
+        width=width,
+        depth=depth,
+        latent_dim=latent_dim,
+        batch_size=batch_size,
+        image_size=32,
+        channels=3,
+        num_steps=3,
+        dtype="float32",
+        fast_sine=True,
+        points_per_group=1024,
+    )
 
 
-def _trainings(name, variant, methods, batch_size, num_steps):
+def _encode(variant, batch_size, image_size):
+    return dict(
+        kind="encode", variant=variant, batch_size=batch_size, image_size=image_size
+    )
+
+
+def _fits(variant, name, counts, **sizes):
+    path = dict(kind="fit_image", variant=variant, **sizes)
+    return {f"{name}_{count}": path | {"num_images": count} for count in counts}
+
+
+def _trainings(name, variant, methods, **sizes):
+    path = dict(kind="train", variant=variant, **sizes)
     return {
-        f"{name}_{method}": {
-            "kind": "train",
-            "variant": variant,
-            "method": method,
-            "batch_size": batch_size,
-            "num_steps": num_steps,
-        }
+        f"{name}_{method}": path
+        | {"method": method}
         | ({} if method == "adam" else {"reference": f"{name}_adam"})
         for method in methods
     }
 
 
 def _vits(variant, batch_size, **model):
-    dense = {"kind": "vit_forward", "variant": variant, "batch_size": batch_size}
-    dense |= model
+    dense = dict(kind="vit_forward", variant=variant, batch_size=batch_size, **model)
     return {
         "vit_dense": dense | {"ratio": 0.0},
         "vit_cascade": dense | {"ratio": 0.4, "reference": "vit_dense"},
@@ -143,8 +123,7 @@ def _vits(variant, batch_size, **model):
 
 
 def _probes(variant, batch_size, num_step_sizes, **model):
-    gradient = {"kind": "probe", "variant": variant, "batch_size": batch_size}
-    gradient |= model
+    gradient = dict(kind="probe", variant=variant, batch_size=batch_size, **model)
     return {
         "gradient": gradient | {"num_step_sizes": 0},
         "probe": gradient | {"num_step_sizes": num_step_sizes, "reference": "gradient"},

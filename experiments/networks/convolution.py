@@ -7,6 +7,9 @@ On a CPU the gradient of XLA's convolution is several times slower than these pr
 Axes: B batch, H W image, C input and O output channels, T tiles per side.
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -22,6 +25,18 @@ _MIN_CHANNELS = 16
 # For a large kernel on a small image a band wastes few products and avoids copies.
 _MIN_BAND = 5
 _MAX_BAND_WIDTH = 40
+
+
+def fastest() -> Callable[..., Array]:
+    """`matmul_conv` on CPUs, otherwise XLA's own convolution."""
+    on_cpu = jax.default_backend() == "cpu"
+    return matmul_conv if on_cpu else lax.conv_general_dilated
+
+
+def max_pool(x: Array) -> Array:
+    """Maximum over 2x2 pixels; the gradient of a windowed reduction is slow on CPUs."""
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
 
 
 def matmul_conv(

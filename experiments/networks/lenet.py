@@ -3,11 +3,12 @@
 LeCun et al. 1998 with ReLU and maximum pooling: 61,706 parameters for one channel.
 """
 
-import itertools
 from collections.abc import Callable
 
 from flax import linen as nn
-from jax import Array, lax
+from jax import Array
+
+from experiments.networks import convolution
 
 # Default of torch for kernels: uniform in +-1 / sqrt(fan-in).
 _UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -20,13 +21,13 @@ class LeNet(nn.Module):
       features: output channels of the three convolutions.
       hidden: units of the hidden dense layer.
       num_classes: number of logits.
-      conv: replaces `jax.lax.conv_general_dilated`, which is slow on CPUs.
+      conv: replaces `jax.lax.conv_general_dilated`; None chooses by backend.
     """
 
     features: tuple[int, int, int] = (6, 16, 120)
     hidden: int = 84
     num_classes: int = 10
-    conv: Callable[..., Array] = lax.conv_general_dilated
+    conv: Callable[..., Array] | None = None
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
@@ -41,31 +42,12 @@ class LeNet(nn.Module):
                 (5, 5),
                 padding=2 if number == 1 else 0,
                 kernel_init=_UNIFORM,
-                conv_general_dilated=self.conv,
+                conv_general_dilated=self.conv or convolution.fastest(),
                 name=f"conv{number}",
             )(x)
             x = nn.relu(x)
             if number < 3:
-                x = _max_pool(x)
+                x = convolution.max_pool(x)
         x = x.reshape(x.shape[0], -1)  # (B, features[2]): the image is one pixel
         x = nn.relu(nn.Dense(self.hidden, kernel_init=_UNIFORM, name="fc1")(x))
         return nn.Dense(self.num_classes, kernel_init=_UNIFORM, name="fc2")(x)
-
-
-def channel_map() -> dict[str, tuple[tuple[str, int], ...]]:
-    """The axes that belong to a channel of each hidden layer; see `lbi.pruning`."""
-    layers = ("conv1", "conv2", "conv3", "fc1", "fc2")
-    return {
-        layer: (
-            (f"params/{layer}/kernel", -1),
-            (f"params/{layer}/bias", 0),
-            (f"params/{following}/kernel", -2),
-        )
-        for layer, following in itertools.pairwise(layers)
-    }
-
-
-def _max_pool(x):
-    """Maximum over 2x2 pixels; the gradient of a windowed reduction is slow on CPUs."""
-    batch, height, width, channels = x.shape
-    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))

@@ -10,8 +10,6 @@ import numpy as np
 from flax import linen as nn
 
 import lbi
-from experiments.networks import lenet, vgg
-from experiments.networks.convolution import matmul_conv
 from experiments.networks.deep_linear import DeepLinear
 from experiments.networks.lenet import LeNet
 from experiments.networks.vgg import VGG
@@ -27,9 +25,6 @@ def make_model(settings: dict[str, Any], num_classes: int) -> nn.Module:
         raise ValueError(
             f"config.model.type must be one of {', '.join(_MODELS)}; got {kind!r}."
         )
-    on_cpu = jax.default_backend() == "cpu"
-    if on_cpu and kind == "LeNet":
-        settings["conv"] = matmul_conv
     if "stages" in settings:
         settings["stages"] = tuple(map(tuple, settings["stages"]))
     try:
@@ -56,10 +51,27 @@ def thin_model(model: nn.Module, keep: dict[str, np.ndarray]) -> nn.Module:
 
 
 def channel_map(model: nn.Module) -> lbi.channels.ChannelMap:
-    """The axes that belong to a channel of each hidden layer; see `lbi.pruning`."""
+    """The axes that belong to a channel of each hidden layer; see `lbi.pruning`.
+
+    Returns:
+      {layer: ((path in the variables, axis), ...)}, the kernel of the layer first, then
+      its bias, batch normalization and the inputs of the next layer.
+    """
     if isinstance(model, LeNet):
-        return lenet.channel_map()
-    return vgg.channel_map(model)
+        num_convs, num_hidden = len(model.features), 1
+    else:
+        num_convs, num_hidden = sum(map(len, model.stages)), len(model.hidden)
+    layers = [f"conv{i + 1}" for i in range(num_convs)]
+    layers += [f"fc{i + 1}" for i in range(num_hidden + 1)]
+    channels = {}
+    for number, (layer, following) in enumerate(itertools.pairwise(layers), start=1):
+        places = [(f"params/{layer}/kernel", -1), (f"params/{layer}/bias", 0)]
+        if number <= num_convs and getattr(model, "batch_norm", False):
+            bn = f"bn{number}"
+            places += [(f"params/{bn}/scale", 0), (f"params/{bn}/bias", 0)]
+            places += [(f"batch_stats/{bn}/mean", 0), (f"batch_stats/{bn}/var", 0)]
+        channels[layer] = (*places, (f"params/{following}/kernel", -2))
+    return channels
 
 
 def count_multiply_adds(

@@ -5,14 +5,12 @@ Simonyan & Zisserman 2014 (arXiv 1409.1556), configuration A, with the classifie
 batch normalization.
 """
 
-import itertools
 from collections.abc import Callable
 
-import jax
 from flax import linen as nn
-from jax import Array, lax
+from jax import Array
 
-from experiments.networks.convolution import matmul_conv
+from experiments.networks import convolution
 
 # Output channels of the convolutions; a maximum over 2x2 pixels ends each stage.
 STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
@@ -53,10 +51,6 @@ class VGG(nn.Module):
                 f"images must be (B, H, W, C) with sides divisible by {side}, got "
                 f"{images.shape}."
             )
-        conv = self.conv
-        if conv is None:
-            on_cpu = jax.default_backend() == "cpu"
-            conv = matmul_conv if on_cpu else lax.conv_general_dilated
         x, number = images, 0
         for stage in self.stages:
             for channels in stage:
@@ -66,7 +60,7 @@ class VGG(nn.Module):
                     (3, 3),
                     padding=1,
                     kernel_init=nn.initializers.xavier_normal(),
-                    conv_general_dilated=conv,
+                    conv_general_dilated=self.conv or convolution.fastest(),
                     name=f"conv{number}",
                 )(x)
                 if self.batch_norm:
@@ -76,7 +70,7 @@ class VGG(nn.Module):
                         name=f"bn{number}",
                     )(x)
                 x = nn.relu(x)
-            x = _max_pool(x)
+            x = convolution.max_pool(x)
         x = x.reshape(x.shape[0], -1)
         for number, units in enumerate((*self.hidden, self.num_classes), start=1):
             x = nn.Dense(
@@ -85,30 +79,3 @@ class VGG(nn.Module):
             if number <= len(self.hidden):
                 x = nn.relu(x)
         return x
-
-
-def channel_map(model: VGG) -> dict[str, tuple[tuple[str, int], ...]]:
-    """The axes that belong to an output channel of each hidden layer.
-
-    Returns:
-      {layer: ((path in the variables, axis), ...)}, the kernel of the layer first, then
-      its bias, batch normalization and the inputs of the next layer.
-    """
-    num_convs = sum(map(len, model.stages))
-    convs = [f"conv{i + 1}" for i in range(num_convs)]
-    layers = convs + [f"fc{i + 1}" for i in range(len(model.hidden) + 1)]
-    channels = {}
-    for number, (layer, following) in enumerate(itertools.pairwise(layers), start=1):
-        places = [(f"params/{layer}/kernel", -1), (f"params/{layer}/bias", 0)]
-        if model.batch_norm and layer in convs:
-            bn = f"bn{number}"
-            places += [(f"params/{bn}/scale", 0), (f"params/{bn}/bias", 0)]
-            places += [(f"batch_stats/{bn}/mean", 0), (f"batch_stats/{bn}/var", 0)]
-        channels[layer] = (*places, (f"params/{following}/kernel", -2))
-    return channels
-
-
-def _max_pool(x):
-    """Maximum over 2x2 pixels; the gradient of a windowed reduction is slow on CPUs."""
-    batch, height, width, channels = x.shape
-    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
