@@ -404,44 +404,12 @@ def test_resize_is_pillow_s_bilinear():
             np.testing.assert_allclose(resized[..., channel], expected, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "name, settings, message",
-    [
-        ("crop_flip", {"padding": -1}, "padding must be >= 0, got -1"),
-        ("rand_augment", {"num_ops": -2}, "num_ops must be >= 0, got -2"),
-        ("rand_augment", {"magnitude": 9}, r"magnitude must be in \[0, 1\], got 9"),
-        ("erase", {"probability": 1.5}, r"probability must be in \[0, 1\], got 1.5"),
-        ("resized_crop", {"size": 0}, "size must be >= 1, got 0"),
-        (
-            *("resized_crop", {"size": 8, "min_area": 0}),
-            r"min_area must be in \(0, 1\], got 0",
-        ),
-    ],
-)
-def test_bad_settings_are_refused(name, settings, message):
-    function = getattr(augmentation, name)
-    with pytest.raises(ValueError, match=message):
-        function(jax.random.key(0), noise(2, 5, 6, 3), **settings)
-
-
-def test_bad_settings_of_mix_and_types_are_refused():
+def test_images_of_another_type_are_refused():
     key, images, targets = jax.random.key(0), jnp.ones((2, 5, 6, 3)), jnp.eye(2)
-
-    def mix(images=images, targets=targets, **settings):
-        settings = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, **settings}
-        augmentation.mix(key, images, targets, **settings)
-
-    with pytest.raises(ValueError, match="mixup_alpha must be >= 0 .* got -1"):
-        mix(mixup_alpha=-1)
-    with pytest.raises(ValueError, match="cutmix_alpha must be >= 0 .* got inf"):
-        mix(cutmix_alpha=math.inf)
-    with pytest.raises(ValueError, match=r"probability must be in \[0, 1\], got 2"):
-        mix(probability=2)
-    with pytest.raises(ValueError, match="images must be floating, got uint8"):
-        mix(images=images.astype(jnp.uint8))
-    with pytest.raises(ValueError, match="targets must be floating, got int32"):
-        mix(targets=targets.astype(jnp.int32))
-    with pytest.raises(ValueError, match="images must be uint8, got float32"):
+    alphas = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0}
+    with pytest.raises(AssertionError, match="type uint8 but expected"):
+        augmentation.mix(key, images.astype(jnp.uint8), targets, **alphas)
+    with pytest.raises(AssertionError, match="type int32 but expected"):
+        augmentation.mix(key, images, targets.astype(jnp.int32), **alphas)
+    with pytest.raises(AssertionError, match="type float32 but expected uint8"):
         augmentation.rand_augment(key, images)
-    with pytest.raises(ValueError, match="size must be >= 1, got 0"):
-        augmentation.resize(images, 0)
