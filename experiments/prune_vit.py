@@ -119,18 +119,18 @@ def _measure_all(run, dense):
                 _say_row(run, row)
             rows[name] = files.read_json(path)
     table = list(rows.values())
-    summary, arrays = {"rows": rows}, _columns(table)
+    # The seconds include rows of earlier sessions.
+    summary = {"rows": rows, "rows_seconds": sum(row["seconds"] for row in table)}
     if dense.images is not None:
-        arrays |= make_pictures(
+        pictures = make_pictures(
             dense, scores, config.pictured_ratio, num_images=config.num_pictured
         )
+        files.write_npz(run.workdir / "arrays.npz", pictures)
         summary |= {"parity": _parity(run, dense)} | compare(table)
-    files.write_npz(run.workdir / "arrays.npz", arrays)
     text = _format_table(table, config.timing.batch_sizes)
     files.write_atomic(run.workdir / "table.md", lambda file: file.write(text))
-    figures.draw(run.workdir)
-    # Includes rows of earlier sessions.
-    return summary | {"rows_seconds": sum(row["seconds"] for row in table)}
+    figures.draw(run.workdir, summary)
+    return summary
 
 
 def _scores(run, dense):
@@ -369,15 +369,6 @@ def make_pictures(
         ),
         "head_scores": scores["heads"],
         "attention_ranges": scores["range"],
-    }
-
-
-def _columns(rows):
-    """The rows as arrays for the figures, one array per number."""
-    names = {k for row in rows for k, v in row.items() if np.isscalar(v)} - {"method"}
-    return {"row_method": np.array([row["method"] for row in rows])} | {
-        f"row_{name}": np.array([row.get(name, np.nan) for row in rows], np.float64)
-        for name in sorted(names)
     }
 
 

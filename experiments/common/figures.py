@@ -451,10 +451,7 @@ def _vit_training(run):
 
 
 def _prune_vit(run):
-    # The measured networks: from the files of their measurement, or the summary.
-    paths = sorted(run.workdir.glob("rows/*.json"))
-    rows = [files.read_json(path) for path in paths]
-    rows = rows or list(run.summary.get("rows", {}).values())
+    rows = list(run.summary.get("rows", {}).values())  # the measured networks
     figures = {}
     if any("accuracy" in row for row in rows):
         figures = _bind({"accuracy_and_cost": _accuracy_and_cost}, rows)
