@@ -120,16 +120,6 @@ def test_peers_are_read():
     assert benchmark.read_torch_spatial("torch 2.1") == {}
 
 
-@pytest.mark.slow
-def test_program_for_patches_measures_the_path_of_patches():
-    pytest.importorskip("torch")
-    config = configs.get_config("patches")
-    path = benchmark.make_path(config, "one_group")
-    config.peers = ""
-    rates = benchmark.run_peer(config, path.peer[0])
-    assert rates[path.peer[1]] > 0
-
-
 @pytest.mark.parametrize(
     ("functa", "message"),
     [

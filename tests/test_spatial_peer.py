@@ -7,17 +7,15 @@ steps are written out, and those of the outer loss are central differences.
 Axes: B images, N pixels, G cells, C channels of the latent, W width, S inner steps.
 """
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import functa
+from experiments import benchmark
+from experiments.configs import benchmark as benchmark_configs
 
-ROOT = Path(__file__).parents[1]
 GRID, IMAGE, OMEGA = (2, 3), (4, 9), 10.0
 WIDTH, DEPTH, CHANNELS, STEPS = 4, 3, 2, 2
 
@@ -173,11 +171,9 @@ def test_the_image_has_the_step_of_its_patches(problem):
 
 def test_torch_program_has_the_same_step(problem):
     torch = pytest.importorskip("torch")
+    from experiments.peers import torch_spatial as program
+
     params, rates, images, loss, grads, rate_grads = problem
-    path = ROOT / "experiments" / "peers" / "torch_spatial.py"
-    spec = importlib.util.spec_from_file_location("torch_spatial", path)
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
     tensors = jax.tree.map(torch.tensor, (params, rates))
     for leaf in jax.tree.leaves(tensors):
         leaf.requires_grad_()
@@ -195,6 +191,25 @@ def test_torch_program_has_the_same_step(problem):
         program.pixel_centers(2),
         torch.tensor(pixels_by_cell((1, 1), (2, 2))[1], dtype=torch.float32),
     )
+
+
+def test_torch_program_prints_what_the_benchmark_reads(capsys):
+    pytest.importorskip("torch")
+    from experiments.peers import torch_spatial as program
+
+    sizes = {"width": 8, "depth": 3, "channels": 2, "patches": 4}
+    program.measure(**sizes, num_repeats=1)
+    [(name, rate)] = benchmark.read_torch_spatial(capsys.readouterr().out).items()
+    assert name == " ".join(f"{key}={value}" for key, value in sizes.items())
+    assert rate > 0
+    ours = benchmark_configs.get_config("patches").sizes.one_group
+    assert (ours.image_size, ours.num_steps, ours.latent_dim) == (4, 3, 16)
+    assert program.SIZES == {
+        "width": ours.width,
+        "depth": ours.depth,
+        "channels": ours.latent_dim,
+        "patches": ours.batch_size,
+    }
 
 
 def test_patches_as_signals_have_the_same_step(problem, float64):
