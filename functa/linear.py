@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from functa import spatial
+
 # Values in a block of signals: 16 MiB in float32.
 _BLOCK_VALUES = 2**22
 
@@ -77,13 +79,8 @@ def fit_pca(
       (50, 2, 2, 16)
     """
     grid, shape = tuple(grid), tuple(signals.shape[1:])
-    if grid and (
-        len(grid) != len(shape) - 1
-        or any(g < 1 or n % g for g, n in zip(grid, shape, strict=False))
-    ):
-        raise ValueError(
-            f"a grid {grid} does not divide signals of shape {shape} (channels last)."
-        )
+    if grid:
+        spatial.split_cells(signals[:1], grid)  # Checks the grid.
     size = math.prod(shape) // math.prod(grid)
     num_components = size if num_components is None else num_components
     if not 1 <= num_components <= size:
@@ -128,14 +125,11 @@ def decode(pca: PCA, codes: np.ndarray) -> np.ndarray:
     cells = codes.reshape(math.prod(codes.shape[:-1]), num_components)
     cells = cells @ pca.components[:num_components]
     cells = np.float32(cells + pca.mean)
-    *space, channels = pca.shape
-    sides = [n // g for n, g in zip(space, pca.grid, strict=False)]
-    cells = cells.reshape(-1, *pca.grid, *(sides if pca.grid else space), channels)
-    # (N, G, G, p, p, C) -> (N, G, p, G, p, C)
-    num_axes = len(pca.grid)
-    order = [axis for i in range(1, 1 + num_axes) for axis in (i, i + num_axes)]
-    rest = range(1 + 2 * num_axes, cells.ndim)
-    return cells.transpose(0, *order, *rest).reshape(-1, *pca.shape)
+    if pca.grid:
+        cell = [n // g for n, g in zip(pca.shape, pca.grid, strict=False)]
+        cells = cells.reshape(-1, *pca.grid, *cell, pca.shape[-1])
+        return spatial.join_cells(cells)
+    return cells.reshape(-1, *pca.shape)
 
 
 def truncation_mse(pca: PCA, signals: np.ndarray) -> np.ndarray:
@@ -181,18 +175,13 @@ def _project(pca, signals) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def _blocks(signals, grid) -> Iterator[np.ndarray]:
     """The cells of blocks of signals, new arrays (cells, D) of float32 or float64."""
-    *space, channels = signals.shape[1:]
     size = math.prod(signals.shape[1:])
     rows = max(1, _BLOCK_VALUES // size)
-    # (N, G, p, G, p, C) -> (N, G, G, p, p, C)
-    split = [m for g, n in zip(grid, space, strict=False) for m in (g, n // g)]
-    order = [*range(1, 2 * len(grid), 2), *range(2, 2 * len(grid) + 1, 2)]
     dtype = np.result_type(signals.dtype, np.float32)
     for start in range(0, len(signals), rows):
         block = np.asarray(signals[start : start + rows])
         if grid:
-            block = block.reshape(len(block), *split, channels)
-            block = block.transpose(0, *order, block.ndim - 1)
+            block = spatial.split_cells(block, grid)
         cells = block.reshape(-1, size // math.prod(grid)).astype(dtype)
         if signals.dtype == np.uint8:
             cells /= 255

@@ -112,7 +112,10 @@ def test_constant_values_have_no_variance():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"grid": (3, 2)}, r"grid \(3, 2\) does not divide signals of shape \(4, 6"),
+        (
+            {"grid": (3, 2)},
+            r"\(3, 2\) cells does not divide signals of \(4, 6\)",
+        ),
         ({"grid": (2,)}, "does not divide"),
         ({"grid": (0, 2)}, "does not divide"),
         ({"num_components": 0}, "from 1 to 48, the values of a cell; got 0"),
