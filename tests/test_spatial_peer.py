@@ -212,21 +212,33 @@ def test_torch_program_prints_what_the_benchmark_reads(capsys):
     }
 
 
-def test_patches_as_signals_have_the_same_step(problem, float64):
+@pytest.mark.parametrize("whole", [True, False], ids=["images", "patches"])
+def test_spatial_siren_has_the_same_step(problem, whole, float64):
     params, rates, images, loss, grads, rate_grads = problem
-    model = functa.LatentModulatedSiren(
-        width=WIDTH, depth=DEPTH, latent_dim=CHANNELS, omega_0=OMEGA
+    model = functa.SpatialSiren(
+        width=WIDTH, depth=DEPTH, grid=GRID, channels=CHANNELS, omega_0=OMEGA
     )
-    # In float32, as `functa.coordinate_grid` gives them, they are off by 3e-8.
-    coords = jnp.asarray(pixels_by_cell((1, 1), (2, 3))[1])
+    # The centers of `functa.coordinate_grid` are rounded to float32.
+    if whole:
+        cells, local = pixels_by_cell(GRID, IMAGE)
+        corner = np.stack(np.divmod(cells, GRID[1]), axis=-1)
+        coords = (corner + local) / GRID
+        targets, scale = images.reshape(2, -1, 3), model.num_cells
+    else:
+        model = model.cell()
+        coords = pixels_by_cell((1, 1), (2, 3))[1]
+        targets, scale = as_patches(images), 1
     found, info = functa.meta_gradient(
         model.apply,
         jax.tree.map(jnp.asarray, params),
-        jnp.zeros(CHANNELS),
-        coords,
-        jnp.asarray(as_patches(images)),
-        learning_rate=jnp.asarray(rates),
+        model.initial_latent(),
+        jnp.asarray(coords),
+        jnp.asarray(targets),
+        learning_rate=jnp.asarray(scale * rates),
         num_steps=STEPS,
     )
     np.testing.assert_allclose(info.loss[:, -1].mean(), loss, rtol=1e-12)
-    assert_same_gradients(found, (grads, rate_grads))
+    weight_grads, scaled_rate_grads = found
+    assert_same_gradients(
+        (weight_grads, scale * scaled_rate_grads), (grads, rate_grads)
+    )
