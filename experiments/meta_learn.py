@@ -19,7 +19,7 @@ import functa
 from experiments.common import data, figures, files, launch, settings
 from experiments.common.sweep import sweep
 from experiments.configs import meta_learn as configs
-from experiments.training import encoding, meta
+from experiments.training import controls, encoding, meta
 from functa import functaset
 
 
@@ -147,8 +147,13 @@ def _evaluate(run, learner, dataset):
     metrics = run.metrics()
     if config.max_drop and metrics:
         written["num_recoveries"] = metrics[-1]["num_recoveries"]
+    # What linear codes with as many values reach on the same images.
+    linear = controls.linear_controls(
+        dataset, learner.model.latent_shape, num_images=config.eval.num_images
+    )
     return {
         "test_psnr": functa.mean_psnr(mse["test"][:, -1]),
+        **linear,
         "test_psnr_of_mean": functa.psnr_of_mean(mse["test"][:, -1]),
         "test_psnr_per_step": np.asarray(functa.psnr(mse["test"])).mean(0),
         "num_test_images": len(mse["test"]),
