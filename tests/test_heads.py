@@ -311,8 +311,8 @@ def test_heads_learn(tmp_path, settings):
     config.model = settings
     classify_functa.train_and_evaluate(config, tmp_path / "run")
     [metrics] = files.read_metrics(tmp_path / "run" / "metrics.jsonl")
-    # 24 digits are learned by heart.
-    assert metrics["train_accuracy"] > 0.9
+    # The last layer starts at zero, so the loss starts at the entropy of ten classes.
+    assert metrics["loss"] < np.log(10) - 0.02
 
 
 def test_epoch_takes_each_image_once_in_a_random_copy():

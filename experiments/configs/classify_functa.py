@@ -138,6 +138,8 @@ _CIFAR10_SPATIAL = {
     "candidates.noise_std": (0.1,),
     "checkpoint_every": 1,
     "clip_norm": 1.0,
+    # The encoded images are padded by one cell on each side.
+    "crop": (8, 8),
     "functaset": "runs/make_functaset/cifar10_spatial_cpu/functaset.npz",
     "log_every": 1,
     "num_epochs": 30,
