@@ -32,6 +32,12 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def say(message: str) -> None:
+    """Prints one line, from the main process."""
+    if is_main():
+        print(message, flush=True)
+
+
 def wait_for_all(name: str) -> None:
     """Waits until all processes have reached the point of this name."""
     if jax.process_count() > 1:
