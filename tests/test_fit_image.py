@@ -123,7 +123,7 @@ def test_longer_side_gets_the_resolution():
 def test_mosaic_puts_images_side_by_side():
     config = tiny_config(mosaic=(2,))
     [task] = fit_image.make_tasks(config)
-    images = data.load("digits", "train")["image"]
+    images = data.load_dataset("digits").splits["train"]["image"]
     rows = [np.hstack(images[:2]), np.hstack(images[2:4])]
     np.testing.assert_array_equal(task.images, np.vstack(rows)[None])
     assert task.name == "16x16_mosaic"

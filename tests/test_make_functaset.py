@@ -354,7 +354,7 @@ def test_command_writes_the_functaset_of_a_run(meta_run, tmp_path):
     assert summary["num_signals"] == 2 * 6 + 6
     written = functa.load_functaset(tmp_path / "functaset.npz")
     assert written.config["dataset"] == "digits"
-    digits = data.load("digits", "train")["label"][:6]
+    digits = data.load_dataset("digits").splits["train"]["label"][:6]
     assert written.select("train").label.tolist() == [*digits, *digits]
     params = encoding.load_learner(meta_run).params
     assert functa.reconstruct(written, params, 12).shape == (18, 12, 12, 1)

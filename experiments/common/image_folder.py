@@ -319,9 +319,7 @@ def _group(skipped):
     reasons = {}
     for parts, reason in skipped.items():
         reasons.setdefault(reason, []).append("/".join(parts))
-    return ", ".join(
-        f"{some(paths)} ({reason})" for reason, paths in reasons.items()
-    )
+    return ", ".join(f"{some(paths)} ({reason})" for reason, paths in reasons.items())
 
 
 def some(names: Iterable[str], num: int = 3) -> str:

@@ -31,8 +31,8 @@ BASE = {
     "seed": 0,
     # The run of meta_learn or import_functa whose weights and inner loop are used.
     "run": "runs/meta_learn/digits",
-    # As in meta_learn. Without a name the data set of `run` is used; a field that is set
-    # here replaces that of `run`.
+    # As in meta_learn. Without a name the data set of `run` is used, except for the
+    # fields that are set here.
     "dataset": settings.dataset(settings.Optional(str)),
     "splits": ("train", "test"),
     # Number of images of each split, from the first on; 0 uses all.
