@@ -175,6 +175,14 @@ def test_gradient_magnitude_matches_finite_differences():
             {"num_images": (2,), "dataset": {"name": "photograph"}},
             "need 2 images",
         ),
+        (
+            {"dataset": {"name": "photograph", "data_dir": "x"}},
+            "dataset.data_dir=x is not read",
+        ),
+        (
+            {"image": "a.png", "dataset": {"data_dir": "x"}},
+            "dataset.data_dir=x is not read, because --config.image=a.png",
+        ),
         ({"resolution": (8, 8)}, "of the same size"),
         ({"snapshot_steps": (3, 2)}, "snapshot_steps"),
         ({"coord_range": (1.0, 1.0)}, "coord_range"),

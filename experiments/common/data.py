@@ -392,11 +392,11 @@ def _scaling(images):
     return 255 if any(ranges.values()) else 1
 
 
-def _check_labels(labels, where):
+def _check_labels(labels, where, num_classes=1000):
     """Labels as int32, after a check of their range."""
     low, high = int(labels.min()), int(labels.max())
-    # More classes than images are not classes but some other number.
-    allowed = max(1000, len(labels))
+    # Numbers far beyond the number of images are not classes.
+    allowed = max(num_classes, len(labels))
     if high >= allowed or low < (-1 if high == -1 else 0):
         raise ValueError(
             f"{where}: labels must be from 0 to {allowed - 1}, or all -1 (no label); "
@@ -412,10 +412,13 @@ def _load_tfds(name, data_dir, splits, image_size, names):
     searched = str(Path(searched).expanduser())
     try:
         builder = tfds.builder(name, data_dir=searched, file_format="array_record")
-    except (tfds.core.DatasetNotFoundError, ValueError):
+    # A wrong version is an AssertionError; some names need packages of their own.
+    except (ValueError, AssertionError, ImportError) as error:
+        known = isinstance(error, (AssertionError, ImportError))
+        why = f" ({str(error).splitlines()[0]})" if known else ""
         raise ValueError(
             f"data set must be digits, folder, npz or a name known to TFDS; got "
-            f"{name!r}."
+            f"{name!r}{why}."
         ) from None
     if not builder.is_prepared():
         raise FileNotFoundError(
@@ -430,12 +433,15 @@ def _load_tfds(name, data_dir, splits, image_size, names):
         raise ValueError(f"data set {name!r} is not a data set of images.")
     chosen = {split: names[split] or split for split in splits}
     _check_tfds_splits(name, builder.info.splits, chosen)
-    loaded = {
-        split: _read_tfds(name, builder, spec, image_size)
-        for split, spec in chosen.items()
-    }
     label = features["label"] if "label" in features else None
     class_names = getattr(label, "names", None)
+    loaded = {}
+    for split, spec in chosen.items():
+        images, labels = _read_tfds(name, builder, spec, image_size)
+        labels = _check_labels(
+            labels, name, getattr(label, "num_classes", None) or 1000
+        )
+        loaded[split] = {"image": images, "label": labels}
     notes = [f"{split} split: {spec}" for split, spec in chosen.items() if names[split]]
     return loaded, class_names, notes
 
@@ -498,7 +504,7 @@ def _read_tfds(name, builder, spec, image_size):
             f"the labels of {name!r} must be one integer per image, found "
             f"{labels.dtype} {labels.shape[1:]}."
         )
-    return {"image": np.stack(images), "label": _check_labels(labels, name)}
+    return np.stack(images), labels
 
 
 def _check_memory(num, shape, where):
@@ -570,4 +576,8 @@ def _describe(
             elif not counts[split].all():
                 missing = [names[i] for i in np.flatnonzero(counts[split] == 0)]
                 parts.append(f"no {split} images of {some(missing, 12)}")
-    return "; ".join([*parts, *notes])
+    line = "; ".join([*parts, *notes])
+    # Names of files may hold line breaks and bytes that are not text.
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in line
+    )

@@ -6,6 +6,7 @@ Results do not depend on the number of devices, except for the rounding of sums.
 normalization uses the whole batch.
 """
 
+import sys
 from typing import Any
 
 import jax
@@ -33,9 +34,10 @@ def is_main() -> bool:
 
 
 def say(message: str) -> None:
-    """Prints one line, from the main process."""
+    """Prints one line, from the main process; escapes what the terminal cannot show."""
     if is_main():
-        print(message, flush=True)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        print(message.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def wait_for_all(name: str) -> None:

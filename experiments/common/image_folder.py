@@ -17,7 +17,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,8 +41,6 @@ _MACHINE_MADE = {
 # Pillow recognizes these without a reader of its own; for EPS it runs Ghostscript,
 # which executes the file.
 _UNREAD = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-
-Parts = tuple[str, ...]  # of a path relative to the folder
 
 
 class ImageFolder(NamedTuple):
@@ -96,11 +94,11 @@ def find_images(
         notes.append(f"no images in {named}")
     chosen = {train_split, test_split} - {None}
     prefix = _wrapping_folder(images, folders, chosen)
-    base = root.joinpath(*prefix)
+    base, depth = root.joinpath(*prefix), len(prefix)
     inside, splits_note = _divide(
         base,
-        [image[len(prefix) :] for image in images],
-        {f[len(prefix)] for f in folders if len(f) > len(prefix)},
+        [image[depth:] for image in images],
+        _children(folders, prefix),
         train_split,
         test_split,
     )
@@ -167,7 +165,8 @@ def _walk(root):
         found = os.stat(folder)
         other = seen.setdefault((found.st_dev, found.st_ino), parts)
         if other is not parts:
-            skipped[parts] = f"the same folder as {'/'.join(other) or '.'}/"
+            pair = f"{'/'.join(parts)} -> {'/'.join(other) or '.'}/"
+            skipped[pair,] = "the same folder, read already"
             continue
         folders.append(parts)
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -191,7 +190,7 @@ def _wrapping_folder(images, folders, chosen):
     prefix = ()
     while True:
         depth = len(prefix)
-        names = {f[depth] for f in folders if len(f) > depth and f[:depth] == prefix}
+        names = _children(folders, prefix)
         heads = {image[depth] for image in images if len(image) > depth + 1}
         if names & chosen or _roles(names) or len(heads) != 1:
             return prefix
@@ -200,10 +199,22 @@ def _wrapping_folder(images, folders, chosen):
         prefix = (*prefix, *heads)
 
 
+def _children(folders, prefix):
+    depth = len(prefix)
+    return {f[depth] for f in folders if len(f) > depth and f[:depth] == prefix}
+
+
 def _divide(base, images, names, train_split, test_split):
     """{split: (parts of its folder, images below)} and a note on the splits."""
     train, test = choose_splits(base, names, train_split, test_split)
     if train is None and test is None:
+        alike = sorted(n for n in names if re.match("(?i)train|test", n))
+        if len({name[:2].lower() for name in alike}) == 2:
+            raise ValueError(
+                f"{base} has folders that look like splits: {some(alike)}. Name two: "
+                "--config.dataset.train_split=NAME and test_split=NAME; if they are "
+                "classes, rename them."
+            )
         return {"all": ((), images)}, ["a fixed tenth is the test split"]
     if train is None:
         raise ValueError(
@@ -272,7 +283,7 @@ def _classes(base, inside):
             if len(names) == 1
             and None not in names
             # The only folder of all images, or a repeated name such as train/train/.
-            and (len(union) == 1 or _role(*names) or inside[split][0] == (*names,))
+            and (len(union) == 1 or inside[split][0] == (*names,))
         ]
         for split in stripped:
             images[split] = [i[1:] for i in images[split]]
@@ -283,7 +294,7 @@ def _classes(base, inside):
         if len(depths) > 1:
             raise ValueError(f"{where} mixes class sub-folders with images outside.")
         for image in found:
-            if len(image) > 2 and _role(image[1]) == "train":
+            if len(image) > 2 and _role(image[1]):
                 raise ValueError(
                     f"{where} has splits inside of classes ({image[0]}/{image[1]}/). "
                     f"Put the splits on top: {image[1]}/{image[0]}/."
@@ -436,8 +447,14 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     """Resizes the shorter side to `size` (bicubic) and crops the center, (S, S, C)."""
     if image.shape[:2] == (size, size):
         return image
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    picture: Any = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    fitted = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(fitted).reshape(size, size, -1)
+    height, width, channels = image.shape
+    if min(height, width) != size:
+        scale = size / min(height, width)
+        height, width = (max(size, round(side * scale)) for side in (height, width))
+        picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+        resized = picture.resize((width, height), Image.Resampling.BICUBIC)
+        image = np.asarray(resized).reshape(height, width, channels)
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[top : top + size, left : left + size]
