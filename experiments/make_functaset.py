@@ -22,7 +22,6 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Writes the functaset or resumes it; returns the summary."""
     settings.check(config, configs.RULES)
     learner = encoding.load_learner(config.run)
-    _adopt_dataset(config)
     dataset = load_dataset(config, learner.model_config["out_channels"])
     devices.say(dataset.found)
 
@@ -51,10 +50,14 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 def load_dataset(config: ConfigDict, out_channels: int) -> data.Dataset:
     """The first config.num_images images and labels of each split of config.splits.
 
+    Without a name in config.dataset, its fields that are not set become those of
+    config.run.
+
     Raises:
       FileNotFoundError, ValueError: as `data.load_dataset`, and if the number of
         channels of the images differs from that of the model.
     """
+    _adopt_dataset(config)
     dataset = data.load_dataset(splits=config.splits, **config.dataset)
     for split, arrays in dataset.splits.items():
         channels = arrays["image"].shape[-1]
@@ -69,7 +72,6 @@ def load_dataset(config: ConfigDict, out_channels: int) -> data.Dataset:
 
 
 def _adopt_dataset(config):
-    """Without a name, takes the fields that are not set from the data of the run."""
     if config.dataset.name is not None:
         return
     theirs = runs.load_config(config.run).get("dataset")

@@ -363,25 +363,21 @@ def test_command_writes_the_functaset_of_a_run(meta_run, tmp_path):
     assert again == summary
 
 
-def test_only_fields_that_are_not_set_come_from_the_run(meta_run, tmp_path):
+def test_only_fields_that_are_not_set_come_from_the_run(tmp_path):
     for number, folder in enumerate(("old", "new")):
         (tmp_path / folder).mkdir()
         pixels = np.full((3, 6, 5, 1), 100 * number, np.uint8)
         for split in data.SPLITS:
             np.savez(tmp_path / folder / f"{split}.npz", image=pixels)
-    run = tmp_path / "run"
-    run.mkdir()
-    stored = runs.load_config(meta_run)
+    stored = meta_learn_config.get_config("smoke")
     old = {"name": "npz", "data_dir": str(tmp_path / "old"), "image_size": 4}
     stored.dataset.update(old)
-    (run / "config.json").write_text(stored.to_json_best_effort())
-    (run / "checkpoints").symlink_to(meta_run / "checkpoints")
-    config = smoke_config(run)
+    (tmp_path / "config.json").write_text(stored.to_json_best_effort())
+    config = smoke_config(tmp_path)
     config.dataset.data_dir = str(tmp_path / "new")
-    make_functaset.train_and_evaluate(config, tmp_path / "out")
-    assert config.dataset.name == "npz" and config.dataset.image_size == 4
     found = make_functaset.load_dataset(config, 1).splits["train"]["image"]
     assert (found == 100).all() and found.shape == (3, 4, 4, 1)
+    assert config.dataset.name == "npz" and config.dataset.image_size == 4
 
 
 def test_command_names_the_mistake(meta_run, tmp_path, dataset):
