@@ -31,10 +31,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             run.workdir / "functaset.npz",
             learner,
             dataset.splits,
-            config={
-                "dataset": config.dataset.name,
-                "class_names": dataset.class_names,
-            },
+            config=data.describe_source(config.dataset, dataset),
             batch_size=config.batch_size,
             copies=config.copies,
             flip=config.flip,

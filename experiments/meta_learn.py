@@ -135,10 +135,7 @@ def _evaluate(run, learner, loaded):
             run.workdir / "functaset.npz",
             learner,
             dataset,
-            config={
-                "dataset": config.dataset.name,
-                "class_names": loaded.class_names,
-            },
+            config=data.describe_source(config.dataset, loaded),
             batch_size=batch_size,
             say=run.say,
         )

@@ -378,6 +378,14 @@ def test_only_fields_that_are_not_set_come_from_the_run(tmp_path):
     found = make_functaset.load_dataset(config, 1).splits["train"]["image"]
     assert (found == 100).all() and found.shape == (3, 4, 4, 1)
     assert config.dataset.name == "npz" and config.dataset.image_size == 4
+    loaded = data.load_dataset(**config.dataset)
+    assert data.describe_source(config.dataset, loaded) == {
+        "dataset": "npz",
+        "class_names": None,
+        "image_size": 4,
+        "train_split": None,
+        "test_split": None,
+    }
 
 
 def test_command_names_the_mistake(meta_run, tmp_path, dataset):

@@ -26,6 +26,8 @@ from experiments.common.image_folder import read_image, resize_and_crop, some
 __all__ = ["read_image"]
 
 SPLITS = ("train", "test")
+# Arguments of `load_dataset` that decide which images and pixels are read.
+HOW_READ = ("image_size", "train_split", "test_split")
 
 Arrays = dict[str, np.ndarray]
 
@@ -119,6 +121,18 @@ def load_dataset(
             )
     _check_shapes(loaded)
     return Dataset(loaded, class_names, _describe(source, loaded, class_names, notes))
+
+
+def describe_source(fields: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
+    """What a functaset keeps of its data set: the name, the classes, how it was read.
+
+    Args:
+      fields: the arguments of `load_dataset`. `data_dir` is left out: a file may be
+        passed on, and the directory of its author means nothing elsewhere.
+      dataset: what `load_dataset` returned.
+    """
+    kept = {name: fields.get(name) for name in HOW_READ}
+    return {"dataset": fields["name"], "class_names": dataset.class_names, **kept}
 
 
 def load(name: str, split: str, *, data_dir: str | None = None) -> Arrays:
