@@ -7,10 +7,11 @@ is trained.
 import sys
 from pathlib import Path
 
-from experiments.common import figures
+from experiments.common import figures, launch
 
 
 def main() -> None:
+    launch.expand_home()
     if len(sys.argv) != 2:
         sys.exit("usage: python -m experiments.figures WORKDIR")
     try:

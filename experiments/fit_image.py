@@ -19,7 +19,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import functa
-from experiments.common import data, figures, files, launch, runs, settings
+from experiments.common import (
+    data,
+    devices,
+    figures,
+    files,
+    launch,
+    runs,
+    settings,
+)
 from experiments.common.sweep import sweep
 from experiments.configs import fit_image as configs
 from experiments.training import loop, siren
@@ -53,7 +61,7 @@ def make_tasks(config: ConfigDict) -> list[Task]:
       FileNotFoundError, ValueError: if an image cannot be read, or if there are too
         few images.
     """
-    images, labels = _load_images(config)
+    images, labels, class_names = _load_images(config)
     num_tasks = max(len(config[name]) for name in _PER_TASK)
     columns = []
     for name in _PER_TASK:
@@ -82,7 +90,9 @@ def make_tasks(config: ConfigDict) -> list[Task]:
             name += "_mosaic"
         snapshots = [s for s in config.snapshot_steps if s < num_steps] + [num_steps]
         task_labels = labels[:used] if mosaic == 1 else np.full(num_images, -1)
-        tasks.append(Task(name, sized, task_labels, num_steps, tuple(snapshots)))
+        tasks.append(
+            Task(name, sized, task_labels, num_steps, tuple(snapshots), class_names)
+        )
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise ValueError(f"no two tasks may be of the same size, got {names}.")
@@ -104,15 +114,22 @@ def resize(image: np.ndarray, resolution: int) -> np.ndarray:
 
 
 def _load_images(config):
-    """Images (N, H, W, C) and labels (N,); a task uses the first ones."""
+    """Images (N, H, W, C), labels (N,) and their names; a task uses the first ones."""
+    name, fields = config.dataset.name, config.dataset.to_dict()
+    del fields["name"]
     if config.image is not None:
-        return data.read_image(config.image)[None], np.array([-1])
-    if config.dataset.name == "photograph":
+        data.refuse_unread(f"--config.image={config.image}", **fields)
+        image = data.read_image(config.image, min_side=max(config.resolution))
+        return image[None], np.array([-1]), None
+    if name == "photograph":
         from sklearn.datasets import load_sample_image
 
-        return load_sample_image("flower.jpg")[None], np.array([-1])
-    arrays = data.load(split="train", **config.dataset)
-    return arrays["image"], arrays["label"]
+        data.refuse_unread("the photograph of scikit-learn", **fields)
+        return load_sample_image("flower.jpg")[None], np.array([-1]), None
+    loaded = data.load_dataset(name, ("train",), **fields)
+    devices.say(loaded.found)
+    arrays = loaded.splits["train"]
+    return arrays["image"], arrays["label"], loaded.class_names
 
 
 _PER_TASK = ("resolution", "num_images", "mosaic", "num_steps")
@@ -338,6 +355,7 @@ def _make_functaset(config, tasks, states, latents):
         config={
             "model": config.model.to_dict(),
             "dataset": config.image or config.dataset.name,
+            "class_names": tasks[0].class_names,
             "tasks": [
                 {"name": t.name, "num_images": len(t.images), "num_steps": t.num_steps}
                 for t in tasks

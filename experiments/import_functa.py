@@ -73,4 +73,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    launch.expand_home()
     app.run(main)

@@ -14,7 +14,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.common import data, figures, files, launch, runs, settings
+from experiments.common import (
+    data,
+    devices,
+    figures,
+    files,
+    launch,
+    runs,
+    settings,
+)
 from experiments.configs import latent_controls as configs
 from experiments.training import controls
 
@@ -22,10 +30,9 @@ from experiments.training import controls
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Measures the controls of all sizes; returns the summary."""
     settings.check(config, configs.RULES)
-    images = {
-        split: data.load(split=split, **config.dataset)["image"]
-        for split in data.SPLITS
-    }
+    loaded = data.load_dataset(**config.dataset)
+    devices.say(loaded.found)
+    images = {split: arrays["image"] for split, arrays in loaded.splits.items()}
     if config.num_images:
         images = {split: array[: config.num_images] for split, array in images.items()}
     _check_sizes(config, images["train"].shape[1:])

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.common import data, files, launch, runs, settings
+from experiments.common import data, devices, launch, runs, settings
 from experiments.configs import make_functaset as configs
 from experiments.training import encoding
 from functa import functaset
@@ -22,16 +22,16 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Writes the functaset or resumes it; returns the summary."""
     settings.check(config, configs.RULES)
     learner = encoding.load_learner(config.run)
-    _adopt_dataset(config)
     dataset = load_dataset(config, learner.model_config["out_channels"])
+    devices.say(dataset.found)
 
     def experiment(run):
         run.say("compiling the inner loop ...")
         return encoding.write_functaset(
             run.workdir / "functaset.npz",
             learner,
-            dataset,
-            config={"dataset": config.dataset.name},
+            dataset.splits,
+            config=data.describe_source(config.dataset, dataset),
             batch_size=config.batch_size,
             copies=config.copies,
             flip=config.flip,
@@ -44,16 +44,19 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return runs.run_once(workdir, config, experiment, inputs={"weights": weights})
 
 
-def load_dataset(config: ConfigDict, out_channels: int) -> dict[str, data.Arrays]:
-    """The images and labels of each split of config.splits.
+def load_dataset(config: ConfigDict, out_channels: int) -> data.Dataset:
+    """The first config.num_images images and labels of each split of config.splits.
+
+    Without a name in config.dataset, its fields that are not set become those of
+    config.run.
 
     Raises:
-      FileNotFoundError, ValueError: as `data.load`, and if the number of channels of
-        the images differs from that of the model.
+      FileNotFoundError, ValueError: as `data.load_dataset`, and if the number of
+        channels of the images differs from that of the model.
     """
-    dataset = {}
-    for split in config.splits:
-        arrays = data.load(split=split, **config.dataset)
+    _adopt_dataset(config)
+    dataset = data.load_dataset(splits=config.splits, **config.dataset)
+    for split, arrays in dataset.splits.items():
         channels = arrays["image"].shape[-1]
         if channels != out_channels:
             raise ValueError(
@@ -61,21 +64,22 @@ def load_dataset(config: ConfigDict, out_channels: int) -> dict[str, data.Arrays
                 f"the fields of {config.run} have {out_channels}."
             )
         stop = config.num_images or len(arrays["image"])
-        dataset[split] = {name: array[:stop] for name, array in arrays.items()}
+        dataset.splits[split] = {name: array[:stop] for name, array in arrays.items()}
     return dataset
 
 
 def _adopt_dataset(config):
-    """Uses the data set of the run if the config does not name one."""
     if config.dataset.name is not None:
         return
-    theirs = files.read_json(Path(config.run) / "config.json").get("dataset")
+    theirs = runs.load_config(config.run).get("dataset")
     if theirs is None:
         raise ValueError(
             f"the run {config.run} does not name a data set; set "
             "--config.dataset.name=NAME."
         )
-    config.dataset.update(theirs)
+    for name, value in theirs.items():
+        if config.dataset[name] is None:
+            config.dataset[name] = value
 
 
 if __name__ == "__main__":

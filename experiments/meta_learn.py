@@ -16,7 +16,7 @@ import optax
 from ml_collections import ConfigDict
 
 import functa
-from experiments.common import data, figures, files, launch, settings
+from experiments.common import data, devices, figures, files, launch, settings
 from experiments.common.sweep import sweep
 from experiments.configs import meta_learn as configs
 from experiments.training import controls, encoding, meta
@@ -26,7 +26,9 @@ from functa import functaset
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
     settings.check(config, configs.RULES)
-    dataset = {split: data.load(split=split, **config.dataset) for split in data.SPLITS}
+    loaded = data.load_dataset(**config.dataset)
+    devices.say(loaded.found)
+    dataset = loaded.splits
     learner = None
     if config.init_from:
         learner = encoding.load_learner(config.init_from)
@@ -37,7 +39,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         model = functaset.make_model(run.config.model.to_dict())
         state = meta.train(run, model, dataset["train"]["image"], learner)
         trained = encoding.make_learner(run.config, vars(state))
-        return _evaluate(run, trained, dataset)
+        return _evaluate(run, trained, loaded)
 
     return sweep(config, workdir, experiment)
 
@@ -115,8 +117,8 @@ def _complete_cells(config, shape):
         )
 
 
-def _evaluate(run, learner, dataset):
-    config = run.config
+def _evaluate(run, learner, loaded):
+    config, dataset = run.config, loaded.splits
     run.say("evaluating on the test split ...")
     batch_size = config.eval.batch_size
     mse = {}
@@ -133,7 +135,7 @@ def _evaluate(run, learner, dataset):
             run.workdir / "functaset.npz",
             learner,
             dataset,
-            config={"dataset": config.dataset.name},
+            config=data.describe_source(config.dataset, loaded),
             batch_size=batch_size,
             say=run.say,
         )

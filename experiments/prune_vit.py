@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.common import figures, files, launch, runs, settings
+from experiments.common import data, figures, files, launch, runs, settings
 from experiments.common.sweep import sweep
 from experiments.configs import prune_vit as configs
 from experiments.training import classifier, vit_pruning
@@ -61,6 +61,8 @@ def _check_methods(config):
                 f"{', '.join(sorted(unknown))}."
             )
     needy = [name for name in config.methods if name in vit_pruning.NEED_IMAGES]
+    if not config.dataset.name:
+        data.refuse_unread("a run without dataset.name", **config.dataset)
     if needy and not config.dataset.name:
         raise ValueError(f"methods {', '.join(needy)} need a data set.")
     if config.dataset.name and not config.checkpoint:

@@ -9,7 +9,7 @@ such as a grid (h, w, L):
   psnr           float32 (N,)         PSNR of each reconstruction in dB
   split          <U5     (N,)         "train" or "test"
   mean, std      float32 (L,)         of the training split, over all axes but the last
-  config         <U..    ()           JSON: model, inner loop, data set
+  config         <U..    ()           JSON: model, inner loop, data set, class_names
   params_sha256  <U64    ()           hash of the weights used to fit the latents
 """
 

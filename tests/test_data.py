@@ -1,25 +1,35 @@
 """experiments.common.data: arrays of all sources, and one error for each mistake."""
 
+import math
+import os
+import zipfile
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from experiments.common import data
 
+RNG = np.random.default_rng(0)
+IMAGE = RNG.integers(0, 256, (6, 4, 5, 3), np.uint8)
+IMAGE[0, 0, 0] = 0, 255, 100
+LABEL = np.array([0, 1, 2, 0, 1, 2])
 
-def write_images(folder, shapes, seed=0):
-    rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    images = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{i:02d}.png")
-    return images
+
+def write_npz(folder, test=None, **train):
+    np.savez(folder / "train.npz", **train)
+    np.savez(folder / "test.npz", **(test or train))
+
+
+def load_npz(folder, **options):
+    return data.load_dataset("npz", data_dir=str(folder), **options)
 
 
 def test_digits_splits_are_disjoint_and_whole():
     from sklearn.datasets import load_digits
 
-    train, test = (data.load("digits", split) for split in data.SPLITS)
+    digits = data.load_dataset("digits")
+    train, test = digits.splits["train"], digits.splits["test"]
     assert train["image"].shape == (1438, 8, 8, 1) and len(test["label"]) == 359
     # The 16 grey levels of the source map one to one onto bytes.
     ours = np.concatenate([train["image"], test["image"]])[..., 0]
@@ -27,6 +37,24 @@ def test_digits_splits_are_disjoint_and_whole():
     order = [np.lexsort(x.reshape(len(x), -1).T) for x in (ours, theirs)]
     np.testing.assert_array_equal(ours[order[0]], theirs[order[1]])
     assert set(np.unique(train["label"])) == set(range(10))
+    assert digits.class_names == list("0123456789")
+    assert "1438 train + 359 test images, 8x8 gray; 10 classes" in digits.found
+
+
+@pytest.mark.parametrize(
+    "field", [{"data_dir": "/"}, {"train_split": "a"}, {"test_split": "a"}]
+)
+def test_fields_that_digits_does_not_read_are_refused(field):
+    with pytest.raises(ValueError, match=rf"dataset\.{next(iter(field))}=.* not read"):
+        data.load_dataset("digits", **field)
+
+
+def test_the_old_name_loads_one_split_and_warns():
+    with pytest.warns(DeprecationWarning, match="load_dataset"):
+        old = data.load("digits", "test")
+    np.testing.assert_array_equal(
+        old["image"], data.load_dataset("digits").splits["test"]["image"]
+    )
 
 
 def test_batches_are_shuffled_epochs():
@@ -42,119 +70,271 @@ def test_batches_are_shuffled_epochs():
         data.batch_indices(0, 0, num_examples=11, batch_size=12)
 
 
-def test_folder_with_splits_and_classes(tmp_path):
-    for split in data.SPLITS:
-        for i, name in enumerate(("cat", "dog")):
-            images = write_images(tmp_path / split / name, [(5, 7, 3)] * 2, seed=i)
-    arrays = data.load("folder", "test", data_dir=str(tmp_path))
-    np.testing.assert_array_equal(arrays["image"][2:], images)
-    np.testing.assert_array_equal(arrays["label"], [0, 0, 1, 1])
-
-
-def test_folder_without_classes_is_split_in_nine_to_one(tmp_path):
-    images = write_images(tmp_path, [(4, 6)] * 20)
-    train, test = (
-        data.load("folder", split, data_dir=str(tmp_path)) for split in data.SPLITS
-    )
+def test_folder_is_split_in_nine_to_one_and_shares_its_classes(tmp_path):
+    images = RNG.integers(0, 256, (20, 4, 6), np.uint8)
+    for i, image in enumerate(images):
+        name = f"{'ab'[i % 2]}/{i:02d}.png"
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / name)
+    loaded = data.load_dataset("folder", data_dir=str(tmp_path))
+    train, test = loaded.splits["train"], loaded.splits["test"]
     assert train["image"].shape == (18, 4, 6, 1) and len(test["image"]) == 2
-    assert (train["label"] == -1).all()
-    found = {x.tobytes() for x in (*train["image"], *test["image"])}
-    assert found == {x.tobytes() for x in images}
+    assert loaded.class_names == ["a", "b"]
+    whole = {image.tobytes(): i % 2 for i, image in enumerate(images)}
+    found = {
+        image.tobytes(): label
+        for split in (train, test)
+        for image, label in zip(split["image"], split["label"], strict=True)
+    }
+    assert found == whole
+    # One split alone is the same part.
+    only = data.load_dataset("folder", ("test",), data_dir=str(tmp_path))
+    np.testing.assert_array_equal(only.splits["test"]["image"], test["image"])
 
 
-@pytest.mark.parametrize("shape", [(5, 7, 3), (5, 6)])
-def test_folder_of_mixed_images_names_both(tmp_path, shape):
-    write_images(tmp_path, [(5, 6, 3)] * 3 + [shape])
-    # The odd one is the last of four, which the fixed split puts into training.
-    with pytest.raises(ValueError, match=r"images differ .*03\.png is"):
-        data.load("folder", "train", data_dir=str(tmp_path))
+def test_folder_of_other_sizes_is_refused_or_cropped(tmp_path):
+    for i, size in enumerate([(8, 8), (8, 8), (4, 8), (8, 16)]):
+        Image.new("RGB", size[::-1], (10, 20, i)).save(tmp_path / f"{i}.png")
+    with pytest.raises(ValueError, match=r"is 8x8, .* is .*image_size=N"):
+        data.load_dataset("folder", data_dir=str(tmp_path))
+    splits = data.load_dataset("folder", data_dir=str(tmp_path), image_size=4).splits
+    images = np.concatenate([splits["train"]["image"], splits["test"]["image"]])
+    assert images.shape == (4, 4, 4, 3)
+    assert sorted(images[:, 0, 0, 2]) == [0, 1, 2, 3]
+    assert (images == images[:, :1, :1]).all()
+
+
+def test_folder_with_gray_and_color_is_read_as_color(tmp_path):
+    for split, shape in {"train": (5, 6, 3), "val": (5, 6)}.items():
+        (tmp_path / split).mkdir()
+        for i in range(2):
+            pixels = np.full(shape, 40 + i, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / split / f"{i}.png")
+    loaded = data.load_dataset("folder", data_dir=str(tmp_path))
+    assert loaded.splits["test"]["image"].shape == (2, 5, 6, 3)
+    assert (loaded.splits["test"]["image"][1] == 41).all()
+    assert "splits train/ and val/" in loaded.found
+    assert "2 gray, read as RGB like the others" in loaded.found
+
+
+def test_found_names_a_class_without_images_in_a_split(tmp_path):
+    for name in ("train/cat", "train/do\ng", "test/do\ng"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("L", (3, 3)).save(tmp_path / name / "0.png")
+    (tmp_path / "train" / "cat" / "notes.txt").touch()
+    loaded = data.load_dataset("folder", data_dir=str(tmp_path))
+    np.testing.assert_array_equal(loaded.splits["test"]["label"], [1])
+    assert loaded.found == (
+        rf"folder {tmp_path}: 2 train + 1 test images, 3x3 gray; 2 classes "
+        r"(train + test): cat 1 + 0, do\ng 1 + 1; no test images of cat; splits train/ "
+        "and test/; skipped train/cat/notes.txt (not an image format that Pillow reads)"
+    )
 
 
 def test_folder_errors(tmp_path):
     with pytest.raises(ValueError, match="needs a directory"):
-        data.load("folder", "train")
+        data.load_dataset("folder")
     with pytest.raises(FileNotFoundError, match="no directory"):
-        data.load("folder", "train", data_dir=str(tmp_path / "absent"))
-    with pytest.raises(FileNotFoundError, match="holds 0 PNG or JPEG"):
-        data.load("folder", "train", data_dir=str(tmp_path))
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    (tmp_path / "b.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="is not a readable image"):
-        data.load("folder", "train", data_dir=str(tmp_path))
-    write_images(tmp_path / "cat", [(4, 4)])
-    with pytest.raises(ValueError, match="mixes class sub-folders"):
-        data.load("folder", "train", data_dir=str(tmp_path))
+        data.load_dataset("folder", data_dir=str(tmp_path / "absent"))
+    Image.new("L", (3, 3)).save(tmp_path / "0.png")
+    with pytest.raises(FileNotFoundError, match="1 image; two are needed"):
+        data.load_dataset("folder", data_dir=str(tmp_path))
+    (tmp_path / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    with pytest.raises(ValueError, match=r"1\.png is not a readable image"):
+        data.load_dataset("folder", data_dir=str(tmp_path))
 
 
-def test_read_image_keeps_grey_and_rgb(tmp_path):
-    grey, rgb = write_images(tmp_path, [(3, 5), (5, 3, 3)])
-    np.testing.assert_array_equal(data.read_image(tmp_path / "00.png")[..., 0], grey)
-    np.testing.assert_array_equal(data.read_image(tmp_path / "01.png"), rgb)
-    Image.fromarray(np.full((3, 5), 40_000, np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match=r"deep.png is not a readable .* 8 bits"):
-        data.read_image(tmp_path / "deep.png")
-    with pytest.raises(FileNotFoundError, match="no image file"):
-        data.read_image(tmp_path / "absent.png")
+def test_more_images_than_memory_are_refused_before_they_are_read(
+    tmp_path, monkeypatch
+):
+    for i in range(3):
+        Image.new("L", (8, 8)).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(os, "sysconf", lambda name: 10)
+    with pytest.raises(ValueError, match="2 images of 8x8 pixels .* need .*image_size"):
+        data.load_dataset("folder", data_dir=str(tmp_path))
+    loaded = data.load_dataset("folder", data_dir=str(tmp_path), image_size=4)
+    assert loaded.splits["train"]["image"].shape == (2, 4, 4, 1)
+
+
+def test_home_directory_is_expanded(tmp_path, monkeypatch):
+    write_npz(tmp_path, image=IMAGE)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    loaded = data.load_dataset("npz", data_dir=f"~/{tmp_path.name}")
+    np.testing.assert_array_equal(loaded.splits["test"]["image"], IMAGE)
 
 
 def test_npz_directory(tmp_path):
-    image = np.arange(2 * 3 * 4 * 1, dtype=np.uint8).reshape(2, 3, 4, 1)
-    np.savez(tmp_path / "train.npz", image=image, label=np.array([3, 1]))
-    np.savez(tmp_path / "test.npz", image=image)
-    train, test = (
-        data.load("npz", split, data_dir=str(tmp_path)) for split in data.SPLITS
-    )
-    np.testing.assert_array_equal(train["image"], image)
-    np.testing.assert_array_equal(train["label"], [3, 1])
+    write_npz(tmp_path, image=IMAGE, label=LABEL, test={"image": IMAGE[:2]})
+    loaded = load_npz(tmp_path)
+    train, test = loaded.splits["train"], loaded.splits["test"]
+    np.testing.assert_array_equal(train["image"], IMAGE)
+    np.testing.assert_array_equal(train["label"], LABEL)
     np.testing.assert_array_equal(test["label"], [-1, -1])
-    assert train["label"].dtype == np.int32
+    assert train["label"].dtype == np.int32 and loaded.class_names is None
+    assert "3 classes (train): 0 2, 1 2, 2 2; no labels in test" in loaded.found
+
+
+def test_npz_splits_in_other_spellings(tmp_path):
+    for i, name in enumerate(("Training", "valid", "extra")):
+        np.savez(tmp_path / f"{name}.npz", image=IMAGE[i : i + 1])
+    splits = load_npz(tmp_path).splits
+    np.testing.assert_array_equal(splits["test"]["image"], IMAGE[1:2])
+    splits = load_npz(tmp_path, train_split="extra", test_split="Training").splits
+    np.testing.assert_array_equal(splits["train"]["image"], IMAGE[2:3])
+    np.testing.assert_array_equal(splits["test"]["image"], IMAGE[:1])
+    with pytest.raises(ValueError, match="no test split 'nosuch'; there are Training"):
+        load_npz(tmp_path, test_split="nosuch")
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda image: np.float16(image / 255),
+        lambda image: np.float64(image) / 255,
+        lambda image: np.float32(image),
+        lambda image: image.astype(">i8"),
+        np.asfortranarray,
+    ],
+)
+def test_npz_of_other_dtypes_has_the_same_pixels(tmp_path, convert):
+    write_npz(tmp_path, image=convert(IMAGE), label=LABEL[:, None])
+    splits = load_npz(tmp_path).splits
+    assert splits["test"]["image"].dtype == np.uint8
+    np.testing.assert_array_equal(splits["test"]["image"], IMAGE)
+    np.testing.assert_array_equal(splits["test"]["label"], LABEL)
+
+
+def test_npz_of_booleans_is_black_and_white(tmp_path):
+    write_npz(tmp_path, image=IMAGE > 100)
+    found = load_npz(tmp_path).splits["train"]["image"]
+    np.testing.assert_array_equal(found, np.where(IMAGE > 100, 255, 0))
 
 
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"image": np.zeros((2, 3, 3, 1))}, "found float64"),
-        ({"label": np.zeros(2, np.int32)}, "found nothing"),
-        ({"image": np.zeros((2, 3, 3, 1), np.uint8), "label": np.zeros(3)}, "`label`"),
+        (
+            {"image": np.moveaxis(IMAGE, -1, 1)},
+            r"found uint8 \(6, 3, 4, 5\); transpose",
+        ),
+        ({"image": IMAGE[..., :2]}, r"C = 1 or 3, found uint8 \(6, 4, 5, 2\)"),
+        ({"image": IMAGE[..., 0]}, r"image\[\.\.\., None\]"),
+        ({"image": IMAGE[:0]}, r"found uint8 \(0, 4, 5, 3\)"),
+        ({"image": IMAGE.astype(object)}, "found object"),
+        ({"image": IMAGE.astype(str)}, "found <U3"),
+        ({"image": np.uint16(IMAGE) * 257}, "whole numbers are from 0 to 65535"),
+        ({"image": IMAGE / 127.5 - 1}, "numbers are from -1 to 1"),
+        ({"image": IMAGE / 2}, "numbers are from 0 to 127.5"),
+        ({"image": np.where(IMAGE > 9, IMAGE / 255, np.nan)}, "not finite"),
+        ({"images": IMAGE, "labels": LABEL}, "found images, labels"),
+        ({"image": IMAGE, "labels": LABEL}, "no `label`; rename `labels`"),
+        ({"image": IMAGE, "label": np.float32(LABEL)}, "must be integers"),
+        ({"image": IMAGE, "label": np.eye(3)[LABEL]}, "must be integers"),
+        ({"image": IMAGE, "label": LABEL[:3]}, r"integers \(6,\)"),
+        ({"image": IMAGE, "label": np.uint32(LABEL) - np.uint32(3)}, "from 4294967293"),
+        ({"image": IMAGE, "label": LABEL - 1}, "or all -1"),
+        ({"image": IMAGE, "label": LABEL + 999}, "from 0 to 999"),
+        ({"label": LABEL}, "found label"),
     ],
 )
 def test_npz_of_something_else(tmp_path, arrays, message):
-    np.savez(tmp_path / "train.npz", **arrays)
+    write_npz(tmp_path, **arrays)
+    with pytest.raises(ValueError, match=rf"train\.npz.*{message}"):
+        load_npz(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (IMAGE, IMAGE[:, :3], r"differ in .* train 4x5x3, test 3x5x3\. To resize"),
+        (IMAGE, IMAGE[..., :1], r"train 4x5x3, test 4x5x1\. Convert"),
+        (IMAGE / 255, np.float32(IMAGE), "different scales"),
+    ],
+)
+def test_npz_whose_splits_differ(tmp_path, train, test, message):
+    write_npz(tmp_path, image=train, test={"image": test})
     with pytest.raises(ValueError, match=message):
-        data.load("npz", "train", data_dir=str(tmp_path))
+        load_npz(tmp_path)
 
 
-def test_npz_truncated_or_absent(tmp_path):
+def test_npz_of_two_sizes_can_be_resized(tmp_path):
+    write_npz(tmp_path, image=IMAGE, test={"image": IMAGE[:, :3]})
+    splits = load_npz(tmp_path, image_size=4).splits
+    assert splits["test"]["image"].shape == (6, 4, 4, 3)
+    # 4 x 5 pixels need no resizing, and the crop of an odd remainder is on the left.
+    np.testing.assert_array_equal(splits["train"]["image"], IMAGE[:, :, :4])
+
+
+def test_npz_damaged_or_absent(tmp_path):
     np.savez(tmp_path / "train.npz", image=np.zeros((9, 8, 8, 3), np.uint8))
     whole = (tmp_path / "train.npz").read_bytes()
-    (tmp_path / "train.npz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="is not a readable .npz"):
-        data.load("npz", "train", data_dir=str(tmp_path))
     with pytest.raises(FileNotFoundError, match="holds train.npz and test.npz"):
-        data.load("npz", "test", data_dir=str(tmp_path))
+        load_npz(tmp_path)
+    (tmp_path / "test.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"test\.npz is not a readable .npz"):
+        load_npz(tmp_path)
+    (tmp_path / "test.npz").unlink()
+    os.mkfifo(tmp_path / "test.npz")
+    with pytest.raises(ValueError, match=r"test\.npz is not a regular file"):
+        load_npz(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(10**12, 8, 8, 3), (1, 1, 1, 1)])
+def test_npz_whose_header_lies_allocates_nothing(tmp_path, shape):
+    write_npz(tmp_path, image=IMAGE)
+    with zipfile.ZipFile(tmp_path / "train.npz", "w") as archive:
+        with archive.open("image.npy", "w") as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(member, header)
+            member.write(bytes(64))
+    with pytest.raises(ValueError, match=rf"instead of {math.prod(shape) + 128}"):
+        load_npz(tmp_path)
 
 
 def test_tfds_says_where_it_searched_and_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
-        data.load("mnist", "train", data_dir=str(tmp_path))
+        data.load_dataset("mnist", data_dir=str(tmp_path))
     assert str(tmp_path) in str(error.value)
     assert "download_and_prepare" in str(error.value)
-    with pytest.raises(ValueError, match="or a name known to TFDS; got"):
-        data.load("no_such_set", "train", data_dir=str(tmp_path))
+    for name in ("no_such_set", "mnist:9.9.9"):
+        with pytest.raises(ValueError, match=f"or a name known to TFDS; got '{name}'"):
+            data.load_dataset(name, data_dir=str(tmp_path))
+
+
+def load_mnist(*args, **options):
+    try:
+        return data.load_dataset("mnist", *args, **options)
+    except FileNotFoundError as error:
+        pytest.skip(f"MNIST is not prepared: {error}")
 
 
 def test_tfds_mnist():
-    try:
-        test = data.load("mnist", "test")
-    except FileNotFoundError as error:
-        pytest.skip(f"MNIST is not prepared: {error}")
+    loaded = load_mnist(("test",))
+    test = loaded.splits["test"]
     assert test["image"].shape == (10000, 28, 28, 1)
     assert test["image"].dtype == np.uint8 and test["label"].dtype == np.int32
     # Published counts of the ten digits in the test split.
     counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     np.testing.assert_array_equal(np.bincount(test["label"]), counts)
+    assert loaded.class_names == list("0123456789")
+
+
+def test_tfds_splits_are_named_by_the_user():
+    loaded = load_mnist(train_split="train[:40]", test_split="train[40:50]")
+    both = load_mnist(("train",), train_split="train[:50]", image_size=28)
+    for name in ("image", "label"):
+        np.testing.assert_array_equal(
+            np.concatenate([loaded.splits[split][name] for split in data.SPLITS]),
+            both.splits["train"][name],
+        )
+    with pytest.raises(ValueError, match="no split 'val'; it has train, test"):
+        load_mnist(test_split="val")
+    with pytest.raises(ValueError, match="share images"):
+        load_mnist(test_split="train[90%:]")
+    with pytest.raises(ValueError, match="holds no images"):
+        load_mnist(test_split="test[5:5]")
 
 
 def test_unknown_split():
     with pytest.raises(ValueError, match="split must be one of train, test"):
-        data.load("digits", "validation")
+        data.load_dataset("digits", ("validation",))

@@ -123,7 +123,7 @@ def test_longer_side_gets_the_resolution():
 def test_mosaic_puts_images_side_by_side():
     config = tiny_config(mosaic=(2,))
     [task] = fit_image.make_tasks(config)
-    images = data.load("digits", "train")["image"]
+    images = data.load_dataset("digits").splits["train"]["image"]
     rows = [np.hstack(images[:2]), np.hstack(images[2:4])]
     np.testing.assert_array_equal(task.images, np.vstack(rows)[None])
     assert task.name == "16x16_mosaic"
@@ -174,6 +174,14 @@ def test_gradient_magnitude_matches_finite_differences():
         (
             {"num_images": (2,), "dataset": {"name": "photograph"}},
             "need 2 images",
+        ),
+        (
+            {"dataset": {"name": "photograph", "data_dir": "x"}},
+            "dataset.data_dir=x is not read",
+        ),
+        (
+            {"image": "a.png", "dataset": {"data_dir": "x"}},
+            "dataset.data_dir=x is not read, because --config.image=a.png",
         ),
         ({"resolution": (8, 8)}, "of the same size"),
         ({"snapshot_steps": (3, 2)}, "snapshot_steps"),

@@ -136,7 +136,7 @@ def make_grids(*, copies=1, padded=False):
     """A functaset of the first digits whose latents are means of 2x2 pixels."""
     latents, labels, splits = [], [], []
     for split, num in (("train", 24), ("test", 10)):
-        arrays = data.load("digits", split)
+        arrays = data.load_dataset("digits").splits[split]
         images = np.float32(arrays["image"][:num])
         grid = images.reshape(num, 4, 2, 4, 2).mean((2, 4))[..., None]
         grid = np.concatenate([grid, 2 * grid + 1, 0 * grid + 7], -1)
@@ -179,7 +179,7 @@ def test_controls_of_a_functaset():
     made = make_grids(copies=2)
     patches, mean, std = features.load_features("patches", made)
     train = made.split == "train"
-    images = np.float32(data.load("digits", "test")["image"][:10]) / 255
+    images = np.float32(data.load_dataset("digits").splits["test"]["image"][:10]) / 255
     cell = images[3, 2:4, 4:6].ravel()
     np.testing.assert_allclose(patches[~train][3, 1, 2], cell, atol=1e-6)
     # The second copy is augmented, the first one is not.

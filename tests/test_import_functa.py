@@ -54,7 +54,9 @@ def test_imported_run_is_evaluated_and_encoded(checkpoint, tmp_path):
     # The inner loop by hand, on the images that the evaluation used.
     from experiments.common import data
 
-    images = data.load("digits", "test")["image"][: config.eval.num_images]
+    images = data.load_dataset("digits").splits["test"]["image"][
+        : config.eval.num_images
+    ]
     model = learner.model
     coords = functa.coordinate_grid((8, 8))
     with jax.default_matmul_precision("highest"):

@@ -14,7 +14,7 @@ from experiments.training import controls
 
 @pytest.fixture(scope="module")
 def digits():
-    return {split: data.load("digits", split) for split in data.SPLITS}
+    return data.load_dataset("digits").splits
 
 
 def psnr_by_scikit_learn(train, test, num_components):

@@ -94,7 +94,7 @@ def test_truncation_error_is_that_of_decoded_codes():
 
 
 def test_images_of_8_bits_are_scaled_to_one():
-    images = data.load("digits", "train")["image"]
+    images = data.load_dataset("digits").splits["train"]["image"]
     pca = linear.fit_pca(images, 20)
     exact = linear.fit_pca(np.float64(images) / 255, 20)
     np.testing.assert_allclose(pca.components, exact.components, atol=1e-4)

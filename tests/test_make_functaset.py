@@ -354,12 +354,38 @@ def test_command_writes_the_functaset_of_a_run(meta_run, tmp_path):
     assert summary["num_signals"] == 2 * 6 + 6
     written = functa.load_functaset(tmp_path / "functaset.npz")
     assert written.config["dataset"] == "digits"
-    digits = data.load("digits", "train")["label"][:6]
+    assert written.config["class_names"] == list("0123456789")
+    digits = data.load_dataset("digits").splits["train"]["label"][:6]
     assert written.select("train").label.tolist() == [*digits, *digits]
     params = encoding.load_learner(meta_run).params
     assert functa.reconstruct(written, params, 12).shape == (18, 12, 12, 1)
     again = make_functaset.train_and_evaluate(smoke_config(meta_run), tmp_path)
     assert again == summary
+
+
+def test_only_fields_that_are_not_set_come_from_the_run(tmp_path):
+    for number, folder in enumerate(("old", "new")):
+        (tmp_path / folder).mkdir()
+        pixels = np.full((3, 6, 5, 1), 100 * number, np.uint8)
+        for split in data.SPLITS:
+            np.savez(tmp_path / folder / f"{split}.npz", image=pixels)
+    stored = meta_learn_config.get_config("smoke")
+    old = {"name": "npz", "data_dir": str(tmp_path / "old"), "image_size": 4}
+    stored.dataset.update(old)
+    (tmp_path / "config.json").write_text(stored.to_json_best_effort())
+    config = smoke_config(tmp_path)
+    config.dataset.data_dir = str(tmp_path / "new")
+    found = make_functaset.load_dataset(config, 1).splits["train"]["image"]
+    assert (found == 100).all() and found.shape == (3, 4, 4, 1)
+    assert config.dataset.name == "npz" and config.dataset.image_size == 4
+    loaded = data.load_dataset(**config.dataset)
+    assert data.describe_source(config.dataset, loaded) == {
+        "dataset": "npz",
+        "class_names": None,
+        "image_size": 4,
+        "train_split": None,
+        "test_split": None,
+    }
 
 
 def test_command_names_the_mistake(meta_run, tmp_path, dataset):
@@ -378,6 +404,9 @@ def test_command_names_the_mistake(meta_run, tmp_path, dataset):
         ValueError, match="splits must be .* each value one of train, test"
     ):
         run(splits=("train", "valid"))
+    # The run's data set is the digits, which are in no directory.
+    with pytest.raises(ValueError, match="dataset.data_dir=.* is not read"):
+        run(dataset={"data_dir": str(tmp_path)})
     with pytest.raises(ValueError, match="copies must be at least 1, got 0"):
         run(copies=0)
     assert not (tmp_path / "out").exists()

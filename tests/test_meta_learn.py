@@ -40,7 +40,7 @@ def start(config):
 
 
 def some_batch(config, step=0):
-    images = data.load("digits", "train")["image"]
+    images = data.load_dataset("digits").splits["train"]["image"]
     return meta.make_batch(config, images, step)
 
 
@@ -140,7 +140,7 @@ def test_options_of_the_outer_loop_run():
 
 
 def test_batches_coarse_and_subsampled():
-    images = data.load("digits", "train")["image"]
+    images = data.load_dataset("digits").splits["train"]["image"]
     config = small_config(coarse_steps=1)
     coords, coarse = meta.make_batch(config, images, 0)
     fine_coords, fine = meta.make_batch(config, images, 1)

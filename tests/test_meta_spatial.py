@@ -60,7 +60,7 @@ def test_a_whole_grid_has_the_rate_of_one_of_its_cells():
 
 
 def test_warm_start_has_the_codes_and_the_rate_of_the_linear_control():
-    images = data.load("digits", "train")["image"]
+    images = data.load_dataset("digits").splits["train"]["image"]
     cells = functa.spatial.split_cells(images, (2, 2)).reshape(-1, 4, 4, 1)
     warm = meta.make_warm_start(cells, 5)
     targets = data.to_float(cells[:100]).reshape(100, 16, 1)
@@ -79,7 +79,7 @@ def test_warm_start_has_the_codes_and_the_rate_of_the_linear_control():
 
 def test_warm_start_learns_to_decode():
     config = small_config(optimizer__schedule="constant")
-    images = data.load("digits", "train")["image"]
+    images = data.load_dataset("digits").splits["train"]["image"]
     cells = functa.spatial.split_cells(images, (2, 2)).reshape(-1, 4, 4, 1)
     model, optimizer, state = start(config)
     update = meta.make_warm_update(config, model, optimizer)
@@ -132,7 +132,7 @@ def test_a_run_recovers_and_counts_it(tmp_path, capsys):
         log_every=2,
         num_steps=4,
     )
-    images = data.load("digits", "train")["image"]
+    images = data.load_dataset("digits").splits["train"]["image"]
     model = functa.make_model(config.model.to_dict())
     with runs.open_run(tmp_path, config) as run:
         state = meta.train(run, model, images)
@@ -171,7 +171,7 @@ def test_a_run_whose_cells_encode_other_images(tmp_path):
     learner = encoding.load_learner(tmp_path)
     # The PSNR in the file is that of the images drawn from its latents.
     test = functaset.select("test")
-    images = data.to_float(data.load("digits", "test")["image"])
+    images = data.to_float(data.load_dataset("digits").splits["test"]["image"])
     drawn = functa.reconstruct(functaset, learner.params, 8)[functaset.split == "test"]
     psnr = functa.psnr(np.square(drawn - images).mean((1, 2, 3)))
     np.testing.assert_allclose(psnr, test.psnr, atol=1e-3)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments.common import files, runs
+from experiments.common import files, launch, runs
 from experiments.training import loop
 
 ROOT = Path(__file__).parents[1]
@@ -172,9 +172,25 @@ def test_check_finite_names_the_step():
         loop.check_finite(np.array([1.0, np.nan, np.inf]), first_step=8)
 
 
+def test_home_directory_is_expanded_in_every_option(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of me")
+    given = ["~/a", "--workdir=~", "--config.dataset.data_dir=~/b=c", "--x=a~b", "-y"]
+    monkeypatch.setattr(sys, "argv", ["command", *given])
+    launch.expand_home()
+    home = "/home/of me"
+    assert sys.argv[1:] == [
+        f"{home}/a",
+        f"--workdir={home}",
+        f"--config.dataset.data_dir={home}/b=c",
+        "--x=a~b",
+        "-y",
+    ]
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
+        ("--workdir=~no-such-user/runs", "there is no such home directory"),
         ("--config=experiments/configs/meta_learn.py:digit", "'digit' must be one of"),
         ("--config.num_stepz=3", 'Did you mean "num_steps"'),
         ("--config.num_steps=many", "many"),

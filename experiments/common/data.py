@@ -1,57 +1,159 @@
-"""Data sets as arrays in memory: {"image": uint8 (N, H, W, C), "label": int32 (N,)}.
+"""Data sets of images as arrays in memory.
 
 * `digits`: the 1,797 gray 8x8 images of scikit-learn; needs no download.
-* `folder`: a directory of PNG or JPEG files, with class sub-folders or without.
+* `folder`: a directory of image files, with splits and classes or without
+  (`experiments.common.image_folder`).
 * `npz`: a directory with `train.npz` and `test.npz`, each with `image` and optionally
   `label`.
 * any other name: an image data set of TensorFlow Datasets, read without TensorFlow.
-
-In a data set without labels all labels are -1.
 """
 
 import functools
+import math
 import os
+import warnings
 import zipfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.common import image_folder
+from experiments.common.image_folder import read_image, resize_and_crop, some
+
+__all__ = ["read_image"]
+
 SPLITS = ("train", "test")
-_SUFFIXES = {".png", ".jpg", ".jpeg"}
+# Arguments of `load_dataset` that decide which images and pixels are read.
+HOW_READ = ("image_size", "train_split", "test_split")
 
 Arrays = dict[str, np.ndarray]
 
 
-def load(name: str, split: str, *, data_dir: str | None = None) -> Arrays:
-    """Loads one split of a data set.
+class Dataset(NamedTuple):
+    """A data set.
+
+    Attributes:
+      splits: {split: {"image": uint8 (N, H, W, C), "label": int32 (N,)}}; C is 1 (gray)
+        or 3 (RGB). All splits have the same (H, W, C). Without labels they are -1.
+      class_names: the name of each label, or None if they have no names.
+      found: one line that says what was read, for the user.
+    """
+
+    splits: dict[str, Arrays]
+    class_names: list[str] | None
+    found: str
+
+
+def load_dataset(
+    name: str,
+    splits: Sequence[str] = SPLITS,
+    *,
+    data_dir: str | None = None,
+    image_size: int | None = None,
+    train_split: str | None = None,
+    test_split: str | None = None,
+) -> Dataset:
+    """Loads a data set.
 
     Args:
       name: `digits`, `folder`, `npz`, or the name of a TFDS image data set.
-      split: `train` or `test`.
+      splits: which of `train` and `test` to read.
       data_dir: directory of the data. `folder` and `npz` need it. For TFDS, None means
         TFDS_DATA_DIR or the TFDS default.
-
-    Returns:
-      {"image": uint8 (N, H, W, C), "label": int32 (N,)}.
+      image_size: S; resizes the shorter side of every image to S pixels and crops the
+        center. None keeps the size, which must then be the same for all images.
+      train_split: name of the training split in the source: a sub-folder, the stem of a
+        .npz file, or a split of TFDS such as "train[:90%]". None means `train`, for
+        folders and files in any usual spelling.
+      test_split: the same for the test split. None means `test`; folders and files
+        without `test` use `val`.
 
     Raises:
-      ValueError: if the split is unknown, or if the files are not an image data set.
+      ValueError: if an argument is wrong or would not be read, or if the files are not
+        an image data set.
       FileNotFoundError: if the data are missing; the message states how to get them.
+
+    Example:
+      >>> digits = load_dataset("digits")
+      >>> digits.splits["train"]["image"].shape
+      (1438, 8, 8, 1)
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}.")
+    for split in splits:
+        if split not in SPLITS:
+            raise ValueError(
+                f"split must be one of {', '.join(SPLITS)}; got {split!r}."
+            )
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}.")
+    source = name
+    if data_dir is not None:
+        data_dir = Path(data_dir).expanduser()
+        source = f"{name} {data_dir}"
     if name == "digits":
-        return _load_digits(split)
-    if name not in ("folder", "npz"):
-        return _load_tfds(name, split, data_dir)
-    if not data_dir:
-        raise ValueError(
-            f"data set {name!r} needs a directory: --config.dataset.data_dir=PATH"
+        refuse_unread(
+            "the data set digits",
+            data_dir=data_dir,
+            train_split=train_split,
+            test_split=test_split,
         )
-    if not Path(data_dir).is_dir():
-        raise FileNotFoundError(f"there is no directory {data_dir}.")
-    load_directory = _load_folder if name == "folder" else _load_npz
-    return load_directory(Path(data_dir), split)
+        loaded, class_names, notes = _load_digits(splits)
+    else:
+        if name in ("folder", "npz") and data_dir is None:
+            raise ValueError(
+                f"data set {name!r} needs a directory: --config.dataset.data_dir=PATH"
+            )
+        if data_dir is not None and not data_dir.is_dir():
+            raise FileNotFoundError(f"there is no directory {data_dir}.")
+        if name == "folder":
+            read = _load_folder
+        else:
+            read = _load_npz if name == "npz" else functools.partial(_load_tfds, name)
+        loaded, class_names, notes = read(
+            data_dir, splits, image_size, {"train": train_split, "test": test_split}
+        )
+    if image_size is not None:
+        for arrays in loaded.values():
+            arrays["image"] = np.stack(
+                [resize_and_crop(image, image_size) for image in arrays["image"]]
+            )
+    _check_shapes(loaded)
+    return Dataset(loaded, class_names, _describe(source, loaded, class_names, notes))
+
+
+def describe_source(fields: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
+    """What a functaset keeps of its data set: the name, the classes, how it was read.
+
+    Args:
+      fields: the arguments of `load_dataset`. `data_dir` is left out: a file may be
+        passed on, and the directory of its author means nothing elsewhere.
+      dataset: what `load_dataset` returned.
+    """
+    kept = {name: fields.get(name) for name in HOW_READ}
+    return {"dataset": fields["name"], "class_names": dataset.class_names, **kept}
+
+
+def load(name: str, split: str, *, data_dir: str | None = None) -> Arrays:
+    """Deprecated: `load_dataset(name, data_dir=data_dir).splits[split]`."""
+    warnings.warn(
+        "data.load is deprecated; use data.load_dataset(...).splits[split].",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return load_dataset(name, (split,), data_dir=data_dir).splits[split]
+
+
+def refuse_unread(what: str, **fields: Any) -> None:
+    """Raises ValueError if a given field of config.dataset has no effect."""
+    for field, value in fields.items():
+        if value is not None:
+            raise ValueError(
+                f"dataset.{field}={value} is not read, because {what} does not use it. "
+                "To read your own images: --config.dataset.name=folder (or npz, or a "
+                "TFDS name)."
+            )
 
 
 def to_float(images: np.ndarray) -> np.ndarray:
@@ -89,112 +191,248 @@ def _train_test(num_examples, split, test_fraction):
     return np.sort(order[:num_test] if split == "test" else order[num_test:])
 
 
-def _load_digits(split):
+def _load_digits(splits):
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    indices = _train_test(len(digits.images), split, test_fraction=0.2)
-    image = np.round(digits.images[indices] * (255 / 16)).astype(np.uint8)
-    return {
-        "image": image[..., None],  # (N, 8, 8, 1)
-        "label": digits.target[indices].astype(np.int32),
-    }
+    loaded = {}
+    for split in splits:
+        indices = _train_test(len(digits.images), split, test_fraction=0.2)
+        image = np.round(digits.images[indices] * (255 / 16)).astype(np.uint8)
+        loaded[split] = {
+            "image": image[..., None],  # (N, 8, 8, 1)
+            "label": digits.target[indices].astype(np.int32),
+        }
+    return loaded, [str(name) for name in digits.target_names], []
 
 
-def _load_folder(root, split):
-    """Reads root/<split>/... if both exist; otherwise a fixed tenth is the test split.
-
-    The labels are the indices of the class sub-folders, if any, sorted by name.
-    """
-    has_splits = all((root / name).is_dir() for name in SPLITS)
-    top = root / split if has_splits else root
-    files = sorted(p for p in top.rglob("*") if p.suffix.lower() in _SUFFIXES)
-    if len(files) < (1 if has_splits else 2):
-        raise FileNotFoundError(
-            f"{top} holds {len(files)} PNG or JPEG files; at least "
-            f"{'one is' if has_splits else 'two are'} needed."
-        )
-    class_names = [p.relative_to(top).parts[0] for p in files if p.parent != top]
-    if class_names and len(class_names) < len(files):
-        raise ValueError(f"{top} mixes class sub-folders with images outside of them.")
-    labels = np.full(len(files), -1, np.int32)
-    if class_names:
-        labels = np.unique(class_names, return_inverse=True)[1].astype(np.int32)
-    if not has_splits:
-        kept = _train_test(len(files), split, test_fraction=0.1)
-        files, labels = [files[i] for i in kept], labels[kept]
-    first = read_image(files[0])
-    images = np.empty((len(files), *first.shape), np.uint8)
-    for i, file in enumerate(files):
-        image = read_image(file)
-        if image.shape != first.shape:
-            raise ValueError(
-                f"images differ in (height, width, channels): {files[0]} is "
-                f"{first.shape}, {file} is {image.shape}. Resize them first."
-            )
-        images[i] = image
-    return {"image": images, "label": labels}
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """Reads an image file as uint8 (H, W, C); C is 1 for gray, otherwise 3 (RGB)."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith(("I", "F")):
-                # Pillow would clip these pixels to 8 bits instead of scaling them.
-                raise ValueError(
-                    f"the mode of its pixels is {image.mode}; save it with 8 bits."
+def _load_folder(root, splits, image_size, names):
+    found = image_folder.find_images(
+        root, train_split=names["train"], test_split=names["test"]
+    )
+    loaded, seen = {}, Counter()
+    for split in splits:
+        [whole] = found.files if len(found.files) == 1 else [split]
+        files, labels = found.files[whole], found.labels[whole]
+        if len(found.files) == 1:
+            if len(files) < 2:
+                raise FileNotFoundError(
+                    f"{root} holds 1 image; two are needed for the two splits."
                 )
-            grey = image.mode in ("1", "L", "LA")
-            array = np.asarray(image.convert("L" if grey else "RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(f"there is no image file {path}.") from None
-        raise ValueError(f"{path} is not a readable image: {error}") from None
-    return array[..., None] if grey else array
+            kept = _train_test(len(files), split, test_fraction=0.1)
+            files, labels = [files[i] for i in kept], labels[kept]
+        loaded[split] = {"image": _read_files(files, image_size, seen), "label": labels}
+    channels = {arrays["image"].shape[-1] for arrays in loaded.values()}
+    if len(channels) > 1:
+        for arrays in loaded.values():
+            arrays["image"] = _as_rgb(arrays["image"], seen)
+    notes = [*found.notes, *(f"{num} {what}" for what, num in seen.items())]
+    names = found.class_names
+    return loaded, None if names is None else list(names), notes
 
 
-def _load_npz(root, split):
-    path = root / f"{split}.npz"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"there is no {path}; the directory of an npz data set holds "
-            "train.npz and test.npz."
+def _read_files(files, image_size, seen):
+    """Reads images of one size as one array; RGB if any of them is."""
+    images = []
+    for file in files:
+        image = read_image(file, min_side=image_size, notes=seen)
+        if image_size is not None:
+            image = resize_and_crop(image, image_size)
+        if not images:
+            _check_memory(len(files), image.shape, str(files[0].parent))
+        elif image.shape[:2] != images[0].shape[:2]:
+            raise ValueError(
+                f"images differ in size: {files[0]} is {_size(images[0].shape)}, "
+                f"{file} is {_size(image.shape)}. Set --config.dataset.image_size=N to "
+                "resize all to N x N pixels."
+            )
+        images.append(image)
+    if len({image.shape[-1] for image in images}) > 1:
+        images = [_as_rgb(image, seen) for image in images]
+    return np.stack(images)
+
+
+def _as_rgb(image, seen):
+    if image.shape[-1] == 3:
+        return image
+    seen["gray, read as RGB like the others"] += len(image) if image.ndim == 4 else 1
+    return np.repeat(image, 3, axis=-1)
+
+
+def _load_npz(root, splits, image_size, names):
+    del image_size
+    stems = {
+        path.stem
+        for path in root.iterdir()
+        if path.suffix == ".npz" and not image_folder.is_hidden(path.name)
+    }
+    chosen = dict(
+        zip(
+            SPLITS,
+            image_folder.choose_splits(root, stems, names["train"], names["test"]),
+            strict=True,
         )
+    )
+    read, unread = {}, {}
+    for split in splits:
+        if chosen[split] is None:
+            raise FileNotFoundError(
+                f"there is no {root / split}.npz; the directory of an npz data set "
+                f"holds train.npz and test.npz. It has {some(sorted(stems)) or 'none'}."
+            )
+        path = root / f"{chosen[split]}.npz"
+        read[path], ignored = _read_npz(path)
+        unread |= dict.fromkeys(ignored)
+    scaling = _scaling({path: arrays["image"] for path, arrays in read.items()})
+    loaded = {}
+    for split, (path, arrays) in zip(splits, read.items(), strict=True):
+        image = arrays["image"]
+        if image.dtype != np.uint8:
+            image = np.rint(np.float32(image) * np.float32(scaling)).astype(np.uint8)
+        labels = arrays.get("label", np.full(len(image), -1))
+        labels = _check_labels(labels.reshape(-1), path)
+        loaded[split] = {"image": image, "label": labels}
+    notes = [f"files {chosen['train']}.npz and {chosen['test']}.npz"]
+    if any(arrays["image"].dtype != np.uint8 for arrays in read.values()):
+        notes.append(f"pixels multiplied by {scaling} and rounded to uint8")
+    if unread:
+        notes.append(f"not read: {some(unread)}")
+    return loaded, None, notes
+
+
+def _read_npz(path):
+    """The arrays `image` and `label` of a file, and the names of the others."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file.")
     try:
-        # Open the file here: np.load does not close a truncated file that it has opened
-        # itself.
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {k: file[k] for k in ("image", "label") if k in file.files}
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        with open(path, "rb") as opened, zipfile.ZipFile(opened) as archive:
+            members = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
+            # What is wrong in the headers is said before anything is allocated.
+            headers = {
+                name: _npy_header(archive, members[name])
+                for name in ("image", "label")
+                if name in members
+            }
+            _check_headers(path, headers, members)
+            arrays = {}
+            for name in headers:
+                with archive.open(members[name]) as member:
+                    arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+    except _WrongContentError as error:
+        raise ValueError(str(error)) from None
+    # A damaged archive raises errors of many types.
+    except Exception as error:
         raise ValueError(f"{path} is not a readable .npz file: {error}") from None
-    image = arrays.get("image")
-    if image is None or image.ndim != 4 or image.dtype != np.uint8 or not len(image):
-        found = "nothing" if image is None else f"{image.dtype} {image.shape}"
-        raise ValueError(f"{path} needs `image` uint8 (N, H, W, C), found {found}.")
-    label = arrays.get("label", np.full(len(image), -1, np.int32))
-    if label.shape != (len(image),) or label.dtype.kind not in "iu":
+    return arrays, sorted(members.keys() - headers.keys())
+
+
+class _WrongContentError(Exception):
+    """A readable file that is not an image data set."""
+
+
+def _npy_header(archive, member):
+    with archive.open(member) as opened:
+        version = np.lib.format.read_magic(opened)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, _, dtype = read(opened)
+        expected = opened.tell() + math.prod(shape) * dtype.itemsize
+    if not dtype.hasobject and expected != member.file_size:
         raise ValueError(
-            f"{path}: `label` must be integers ({len(image)},), one per image, "
-            f"found {label.dtype} {label.shape}."
+            f"{member.filename} of {dtype} {shape} has {member.file_size} bytes "
+            f"instead of {expected}."
         )
-    return {"image": image, "label": label.astype(np.int32)}
+    return shape, dtype
 
 
-def _load_tfds(name, split, data_dir):
+def _check_headers(path, headers, members):
+    shape, dtype = headers.get("image", ((), np.dtype(object)))
+    found = f"found {dtype} {shape}"
+    if "image" not in headers:
+        found = f"found {some(sorted(members)) or 'nothing'}"
+    elif len(shape) == 4 and shape[1] in (1, 3) and shape[3] not in (1, 3):
+        found += "; transpose (N, C, H, W) to (N, H, W, C)"
+    elif len(shape) == 3:
+        found += "; gray images need a last axis of 1: image[..., None]"
+    if (
+        len(shape) != 4
+        or shape[3] not in (1, 3)
+        or 0 in shape
+        or dtype.kind not in "buif"
+    ):
+        raise _WrongContentError(
+            f"{path} needs `image` (N, H, W, C) of numbers with C = 1 or 3, {found}."
+        )
+    _check_memory(shape[0], shape[1:], str(path))
+    likely = [n for n in members if n.lower() in ("labels", "y", "target", "targets")]
+    if "label" not in headers:
+        if likely:
+            raise _WrongContentError(
+                f"{path} has no `label`; rename `{likely[0]}` if these are the labels."
+            )
+        return
+    label_shape, label_dtype = headers["label"]
+    if label_shape not in (shape[:1], (*shape[:1], 1)) or label_dtype.kind not in "iu":
+        raise _WrongContentError(
+            f"{path}: `label` must be integers ({shape[0]},), one per image, found "
+            f"{label_dtype} {label_shape}."
+        )
+
+
+def _scaling(images):
+    """1 if the numbers of all arrays are 0, 1, ..., 255; 255 if they are in [0, 1]."""
+    ranges = {}
+    for path, image in images.items():
+        if image.dtype == np.uint8:
+            continue
+        low, high = float(image.min()), float(image.max())
+        if not math.isfinite(low + high):  # NaN if any number is
+            raise ValueError(f"{path}: `image` holds numbers that are not finite.")
+        whole = image.dtype.kind in "ui" or bool((image == np.round(image)).all())
+        if not (low >= 0 and high <= (255 if whole else 1)):
+            raise ValueError(
+                f"{path}: `image` of {image.dtype} must be in [0, 1], or whole numbers "
+                f"from 0 to 255; its {'whole ' if whole else ''}numbers are from "
+                f"{low:g} to {high:g}."
+            )
+        ranges[path] = image.dtype.kind in "bf" and high <= 1
+    if len(set(ranges.values())) > 1:
+        raise ValueError(
+            f"{' and '.join(map(str, ranges))} have different scales: one is in "
+            "[0, 1], the other in [0, 255]."
+        )
+    return 255 if any(ranges.values()) else 1
+
+
+def _check_labels(labels, where, num_classes=1000):
+    """Labels as int32, after a check of their range."""
+    low, high = int(labels.min()), int(labels.max())
+    # Numbers far beyond the number of images are not classes.
+    allowed = max(num_classes, len(labels))
+    if high >= allowed or low < (-1 if high == -1 else 0):
+        raise ValueError(
+            f"{where}: labels must be from 0 to {allowed - 1}, or all -1 (no label); "
+            f"they are from {low} to {high}."
+        )
+    return labels.astype(np.int32)
+
+
+def _load_tfds(name, data_dir, splits, image_size, names):
     import tensorflow_datasets as tfds
 
     searched = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     searched = str(Path(searched).expanduser())
     try:
         builder = tfds.builder(name, data_dir=searched, file_format="array_record")
-    except tfds.core.DatasetNotFoundError:
+    # A wrong version is an AssertionError; some names need packages of their own.
+    except (ValueError, AssertionError, ImportError) as error:
+        known = isinstance(error, (AssertionError, ImportError))
+        why = f" ({str(error).splitlines()[0]})" if known else ""
         raise ValueError(
             f"data set must be digits, folder, npz or a name known to TFDS; got "
-            f"{name!r}."
+            f"{name!r}{why}."
         ) from None
     if not builder.is_prepared():
         raise FileNotFoundError(
@@ -204,20 +442,156 @@ def _load_tfds(name, split, data_dir):
             f"tfds.builder('{name}', data_dir='{searched}', "
             "file_format='array_record').download_and_prepare()\""
         )
-    # tfds.data_source is not used, because it would start a download.
-    source = builder.as_data_source(split=split)
-    if "image" not in source.dataset_info.features:
+    features = builder.info.features
+    if "image" not in features:
         raise ValueError(f"data set {name!r} is not a data set of images.")
+    chosen = {split: names[split] or split for split in splits}
+    _check_tfds_splits(name, builder.info.splits, chosen)
+    label = features["label"] if "label" in features else None
+    class_names = getattr(label, "names", None)
+    loaded = {}
+    for split, spec in chosen.items():
+        images, labels = _read_tfds(name, builder, spec, image_size)
+        labels = _check_labels(
+            labels, name, getattr(label, "num_classes", None) or 1000
+        )
+        loaded[split] = {"image": images, "label": labels}
+    notes = [f"{split} split: {spec}" for split, spec in chosen.items() if names[split]]
+    return loaded, class_names, notes
+
+
+def _check_tfds_splits(name, available, chosen):
+    ranges = {}
+    for split, spec in chosen.items():
+        try:
+            ranges[split] = {
+                (file.filename, file.skip, file.skip + file.take)
+                for file in available[spec].file_instructions
+            }
+        except (KeyError, ValueError):
+            raise ValueError(
+                f"{name!r} has no split {spec!r}; it has {', '.join(available)}. "
+                f"Choose with --config.dataset.{split}_split=NAME; a part of a split "
+                "is written as 'train[90%:]'."
+            ) from None
+        if not ranges[split]:
+            raise ValueError(f"the split {spec!r} of {name!r} holds no images.")
+    for file, start, stop in ranges.get("train", ()):
+        for other, other_start, other_stop in ranges.get("test", ()):
+            if file == other and max(start, other_start) < min(stop, other_stop):
+                raise ValueError(
+                    f"the splits {chosen['train']!r} and {chosen['test']!r} of "
+                    f"{name!r} share images. Choose others with "
+                    "--config.dataset.train_split and test_split."
+                )
+
+
+def _read_tfds(name, builder, spec, image_size):
+    # tfds.data_source is not used, because it would start a download.
+    source = builder.as_data_source(split=spec)
     images, labels = [], []
     # In chunks: decoding is batched, and the records are not all in memory at once.
     for start in range(0, len(source), 1000):
         chunk = range(start, min(start + 1000, len(source)))
         for example in source.__getitems__(chunk):
-            images.append(example["image"])
+            image = example["image"]
+            if image.dtype != np.uint8 or image.ndim != 3:
+                raise ValueError(
+                    f"the images of {name!r} must be uint8 (H, W, C), found "
+                    f"{image.dtype} {image.shape}."
+                )
+            if image_size is not None and image.shape[-1] in (1, 3):
+                image = resize_and_crop(image, image_size)
+            if not images:
+                _check_memory(len(source), image.shape, name)
+            images.append(image)
             labels.append(example.get("label", -1))
     shapes = {image.shape for image in images}
     if len(shapes) > 1:
         raise ValueError(
-            f"the images of {name!r} differ in shape: {sorted(shapes)[:3]}, ..."
+            f"the images of {name!r} differ in shape: {sorted(shapes)[:3]}, ... Set "
+            "--config.dataset.image_size=N to resize all to N x N pixels."
         )
-    return {"image": np.stack(images), "label": np.array(labels, np.int32)}
+    labels = np.array(labels)
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise ValueError(
+            f"the labels of {name!r} must be one integer per image, found "
+            f"{labels.dtype} {labels.shape[1:]}."
+        )
+    return np.stack(images), labels
+
+
+def _check_memory(num, shape, where):
+    """Raises ValueError if images do not fit into the memory of the machine."""
+    if not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = num * math.prod(shape)
+    if needed > memory:
+        raise ValueError(
+            f"{num} images of {_size(shape)} pixels in {where} need "
+            f"{needed / 2**30:.0f} GiB, and the machine has {memory / 2**30:.0f} GiB. "
+            "Set --config.dataset.image_size=N to read smaller ones."
+        )
+
+
+def _check_shapes(loaded):
+    """Raises ValueError unless all splits have one shape that the networks take."""
+    shapes = {split: arrays["image"].shape[1:] for split, arrays in loaded.items()}
+    for split, shape in shapes.items():
+        if shape[-1] not in (1, 3):
+            raise ValueError(
+                f"the {split} images have {shape[-1]} channels; they must have 1 "
+                "(gray) or 3 (RGB)."
+            )
+    if len(set(shapes.values())) > 1:
+        sizes = ", ".join(
+            f"{split} {_size(shape)}x{shape[-1]}" for split, shape in shapes.items()
+        )
+        hint = " To resize all images, set --config.dataset.image_size=N."
+        if len({shape[:2] for shape in shapes.values()}) == 1:
+            hint = " Convert the images of one split."
+        raise ValueError(
+            f"the splits differ in (height x width x channels): {sizes}.{hint}"
+        )
+
+
+def _size(shape):
+    return "x".join(map(str, shape[:2]))
+
+
+def _describe(
+    source: str,
+    loaded: Mapping[str, Arrays],
+    class_names: Sequence[str] | None,
+    notes: Sequence[str],
+) -> str:
+    """One line: images, size, classes with their counts, and notes."""
+    shape = next(iter(loaded.values()))["image"].shape[1:]
+    numbers = " + ".join(f"{len(a['label'])} {split}" for split, a in loaded.items())
+    kind = "gray" if shape[-1] == 1 else "RGB"
+    parts = [f"{source}: {numbers} images, {_size(shape)} {kind}"]
+    labels = {split: a["label"] for split, a in loaded.items() if a["label"].max() >= 0}
+    if not labels:
+        parts.append("no labels")
+    else:
+        num_classes = 1 + max(int(values.max()) for values in labels.values())
+        names = class_names or [str(label) for label in range(num_classes)]
+        counts = {
+            split: np.bincount(values, minlength=len(names))
+            for split, values in labels.items()
+        }
+        each = zip(names, *counts.values(), strict=True)
+        listed = some((f"{n} {' + '.join(map(str, c))}" for n, *c in each), 12)
+        parts.append(f"{len(names)} classes ({' + '.join(labels)}): {listed}")
+        for split in loaded:
+            if split not in labels:
+                parts.append(f"no labels in {split}")
+            elif not counts[split].all():
+                missing = [names[i] for i in np.flatnonzero(counts[split] == 0)]
+                parts.append(f"no {split} images of {some(missing, 12)}")
+    line = "; ".join([*parts, *notes])
+    # Names of files may hold line breaks and bytes that are not text.
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in line
+    )

@@ -6,6 +6,7 @@ Results do not depend on the number of devices, except for the rounding of sums.
 normalization uses the whole batch.
 """
 
+import sys
 from typing import Any
 
 import jax
@@ -30,6 +31,13 @@ def initialize(
 def is_main() -> bool:
     """Whether this is the process that writes and prints."""
     return jax.process_index() == 0
+
+
+def say(message: str) -> None:
+    """Prints one line, from the main process; escapes what the terminal cannot show."""
+    if is_main():
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        print(message.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def wait_for_all(name: str) -> None:

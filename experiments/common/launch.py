@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ def launch(
     traceback.
     """
     # ml_collections parses the options of --config when the flag is defined.
+    expand_home()
     with _command_line_errors():
         config_flag = config_flags.DEFINE_config_file(
             "config",
@@ -74,6 +76,20 @@ def launch(
             return flags.FLAGS(argv)
 
     app.run(main, flags_parser=parse_flags)
+
+
+def expand_home() -> None:
+    """Expands ~ at the start of every argument and option value in sys.argv.
+
+    A shell leaves --option=~/path as it is.
+    """
+    for i, argument in enumerate(sys.argv[1:], start=1):
+        option, value = re.fullmatch(r"(-[^=]*=)?(.*)", argument, re.DOTALL).groups("")
+        if value.startswith("~"):
+            expanded = os.path.expanduser(value)
+            if expanded == value:
+                _fail(f"{argument}: there is no such home directory.")
+            sys.argv[i] = option + expanded
 
 
 def silence_libraries(*, debug: bool = False) -> None:

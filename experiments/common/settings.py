@@ -142,6 +142,26 @@ def optional(rule: Rule) -> Rule:
     return Rule(f"None or {rule.words}", lambda v: v is None or rule.holds(v))
 
 
+def dataset(name: Any) -> dict[str, Any]:
+    """The fields of a data set: the arguments of `data.load_dataset`."""
+    return {
+        # digits, folder, npz, or an image data set of TFDS.
+        "name": name,
+        # The directory of the images, of the .npz files or of TFDS.
+        "data_dir": Optional(str),
+        # If set, images are resized on their shorter side and cropped to a square.
+        "image_size": Optional(int),
+        # The names of the splits in the source, if not train and test (or val).
+        "train_split": Optional(str),
+        "test_split": Optional(str),
+    }
+
+
+DATASET_RULES = {
+    "dataset.image_size": optional(
+        Rule("an integer of at least 1", lambda v: type(v) is int and v >= 1)
+    )
+}
 INTEGER = Rule("an integer", lambda v: type(v) is int)
 SEEDS = each(Rule("an integer from 0 to 2**32 - 1", lambda v: 0 <= v < 2**32))
 

@@ -79,6 +79,9 @@ ADDED: dict[str, dict[str, Any]] = {
     },
 }
 
+# Fields that the data set of every command gained; None means what was done before.
+ADDED_TO_DATASET = ("image_size", "train_split", "test_split")
+
 # command: {field: the value with which a run means the same without the field}.
 REMOVED: dict[str, dict[str, Any]] = {"meta_learn": {"exact_steps": 0}}
 
@@ -108,6 +111,9 @@ def upgrade(stored: Mapping[str, Any]) -> dict[str, Any]:
         if not _has(config, name):
             value = value(config) if callable(value) else copy.deepcopy(value)
             _set(config, name, value)
+    if isinstance(dataset := config.get("dataset"), dict):
+        for name in ADDED_TO_DATASET:
+            dataset.setdefault(name, None)
     for name, value in REMOVED.get(command, {}).items():
         if _has(config, name) and (found := _pop(config, name)) != value:
             _set(config, name, found)

@@ -26,12 +26,9 @@ BASE = {
     "tensorboard": False,
     # An image file of any size, gray or RGB; it replaces the data set.
     "image": settings.Optional(str),
-    # name: photograph, or a data set of experiments/common/data.py; data_dir: its
-    # directory.
-    "dataset": {
-        "name": "photograph",
-        "data_dir": settings.Optional(str),
-    },
+    # name: photograph, or a data set; the arguments of
+    # experiments.common.data.load_dataset.
+    "dataset": settings.dataset("photograph"),
     # The next four fields have one entry per task; a single entry holds for all tasks.
     # Images are resized to this many pixels on the longer side.
     "resolution": (512,),
@@ -117,6 +114,7 @@ VARIANTS = {
     },
 }
 RULES = {
+    **settings.DATASET_RULES,
     "seeds": settings.SEEDS,
     "resolution": settings.each(settings.at_least(1)),
     "num_images": settings.each(settings.at_least(1)),

@@ -16,10 +16,7 @@ from experiments.common import settings
 BASE = {
     "tensorboard": False,
     # As in meta_learn. Images may have at most 4,096 values.
-    "dataset": {
-        "name": "digits",
-        "data_dir": settings.Optional(str),
-    },
+    "dataset": settings.dataset("digits"),
     # Number of images of each split, from the first on; 0 uses all.
     "num_images": 0,
     # Sizes in the summary: numbers of components of whole images, and shapes (h, w, C)
@@ -41,6 +38,7 @@ VARIANTS = {
     },
 }
 RULES = {
+    **settings.DATASET_RULES,
     "num_images": settings.at_least(0),
     "sizes": settings.each(settings.at_least(1)),
     "grids": settings.each(

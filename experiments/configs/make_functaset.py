@@ -31,11 +31,9 @@ BASE = {
     "seed": 0,
     # The run of meta_learn or import_functa whose weights and inner loop are used.
     "run": "runs/meta_learn/digits",
-    # As in meta_learn; without a name the data set of `run`.
-    "dataset": {
-        "name": settings.Optional(str),
-        "data_dir": settings.Optional(str),
-    },
+    # As in meta_learn. Without a name the data set of `run` is used, except for the
+    # fields that are set here.
+    "dataset": settings.dataset(settings.Optional(str)),
     "splits": ("train", "test"),
     # Number of images of each split, from the first on; 0 uses all.
     "num_images": 0,
@@ -64,6 +62,7 @@ VARIANTS = {
     "cifar10_flip": {"copies": 2, "flip": True, "run": "runs/meta_learn/cifar10_cpu"},
 }
 RULES = {
+    **settings.DATASET_RULES,
     "splits": settings.each(settings.one_of("train", "test")),
     "num_images": settings.at_least(0),
     "copies": settings.at_least(1),

@@ -31,12 +31,8 @@ BASE = {
     # A run of meta_learn or import_functa. Training starts from its weights; with
     # --config.num_steps=0 they are only evaluated.
     "init_from": settings.Optional(str),
-    # name: digits, folder, npz or a TFDS image set; data_dir: its directory
-    # (experiments/common/data.py).
-    "dataset": {
-        "name": "digits",
-        "data_dir": settings.Optional(str),
-    },
+    # The arguments of experiments.common.data.load_dataset.
+    "dataset": settings.dataset("digits"),
     # The fields of functa.LatentModulatedSiren or SpatialSiren, or of ModulatedSiren,
     # which has no latent. out_channels: by default the channels of the images.
     "model": {
@@ -242,6 +238,7 @@ VARIANTS = {
     },
 }
 RULES = {
+    **settings.DATASET_RULES,
     "seeds": settings.SEEDS,
     "num_steps": settings.at_least(0),
     "batch_size": settings.at_least(1),

@@ -33,10 +33,7 @@ BASE = {
     "learning_rates": (1e-4, 5e-4, 1e-3, 2e-3),
     "seeds": (0,),
     # name: a labeled data set of experiments/common/data.py; data_dir: its directory.
-    "dataset": {
-        "name": "cifar10",
-        "data_dir": settings.Optional(str),
-    },
+    "dataset": settings.dataset("cifar10"),
     # Number of training and test images, from the first on; 0 uses all.
     "num_train": 0,
     "num_test": 0,
@@ -148,6 +145,7 @@ VARIANTS = {
 }
 
 RULES = {
+    **settings.DATASET_RULES,
     "seeds": settings.SEEDS,
     "networks": settings.each(settings.one_of("bn", "plain")),
     "learning_rates": settings.each(settings.above(0)),

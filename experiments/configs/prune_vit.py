@@ -38,10 +38,7 @@ BASE = {
     "tensorboard": False,
     "seeds": (0,),
     # The next five fields are those of train_vit.
-    "dataset": {
-        "name": "cifar10",
-        "data_dir": settings.Optional(str),
-    },
+    "dataset": settings.dataset("cifar10"),
     "num_train": 0,
     "num_test": 0,
     "image_size": 32,
@@ -228,6 +225,7 @@ VARIANTS = {
     },
 }
 RULES = {
+    **settings.DATASET_RULES,
     "seeds": settings.SEEDS,
     "num_train": settings.at_least(0),
     "num_test": settings.at_least(0),

@@ -47,10 +47,7 @@ BASE = {
     "methods": ("adam", "dessilbi", "dessilbi_adam"),
     "seeds": (0, 1, 2),
     # name: a labeled data set of experiments/common/data.py; data_dir: its directory.
-    "dataset": {
-        "name": "mnist",
-        "data_dir": settings.Optional(str),
-    },
+    "dataset": settings.dataset("mnist"),
     # Number of training and test images, from the first on; 0 uses all.
     "num_train": 0,
     "num_test": 0,
@@ -130,6 +127,7 @@ VARIANTS = {
 }
 
 RULES = {
+    **settings.DATASET_RULES,
     "seeds": settings.SEEDS,
     "methods": settings.each(settings.one_of(*BASE["optimizer"])),
     "num_epochs": settings.at_least(1),

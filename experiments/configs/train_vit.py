@@ -23,10 +23,7 @@ BASE = {
     "tensorboard": False,
     "seeds": (0,),
     # name: a labeled data set of experiments/common/data.py; data_dir: its directory.
-    "dataset": {
-        "name": "cifar10",
-        "data_dir": settings.Optional(str),
-    },
+    "dataset": settings.dataset("cifar10"),
     # Number of training and test images, from the first on; 0 uses all.
     "num_train": 0,
     "num_test": 0,
@@ -205,6 +202,7 @@ TRAINING_RULES = {
     **settings.optimizer_rules(),
 }
 RULES = {
+    **settings.DATASET_RULES,
     "seeds": settings.SEEDS,
     "num_epochs": settings.at_least(1),
     "num_train": settings.at_least(0),

@@ -70,11 +70,14 @@ def load_images(config: ConfigDict) -> Images:
 
     An image_size of 0 keeps the size of the images.
     """
+    loaded = data.load_dataset(**config.dataset)
+    devices.say(loaded.found)
     splits = {}
-    for split in data.SPLITS:
-        arrays = data.load(split=split, **config.dataset)
+    for split, arrays in loaded.splits.items():
         if arrays["label"].min() < 0:
-            raise ValueError(f"data set {config.dataset.name!r} has no labels.")
+            raise ValueError(
+                f"the {split} split of data set {config.dataset.name!r} has no labels."
+            )
         if config.dataset.name in ("folder", "npz"):
             # Images of a user are sorted by class; shuffle, so that the first ones are
             # representative.

@@ -109,7 +109,9 @@ def _load_images(functaset, split, data_dir):
     copies = functaset.config.get("copies", 1) if split == "train" else 1
     num_images = len(rows) // copies
     name = functaset.config["dataset"]
-    arrays = data.load(name, split, data_dir=data_dir)
+    how_read = {field: functaset.config.get(field) for field in data.HOW_READ}
+    dataset = data.load_dataset(name, (split,), data_dir=data_dir, **how_read)
+    arrays = dataset.splits[split]
     labels = arrays["label"][:num_images]
     if not np.array_equal(labels, functaset.label[rows[:num_images]]):
         raise ValueError(

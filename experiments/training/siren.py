@@ -27,6 +27,7 @@ class Task(NamedTuple):
       labels: int32 (B,), -1 without a label.
       num_steps: S.
       snapshots: the K steps after which reconstructions are stored; the last is S.
+      class_names: the names of the labels, or None.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Task(NamedTuple):
     labels: np.ndarray
     num_steps: int
     snapshots: tuple[int, ...]
+    class_names: list[str] | None = None
 
 
 @struct.dataclass
