@@ -250,7 +250,7 @@ def _showcase(learner, dataset, mse, further_psnr, batch_size):
     latents = fit(images)
     weights = np.linspace(0, 1, 9, dtype=np.float32)
     weights = weights.reshape(-1, *[1] * (latents.ndim - 1))
-    arrays["interpolation"] = draw((1 - weights) * latents[0] + weights * latents[1])
+    arrays["interpolation"] = draw((1 - weights) * latents[0] + weights * latents[-1])
     arrays["super_resolved"] = draw(latents, tuple(4 * n for n in shape))
     return arrays
 
