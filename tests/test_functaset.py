@@ -27,7 +27,7 @@ def make_arrays():
         "mean": latent[:4].mean(0),
         "std": latent[:4].std(0),
         "config": np.array(json.dumps({"dataset": "none"})),
-        "params_sha256": np.array("0" * 64),
+        "params_sha256": np.array("a" * 64),
     }
 
 
@@ -35,7 +35,7 @@ def make():
     arrays = make_arrays()
     return functa.Functaset(
         **arrays
-        | {"config": json.loads(str(arrays["config"])), "params_sha256": "0" * 64}
+        | {"config": json.loads(str(arrays["config"])), "params_sha256": "a" * 64}
     )
 
 
@@ -75,7 +75,7 @@ def test_checksum_covers_every_member_and_is_optional(tmp_path):
     for name in functa.Functaset._fields:
         changed = dict(arrays)
         if changed[name].dtype.kind == "U":
-            changed[name] = np.char.add(changed[name], " ")
+            changed[name] = np.char.upper(changed[name])
         else:
             changed[name] = changed[name] + 1
         np.savez(path, **changed)
@@ -83,7 +83,7 @@ def test_checksum_covers_every_member_and_is_optional(tmp_path):
             functa.load_functaset(path)
     del changed["sha256"]
     np.savez_compressed(path, **changed)  # as an earlier version or another program
-    assert functa.load_functaset(path).params_sha256 == "0" * 64 + " "
+    assert functa.load_functaset(path).params_sha256 == "A" * 64
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_unused_members_are_not_read(tmp_path):
         file = io.BytesIO()
         np.save(file, array)
         members[name] = file.getvalue()
-    write_zip(path, {**members, "bomb": member((10**8,), "|u1", bytes(10**8))})
+    write_zip(path, {**members, "bomb": member((10**7,), "|u1", bytes(10**7))})
     tracemalloc.start()
     try:
         assert functa.load_functaset(path).latent.shape == (N, L)

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from experiments.common import devices, files
+from experiments.common import devices, files, partners
 from experiments.common.launch import one_line
 from experiments.common.upgrade import flatten, upgrade
 
@@ -309,7 +309,12 @@ def open_run(
         run.say(f"{workdir} is finished; delete it or choose another --workdir.")
     try:
         yield run
-    except BaseException:
+    except BaseException as error:
+        # An error of JAX may be the end of a partner, which is reported in its place.
+        if jax.process_count() > 1 and not isinstance(
+            error.__cause__ or error, ValueError | OSError
+        ):
+            partners.wait_for_news()
         # Report the first error.
         with contextlib.suppress(Exception):
             run.close()
