@@ -1,8 +1,10 @@
 """Runs: atomic files, exact logs, and one line for every mistake of a user."""
 
 import contextlib
+import io
 import json
 import os
+import pickle
 import resource
 import shlex
 import shutil
@@ -13,9 +15,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from ml_collections import ConfigDict
 
-from experiments.common import files, runs
+import functa
+import vit
+from experiments.common import data, files, runs
 from experiments.training import loop
 
 ROOT = Path(__file__).parents[1]
@@ -251,10 +256,11 @@ def test_folder_without_results_takes_another_config(tmp_path):
 
 
 HOLD = """
-import sys, time
-from pathlib import Path
-from experiments.common import files
-with files.lock(Path(sys.argv[1]), print):
+import fcntl, os, sys, time
+with open(sys.argv[1] + "/.lock", "a+") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    file.write(f"process {os.getpid()} on another host")
+    file.flush()
     print("held", flush=True)
     time.sleep(60)
 """
@@ -267,7 +273,9 @@ def test_second_process_is_refused_and_a_killed_one_replaced(tmp_path, capsys):
     with first:
         assert first.stdout.readline() == b"held\n"
         with (
-            pytest.raises(ValueError, match=f"in use by process {first.pid} on "),
+            pytest.raises(
+                ValueError, match=f"in use by process {first.pid} on another host"
+            ),
             runs.open_run(tmp_path, ConfigDict(CONFIG)),
         ):
             pass
@@ -281,6 +289,98 @@ def test_second_process_is_refused_and_a_killed_one_replaced(tmp_path, capsys):
             pass
     with runs.open_run(tmp_path, ConfigDict(CONFIG)):
         assert not capsys.readouterr().out
+
+
+class Touch:
+    """Makes a folder when pickle loads it."""
+
+    def __reduce__(self):
+        return os.mkdir, ("marker",)
+
+
+OBJECTS = np.empty(2, object)
+OBJECTS[0] = Touch()
+PICKLE = pickle.dumps(Touch())
+YAML = b"!!python/object/apply:os.mkdir ['marker']\n"
+JSON = b'{"py/reduce": [{"py/function": "os.mkdir"}, {"py/tuple": ["marker"]}]}'
+PYTHON = b"import os; os.mkdir('marker')\n"
+
+
+def hostile_files():
+    """{name: contents} of files that make a folder if their reader is naive."""
+    npz, npy = io.BytesIO(), io.BytesIO()
+    np.savez(npz, latent=OBJECTS, image=OBJECTS, cls=OBJECTS, w=OBJECTS)
+    np.save(npy, OBJECTS)
+    kinds = {
+        "pickle": PICKLE,
+        "old_pickle": pickle.dumps(Touch(), 0),
+        "objects": npz.getvalue(),
+        "array": npy.getvalue(),
+        "yaml": YAML,
+        "json": JSON,
+        "python": PYTHON,
+    }
+    suffixes = (".npz", ".safetensors", ".json", ".jsonl", ".png")
+    return {kind + suffix: kinds[kind] for kind in kinds for suffix in suffixes}
+
+
+READERS = {
+    ".npz": (
+        functa.load_functaset,
+        functa.deepmind.load_checkpoint,
+        vit.load_checkpoint,
+        files.read_npz,
+    ),
+    ".safetensors": (vit.load_checkpoint,),
+    ".json": (files.read_json,),
+    ".jsonl": (files.read_metrics,),
+    ".png": (data.read_image,),
+}
+
+
+def test_hostile_files_execute_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hostile = hostile_files()
+    assert len(hostile) >= 20
+    for name, contents in hostile.items():
+        path = Path(name)
+        path.write_bytes(contents)
+        for read in READERS[path.suffix]:
+            with contextlib.suppress(ValueError):
+                value = read(path)
+                # JSON is data, and a last line that is cut is dropped.
+                assert value == [] or path.name == "json.json"
+        assert not Path("marker").exists(), name
+    # The attacks are real.
+    np.load("objects.npz", allow_pickle=True)["w"]
+    Path("marker").rmdir()
+    yaml.unsafe_load(YAML)
+    assert Path("marker").exists()
+
+
+@pytest.mark.parametrize(
+    "contents", [PICKLE, YAML, JSON, PYTHON], ids=["pickle", "yaml", "json", "python"]
+)
+def test_hostile_run_folders_execute_nothing(tmp_path, monkeypatch, contents):
+    monkeypatch.chdir(tmp_path)
+    save_steps(tmp_path / "run", 1)
+    step = tmp_path / "run" / "checkpoints" / "1"
+    (step / "SHA256SUMS").unlink()
+    for path in [p for p in step.rglob("*") if p.is_file()]:
+        whole = path.read_bytes()
+        path.write_bytes(contents)
+        with contextlib.suppress(ValueError):
+            # Not every file is needed.
+            assert runs.load_checkpoint(tmp_path / "run")[1]["w"][0] == 1
+        path.write_bytes(whole)
+    for name in ("config.json", "summary.json", "inputs.json", "metrics.jsonl"):
+        path = tmp_path / "run" / name
+        whole = path.read_bytes() if path.exists() else None
+        path.write_bytes(contents)
+        with contextlib.suppress(ValueError):
+            restored(tmp_path / "run")
+        path.unlink() if whole is None else path.write_bytes(whole)
+    assert not Path("marker").exists()
 
 
 def test_files_that_are_no_files_do_not_block(tmp_path):

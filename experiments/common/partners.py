@@ -45,7 +45,7 @@ def connect(coordinator: str | None) -> None:
         print(f"the processes of this run cannot be connected: {error}", flush=True)
         return
     for number, partner in sockets.items():
-        _notice_lost_host(partner)
+        _prepare(partner)
         threading.Thread(target=_watch, args=(number, partner), daemon=True).start()
     # Called before JAX waits for its partners, because it was registered later.
     atexit.register(_say_goodbye, sockets)
@@ -81,7 +81,8 @@ def _call(host, port, token):
     return {0: partner}
 
 
-def _notice_lost_host(partner):
+def _prepare(partner):
+    """Lets a socket wait for ever, but notice within 15 s that its host is gone."""
     partner.settimeout(None)
     partner.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2)):
