@@ -1,6 +1,5 @@
 """functa.classifier and experiments.classify_functa."""
 
-import json
 import shutil
 
 import chex
@@ -257,7 +256,7 @@ def test_run_stopped_and_resumed_ends_as_one_left_alone(path, tmp_path, monkeypa
     figures.draw(whole)
     assert (whole / "figures" / "confusion.png").stat().st_size > 1000
     again = classify_functa.train_and_evaluate(make_config(path), whole)
-    assert again == json.loads((whole / "summary.json").read_text())
+    assert again == runs.load_summary(whole)
 
 
 def test_report_variant_logs_the_reports_table(path, tmp_path):

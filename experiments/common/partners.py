@@ -42,7 +42,8 @@ def connect(coordinator: str | None) -> None:
     try:
         sockets = _accept(server, token) if server else _call(host, int(port), token)
     except OSError as error:
-        print(f"the processes of this run cannot be connected: {error}", flush=True)
+        # JAX notices a dead partner too, but late.
+        print(f"the processes of this run cannot watch each other: {error}", flush=True)
         return
     for number, partner in sockets.items():
         _prepare(partner)

@@ -359,6 +359,21 @@ def load_config(workdir: Path) -> ConfigDict:
     return ConfigDict(upgrade(_read_dict(path)))
 
 
+def load_summary(workdir: Path) -> dict[str, Any]:
+    """The results of a finished run.
+
+    Raises:
+      FileNotFoundError: if the run is not finished.
+      ValueError: if its summary.json is damaged.
+    """
+    path = Path(workdir) / "summary.json"
+    if not path.exists():
+        raise FileNotFoundError(f"the run {workdir} is not finished (no summary.json).")
+    summary = _read_dict(path)
+    summary.pop(_CONFIG_HASH, None)
+    return summary
+
+
 def load_checkpoint(workdir: Path, state: Any = None) -> tuple[ConfigDict, Any]:
     """The configuration and the newest intact checkpoint of a run, as NumPy arrays.
 
