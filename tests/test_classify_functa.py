@@ -280,6 +280,7 @@ def test_report_variant_logs_the_reports_table(path, tmp_path):
         (lambda f: f.select("train"), "has no test split"),
         (lambda f: f.select("test"), "has no train split"),
         (lambda f: f._replace(config={"copies": 7}), "are not 7 copies"),
+        (lambda f: f._replace(config={"copies": 0}), "copies must be a positive int"),
     ],
 )
 def test_functaset_that_can_not_be_classified(tmp_path, changes, message):

@@ -409,6 +409,14 @@ def test_no_run_and_no_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text('{"a"')
     with pytest.raises(ValueError, match="config.json is damaged"):
         runs.load_checkpoint(tmp_path)
+    for text, message in (
+        ("[1]", r"must hold a JSON object, got \[1\]"),
+        ('{"experiment": []}', "is not a configuration of this version"),
+        ('{"experiment": "prune_vit"}', "is not a configuration of this version"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"config.json {message}"):
+            runs.load_checkpoint(tmp_path)
 
 
 def test_check_finite_names_the_step():

@@ -94,8 +94,7 @@ class Run:
 
     def say(self, message: str) -> None:
         """Prints one line of progress, from the main process."""
-        if devices.is_main():
-            print(message, flush=True)
+        _say(message)
 
     def restore(self, state: Any) -> tuple[int, Any]:
         """Restores the newest checkpoint: (step, state), or (0, `state`) without one.
@@ -110,7 +109,7 @@ class Run:
         Raises:
           ValueError: if no checkpoint is intact, or if it has other shapes.
         """
-        newest, damaged = _find_checkpoint(self.checkpoints, self.say)
+        newest, damaged = _find_checkpoint(self.checkpoints)
         devices.wait_for_all("the checkpoints are verified")
         if devices.is_main():
             for path in damaged:
@@ -216,9 +215,8 @@ class Run:
             (self.workdir / "inputs.json").unlink(missing_ok=True)
             files.write_json(path, ours)
         elif path.exists():
-            stored = _read_dict(path)
-            _check_same_config(upgrade(stored), upgrade(ours), self.workdir)
-            ours = stored
+            _check_same_config(_upgraded(path), upgrade(ours), self.workdir)
+            ours = _read_dict(path)
         elif summary.get(_CONFIG_HASH) == _hash(ours) or not _is_run(self.workdir):
             files.write_json(path, ours)
         else:
@@ -356,7 +354,7 @@ def load_config(workdir: Path) -> ConfigDict:
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run (there is no config.json).")
-    return ConfigDict(upgrade(_read_dict(path)))
+    return ConfigDict(_upgraded(path))
 
 
 def load_summary(workdir: Path) -> dict[str, Any]:
@@ -391,13 +389,18 @@ def load_checkpoint(workdir: Path, state: Any = None) -> tuple[ConfigDict, Any]:
     folder = Path(workdir) / "checkpoints"
     if not folder.is_dir():
         raise FileNotFoundError(f"the run {workdir} has no checkpoints.")
-    newest, _ = _find_checkpoint(folder, lambda message: print(message, flush=True))
+    newest, _ = _find_checkpoint(folder)
     if newest is None:
         raise FileNotFoundError(f"{folder} holds no complete checkpoint.")
     return config, jax.device_get(_load(newest, state))
 
 
-def _find_checkpoint(folder, say):
+def _say(message):
+    if devices.is_main():
+        print(message, flush=True)
+
+
+def _find_checkpoint(folder):
     """The newest checkpoint whose files have their checksums, and damaged newer ones.
 
     Checkpoints of earlier versions have no checksums and count as intact.
@@ -412,7 +415,7 @@ def _find_checkpoint(folder, say):
         damage = files.find_damage(path)
         if damage is None:
             for reason in reasons:
-                say(f"{reason}; using that of step {path.name}.")
+                _say(f"{reason}; using that of step {path.name}.")
             return path, damaged
         damaged.append(path)
         reasons.append(f"the checkpoint {path} is damaged ({damage} has changed)")
@@ -446,6 +449,16 @@ def _read_dict(path):
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {value!r:.80}.")
     return value
+
+
+def _upgraded(path):
+    """The configuration in a config.json, with the fields of today."""
+    try:
+        return upgrade(_read_dict(path))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a configuration of this version: {error!r}."
+        ) from None
 
 
 def _hash(config):
