@@ -11,12 +11,10 @@ In a data set without labels all labels are -1.
 
 import functools
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
-
-from functa import npz
-from functa.functaset import MAX_CLASSES
 
 SPLITS = ("train", "test")
 _SUFFIXES = {".png", ".jpg", ".jpeg"}
@@ -166,25 +164,22 @@ def _load_npz(root, split):
             f"there is no {path}; the directory of an npz data set holds "
             "train.npz and test.npz."
         )
-    headers = npz.read_headers(path, ("image", "label"))
-    image = headers.get("image")
-    if image is None or len(image.shape) != 4 or image.dtype != np.uint8:
+    try:
+        # Open the file here: np.load does not close a truncated file that it has opened
+        # itself.
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            arrays = {k: file[k] for k in ("image", "label") if k in file.files}
+    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a readable .npz file: {error}") from None
+    image = arrays.get("image")
+    if image is None or image.ndim != 4 or image.dtype != np.uint8 or not len(image):
         found = "nothing" if image is None else f"{image.dtype} {image.shape}"
         raise ValueError(f"{path} needs `image` uint8 (N, H, W, C), found {found}.")
-    if 0 in image.shape:
-        raise ValueError(f"{path} has no pixels: `image` has shape {image.shape}.")
-    label = headers.get("label", np.full(image.shape[0], -1, np.int32))
-    if label.shape != image.shape[:1] or label.dtype.kind not in "iu":
+    label = arrays.get("label", np.full(len(image), -1, np.int32))
+    if label.shape != (len(image),) or label.dtype.kind not in "iu":
         raise ValueError(
-            f"{path}: `label` must be integers ({image.shape[0]},), one per image, "
+            f"{path}: `label` must be integers ({len(image)},), one per image, "
             f"found {label.dtype} {label.shape}."
-        )
-    arrays = {"label": label, **npz.read_arrays(path, headers)}
-    image, label = arrays["image"], arrays["label"]
-    if label.min() < -1 or label.max() >= MAX_CLASSES:
-        raise ValueError(
-            f"{path}: `label` must be from -1 to {MAX_CLASSES - 1}, found "
-            f"{label.min()} to {label.max()}."
         )
     return {"image": image, "label": label.astype(np.int32)}
 
