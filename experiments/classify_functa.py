@@ -169,6 +169,8 @@ def load_signals(config: ConfigDict, path: str) -> Signals:
     if len(np.unique(whole.label[train_rows])) < 2:
         raise ValueError(f"{path} has signals of one class only.")
     copies = whole.config.get("copies", 1)
+    if type(copies) is not int or copies < 1:
+        raise ValueError(f"{path}: copies must be a positive integer, got {copies!r}.")
     num_images, remainder = divmod(len(train_rows), copies)
     if remainder:
         raise ValueError(

@@ -351,8 +351,7 @@ def _measure_surface(run, tools, state, key):
     path = run.workdir / "surface.npz"
     known = np.full(len(points), np.nan, np.float32)
     if path.exists():
-        with np.load(path) as file:
-            known = file["losses"]
+        known = _stored_losses(run, path, known)
     run.say(f"surface: {int(np.isnan(known).sum())} points left")
     losses = known
     for losses in surface.fill_missing(
@@ -363,6 +362,18 @@ def _measure_surface(run, tools, state, key):
     ):
         files.write_npz(path, {"losses": losses})
     return losses.reshape(settings.size, settings.size)
+
+
+def _stored_losses(run, path, unknown):
+    """The losses of an interrupted run; `unknown` if the file is damaged."""
+    try:
+        losses = files.read_npz(path)["losses"]
+        if (losses.shape, losses.dtype) == (unknown.shape, unknown.dtype):
+            return losses
+    except (ValueError, KeyError):
+        pass
+    run.say(f"{path} is damaged; the surface is computed again.")
+    return unknown
 
 
 def make_table(

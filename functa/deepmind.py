@@ -17,8 +17,10 @@ M modulations of all layers.
 """
 
 import io
+import math
 import numbers
 import pickle
+import pickletools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -284,6 +286,7 @@ def load_modulations(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
                 f"{path}: a set of modulations must hold {split!r} with 'modulation' "
                 f"(N, L) and 'psnr' (N,); got shapes {shapes} in {_summary(contents)}."
             )
+        _check_numbers(f"{path}: modulation of {split!r}", arrays["modulation"])
         splits[split] = arrays
     return splits
 
@@ -306,8 +309,11 @@ def load_haiku_file(path: str | Path) -> Any:
       numbers, strings, bytes and None.
 
     Raises:
-      ValueError: if the file is truncated, is not a pickle, or uses another name.
+      ValueError: if the file is truncated, is not a pickle, uses another name, or
+        would need more memory than its own size explains.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path} is not a regular file.")
     data = Path(path).read_bytes()
     if data.startswith(b"PK\x03\x04"):
         raise ValueError(
@@ -315,7 +321,8 @@ def load_haiku_file(path: str | Path) -> Any:
             "google-deepmind/functa are pickles with that suffix."
         )
     try:
-        return _plain(_Unpickler(io.BytesIO(data)).load(), {})
+        _check_sizes(data)
+        return _plain(_Unpickler(io.BytesIO(data)).load(), {_BUDGET: len(data)})
     except _RefusedError as error:
         raise ValueError(f"{path} is refused: {error}.") from None
     # On damaged data pickle may raise any exception, as its documentation warns.
@@ -404,27 +411,52 @@ def _checkpoint(contents):
         isinstance(m, dict) for m in tree.values()
     ):
         raise ValueError(f"params must be a Haiku tree; got {_summary(tree)}.")
+    for name, module in tree.items():
+        for key, value in module.items():
+            _check_numbers(f"{name}/{key}", value)
     imported = from_haiku(
         tree,
-        omega_0=float(_setting(config, "model", "w0", numbers.Real)),
+        omega_0=_number(config, "model", "w0"),
         modulate_scale=_setting(config, "model", "modulate_scale", bool),
         modulate_shift=_setting(config, "model", "modulate_shift", bool),
     )
     learning_rate = imported.learning_rate
     if learning_rate is None:
-        learning_rate = float(_setting(config, "opt_inner", "lr", numbers.Real))
+        learning_rate = _number(config, "opt_inner", "lr")
     # The original also reads configs whose model section holds only the arguments of
     # the network, without these two.
-    l2_weight = _setting(config, "model", "l2_weight", numbers.Real, default=0.0)
-    noise_std = _setting(config, "model", "noise_std", numbers.Real, default=0.0)
     return HaikuCheckpoint(
         imported,
-        resolution=int(_setting(config, "dataset", "resolution", numbers.Integral)),
-        num_steps=int(_setting(config, "training", "inner_steps", numbers.Integral)),
+        resolution=_count(config, "dataset", "resolution", least=1, most=2**14),
+        num_steps=_count(config, "training", "inner_steps", least=0, most=10**4),
         learning_rate=learning_rate,
-        l2_weight=float(l2_weight),
-        noise_std=float(noise_std),
+        l2_weight=_number(config, "model", "l2_weight", default=0.0),
+        noise_std=_number(config, "model", "noise_std", default=0.0),
     )
+
+
+def _number(config, section, name, default=None):
+    value = float(_setting(config, section, name, numbers.Real, default))
+    if not math.isfinite(value):
+        raise ValueError(f"config.{section}.{name} must be finite, got {value}.")
+    return value
+
+
+def _count(config, section, name, *, least, most):
+    value = int(_setting(config, section, name, numbers.Integral))
+    if not least <= value <= most:
+        raise ValueError(
+            f"config.{section}.{name} must be from {least} to {most}, got {value}."
+        )
+    return value
+
+
+def _check_numbers(name, value):
+    """Raises ValueError unless the value is an array of finite floats."""
+    dtype = getattr(value, "dtype", np.dtype(object))
+    if dtype.kind != "f" or not np.isfinite(value).all():
+        found = dtype if isinstance(value, np.ndarray) else type(value).__name__
+        raise ValueError(f"{name} must be an array of finite floats, got {found}.")
 
 
 def _setting(config, section, name, kind, default=None):
@@ -469,6 +501,16 @@ class _Unpickler(pickle.Unpickler):
                 "arrays, configs and plain containers"
             )
         return _ADMITTED[module, name]
+
+
+_BUDGET = "bytes of arrays that may still be built"
+
+
+def _check_sizes(data):
+    """Refuses sizes and positions that exceed the file, which pickle would allocate."""
+    for opcode, value, _ in pickletools.genops(data):
+        if "PUT" in opcode.name and int(value) > len(data):
+            raise _RefusedError(f"it stores a value at position {value}")
 
 
 class _StandIn:
@@ -635,7 +677,8 @@ def _plain(value, done):
 
     Args:
       value: the result of the unpickler.
-      done: {id of a part: its plain form}. The function adds the parts that it builds.
+      done: {id of a part: its plain form}, to which the function adds the parts that it
+        builds, and the budget of bytes under `_BUDGET`.
 
     Returns:
       The value without records.
@@ -649,6 +692,10 @@ def _plain(value, done):
             plain = type(value)(_plain(item, done) for item in value)
         elif isinstance(value, _StandIn):
             plain = value.build(lambda part: _plain(part, done))
+            # Many arrays of one buffer would each be a copy of it.
+            done[_BUDGET] -= getattr(plain, "nbytes", 0)
+            if done[_BUDGET] < 0:
+                raise _RefusedError("its arrays are larger than the file")
         else:
             name = "type" if isinstance(value, type) else type(value).__name__
             raise _RefusedError(f"it holds a {name} in place of a value")

@@ -11,12 +11,16 @@ such as a grid (h, w, L):
   mean, std      float32 (L,)         of the training split, over all axes but the last
   config         <U..    ()           JSON: model, inner loop, data set, class_names
   params_sha256  <U64    ()           hash of the weights used to fit the latents
+  sha256         <U64    ()           checksum of the members above; optional
+
+`load_functaset` accepts files of other programs: integers and floats of any size and
+byte order, as long as labels are class numbers and latents are finite.
 """
 
 import hashlib
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +29,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
+from functa import npz
 from functa.siren import (
     LatentModulatedSiren,
     ModulatedSiren,
@@ -69,14 +74,33 @@ class Functaset(NamedTuple):
 
 
 _ROWS = ("latent", "label", "psnr", "split")
+# The kinds of NumPy dtypes that a member may have.
+_KINDS = {
+    "latent": "f",
+    "label": "iu",
+    "psnr": "f",
+    "split": "U",
+    "mean": "f",
+    "std": "f",
+    "config": "U",
+    "params_sha256": "U",
+}
+_CHECKSUM = "sha256"
+_KIND_NAMES = {"f": "floats", "iu": "integers", "U": "strings"}
+_LONGEST_TEXT = {"split": 64, "params_sha256": 64, _CHECKSUM: 64, "config": 2**20}
+# A classifier has one output for each class up to the largest label.
+MAX_CLASSES = 2**16
 
 
 def save_functaset(file: Any, functaset: Functaset) -> None:
     """Writes a functaset as an uncompressed .npz.
 
     Args:
-      file: a path or a binary file.
+      file: a path that ends in .npz, or a binary file.
       functaset: the data set.
+
+    Raises:
+      ValueError: if `load_functaset` would refuse the file.
 
     Example:
       >>> import os, tempfile
@@ -98,9 +122,37 @@ def save_functaset(file: Any, functaset: Functaset) -> None:
       [[-1.  0.]
        [ 1.  0.]]
     """
-    arrays = functaset._asdict()
-    arrays["config"] = json.dumps(functaset.config)
-    np.savez(file, **arrays)
+    arrays = {name: np.asarray(value) for name, value in functaset._asdict().items()}
+    arrays["config"] = np.array(json.dumps(functaset.config))
+    _check_shapes(arrays, "the functaset")
+    arrays = _check_values(arrays, "the functaset")
+    write_members(file, {name: (a.dtype, a.shape, [a]) for name, a in arrays.items()})
+
+
+def write_members(
+    file: Any, members: Mapping[str, tuple[Any, Sequence[int], Iterable[np.ndarray]]]
+) -> None:
+    """Writes a functaset block by block, for data sets larger than the memory.
+
+    Args:
+      file: a path that ends in .npz, or a binary file.
+      members: {field: (dtype, shape, blocks)}, in the order of `Functaset`. The blocks
+        are consecutive rows of the array.
+    """
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, (dtype, shape, blocks) in members.items():
+            dtype = np.dtype(dtype)
+            header = {"descr": dtype.str, "fortran_order": False, "shape": tuple(shape)}
+            digest.update(_digest_header(name, dtype, shape))
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for block in blocks:
+                    data = np.asarray(block, dtype).tobytes()
+                    member.write(data)
+                    digest.update(data)
+        with archive.open(f"{_CHECKSUM}.npy", "w") as member:
+            np.lib.format.write_array(member, np.array(digest.hexdigest()))
 
 
 def load_functaset(path: str | Path) -> Functaset:
@@ -138,30 +190,96 @@ def load_functaset(path: str | Path) -> Functaset:
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"functaset {path} does not exist.")
+    headers = npz.read_headers(path, {*Functaset._fields, _CHECKSUM})
+    _check_shapes(headers, path)
+    arrays = npz.read_arrays(path, headers)
+    stored = arrays.pop(_CHECKSUM, None)
+    if stored is not None and str(stored) != _digest(arrays):
+        raise ValueError(f"{path} is damaged: its checksum does not match its arrays.")
+    arrays = _check_values(arrays, path)
     try:
-        # Given a path, np.load does not close a truncated file.
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a readable .npz file: {error}") from None
+        arrays["config"] = json.loads(str(arrays["config"]))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: `config` is not valid JSON: {error}.") from None
+    if not isinstance(arrays["config"], dict):
+        raise ValueError(
+            f"{path}: `config` must be a JSON object, got {arrays['config']!r:.80}."
+        )
+    arrays["params_sha256"] = str(arrays["params_sha256"])
+    return Functaset(**arrays)
+
+
+def _check_shapes(arrays, source):
+    """Checks the members, dtypes and shapes; needs no values."""
     missing = [name for name in Functaset._fields if name not in arrays]
     if missing:
-        raise ValueError(f"{path} is not a functaset: it lacks {', '.join(missing)}.")
+        raise ValueError(f"{source} is not a functaset: it lacks {', '.join(missing)}.")
     latent_shape = arrays["latent"].shape
-    if len(latent_shape) < 2:
-        raise ValueError(f"{path}: `latent` must be (N, ..., L), got {latent_shape}.")
-    for name, shape in {
+    if len(latent_shape) < 2 or 0 in latent_shape:
+        raise ValueError(f"{source}: `latent` must be (N, ..., L), got {latent_shape}.")
+    shapes = {
         **dict.fromkeys(_ROWS[1:], latent_shape[:1]),
         **dict.fromkeys(("mean", "std"), latent_shape[-1:]),
-    }.items():
-        if arrays[name].shape != shape:
+        **dict.fromkeys(("config", "params_sha256", _CHECKSUM), ()),
+    }
+    for name, array in arrays.items():
+        kinds = _KINDS.get(name, "U")
+        if array.dtype.kind not in kinds:
             raise ValueError(
-                f"{path}: `{name}` must have shape {shape} because `latent` has shape "
-                f"{latent_shape}, got {arrays[name].shape}."
+                f"{source}: `{name}` must hold {_KIND_NAMES[kinds]}, got {array.dtype}."
             )
-    arrays["config"] = json.loads(str(arrays["config"]))
-    arrays["params_sha256"] = str(arrays["params_sha256"])
-    return Functaset(**{name: arrays[name] for name in Functaset._fields})
+        shape = shapes.get(name, latent_shape)
+        if array.shape != shape:
+            raise ValueError(
+                f"{source}: `{name}` must have shape {shape} because `latent` has "
+                f"shape {latent_shape}, got {array.shape}."
+            )
+        # NumPy stores four bytes a character.
+        if kinds == "U" and array.dtype.itemsize > 4 * _LONGEST_TEXT[name]:
+            raise ValueError(
+                f"{source}: `{name}` must hold at most {_LONGEST_TEXT[name]} "
+                f"characters, got {array.dtype.itemsize // 4}."
+            )
+
+
+def _check_values(arrays, source):
+    """Checks ranges and returns the arrays in the dtypes of the format."""
+    label = arrays["label"]
+    if label.min() < -1 or label.max() >= MAX_CLASSES:
+        raise ValueError(
+            f"{source}: `label` must be from -1 to {MAX_CLASSES - 1}, got "
+            f"{label.min()} to {label.max()}."
+        )
+    arrays = arrays | {"label": label.astype(np.int32, copy=False)}
+    for name in ("latent", "psnr", "mean", "std"):
+        with np.errstate(over="ignore"):  # It gives infinity, which is refused.
+            array = arrays[name] = arrays[name].astype(np.float32, copy=False)
+        # The PSNR of an exact reconstruction is infinite.
+        bad = np.isnan(array) if name == "psnr" else ~np.isfinite(array)
+        if bad.any():
+            place = tuple(int(i) for i in np.argwhere(bad)[0])
+            raise ValueError(
+                f"{source}: `{name}` must be finite, got {array[place]} at {place}."
+            )
+    if arrays["std"].min() < 0:
+        raise ValueError(
+            f"{source}: `std` must not be negative, got {arrays['std'].min()}."
+        )
+    return arrays
+
+
+def _digest(arrays):
+    """The checksum of all members, in the order of `Functaset`."""
+    digest = hashlib.sha256()
+    for name in Functaset._fields:
+        array = arrays[name]
+        digest.update(_digest_header(name, array.dtype, array.shape))
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _digest_header(name, dtype, shape):
+    return f"{name} {tuple(shape)} {dtype.str};".encode()
 
 
 def hash_params(params: Any) -> str:
@@ -189,7 +307,7 @@ def make_model(config: Mapping[str, Any]) -> LatentModulatedSiren | ModulatedSir
     # JSON has no tuples, and jit cannot hash a module that holds a list.
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     name = fields.pop("type", None)
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise ValueError(f"model type {name!r} is not one of {', '.join(MODELS)}.")
     # Files of earlier versions call `derivative_dtype` "dtype".
     dtype = fields.pop("dtype", None)
@@ -223,7 +341,8 @@ def reconstruct(
       float32 (N, H, W, C), not clamped to [0, 1].
 
     Raises:
-      ValueError: if the latents were fitted with other weights than `params`.
+      ValueError: if the latents were fitted with other weights than `params`, or if
+        the functaset does not name its model.
 
     Example:
       >>> config = {"type": "LatentModulatedSiren", "width": 8, "depth": 3}
@@ -250,7 +369,10 @@ def reconstruct(
             f"(params_sha256 {functaset.params_sha256[:12]}...)."
         )
     shape = (resolution, resolution) if isinstance(resolution, int) else resolution
-    model = make_model(functaset.config["model"])
+    config = functaset.config.get("model")
+    if not isinstance(config, Mapping):
+        raise ValueError(f"the functaset's config must hold a model, got {config!r}.")
+    model = make_model(config)
     return render(model, params, functaset.latent, shape, batch_size=batch_size)
 
 

@@ -1,6 +1,5 @@
 """functa.classifier and experiments.classify_functa."""
 
-import json
 import shutil
 
 import chex
@@ -257,7 +256,7 @@ def test_run_stopped_and_resumed_ends_as_one_left_alone(path, tmp_path, monkeypa
     figures.draw(whole)
     assert (whole / "figures" / "confusion.png").stat().st_size > 1000
     again = classify_functa.train_and_evaluate(make_config(path), whole)
-    assert again == json.loads((whole / "summary.json").read_text())
+    assert again == runs.load_summary(whole)
 
 
 def test_report_variant_logs_the_reports_table(path, tmp_path):
@@ -281,6 +280,7 @@ def test_report_variant_logs_the_reports_table(path, tmp_path):
         (lambda f: f.select("train"), "has no test split"),
         (lambda f: f.select("test"), "has no train split"),
         (lambda f: f._replace(config={"copies": 7}), "are not 7 copies"),
+        (lambda f: f._replace(config={"copies": 0}), "copies must be a positive int"),
     ],
 )
 def test_functaset_that_can_not_be_classified(tmp_path, changes, message):

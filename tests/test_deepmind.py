@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import chex
@@ -411,6 +412,8 @@ def test_checkpoint_without_meta_sgd_has_the_rate_of_its_config(tmp_path, small_
         ({"w0": "30"}, "p.npz: config must hold model.w0, a Real; got '30'"),
         ({"modulate_scale": True}, "p.npz: .* modulations"),
         ({"modulate_shift": None}, "config must hold model.modulate_shift"),
+        ({"w0": np.nan}, "config.model.w0 must be finite, got nan"),
+        ({"l2_weight": np.inf}, "config.model.l2_weight must be finite"),
     ],
 )
 def test_config_that_does_not_fit_is_refused(tmp_path, small_tree, change, match):
@@ -418,6 +421,68 @@ def test_config_that_does_not_fit_is_refused(tmp_path, small_tree, change, match
     path = write(tmp_path / "p.npz", pickle.dumps(contents))
     with pytest.raises(ValueError, match=match):
         convert.load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("dataset", "resolution", 0),
+        ("dataset", "resolution", 10**9),
+        ("training", "inner_steps", -1),
+    ],
+)
+def test_counts_out_of_range_are_refused(tmp_path, small_tree, section, name, value):
+    config = checkpoint_config()
+    config[section][name] = value
+    contents = {"params": small_tree, "config": config}
+    path = write(tmp_path / "p.npz", pickle.dumps(contents))
+    with pytest.raises(ValueError, match=f"{section}.{name} must be from .* got"):
+        convert.load_checkpoint(path)
+
+
+def test_values_that_are_not_finite_floats_are_refused(tmp_path, small_tree):
+    linear = small_tree["my_field/modulated_siren_layer/linear"]
+    for bad in (np.full_like(linear["w"], np.nan), linear["w"] > 0, "text", [1.0]):
+        tree = small_tree | {
+            "my_field/modulated_siren_layer/linear": linear | {"w": bad}
+        }
+        contents = {"params": tree, "config": checkpoint_config()}
+        path = write(tmp_path / "p.npz", pickle.dumps(contents))
+        with pytest.raises(ValueError, match="linear/w must be an array of finite"):
+            convert.load_checkpoint(path)
+    sets = {"modulation": np.full((2, 3), np.inf), "psnr": np.zeros(2)}
+    path = write(tmp_path / "m.npz", pickle.dumps({"train": sets, "test": sets}))
+    with pytest.raises(ValueError, match="modulation of 'train' must be an array of f"):
+        convert.load_modulations(path)
+
+
+def test_memory_is_bounded_by_the_size_of_the_file(tmp_path):
+    data = bytes(10**6)
+    array = np.frombuffer(data, ">f4")
+    reconstruct, args, (version, shape, dtype, order, _) = array.__reduce__()
+    state = (version, shape, dtype, order, data)
+    copies = [Call(reconstruct, *args, state=state) for _ in range(100)]
+    tracemalloc.start()
+    try:
+        for hostile, match in (
+            (pickle.dumps(copies), "its arrays are larger than the file"),
+            (b"Nr\xff\xff\xff\x0f.", "it stores a value at position 268435455"),
+            (b"\x96" + (10**9).to_bytes(8, "little") + b".", "is not a pickle"),
+            (b"\x8e" + (10**9).to_bytes(8, "little") + b".", "is not a pickle"),
+        ):
+            path = write(tmp_path / "bomb.npz", hostile)
+            with pytest.raises(ValueError, match=f"bomb.npz .*{match}"):
+                convert.load_haiku_file(path)
+        assert tracemalloc.get_traced_memory()[1] < 2e7
+    finally:
+        tracemalloc.stop()
+
+
+def test_pipes_and_devices_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.npz")
+    for path in (tmp_path / "pipe.npz", "/dev/zero"):
+        with pytest.raises(ValueError, match="is not a regular file"):
+            convert.load_haiku_file(path)
 
 
 def test_modulation_set_loads(tmp_path):

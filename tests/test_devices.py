@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import meta_learn
-from experiments.common import devices, files
+from experiments.common import devices, files, runs
 from experiments.configs import meta_learn as configs
 
 ROOT = Path(__file__).parents[1]
@@ -168,10 +168,13 @@ def test_two_processes_are_killed_resume_and_write_what_one_writes(tmp_path):
     killed, other = start_two_processes("meta_learn", tmp_path / "two", *options)[::-1]
     while len(files.read_metrics(log)) < 3 and killed.poll() is None:
         time.sleep(0.05)
-    for process in killed, other:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    output, _ = other.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
+    assert other.returncode == 1
+    assert "Traceback" not in output
+    assert output.splitlines()[-1].startswith("error: process 1 of this run has ended")
     assert 3 <= len(files.read_metrics(log)) < 20
     finish(*start_two_processes("meta_learn", tmp_path / "two", *options))
     environment = files.read_json(tmp_path / "two" / "environment.json")
@@ -181,7 +184,7 @@ def test_two_processes_are_killed_resume_and_write_what_one_writes(tmp_path):
     config = configs.get_config("smoke")
     config.update(OPTIONS | {"write_functaset": False})
     expected = meta_learn.train_and_evaluate(config, tmp_path / "one")
-    resumed = files.read_json(tmp_path / "two" / "summary.json")
+    resumed = runs.load_summary(tmp_path / "two")
     assert resumed.keys() == expected.keys()
     for name in expected.keys() - {"seconds"}:
         np.testing.assert_allclose(resumed[name], expected[name], rtol=1e-4)

@@ -1,13 +1,11 @@
 """latent_controls and the linear controls of meta_learn."""
 
-import json
-
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
 from experiments import latent_controls
-from experiments.common import data, figures
+from experiments.common import data, figures, runs
 from experiments.configs import latent_controls as configs
 from experiments.training import controls
 
@@ -75,7 +73,7 @@ def test_smoke_run(tmp_path, digits):
     assert summary["pca_psnr_8"] == pytest.approx(expected["pca_psnr"])
     assert summary["patch_pca_psnr_2x2x2"] == pytest.approx(expected["patch_pca_psnr"])
     assert summary["num_train_images"] == summary["num_test_images"] == 100
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert runs.load_summary(tmp_path) == summary
     with np.load(tmp_path / "arrays.npz") as arrays:
         assert {k: v.shape for k, v in arrays.items()} == {"pca": (65,), "2x2": (17,)}
         # More components are better, on average over the test images.

@@ -48,13 +48,13 @@ def trained(tmp_path_factory):
 
 def test_table_and_files_of_several_methods(trained):
     workdir, summary = trained
-    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert runs.load_summary(workdir) == summary
     for method in ("adam", "dessilbi"):
         single = summary["runs"][f"{method}_seed0"]
         assert summary[f"{method}_test_accuracy"] == single["test_accuracy"]
         # One seed has no deviation.
         assert f"{method}_test_accuracy_std" not in summary
-        own = json.loads((workdir / f"{method}_seed0" / "summary.json").read_text())
+        own = runs.load_summary(workdir / f"{method}_seed0")
         assert own == single
         assert own["num_params"] == 61706
     assert "density" not in summary["runs"]["adam_seed0"]

@@ -1,7 +1,5 @@
 """probe_landscape: measurements against plain loops, files, resumption and errors."""
 
-import json
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -168,7 +166,7 @@ def test_largest_eigenvalue_is_that_of_the_hessian(finished):
 
 def test_files_and_table(finished):
     workdir, config, summary = finished
-    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert runs.load_summary(workdir) == summary
     for name in (
         *("loss_envelope", "consecutive_steps", "along_the_gradient"),
         *("beta_profile", "eigenvalues", "surfaces"),

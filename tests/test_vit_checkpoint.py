@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import pickle
@@ -646,6 +647,10 @@ def test_paths_that_are_no_checkpoint_are_refused(tmp_path):
     for name in ("absent.npz", "absent.safetensors", "absent.bin"):
         with pytest.raises(FileNotFoundError, match=name):
             load_checkpoint(tmp_path / name)
+    for name in ("pipe.npz", "pipe.safetensors"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} is not a regular file"):
+            load_checkpoint(tmp_path / name)
 
 
 # The formats.
@@ -668,6 +673,35 @@ def test_every_precision_is_read(tmp_path, dtype):
         assert {v.dtype.name for v in params.values()} == {"float32"}
         if layout is not big_vision:
             chex.assert_trees_all_equal(params, expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e300])
+def test_weights_that_are_not_finite_are_refused(tmp_path, bad):
+    net = network()
+    arrays = {name: value.astype(np.float64) for name, value in linen(net).items()}
+    arrays["cls"][0, 0, 1] = bad
+    with pytest.raises(ValueError, match="cls has values that are not finite"):
+        load_checkpoint(write(tmp_path, linen, net, arrays))
+    model, params = load_checkpoint(write(tmp_path, linen, net))
+    params["cls"] = params["cls"].at[0, 0, 1].set(bad)
+    with pytest.raises(ValueError, match="cls contains (nan|inf), too large"):
+        save_checkpoint(tmp_path / "new.npz", model, params)
+    assert not (tmp_path / "new.npz").exists()
+
+
+def test_sizes_are_checked_before_memory_is_allocated(tmp_path):
+    path = tmp_path / "bomb.npz"
+    huge = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        huge, {"descr": "<f4", "fortran_order": False, "shape": (10**12,)}
+    )
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("cls.npy", huge.getvalue())
+    with pytest.raises(ValueError, match="bomb.npz is damaged .*cls.npy has 128 byt"):
+        load_checkpoint(path)
+    np.savez_compressed(path, cls=np.zeros(10**7, np.float32))
+    with pytest.raises(ValueError, match="arrays would be far larger than the file"):
+        load_checkpoint(path)
 
 
 def safetensors_bytes(header, buffer=b""):
@@ -709,8 +743,10 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         (safetensors_bytes(entry(shape=(-1, -2)), bytes(8)), "ValueError"),
         (safetensors_bytes(entry(shape=("2",)), bytes(8)), "Error"),
         (safetensors_bytes(entry(offsets=(0, 8, 9)), bytes(8)), "ValueError"),
+        ((10**7).to_bytes(8, "little") + b"{}", "would exceed it"),
+        (safetensors_bytes(entry() | {"y": entry()["x"]}, bytes(8)), "overlap"),
     ],
-    ids=range(20),
+    ids=range(22),
 )
 def test_damaged_safetensors_gives_one_clear_error(tmp_path, data, match):
     path = tmp_path / "x.safetensors"

@@ -1,6 +1,5 @@
 """train_vit and prune_vit: measurements, files, resumption and errors."""
 
-import json
 from pathlib import Path
 
 import chex
@@ -66,7 +65,7 @@ def pruned(trained, tmp_path_factory):
 
 def test_training_writes_what_it_evaluated(trained):
     workdir, summary = trained
-    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert runs.load_summary(workdir) == summary
     assert (workdir / "figures" / "training.png").exists()
     metrics = files.read_metrics(workdir / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [2, 4, 6, 8]
@@ -265,7 +264,7 @@ def test_muon_takes_the_matrices_of_the_blocks():
 @pytest.mark.slow
 def test_pruning_table(pruned):
     workdir, config, summary = pruned
-    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert runs.load_summary(workdir) == summary
     rows = summary["rows"]
     assert {row["method"] for row in rows.values()} == {"dense", *METHODS}
     dense = rows["dense_0"]

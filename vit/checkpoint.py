@@ -17,6 +17,7 @@ Axes: p side of a patch, C channels, D width, H heads, d width of a head, P patc
 g rows of the grid of patches.
 """
 
+import io
 import json
 import math
 import os
@@ -67,8 +68,9 @@ def load_checkpoint(
 
     Raises:
       FileNotFoundError: if the file does not exist.
-      ValueError: if the file is damaged, has another format or an architecture that
-        `ViT` does not support, or if the arguments do not fit it.
+      ValueError: if the file is damaged, has another format, weights that are not
+        finite, or an architecture that `ViT` does not support, or if the arguments do
+        not fit it.
 
     Example:
       >>> import tempfile
@@ -113,6 +115,9 @@ def load_checkpoint(
         model = ViT(**fields)
         _check_fits(model, arrays)
         params = {name: _float32(name, value) for name, value in arrays.items()}
+        for name, value in params.items():
+            if not np.isfinite(value).all():
+                raise ValueError(f"{name} has values that are not finite.")
         if image_size is not None:
             if image_size % model.patch_size:
                 raise ValueError(
@@ -173,8 +178,8 @@ def save_checkpoint(
     _check_fits(model, arrays)
     for name, value in arrays.items():
         value = _float32(name, value)
-        largest = np.max(np.abs(value), where=np.isfinite(value), initial=0)
-        if largest > np.finfo(dtype).max:
+        largest = np.max(np.abs(value), initial=0)
+        if not largest <= np.finfo(dtype).max:
             raise ValueError(f"{name} contains {largest}, too large for {dtype}.")
         arrays[name] = value.astype(dtype)
     arrays[_SETTINGS] = json.dumps({"gelu": model.gelu, "ln_eps": float(model.ln_eps)})
@@ -449,7 +454,7 @@ def _add_cls_row(arrays, sources):
 
 def _hugging_face_settings(path):
     """The fields of `ViT` in a config.json; none if the file does not exist."""
-    if not path.exists():
+    if not path.is_file():
         return {}
     config = _json_object(path, path.read_bytes())
     theirs = {
@@ -642,7 +647,8 @@ def _float32(name: str, value: np.ndarray) -> np.ndarray:
         value = value.view(jnp.bfloat16)  # How NumPy stores it.
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"{name} must have a floating-point dtype, got {value.dtype}.")
-    return np.asarray(value, np.float32)
+    with np.errstate(over="ignore"):  # It gives infinity, which is refused.
+        return np.asarray(value, np.float32)
 
 
 # Files.
@@ -658,6 +664,8 @@ def _read(path: Path) -> Arrays:
             f"a checkpoint must be a file that ends in {' or '.join(_READERS)}, got "
             f"{'the directory ' * path.is_dir()}{path}."
         )
+    if not path.is_file():  # A pipe would block, and a device may never end.
+        raise ValueError(f"{path} is not a regular file.")
     with path.open("rb") as file:
         try:
             return _READERS[kind](file)
@@ -672,13 +680,41 @@ def _read(path: Path) -> Arrays:
 def _read_npz(file):
     if not zipfile.is_zipfile(file):
         raise ValueError("it is truncated or is not a zip archive")
+    file_size = file.seek(0, os.SEEK_END)
     file.seek(0)
     with np.load(file, allow_pickle=False) as npz:
+        members = [(info.filename, info.file_size) for info in npz.zip.infolist()]
+        if sum(size for _, size in members) > _LARGEST_RATIO * file_size + 2**20:
+            raise ValueError("its arrays would be far larger than the file")
+        for name, size in members:
+            if name.endswith(".npy"):
+                _check_size(npz.zip, name, size)
         arrays = {name: npz[name] for name in npz.files}
     for name, value in arrays.items():
         if not isinstance(value, np.ndarray):
             raise ValueError(f"{name} is not an array")
     return arrays
+
+
+# Weights hardly compress, unless most of them are zero.
+_LARGEST_RATIO = 32
+
+
+def _check_size(archive, name, size):
+    """Raises if the header of a member demands more than it has; NumPy would allocate.
+
+    `functa.npz` does the same for other files.
+    """
+    with archive.open(name) as member:
+        start = io.BytesIO(member.read(10_000))  # NumPy's limit of a header
+    version = np.lib.format.read_magic(start)
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    shape, _, dtype = readers[version](start)
+    if start.tell() + math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"{name} has {size} bytes, not an array {dtype} {shape}")
 
 
 def _read_safetensors(file):
@@ -691,6 +727,8 @@ def _read_safetensors(file):
     length = int.from_bytes(file.read(8), "little")
     if length > _MAX_HEADER:
         raise ValueError(f"its header would have {length} bytes")
+    if length > os.fstat(file.fileno()).st_size:
+        raise ValueError(f"its header of {length} bytes would exceed it")
     header = json.loads(file.read(length))
     buffer = file.read()
     header.pop("__metadata__", None)
@@ -711,6 +749,8 @@ def _read_safetensors(file):
             )
         array = np.frombuffer(buffer, dtype, count=size, offset=begin)
         arrays[name] = array.reshape(shape)
+    if sum(array.nbytes for array in arrays.values()) > len(buffer):
+        raise ValueError("its arrays overlap")
     return arrays
 
 

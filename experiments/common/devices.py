@@ -13,11 +13,15 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from experiments.common import partners
+
 
 def initialize(
     coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
     """Connects the processes of a run. Call it before any use of a device.
+
+    If one of them ends early, the others end within seconds, with one line.
 
     Args:
       coordinator: HOST:PORT of process 0. With None JAX detects all three arguments;
@@ -26,6 +30,8 @@ def initialize(
       process_id: index of this process, from 0.
     """
     jax.distributed.initialize(coordinator, num_processes, process_id)
+    if jax.process_count() > 1:
+        partners.connect(coordinator)
 
 
 def is_main() -> bool:

@@ -113,10 +113,8 @@ def read_run(workdir: Path) -> Run:
 
 
 def _read_arrays(folder):
-    if not (folder / "arrays.npz").exists():
-        return {}
-    with np.load(folder / "arrays.npz", allow_pickle=False) as file:
-        return dict(file)
+    path = folder / "arrays.npz"
+    return files.read_npz(path) if path.exists() else {}
 
 
 def describe(run: Run) -> str:

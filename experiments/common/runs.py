@@ -6,6 +6,7 @@ written under a temporary name and then moved: a kill never leaves a damaged fil
 """
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -21,7 +22,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from experiments.common import devices, files
+from experiments.common import devices, files, partners
 from experiments.common.launch import one_line
 from experiments.common.upgrade import flatten, upgrade
 
@@ -63,21 +64,20 @@ class Run:
         self._started = time.monotonic()
         self._last = None
         self._tensorboard = None
-        stored = self.workdir / "config.json"
-        ours = json.loads(config.to_json_best_effort())
-        if stored.exists() and self._has_results():
-            _check_same_config(
-                upgrade(files.read_json(stored)), upgrade(ours), self.workdir
-            )
-        else:
-            # Where nothing was done yet, a corrected configuration is welcome.
-            (self.workdir / "inputs.json").unlink(missing_ok=True)
-            files.write_json(stored, ours)
-        self._check_inputs(inputs or {})
-        if (self.workdir / "summary.json").exists():
-            self.summary = files.read_json(self.workdir / "summary.json")
-        else:
-            files.write_json(self.workdir / "environment.json", environment())
+        self._lock = contextlib.ExitStack()
+        try:
+            # The other processes read what the main process has written.
+            if devices.is_main():
+                self.workdir.mkdir(parents=True, exist_ok=True)
+                self._lock.enter_context(files.lock(self.workdir, self.say))
+                self._open(inputs or {})
+            devices.wait_for_all("the run folder is written")
+            if not devices.is_main():
+                self._open(inputs or {})
+            devices.wait_for_all("the run folder is read")
+        except BaseException:
+            self._lock.close()
+            raise
 
     @property
     def seconds(self) -> float:
@@ -94,24 +94,30 @@ class Run:
 
     def say(self, message: str) -> None:
         """Prints one line of progress, from the main process."""
-        if devices.is_main():
-            print(message, flush=True)
+        _say(message)
 
     def restore(self, state: Any) -> tuple[int, Any]:
         """Restores the newest checkpoint: (step, state), or (0, `state`) without one.
+
+        A checkpoint that differs from its checksums is deleted and the one before it
+        is restored; a line says so.
 
         The state is placed on every device, independent of the devices that saved it.
         Metrics that were logged after the checkpoint are dropped, so that they are not
         logged twice.
 
         Raises:
-          ValueError: if the checkpoint is damaged or has other shapes.
+          ValueError: if no checkpoint is intact, or if it has other shapes.
         """
+        newest, damaged = _find_checkpoint(self.checkpoints)
+        devices.wait_for_all("the checkpoints are verified")
+        if devices.is_main():
+            for path in damaged:
+                shutil.rmtree(path)
         step = 0
-        latest = self._open_checkpointer().latest
-        if latest is not None:
-            step = latest.step
-            state = _load(self._checkpointer, step, state, self.checkpoints)
+        if newest is not None:
+            step = int(newest.name)
+            state = _load(newest, state)
             self.say(f"resuming at step {step} from {self.checkpoints}")
         metrics = self.workdir / "metrics.jsonl"
         kept = [m for m in files.read_metrics(metrics) if m["step"] <= step]
@@ -137,6 +143,8 @@ class Run:
             )
         try:
             checkpointer.save(step, state, force=True)
+            if devices.is_main():
+                files.write_checksums(self.checkpoints / str(step))
         # The exception for a full disk depends on the writer of Orbax that fails.
         except (OSError, ValueError, RuntimeError) as error:
             raise OSError(
@@ -174,7 +182,8 @@ class Run:
     def finish(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         """Writes summary.json, which marks the run as finished, and prints it."""
         self.summary = files.plain({"seconds": round(self.seconds, 1), **summary})
-        files.write_json(self.workdir / "summary.json", self.summary)
+        path = self.workdir / "summary.json"
+        files.write_json(path, self.summary | {_CONFIG_HASH: self._config_hash})
         self.show_summary()
         return self.summary
 
@@ -190,32 +199,62 @@ class Run:
         return self.summary
 
     def close(self) -> None:
-        if self._checkpointer is not None:
-            self._checkpointer.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        with self._lock:
+            if self._checkpointer is not None:
+                self._checkpointer.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
 
-    def _has_results(self):
-        """Whether the folder holds more than the start of a run."""
-        start = {"config.json", "environment.json", "inputs.json"}
-        for path in self.workdir.iterdir():
-            if path.name in start or path.name.startswith("."):
-                continue
-            if any(path.iterdir()) if path.is_dir() else path.stat().st_size:
-                return True
-        return False
+    def _open(self, inputs):
+        """Compares the files of the folder with the configuration, or writes them."""
+        path = self.workdir / "config.json"
+        ours = json.loads(self.config.to_json_best_effort())
+        summary = self._read_summary()
+        if not _has_results(self.workdir):
+            # Where nothing was done yet, a corrected configuration is welcome.
+            (self.workdir / "inputs.json").unlink(missing_ok=True)
+            files.write_json(path, ours)
+        elif path.exists():
+            _check_same_config(_upgraded(path), upgrade(ours), self.workdir)
+            ours = _read_dict(path)
+        elif summary.get(_CONFIG_HASH) == _hash(ours) or not _is_run(self.workdir):
+            files.write_json(path, ours)
+        else:
+            raise ValueError(
+                f"{self.workdir} holds results of a run but no config.json, so their "
+                "configuration is unknown. Delete the folder or choose another "
+                "--workdir."
+            )
+        self._config_hash = _hash(ours)
+        self._check_inputs(inputs)
+        if summary:
+            # Runs of earlier versions have no hash.
+            if summary.pop(_CONFIG_HASH, self._config_hash) != self._config_hash:
+                raise ValueError(
+                    f"the summary.json of {self.workdir} was not written with the "
+                    "configuration in its config.json. Delete the folder or choose "
+                    "another --workdir."
+                )
+            self.summary = summary
+        else:
+            files.write_json(self.workdir / "environment.json", environment())
+
+    def _read_summary(self):
+        path = self.workdir / "summary.json"
+        return _read_dict(path) if path.exists() else {}
 
     def _check_inputs(self, inputs):
         """Stores the digests of the inputs; raises ValueError if they have changed."""
         path = self.workdir / "inputs.json"
-        known = files.read_json(path) if path.exists() else {}
+        known = _read_dict(path) if path.exists() else {}
+        stored = dict(known)
         for name, digest in inputs.items():
             if known.setdefault(name, digest) != digest:
                 raise ValueError(
                     f"the {name} of {self.workdir} has changed since that run was "
                     "started. Delete the folder or choose another --workdir."
                 )
-        if known:
+        if known != stored:
             files.write_json(path, known)
 
     def _open_checkpointer(self):
@@ -268,7 +307,12 @@ def open_run(
         run.say(f"{workdir} is finished; delete it or choose another --workdir.")
     try:
         yield run
-    except BaseException:
+    except BaseException as error:
+        # An error of JAX may be the end of a partner, which is reported in its place.
+        if jax.process_count() > 1 and not isinstance(
+            error.__cause__ or error, ValueError | OSError
+        ):
+            partners.wait_for_news()
         # Report the first error.
         with contextlib.suppress(Exception):
             run.close()
@@ -310,11 +354,28 @@ def load_config(workdir: Path) -> ConfigDict:
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run (there is no config.json).")
-    return ConfigDict(upgrade(files.read_json(path)))
+    return ConfigDict(_upgraded(path))
+
+
+def load_summary(workdir: Path) -> dict[str, Any]:
+    """The results of a finished run.
+
+    Raises:
+      FileNotFoundError: if the run is not finished.
+      ValueError: if its summary.json is damaged.
+    """
+    path = Path(workdir) / "summary.json"
+    if not path.exists():
+        raise FileNotFoundError(f"the run {workdir} is not finished (no summary.json).")
+    summary = _read_dict(path)
+    summary.pop(_CONFIG_HASH, None)
+    return summary
 
 
 def load_checkpoint(workdir: Path, state: Any = None) -> tuple[ConfigDict, Any]:
-    """The configuration and the newest checkpoint of a run, as NumPy arrays.
+    """The configuration and the newest intact checkpoint of a run, as NumPy arrays.
+
+    A line says which checkpoints were damaged.
 
     Args:
       workdir: the run folder.
@@ -322,37 +383,114 @@ def load_checkpoint(workdir: Path, state: Any = None) -> tuple[ConfigDict, Any]:
 
     Raises:
       FileNotFoundError: if `workdir` does not contain a run or a checkpoint.
-      ValueError: if one of them is damaged.
+      ValueError: if the configuration or every checkpoint is damaged.
     """
-    from orbax.checkpoint import v1 as ocp
-
     config = load_config(workdir)
     folder = Path(workdir) / "checkpoints"
     if not folder.is_dir():
         raise FileNotFoundError(f"the run {workdir} has no checkpoints.")
-    with ocp.training.Checkpointer(folder.absolute()) as checkpointer:
-        if checkpointer.latest is None:
-            raise FileNotFoundError(f"{folder} holds no complete checkpoint.")
-        state = _load(checkpointer, checkpointer.latest.step, state, folder)
-    return config, jax.device_get(state)
+    newest, _ = _find_checkpoint(folder)
+    if newest is None:
+        raise FileNotFoundError(f"{folder} holds no complete checkpoint.")
+    return config, jax.device_get(_load(newest, state))
 
 
-def _load(checkpointer, step, state, folder):
+def _say(message):
+    if devices.is_main():
+        print(message, flush=True)
+
+
+def _find_checkpoint(folder):
+    """The newest checkpoint whose files have their checksums, and damaged newer ones.
+
+    Checkpoints of earlier versions have no checksums and count as intact.
+
+    Raises:
+      ValueError: if all checkpoints are damaged.
+    """
+    # Orbax gives a folder its number when all files are written.
+    steps = [path for path in folder.glob("*") if path.name.isdecimal()]
+    damaged, reasons = [], []
+    for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
+        damage = files.find_damage(path)
+        if damage is None:
+            for reason in reasons:
+                _say(f"{reason}; using that of step {path.name}.")
+            return path, damaged
+        damaged.append(path)
+        reasons.append(f"the checkpoint {path} is damaged ({damage} has changed)")
+    if damaged:
+        raise ValueError(f"{reasons[0]}, and there is no other. Delete {folder}.")
+    return None, []
+
+
+def _load(path, state):
+    from orbax.checkpoint import v1 as ocp
+
+    path = path.absolute()
     try:
         if state is None:
-            state = checkpointer.metadata(step).metadata
+            state = ocp.metadata(path).metadata
         everywhere = devices.replicated()
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state
         )
-        return checkpointer.load(step, abstract)
+        return ocp.load(path, abstract)
     # For a damaged or incompatible checkpoint Orbax raises the error of its reader.
     except Exception as error:
         raise ValueError(
-            f"the checkpoint of step {step} in {folder} cannot be read "
-            f"({type(error).__name__}: {one_line(error)[:200]}). Delete it to "
-            "resume from the previous one."
+            f"the checkpoint {path} cannot be read ({type(error).__name__}: "
+            f"{one_line(error)[:200]}). Delete it to use the previous one."
         ) from error
+
+
+def _read_dict(path):
+    value = files.read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {value!r:.80}.")
+    return value
+
+
+def _upgraded(path):
+    """The configuration in a config.json, with the fields of today."""
+    try:
+        return upgrade(_read_dict(path))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a configuration of this version: {error!r}."
+        ) from None
+
+
+def _hash(config):
+    """SHA-256 of a configuration as it is stored in config.json."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+_CONFIG_HASH = "config_sha256"
+_START = {"config.json", "environment.json", "inputs.json", "identity.json"}
+
+
+def _has_results(folder):
+    """Whether a folder holds more than the start of a run, or of runs within it."""
+    for path in folder.iterdir():
+        if path.name in _START or path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            if _has_results(path):
+                return True
+        elif path.name == "metrics.jsonl":
+            # The line of step 0 is written before the training.
+            if any(line["step"] > 0 for line in files.read_metrics(path)):
+                return True
+        elif path.lstat().st_size:
+            return True
+    return False
+
+
+def _is_run(folder):
+    """Whether a folder without config.json was the folder of a run."""
+    names = ("environment.json", "metrics.jsonl", "checkpoints", "summary.json")
+    return any((folder / name).exists() for name in names)
 
 
 def environment() -> dict[str, Any]:

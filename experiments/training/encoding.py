@@ -11,7 +11,6 @@ import functools
 import json
 import shutil
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -261,9 +260,11 @@ def write_functaset(
         shard = parts / f"{split}-{copy:03d}-{start:09d}.npz"
         shards.append((shard, split, stop - start))
         mine = number % jax.process_count() == jax.process_index()
-        if mine and not shard.exists():
+        images, labels = arrays["image"][start:stop], arrays["label"][start:stop]
+        if mine and not _is_whole(shard, images, labels):
+            source = _source(shard, images, labels)
             images = copy_images(
-                arrays["image"][start:stop],
+                images,
                 copy,
                 number=copy * total + start,
                 seed=seed,
@@ -276,9 +277,11 @@ def write_functaset(
             )
             values = {
                 "latent": np.concatenate(latents),
-                "label": arrays["label"][start:stop],
+                "label": labels,
                 "psnr": np.asarray(functa.psnr(np.concatenate(mse)[:, -1])),
+                "source": np.array(source),
             }
+            _check_finite(values["latent"], f"{split} image", start)
             files.write_npz(shard, values, every_process=True)
             encoded += stop - start
         done += stop - start
@@ -386,23 +389,50 @@ def _open_parts(parts, identity):
         files.write_json(record, identity)
 
 
+def _source(shard, images, labels):
+    """A digest of the place of a shard and of the rows from which it is encoded."""
+    return functaset.hash_params({shard.name: (images, labels)})
+
+
+def _is_whole(shard, images, labels):
+    """Whether a shard exists, can be read and was encoded from these rows."""
+    if not shard.exists():
+        return False
+    try:
+        known = files.read_npz(shard)
+        if str(known["source"]) == _source(shard, images, labels):
+            return True
+    except (ValueError, KeyError):  # damaged, or of an earlier version
+        pass
+    print(f"{shard} is damaged or has other rows; it is encoded again.", flush=True)
+    return False
+
+
+def _check_finite(latents, what, first):
+    bad = np.flatnonzero(~np.isfinite(latents).all(tuple(range(1, latents.ndim))))
+    if bad.size:
+        raise ValueError(
+            f"the latent of {what} {first + bad[0]} is not finite; lower the inner "
+            "learning rate."
+        )
+
+
 def _join(path, shards, *, config, params_sha256):
     """Streams the shards into one .npz; returns its size and mean PSNR."""
     num = sum(size for *_, size in shards)
-    with np.load(shards[0][0], allow_pickle=False) as shard:
-        latent_shape = shard["latent"].shape[1:]
+    latent_shape = files.read_npz(shards[0][0])["latent"].shape[1:]
     # Over all axes but the last: the signals and, in a grid, the positions.
     total = np.zeros(latent_shape[-1])
     squares, count = np.zeros_like(total), 0
     psnr = {}
     for file, split, _ in shards:
-        with np.load(file, allow_pickle=False) as shard:
-            psnr.setdefault(split, []).append(shard["psnr"])
-            if split == "train":
-                latent = np.float64(shard["latent"]).reshape(-1, len(total))
-                total += latent.sum(0)
-                squares += np.square(latent).sum(0)
-                count += len(latent)
+        shard = files.read_npz(file)
+        psnr.setdefault(split, []).append(shard["psnr"])
+        if split == "train":
+            latent = np.float64(shard["latent"]).reshape(-1, len(total))
+            total += latent.sum(0)
+            squares += np.square(latent).sum(0)
+            count += len(latent)
     mean = total / max(count, 1)
     std = np.sqrt(np.maximum(squares / max(count, 1) - np.square(mean), 0))
     whole = {
@@ -417,27 +447,18 @@ def _join(path, shards, *, config, params_sha256):
             if name == "split":
                 yield np.full(size, split, "<U5")
             else:
-                with np.load(file, allow_pickle=False) as shard:
-                    yield shard[name]
+                yield files.read_npz(file, [name])[name]
 
-    def write(file):
-        with zipfile.ZipFile(file, "w") as archive:
-            for name, dtype, shape in (
-                ("latent", "<f4", (num, *latent_shape)),
-                ("label", "<i4", (num,)),
-                ("psnr", "<f4", (num,)),
-                ("split", "<U5", (num,)),
-            ):
-                header = {"descr": dtype, "fortran_order": False, "shape": shape}
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array_header_1_0(member, header)
-                    for block in rows(name):
-                        member.write(np.ascontiguousarray(block, dtype).tobytes())
-            for name, array in whole.items():
-                with archive.open(f"{name}.npy", "w") as member:
-                    np.lib.format.write_array(member, array, allow_pickle=False)
-
-    files.write_atomic(path, write, mode="wb")
+    members = {
+        "latent": ("<f4", (num, *latent_shape), rows("latent")),
+        "label": ("<i4", (num,), rows("label")),
+        "psnr": ("<f4", (num,), rows("psnr")),
+        "split": ("<U5", (num,), rows("split")),
+        **{name: (a.dtype, a.shape, [a]) for name, a in whole.items()},
+    }
+    files.write_atomic(
+        path, lambda file: functaset.write_members(file, members), mode="wb"
+    )
     means = {
         f"{split}_psnr": float(np.mean(np.concatenate(values)))
         for split, values in psnr.items()
