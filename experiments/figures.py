@@ -7,16 +7,14 @@ is trained.
 import sys
 from pathlib import Path
 
-from experiments.common import figures
+from experiments.common import figures, launch
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m experiments.figures WORKDIR")
-    try:
-        figures.draw(Path(sys.argv[1]))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    with launch.one_line_errors():
+        if len(sys.argv) != 2:
+            raise ValueError("usage: python -m experiments.figures WORKDIR")
+        figures.draw(Path(sys.argv[1]).expanduser())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from experiments.common import settings
+
 
 def initialize(
     coordinator: str | None, num_processes: int | None, process_id: int | None
@@ -24,7 +26,9 @@ def initialize(
       num_processes: number of processes of the run.
       process_id: index of this process, from 0.
     """
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    # What it lacks or cannot reach, only the user can give.
+    with settings.blamed_on("--multihost"):
+        jax.distributed.initialize(coordinator, num_processes, process_id)
 
 
 def is_main() -> bool:

@@ -44,11 +44,11 @@ BASE = {
     "image_size": 32,
     # type: VGG or DeepLinear. Other fields are those of the module in
     # experiments.networks, except batch_norm.
-    "model": {"type": "VGG"},
+    "model": settings.Open(type="VGG"),
     # Pattern of the parameter paths whose gradients the report compares between steps.
     "last_layer": "^fc3/kernel$",
     # Any optimizer of optax, with one of the learning rates above.
-    "optimizer": {"name": "adam", "options": {}},
+    "optimizer": {"name": "adam", "options": settings.Open()},
     "num_epochs": 20,
     "batch_size": 128,
     "checkpoint_every": 780,
@@ -149,25 +149,25 @@ VARIANTS = {
 
 RULES = {
     "seeds": settings.SEEDS,
-    "networks": settings.each(settings.one_of("bn", "plain")),
-    "learning_rates": settings.each(settings.above(0)),
+    "networks": settings.distinct(settings.one_of("bn", "plain")),
+    "learning_rates": settings.distinct(settings.above(0)),
     "step_sizes": settings.each(settings.above(0)),
-    "num_epochs": settings.at_least(1),
-    "batch_size": settings.at_least(1),
-    "checkpoint_every": settings.at_least(1),
-    "probe_every": settings.at_least(1),
-    "num_train": settings.at_least(0),
-    "num_test": settings.at_least(0),
-    "image_size": settings.at_least(0),
+    "num_epochs": settings.whole(1),
+    "batch_size": settings.whole(1),
+    "checkpoint_every": settings.whole(1),
+    "probe_every": settings.whole(1),
+    "num_train": settings.whole(0),
+    "num_test": settings.whole(0),
+    "image_size": settings.whole(0, 2**16),
     "bn_mode": settings.one_of("batch", "frozen", "recalibrated"),
-    "sharpness.every": settings.at_least(0),
-    "sharpness.num_images": settings.at_least(1),
-    "sharpness.num_eigenvalues": settings.at_least(1),
-    "sharpness.num_steps": settings.at_least(1),
-    "surface.size": settings.at_least(0),
+    "sharpness.every": settings.whole(0),
+    "sharpness.num_images": settings.whole(1),
+    "sharpness.num_eigenvalues": settings.whole(1),
+    "sharpness.num_steps": settings.whole(1),
+    "surface.size": settings.whole(0, 2**16),
     "surface.span": settings.above(0),
-    "surface.num_images": settings.at_least(1),
-    "surface.chunk_size": settings.at_least(1),
+    "surface.num_images": settings.whole(1),
+    "surface.chunk_size": settings.whole(1),
 }
 
 get_config = functools.partial(settings.build, "probe_landscape", BASE, VARIANTS)
