@@ -132,6 +132,9 @@ def _fill(argument, references, made):
 
 # Inputs.
 
+# Commands whose inputs are always tried, because they start from no run.
+_UNTRAINED = ("scaling", "latent_controls", "import_functa", "figures")
+
 
 def _try_inputs(run, references):
     config = run.config.inputs
@@ -139,7 +142,7 @@ def _try_inputs(run, references):
     cases = [
         case
         for case in bad_inputs.make_cases()
-        if case.command in {*run.config.commands, "scaling", "import_functa", "figures"}
+        if case.command in {*run.config.commands, *_UNTRAINED}
         and _runs_of(case) <= references.keys()
     ][:: config.every]
     path = run.workdir / "inputs.jsonl"

@@ -24,6 +24,7 @@ from experiments.common import settings
 COMMANDS = (
     *("meta_learn", "make_functaset", "classify_functa", "fit_image", "train_lbi"),
     *("prune_lbi", "probe_landscape", "train_vit", "prune_vit", "scaling"),
+    "latent_controls",
 )
 # Runs that cases and kills start from: command and the options beyond `smoke`.
 RUNS = {
