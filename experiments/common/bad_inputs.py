@@ -600,7 +600,8 @@ def make_files(folder: Path, marker: Path, run: Path) -> None:
 
     from PIL import Image
 
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (24, 8, 8, 3), np.uint8)
     evil = pickle.dumps(Evil(marker / "file"))
@@ -628,8 +629,7 @@ def make_files(folder: Path, marker: Path, run: Path) -> None:
         data[len(data) // 2] ^= 4
         path(name).write_bytes(data)
 
-    if not path("fifo").exists():
-        os.mkfifo(path("fifo"))
+    os.mkfifo(path("fifo"))
     # Configurations.
     path("not_python").write_text("{no python")
     path("no_get_config").write_text("x = 1\n")
@@ -648,11 +648,10 @@ def make_files(folder: Path, marker: Path, run: Path) -> None:
     path("text.png").write_text("no image")
     path("empty.png").write_bytes(b"")
     truncate("rgb.png", "truncated.png")
-    path("folder.png").mkdir(exist_ok=True)
-    if not path("huge.png").exists():
-        _write_huge_png(path("huge.png"))
+    path("folder.png").mkdir()
+    _write_huge_png(path("huge.png"))
     Image.fromarray(np.float32(images[0, ..., 0])).save(path("float.tif"))
-    path("empty_folder").mkdir(exist_ok=True)
+    path("empty_folder").mkdir()
     path("a_file.txt").write_text("x")
     pictures("flat", range(24))
     pictures("one_image", [0])
@@ -662,7 +661,7 @@ def make_files(folder: Path, marker: Path, run: Path) -> None:
         pictures(f"{name}/{prefix}dog", range(12, 24))
     pictures("class_missing_in_test/test/dog", range(12, 16))
     pictures("class_empty_in_test/test/dog", range(12, 16))
-    path("class_empty_in_test/test/cat").mkdir(exist_ok=True)
+    path("class_empty_in_test/test/cat").mkdir()
     path("text_only/a.txt").write_text("x")
     for name in ("mixed_sizes", "zero_bytes", "truncated", "not_images", "broken_link"):
         pictures(f"{name}/cat", range(6))
@@ -671,8 +670,7 @@ def make_files(folder: Path, marker: Path, run: Path) -> None:
     path("zero_bytes/cat/zz.png").write_bytes(b"")
     truncate("rgb.png", "truncated/cat/zz.png")
     path("not_images/cat/zz.png").write_text("no image")
-    if not path("broken_link/cat/zz.png").is_symlink():
-        path("broken_link/cat/zz.png").symlink_to("/nowhere/x.png")
+    path("broken_link/cat/zz.png").symlink_to("/nowhere/x.png")
     pictures("mixed_levels", range(6))
     pictures("mixed_levels/cat", range(6, 12))
     # .npz data sets.
@@ -698,8 +696,8 @@ def make_files(folder: Path, marker: Path, run: Path) -> None:
     path("npz_text/train.npz").write_text("x")
     truncate("npz_good/train.npz", "npz_truncated/train.npz")
     flip("npz_good/train.npz", "npz_flipped/train.npz")
-    path("npz_is_folder/test.npz").unlink(missing_ok=True)
-    path("npz_is_folder/test.npz").mkdir(exist_ok=True)
+    path("npz_is_folder/test.npz").unlink()
+    path("npz_is_folder/test.npz").mkdir()
     _write_huge_npz(path("npz_huge_header/train.npz"), "image", "|u1", labels=labels)
     np.savez(path("npz_other_names/train.npz"), images=images, labels=labels)
     both("npz_pickle", image=evil_array)
@@ -726,7 +724,6 @@ def make_files(folder: Path, marker: Path, run: Path) -> None:
     # Runs.
     for name in (*_BAD_RUNS, *_BAD_STATES):
         if name.startswith(("run_", "state_")):
-            shutil.rmtree(folder / name, ignore_errors=True)
             shutil.copytree(run, folder / name)
             _damage(folder / name, name.partition("_")[2])
 
@@ -773,7 +770,7 @@ def _make_functasets(path, labels, evil_array, truncate, flip):
     np.save(path("array.npy"), latent)
     path("text.npz").write_text("x")
     path("empty.npz").write_bytes(b"")
-    path("folder.npz").mkdir(exist_ok=True)
+    path("folder.npz").mkdir()
     truncate("functaset_good.npz", "truncated.npz")
     flip("functaset_good.npz", "flipped.npz")
     hole = latent.copy()
