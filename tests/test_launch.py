@@ -66,8 +66,9 @@ def test_help_lists_variants_and_fields():
     text = launch.describe("meta_learn")
     for variant in configs.VARIANTS:
         assert f"  {variant}:" in text
-    for field in settings.flatten(configs.BASE):
-        assert f"--config.{field}=" in text
+    for field in settings.flatten(configs.get_config().to_dict()):
+        if field not in ("experiment", "variant"):
+            assert f"--config.{field}=" in text
     assert "--config.optimizer.ema_decay=0.0  (in [0, 1))" in text
 
 
