@@ -31,7 +31,8 @@ def main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    print("usage: python -m experiments.COMMAND [--config=FILE.py:VARIANT] [--help]\n")
+    print("usage: python -m experiments.COMMAND [--config=FILE.py:VARIANT] [--help]")
+    print("--help lists the variants and fields of a command.\n")
     width = max(map(len, commands))
     for name, summary in commands.items():
         print(f"  {name:{width}}  {summary}")

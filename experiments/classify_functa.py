@@ -132,6 +132,8 @@ def make_candidates(config: ConfigDict) -> dict[str, np.ndarray]:
     activation = config.model.get("activation", "relu")
     if not callable(getattr(nn, activation, None)):
         raise ValueError(f"flax.linen has no activation {activation!r}.")
+    with settings.blamed_on("model.activation"):
+        jax.eval_shape(getattr(nn, activation), jnp.zeros((2, 3)))
     if config.model.type != "mlp" and any(config.candidates.dropout_rate):
         raise ValueError(
             "candidates.dropout_rate is the rate of the head mlp; for the head "

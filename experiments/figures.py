@@ -11,13 +11,11 @@ from experiments.common import figures, launch
 
 
 def main() -> None:
-    launch.expand_home()
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m experiments.figures WORKDIR")
-    try:
+    with launch.one_line_errors():
+        launch.expand_home()
+        if len(sys.argv) != 2:
+            raise ValueError("usage: python -m experiments.figures WORKDIR")
         figures.draw(Path(sys.argv[1]))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,15 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
     settings.check(config, configs.RULES)
     tasks = make_tasks(config)
-    config.model.out_channels = tasks[0].images.shape[-1]
+    channels = tasks[0].images.shape[-1]
+    if config.model.out_channels not in (None, channels):
+        raise ValueError(
+            f"model.out_channels is {config.model.out_channels}, but the images have "
+            f"{channels} channels."
+        )
+    config.model.out_channels = channels
+    for task in tasks:
+        siren.check(config, task)
 
     def experiment(run):
         model = functaset.make_model(run.config.model.to_dict())
@@ -295,7 +303,6 @@ def _evaluate(run, model, tasks, states):
             f"{task.name}_gradient": np.asarray(gradient_magnitude(model, few, shape)),
         }
     files.write_npz(run.workdir / "arrays.npz", arrays)
-    figures.draw(run.workdir)
     run.say("writing the functaset ...")
     written = _make_functaset(config, tasks, states, np.concatenate(latents))
     files.write_atomic(
@@ -303,6 +310,7 @@ def _evaluate(run, model, tasks, states):
         lambda file: functa.save_functaset(file, written),
         mode="wb",
     )
+    figures.draw(run.workdir)
     return summary | {"num_params": written.latent.shape[1]}
 
 

@@ -8,16 +8,14 @@ the training from the weights or, with --config.num_steps=0, only evaluates them
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
 from ml_collections import ConfigDict
 
 import functa
 from experiments.common import launch, runs
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "run folder")
 
 
 def import_checkpoint(path: Path, workdir: Path) -> dict[str, Any]:
@@ -62,16 +60,21 @@ def import_checkpoint(path: Path, workdir: Path) -> dict[str, Any]:
         return run.summary
 
 
-def main(argv: list[str]) -> None:
-    launch.silence_libraries()
-    with launch.one_line_errors():
-        if len(argv) != 2:
+def main() -> None:
+    with launch.one_line_errors(debug="--debug" in sys.argv):
+        launch.expand_home()
+        arguments = sys.argv[1:]
+        if {"-h", "-help", "--help"} & set(arguments):
+            print(__doc__)
+            return
+        options, paths = launch.parse_flags(arguments)
+        if len(paths) != 1:
             raise ValueError("usage: python -m experiments.import_functa PATH")
-        path = Path(argv[1])
-        workdir = Path(_WORKDIR.value or f"runs/import_functa/{path.stem}")
-        import_checkpoint(path, workdir)
+        launch.silence_libraries()
+        path = Path(paths[0])
+        workdir = options.workdir or f"runs/import_functa/{path.stem}"
+        import_checkpoint(path, launch.find_workdir(workdir))
 
 
 if __name__ == "__main__":
-    launch.expand_home()
-    app.run(main)
+    main()

@@ -6,6 +6,7 @@ Trains the shared weights and the inner learning rates, evaluates them on the te
 split, draws figures, and writes the functaset of both splits into the run folder.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import functa
 from experiments.common import data, devices, figures, files, launch, settings
 from experiments.common.sweep import sweep
 from experiments.configs import meta_learn as configs
-from experiments.training import controls, encoding, meta
+from experiments.training import controls, encoding, meta, optimizers
 from functa import functaset
 
 
@@ -34,6 +35,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         learner = encoding.load_learner(config.init_from)
         _adopt(config, learner)
     _complete_config(config, dataset["train"]["image"].shape)
+    _check_training(config)
 
     def experiment(run):
         model = functaset.make_model(run.config.model.to_dict())
@@ -54,7 +56,7 @@ def _adopt(config, learner):
 
 def _complete_config(config, shape):
     """Sets the number of channels, and checks the fields that depend on the data."""
-    _, height, width, channels = shape
+    num_images, height, width, channels = shape
     if config.model.out_channels not in (None, channels):
         raise ValueError(
             f"config.model.out_channels is {config.model.out_channels}, but the images "
@@ -67,6 +69,11 @@ def _complete_config(config, shape):
                 f"model.{name} must be at least 1, got {config.model[name]}."
             )
     _complete_cells(config, (height, width))
+    if config.by_cells:
+        num_images *= math.prod(config.model.grid)
+    # Refuses a batch that is larger than the data set.
+    data.batch_indices(0, 0, num_examples=num_images, batch_size=config.batch_size)
+    devices.check_divisible(config.batch_size)
     factor = config.coarse_factor
     if config.coarse_steps and (height % factor or width % factor):
         raise ValueError(
@@ -77,8 +84,31 @@ def _complete_config(config, shape):
             f"num_pixels must be at most {height * width}, the pixels of an image, got "
             f"{config.num_pixels}."
         )
-    if not callable(getattr(optax, config.eval.optimizer, None)):
-        raise ValueError(f"optax has no optimizer {config.eval.optimizer!r}.")
+
+
+def _check_training(config):
+    """Makes model and optimizers, to refuse their fields before the training."""
+    with settings.blamed_on("model"):
+        model = functaset.make_model(config.model.to_dict())
+        latent = model.initial_latent()
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2)), latent)
+    meta.make_optimizer(config)
+    with settings.blamed_on("eval.optimizer"):
+        optimizer = _make_further_optimizer(config.eval)
+        jax.eval_shape(
+            lambda z: functa.optimize_latent(
+                lambda z: z, z, z, optimizer=optimizer, num_steps=1
+            ),
+            jnp.zeros(3),
+        )
+
+
+def _make_further_optimizer(settings):
+    make = optimizers.find(settings.optimizer, "eval.optimizer")
+    if not settings.learning_rate:
+        return make()
+    steps = max(settings.more_steps, 1)
+    return make(optax.cosine_decay_schedule(settings.learning_rate, steps))
 
 
 def _complete_cells(config, shape):
@@ -179,12 +209,7 @@ def _fit_further(learner, images, settings):
     if learner.cell is not None:  # Cells are separate signals.
         grid, model = model.grid, model.cell()
     coords = jnp.asarray(functa.coordinate_grid(learner.cell or images.shape[1:3]))
-    make = getattr(optax, settings.optimizer)
-    if settings.learning_rate:
-        steps = max(settings.more_steps, 1)
-        optimizer = make(optax.cosine_decay_schedule(settings.learning_rate, steps))
-    else:
-        optimizer = make()
+    optimizer = _make_further_optimizer(settings)
 
     @jax.jit
     @jax.vmap
@@ -198,9 +223,10 @@ def _fit_further(learner, images, settings):
         )
 
     mse = []
-    batch_size = min(settings.batch_size, settings.more_images)
-    for start in range(0, settings.more_images, batch_size):
-        batch = images[start : min(start + batch_size, settings.more_images)]
+    images = images[: settings.more_images]
+    batch_size = min(settings.batch_size, len(images))
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
         [(latents, first)] = encoding.encode(learner, batch, batch_size=len(batch))
         with jax.default_matmul_precision("highest"):
             targets = data.to_float(batch)

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from experiments.common import data, figures, files, launch, settings
 from experiments.common.sweep import sweep
 from experiments.configs import probe_landscape as configs
-from experiments.training import classifier, loop
+from experiments.training import classifier, loop, optimizers
 from experiments.training.classifier import Images, TrainState
 from landscape import curvature, probes, surface
 
@@ -117,8 +117,8 @@ class Tools(NamedTuple):
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
     settings.check(config, configs.RULES)
-    _check_surface(config)
     images = classifier.load_images(config)
+    _check(config, images)
 
     @functools.cache  # compiled once for all learning rates
     def tools_of(network, seed):
@@ -187,15 +187,11 @@ def make_tools(config: ConfigDict, images: Images, network: str, seed: int) -> T
     )
 
 
-def _make_optimizer(settings):
-    make = getattr(optax, settings.name, None)
-    if not callable(make):
-        raise ValueError(f"optax has no optimizer {settings.name!r}.")
-    try:
-        injected = optax.inject_hyperparams(make)
-        return injected(learning_rate=1.0, **settings.options.to_dict())
-    except TypeError as error:
-        raise ValueError(f"optimizer.options: {error}") from None
+def _make_optimizer(config):
+    make = optimizers.find(config.name, "optimizer.name")
+    with settings.blamed_on("optimizer.name"):
+        make = functools.partial(optax.inject_hyperparams(make), learning_rate=1.0)
+    return optimizers.check(make, config.options)
 
 
 def _as_batch(images, pixels, labels, batch_stats, calibration):
@@ -225,8 +221,8 @@ def _make_probe(config, model, images):
 
 def _make_eigenvalues(config, model, images):
     loss_fn = classifier.make_loss(model, config.bn_mode)
-    settings = config.sharpness
-    pixels, labels = (x[: settings.num_images] for x in images.train)
+    sizes = config.sharpness
+    pixels, labels = (x[: sizes.num_images] for x in images.train)
 
     @jax.jit
     def eigenvalues(key, params, batch_stats, pixels, labels):
@@ -238,9 +234,9 @@ def _make_eigenvalues(config, model, images):
             key,
             matvec,
             params,
-            num=settings.num_eigenvalues,
+            num=sizes.num_eigenvalues,
             num_smallest=1,
-            num_steps=settings.num_steps,
+            num_steps=sizes.num_steps,
         )
 
     return lambda key, state: eigenvalues(
@@ -449,7 +445,24 @@ def _mean_and_std(name, values):
     return found
 
 
-def _check_surface(config):
+def _check(config, images):
+    """Checks what depends on the images or on several fields, before any training."""
+    _make_optimizer(config.optimizer)
+    for network in config.networks:
+        shapes = classifier.check(config, images, batch_norm=network == "bn")["params"]
+        with settings.blamed_on("last_layer"):
+            jax.eval_shape(
+                lambda p: probes.consecutive_change(
+                    p, p, p, p, pattern=config.last_layer
+                ),
+                shapes,
+            )
+    measured = config.sharpness
+    if measured.num_eigenvalues > measured.num_steps:
+        raise ValueError(
+            f"sharpness.num_eigenvalues must be at most sharpness.num_steps "
+            f"({measured.num_steps}), got {measured.num_eigenvalues}."
+        )
     sizes = config.surface
     if sizes.size and sizes.learning_rate not in config.learning_rates:
         raise ValueError(

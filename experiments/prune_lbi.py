@@ -56,6 +56,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     all_trained = [load_trained(folder, images) for folder in folders]
     for trained in all_trained:
         _check_layers(config, trained.problem.model)
+    optimizers.make_optimizer(config.finetune, 1, entry="finetune")
 
     def experiment(run):
         rows = []
@@ -284,7 +285,7 @@ def _train_masked(run, name, trained, keep, num_epochs):
     finetune = run.config.finetune
     problem = problem._replace(num_steps=num_epochs * problem.steps_per_epoch)
     optimizer = optax.chain(
-        optimizers.make_optimizer(finetune, problem.num_steps),
+        optimizers.make_optimizer(finetune, problem.num_steps, entry="finetune"),
         pruning.keep_zero(masks["params"]),
     )
     update = classifier.make_update(

@@ -23,8 +23,10 @@ from ml_collections import ConfigDict
 from experiments.common import data, figures, files, launch, runs, settings
 from experiments.common.sweep import sweep
 from experiments.configs import prune_vit as configs
+from experiments.configs.train_vit import TRAINING_RULES
 from experiments.training import classifier, vit_pruning
 from experiments.training import vit as vit_training
+from experiments.training.classifier import Images
 from experiments.training.vit import Problem
 from experiments.training.vit_pruning import METHODS, prune
 from vit import cascade, importance, schedules
@@ -36,7 +38,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
     settings.check(config, configs.RULES)
     _check_methods(config)
-    dense = load_problem(config)
+    images = vit_training.load_images(config) if config.dataset.name else None
+    if images is not None:
+        _check_training(config, images)
+    dense = load_problem(config, images)
     # A resumed run must not combine the rows of two networks.
     path = config.checkpoint
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
@@ -50,16 +55,19 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def _check_methods(config):
     # The dense network is always measured.
-    for names, allowed in (
-        (config.methods, METHODS),
-        (config.timing.methods, ("dense", *METHODS)),
-        (config.tuning.methods, ("dense", *METHODS)),
+    for entry, names, allowed in (
+        ("methods", config.methods, METHODS),
+        ("timing.methods", config.timing.methods, ("dense", *METHODS)),
+        ("tuning.methods", config.tuning.methods, ("dense", *METHODS)),
     ):
         if unknown := set(names) - set(allowed):
             raise ValueError(
-                f"methods must be among {', '.join(allowed)}; got "
-                f"{', '.join(sorted(unknown))}."
+                f"{entry} must be among {', '.join(allowed)}; got "
+                f"{', '.join(map(str, unknown))}."
             )
+    implementation = config.attention_implementation
+    if implementation == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError("attention_implementation=cudnn needs a GPU.")
     needy = [name for name in config.methods if name in vit_pruning.NEED_IMAGES]
     if not config.dataset.name:
         data.refuse_unread("a run without dataset.name", **config.dataset)
@@ -70,12 +78,12 @@ def _check_methods(config):
             "config.checkpoint must name a file that train_vit wrote (model.npz in its "
             "run folder) or one that vit.load_checkpoint reads."
         )
-    vit_training.check_stages(config.tuning.training)
+    with settings.blamed_on("tuning.training"):
+        vit_training.check_stages(config.tuning.training, TRAINING_RULES)
 
 
-def load_problem(config: ConfigDict) -> Problem:
+def load_problem(config: ConfigDict, images: Images | None) -> Problem:
     """The network of config.checkpoint, or one with random weights for timing."""
-    images = vit_training.load_images(config) if config.dataset.name else None
     fields = {
         "dtype": jnp.dtype(config.dtype),
         "attention_implementation": config.attention_implementation,
@@ -409,6 +417,16 @@ def _say_row(run, row):
         if f"speedup_{batch}" in row
     ]
     run.say(", ".join(parts))
+
+
+def _check_training(config, images):
+    """Checks fine-tuning and the training of structure, where they are used."""
+    if config.tuning.num_epochs:
+        training = config.tuning.training.to_dict()
+        training["num_epochs"] = config.tuning.num_epochs
+        vit_training.check(ConfigDict(training), images)
+    elif any(method.endswith("_lbi") for method in config.methods):
+        classifier.count_steps(images, config.tuning.training.batch_size)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ import sys
 from pathlib import Path
 
 from experiments.common import files
-from experiments.common.upgrade import FILLED, flatten, upgrade
+from experiments.common.settings import flatten
+from experiments.common.upgrade import FILLED, upgrade
 
 ROOT = Path(__file__).parents[1]
 MARKER = re.compile(r"<!--= (\S+) (\S+)(?: (\S+))? -->(.*?)<!--/-->", re.S)

@@ -25,6 +25,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
     settings.check(config, configs.RULES)
     images = classifier.load_images(config)
+    lbi_training.check(config, images)
     return sweep(
         config,
         workdir,

@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import serialization
 from jax import Array
 
 from lbi import penalty as penalties
@@ -58,6 +59,12 @@ class FrozenSpec:
         if isinstance(self.value, tuple):
             return {p: choice._unpack() for p, choice in self.value}
         return self.value
+
+
+# A restored state keeps the penalties of the state that it is restored into.
+serialization.register_serialization_state(
+    FrozenSpec, lambda spec: {}, lambda spec, stored: spec
+)
 
 
 class StructuralCouplingState(NamedTuple):
@@ -177,8 +184,10 @@ def structural_coupling(
         def groups(path, dual):
             # A parameter without a penalty has no groups; () keeps the tree structure.
             chosen = assigned.get(penalties.path_name(path))
-            shape = () if chosen is None else jax.eval_shape(chosen.norms, dual).shape
-            return jnp.full(shape, -1, jnp.int32)
+            if chosen is None:
+                return jnp.full((), -1, jnp.int32)
+            # Sharded as the norms, to which `update` compares it.
+            return jnp.full_like(chosen.norms(dual), -1, jnp.int32)
 
         dual = jax.tree.map(
             lambda p: jnp.zeros_like(p, dtype=_dual_dtype(p.dtype)), params

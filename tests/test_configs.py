@@ -26,6 +26,7 @@ def test_variants(name):
         # Documented, within the rules, and what a run folder can keep.
         assert variant in module.__doc__
         settings.check(config, module.RULES)
+        settings.check_fields(config, module.BASE)
         json.loads(config.to_json_best_effort())
     with pytest.raises(ValueError, match="variant 'nothing' must be one of"):
         module.get_config("nothing")

@@ -15,6 +15,7 @@ import optax
 import pytest
 from dessilbi_runs import CURVATURE, coupling_of, quadratic, run, tensors
 from flax import linen as nn
+from flax import serialization
 from goldens.make_dessilbi_goldens import replay as numpy_replay
 
 import lbi
@@ -720,3 +721,48 @@ def test_heads_and_neurons_are_groups():
     assert nonzero[:, 2].all() and nonzero.sum() == 6 * 2
     nonzero = np.asarray(gamma["attention"]["out"]["kernel"] != 0)
     assert nonzero[2].all() and nonzero.sum() == 2 * 6
+
+
+def _recording(penalty):
+    return lbi.dessilbi(0.1, nu=1.0, penalty={"kernel$": penalty}, record_entry=True)
+
+
+def test_state_survives_flax_serialization():
+    params = {"a": {"kernel": jnp.arange(6.0).reshape(3, 2), "bias": jnp.ones(2)}}
+    optimizer = _recording(lbi.L1(0.1))
+    _, state = optimizer.update(params, optimizer.init(params), params)
+    restored = serialization.from_bytes(
+        optimizer.init(params), serialization.to_bytes(state)
+    )
+    chex.assert_trees_all_equal(restored, state)
+    assert lbi.find_states(restored)[0].spec == lbi.find_states(state)[0].spec
+
+
+@pytest.mark.parametrize("penalty", [lbi.L1(0.1), lbi.GroupL2(0.1)])
+@pytest.mark.parametrize(
+    "wrap", [lambda o: o, lambda o: optax.MultiSteps(o, 2), lambda o: _finite(o)]
+)
+def test_record_of_entries_keeps_its_sharding(penalty, wrap):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spec = jax.sharding.PartitionSpec
+    with jax.set_mesh(mesh):
+        params = {
+            "kernel": jax.device_put(jnp.ones((3, 4)), spec(None, "x")),
+            "bias": jax.device_put(jnp.zeros(4), spec("x")),
+        }
+        optimizer = wrap(_recording(penalty))
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(params, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        jitted = jax.jit(lambda params, state: step((params, state), None)[0])
+        carry = jitted(params, optimizer.init(params))
+        carry = jitted(*carry)
+        assert jitted._cache_size() == 1
+        jax.eval_shape(lambda c: jax.lax.scan(step, c, length=2), carry)
+
+
+def _finite(optimizer):
+    return optax.apply_if_finite(optimizer, 3)

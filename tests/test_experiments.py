@@ -14,7 +14,7 @@ CONFIGS = {path.stem for path in (ROOT / "experiments" / "configs").glob("[!_]*.
 
 def test_every_command_has_one_line(capsys):
     assert experiments.main([]) == 0
-    lines = capsys.readouterr().out.splitlines()[2:]
+    lines = capsys.readouterr().out.splitlines()[3:]
     listed = dict(line.split(maxsplit=1) for line in lines)
     assert CONFIGS <= listed.keys()
     for name, summary in listed.items():

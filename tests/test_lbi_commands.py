@@ -230,7 +230,10 @@ def test_prune_refuses_bad_settings(trained, tmp_path, changes, message):
         ({"image_size": 4}, "the network takes 4x4 pixels"),
         ({"optimizer": {"dessilbi": {"options": {"mu": 2.0}}}}, "dessilbi.options"),
         ({"optimizer": {"dessilbi": {"name": "sgd"}}}, "must be one of adam"),
-        ({"optimizer": {"dessilbi": {"options": {"nu": 0.0}}}}, "nu must be > 0"),
+        (
+            {"optimizer": {"dessilbi": {"options": {"nu": 0.0}}}},
+            "options.nu must be above 0",
+        ),
     ],
 )
 def test_train_refuses_bad_settings(tmp_path, changes, message):

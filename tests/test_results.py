@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from experiments import results
-from experiments.common.upgrade import FILLED, flatten, upgrade, upgrade_override
+from experiments.common.settings import flatten
+from experiments.common.upgrade import FILLED, upgrade, upgrade_override
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(p.parent.name for p in (ROOT / "results").glob("*/config.json"))

@@ -59,7 +59,12 @@ def test_unknown_variant_and_field():
         (settings.each(settings.at_least(1)), ((1, 2),), ((), (0,), 3)),
         (settings.each(settings.at_least(1), empty=True), ((),), ((0,),)),
         (settings.optional(settings.at_least(1)), (None, 2), (0,)),
-        (settings.SEEDS, ((0, 7),), ((), (-1,), (2**64,), 3)),
+        (settings.SEEDS, ((0, 7),), ((), (-1,), (2**64,), 3, (1, 1), (0.5,))),
+        (settings.whole(1), (1, 2**31 - 1), (0, 1.0, True, "1", 2**31)),
+        (settings.whole(1, 9), (9,), (10,)),
+        (settings.pair(settings.at_least(0)), ((0, 1),), ((1, 0), (0, 0), (-1, 1), 3)),
+        (settings.pair(settings.FINITE, equal=True), ((-1, -1),), ((0, float("nan")),)),
+        (settings.distinct(settings.one_of("a", "b")), (("b", "a"),), (("a", "a"), ())),
     ],
 )
 def test_rules(rule, good, bad):
@@ -77,3 +82,38 @@ def test_star_checks_every_field():
     settings.check({"a": {"p": {"x": 1}, "q": {"x": 2}}}, rules)
     with pytest.raises(ValueError, match=r"a.q.x must be at least 1, got 0\."):
         settings.check({"a": {"p": {"x": 1}, "q": {"x": 0}}}, rules)
+
+
+def test_every_number_is_finite_without_a_rule():
+    for bad in (float("nan"), -float("inf"), 2**64):
+        for value in (bad, (1.0, bad)):
+            with pytest.raises(ValueError, match="a.b must be finite, got"):
+                settings.check({"a": {"b": value}}, {})
+
+
+def test_tensorboard_needs_its_package(monkeypatch):
+    settings.check({"tensorboard": False}, {})
+    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install tensorboardX"):
+        settings.check({"tensorboard": True}, {})
+
+
+def test_missing_fields_are_named():
+    with pytest.raises(ValueError, match="has no field a.c"):
+        settings.check({"a": {"b": 1}}, {"a.c": settings.at_least(0)})
+    base = {"a": {"b": 1, "c": 2}, "options": settings.Open(x=1)}
+    settings.check_fields({"a": {"b": 3, "c": 4}, "options": {"y": 1}}, base)
+    with pytest.raises(ValueError, match="has no field a.c"):
+        settings.check_fields({"a": {"b": 3}, "options": {}}, base)
+    with pytest.raises(ValueError, match="no field a.d"):
+        settings.check_fields({"a": {"b": 3, "c": 4, "d": 5}, "options": {}}, base)
+
+
+def test_errors_of_a_library_name_the_field():
+    with (
+        pytest.raises(ValueError, match=r"model: .*unexpected keyword argument 'y'"),
+        settings.blamed_on("model"),
+    ):
+        (lambda x: x)(y=1)
+    with pytest.raises(FileNotFoundError), settings.blamed_on("model"):
+        open("/nowhere")

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from experiments.common import partners
+from experiments.common import partners, settings
 
 
 def initialize(
@@ -29,7 +29,9 @@ def initialize(
       num_processes: number of processes of the run.
       process_id: index of this process, from 0.
     """
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    # What it lacks or cannot reach, only the user can give.
+    with settings.blamed_on("--multihost"):
+        jax.distributed.initialize(coordinator, num_processes, process_id)
     if jax.process_count() > 1:
         partners.connect(coordinator)
 

@@ -74,11 +74,18 @@ def draw(workdir: Path, summary: Mapping[str, Any] | None = None) -> None:
     run = read_run(Path(workdir))
     if summary is not None:
         run = run._replace(summary=files.plain(summary))
-    experiment = run.config["experiment"]
+    is_config = isinstance(run.config, dict)
+    experiment = run.config.get("experiment") if is_config else None
     if experiment not in _FIGURES:
         raise ValueError(f"{workdir} is a run of {experiment}, which has no figures.")
+    try:
+        makers = _FIGURES[experiment](run)
+    # Arrays of another program, for example.
+    except Exception as error:  # noqa: BLE001
+        print(f"warning: the figures are not drawn: {error!r}", flush=True)
+        return
     missing = []
-    for name, make in _FIGURES[experiment](run).items():
+    for name, make in makers.items():
         try:
             figure = make()
             figure.suptitle(describe(run), fontsize=9)

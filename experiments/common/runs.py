@@ -24,7 +24,8 @@ from ml_collections import ConfigDict
 
 from experiments.common import devices, files, partners
 from experiments.common.launch import one_line
-from experiments.common.upgrade import flatten, upgrade
+from experiments.common.settings import flatten
+from experiments.common.upgrade import upgrade
 
 _PACKAGES = (
     "jax",

@@ -2,15 +2,20 @@
 
 A file of `experiments/configs` holds three tables and one line:
 
-    BASE = {...}       nested dicts of all fields and their defaults
+    BASE = {...}       nested dicts of all fields and their defaults; `Optional` marks
+                       a field that may be None, `Open` an entry that takes more fields
     VARIANTS = {...}   variant -> {dotted field: value}; the first one is the default
     RULES = {...}      dotted field -> `Rule`, checked at the start of a command
     get_config = functools.partial(settings.build, NAME, BASE, VARIANTS)
 """
 
+import ast
+import contextlib
 import copy
+import difflib
+import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
@@ -21,6 +26,10 @@ class Optional(NamedTuple):
 
     kind: type
     value: Any = None
+
+
+class Open(dict):
+    """An entry that takes more fields than its own, such as optimizer keywords."""
 
 
 class Rule(NamedTuple):
@@ -77,20 +86,151 @@ def _with_references(value):
     return value
 
 
-def check(config: ConfigDict, rules: Mapping[str, Rule]) -> None:
-    """Checks every field that has a rule; `entry.*` stands for all fields of an entry.
+def find_field(name: str, base: Mapping[str, Any]) -> Any:
+    """The default of a dotted field; None within an `Open` entry.
 
     Raises:
-      ValueError: if a field breaks its rule; names the field, the rule and the value.
+      ValueError: if there is no such field; names the fields that there are.
     """
+    entry, path = base, "The configuration"
+    for part in name.split("."):
+        if isinstance(entry, Open):
+            return None
+        if not isinstance(entry, dict) or part not in entry:
+            fields = list(entry) if isinstance(entry, dict) else []
+            close = difflib.get_close_matches(part, fields, 1)
+            guess = f" Did you mean {close[0]}?" if close else ""
+            found = f"has {', '.join(fields)}" if fields else "is no entry"
+            raise ValueError(f"there is no field {name}.{guess} {path} {found}.")
+        entry, path = entry[part], part if entry is base else f"{path}.{part}"
+    return entry
+
+
+def set_field(
+    config: ConfigDict, name: str, text: str, base: Mapping[str, Any]
+) -> None:
+    """Sets a dotted field to the value that `text` writes.
+
+    The value has the kind of the field in `base`; a tuple of one value needs no
+    parentheses. A new field of an `Open` entry takes a Python literal or a string.
+
+    Raises:
+      ValueError: if there is no such field, or if the text is not of its kind.
+    """
+    default = find_field(name, base)
+    *parents, last = name.split(".")
+    entry = config
+    for parent in parents:
+        entry = entry[parent]
+    if isinstance(default, Optional) and text in ("None", "none"):
+        entry[last] = None
+        return
+    kind = default.kind if isinstance(default, Optional) else type(entry.get(last))
+    # The default says what the values of a tuple are, unless it is empty or mixed.
+    inner = {type(v) for v in default} if isinstance(default, tuple) else set()
+    inner = inner.pop() if len(inner) == 1 else None
+    try:
+        value = _read(text, kind)
+        if inner in _VALUES and not all(type(v) in _VALUES[inner][1] for v in value):
+            raise ValueError
+    except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
+        of = f" of {_VALUES[inner][0]}" if inner in _VALUES else ""
+        words = _KINDS.get(kind, "a Python literal")
+        raise ValueError(f"{name} must be {words}{of}, got {text!r}.") from None
+    with entry.ignore_type():
+        entry[last] = value
+
+
+_KINDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    tuple: "a tuple",
+    ConfigDict: "a dict",
+}
+
+
+_VALUES = {
+    int: ("integers", (int,)),
+    float: ("numbers", (int, float)),
+    str: ("strings", (str,)),
+}
+
+
+def _read(text, kind):
+    if kind is str:
+        return text
+    if kind in (int, float):
+        return kind(text)
+    if kind is bool:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        if text[:1] in "([{":
+            raise
+        value = text  # a string without quotes
+    if kind is tuple:
+        return tuple(value) if isinstance(value, list | tuple) else (value,)
+    if kind is ConfigDict:
+        return ConfigDict(dict(value))
+    return value
+
+
+def check_fields(config: ConfigDict, base: Mapping[str, Any]) -> None:
+    """Raises ValueError if `config` lacks a field of `base` or has an unknown one."""
+    given = flatten(config)
+    for name in given:
+        if name not in ("experiment", "variant"):
+            find_field(name, base)
+    for name in flatten(base):
+        if not any(f"{field}.".startswith(f"{name}.") for field in given):
+            raise ValueError(f"the configuration has no field {name}.")
+
+
+def flatten(entry: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested entries as one dict with dotted names; an empty or `Open` one is kept."""
+    is_entry = isinstance(entry, Mapping | ConfigDict) and not isinstance(entry, Open)
+    if not is_entry or not len(entry):
+        return {prefix: entry}
+    flat = {}
+    for name in entry:
+        flat |= flatten(entry[name], f"{prefix}.{name}" if prefix else str(name))
+    return flat
+
+
+def check(config: ConfigDict, rules: Mapping[str, Rule]) -> None:
+    """Checks every field that has a rule.
+
+    In the names of rules `entry.*` stands for all fields of an entry, and `field?` for
+    a field that may be missing.
+
+    All numbers must be finite, also those of fields without a rule.
+
+    Raises:
+      ValueError: if a field is missing or breaks its rule; names the field, the rule
+        and the value.
+    """
+    if "tensorboard" in config:
+        rules = {"tensorboard": TENSORBOARD, **rules}
     for name, rule in rules.items():
         for field, value in _lookup(config, name.split("."), ""):
-            try:
-                holds = rule.holds(value)
-            except TypeError:  # the type of the value cannot be compared
-                holds = False
-            if not holds:
-                raise ValueError(f"{field} must be {rule.words}, got {value!r}.")
+            check_value(field, value, rule)
+    for field, value in flatten(config).items():
+        numbers = value if isinstance(value, tuple | list) else [value]
+        for number in numbers:
+            if isinstance(number, int | float) and not abs(number) < 2**62:
+                raise ValueError(f"{field} must be finite, got {value!r}.")
+
+
+def check_value(field: str, value: Any, rule: Rule) -> None:
+    """Raises ValueError if the value of a field breaks the rule."""
+    try:
+        holds = rule.holds(value)
+    except (TypeError, OverflowError):  # not a value of this kind
+        holds = False
+    if not holds:
+        raise ValueError(f"{field} must be {rule.words}, got {value!r}.")
 
 
 def _lookup(entry, names, prefix):
@@ -98,8 +238,29 @@ def _lookup(entry, names, prefix):
         yield prefix, entry
         return
     for name in entry if names[0] == "*" else names[:1]:
+        if name.endswith("?"):
+            name = name[:-1]
+            if name not in entry:
+                continue
         field = f"{prefix}.{name}" if prefix else name
+        if not isinstance(entry, Mapping | ConfigDict) or name not in entry:
+            raise ValueError(f"the configuration has no field {field}.")
         yield from _lookup(entry[name], names[1:], field)
+
+
+@contextlib.contextmanager
+def blamed_on(field: str) -> Iterator[None]:
+    """Turns an error of code that a config chooses into one that names the field.
+
+    For what a config passes on to a library: keywords of an optimizer, fields of a
+    module. Whatever the library raises is about these values.
+    """
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{field}: {' '.join(str(error).split())}") from error
 
 
 def at_least(low: float) -> Rule:
@@ -137,6 +298,14 @@ def each(rule: Rule, *, empty: bool = False) -> Rule:
     )
 
 
+def distinct(rule: Rule) -> Rule:
+    """A non-empty tuple of different values that each satisfy a rule."""
+    return Rule(
+        f"a non-empty tuple without repetitions, each value {rule.words}",
+        lambda v: 0 < len(v) == len(set(v)) and all(map(rule.holds, v)),
+    )
+
+
 def optional(rule: Rule) -> Rule:
     """None, or a value that satisfies a rule."""
     return Rule(f"None or {rule.words}", lambda v: v is None or rule.holds(v))
@@ -162,8 +331,36 @@ DATASET_RULES = {
         Rule("an integer of at least 1", lambda v: type(v) is int and v >= 1)
     )
 }
-INTEGER = Rule("an integer", lambda v: type(v) is int)
-SEEDS = each(Rule("an integer from 0 to 2**32 - 1", lambda v: 0 <= v < 2**32))
+
+
+def whole(low: int, high: int = 2**31 - 1) -> Rule:
+    """An integer of at least `low` that a counter of 32 bits can hold."""
+    above = "below 2**31" if high == 2**31 - 1 else f"at most {high}"
+    words = f"at least {low} and {above}"
+    return Rule(words, lambda v: type(v) is int and low <= v <= high)
+
+
+def pair(rule: Rule, *, equal: bool = False) -> Rule:
+    """A tuple (low, high) of two values that satisfy a rule, low < high."""
+    return Rule(
+        f"(low, high) with low {'<=' if equal else '<'} high, each {rule.words}",
+        lambda v: (
+            len(v) == 2
+            and all(map(rule.holds, v))
+            and (v[0] < v[1] or (equal and v[0] == v[1]))
+        ),
+    )
+
+
+FINITE = Rule("finite", math.isfinite)
+SEED = Rule(
+    "an integer from 0 to 2**32 - 1", lambda v: type(v) is int and 0 <= v < 2**32
+)
+SEEDS = distinct(SEED)
+TENSORBOARD = Rule(
+    "False without tensorboardX (pip install tensorboardX)",
+    lambda v: not v or importlib.util.find_spec("tensorboardX") is not None,
+)
 
 
 def optimizer_rules(entry: str = "optimizer") -> dict[str, Rule]:
@@ -171,5 +368,5 @@ def optimizer_rules(entry: str = "optimizer") -> dict[str, Rule]:
     return {
         f"{entry}.learning_rate": at_least(0),
         f"{entry}.schedule": one_of("constant", "cosine"),
-        f"{entry}.warmup_steps": at_least(0),
+        f"{entry}.warmup_steps": whole(0),
     }

@@ -89,16 +89,6 @@ REMOVED: dict[str, dict[str, Any]] = {"meta_learn": {"exact_steps": 0}}
 FILLED = ("model.out_channels", "cell", "params_sha256")
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted names."""
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: value}
-    flat = {}
-    for name, inner in value.items():
-        flat.update(flatten(inner, f"{prefix}.{name}" if prefix else name))
-    return flat
-
-
 def upgrade(stored: Mapping[str, Any]) -> dict[str, Any]:
     """The stored configuration, nested, with the fields of today; a new dict."""
     config = copy.deepcopy(dict(stored))

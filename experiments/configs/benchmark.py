@@ -183,7 +183,7 @@ def _measured(sizes, *prefixes):
     """
     names = [name for name in sizes if not name.startswith("product")]
     return {
-        "sizes": sizes,
+        "sizes": settings.Open(sizes),
         "paths": tuple(n for n in names if not prefixes or n.startswith(prefixes)),
     }
 
@@ -207,7 +207,7 @@ BASE = {
     # paths: names of the paths to run.
     **_measured(_sizes()),
     # Axes of the figure: {keyword: values}. Each value is a path named KEYWORD_VALUE.
-    "axes": {},
+    "axes": settings.Open(),
 }
 
 VARIANTS = {
@@ -228,9 +228,9 @@ VARIANTS = {
 }
 
 RULES = {
-    "num_rounds": settings.at_least(1),
+    "num_rounds": settings.whole(1),
     "seconds_per_turn": settings.at_least(0),
-    "peer_every": settings.at_least(1),
+    "peer_every": settings.whole(1),
 }
 
 get_config = functools.partial(settings.build, "benchmark", BASE, VARIANTS)

@@ -62,7 +62,7 @@ BASE = {
     "crop": (),
     # type: mlp, or for grids of latents vit or convnext (experiments/networks/heads.py).
     # The other entries are the fields of the network.
-    "model": {"type": "mlp", "hidden_sizes": (512, 512), "activation": "relu"},
+    "model": settings.Open(type="mlp", hidden_sizes=(512, 512), activation="relu"),
     "double_softmax": False,
     # All combinations of these values are trained at once. The validation accuracy
     # selects one of them, and its epoch.
@@ -250,24 +250,24 @@ VARIANTS = {
 }
 RULES = {
     "seeds": settings.SEEDS,
-    "num_epochs": settings.at_least(1),
-    "batch_size": settings.at_least(1),
-    "log_every": settings.at_least(1),
-    "checkpoint_every": settings.at_least(1),
+    "num_epochs": settings.whole(1),
+    "batch_size": settings.whole(1),
+    "log_every": settings.whole(1),
+    "checkpoint_every": settings.whole(1),
     "features": settings.one_of("latents", "patches", "patch_pca"),
-    "crop": settings.each(settings.at_least(1), empty=True),
+    "crop": settings.each(settings.whole(1), empty=True),
     "cutmix": settings.within("[0, 1]"),
     "optimizer": settings.one_of("adam", "muon"),
     "clip_norm": settings.at_least(0),
     "warmup_epochs": settings.at_least(0),
-    "num_measured": settings.at_least(0),
+    "num_measured": settings.whole(0),
     "schedule": settings.one_of("constant", "cosine"),
     "weight_decay_type": settings.one_of("decoupled", "l2"),
     "validation_fraction": settings.within("[0, 1)"),
     "candidates.learning_rate": settings.each(settings.at_least(0)),
     "candidates.weight_decay": settings.each(settings.at_least(0)),
     "candidates.noise_std": settings.each(settings.at_least(0)),
-    "candidates.mixup": settings.each(settings.at_least(0)),
+    "candidates.mixup": settings.each(settings.within("[0, 1]")),
     "candidates.dropout_rate": settings.each(settings.within("[0, 1)")),
     "candidates.label_smoothing": settings.each(settings.within("[0, 1)")),
     "candidates.ema_decay": settings.each(settings.within("[0, 1)")),

@@ -59,7 +59,7 @@ BASE = {
     # `name` is any optimizer of optax or optax.contrib; `options` are its keywords.
     "optimizer": {
         "name": "adam",
-        "options": {"b2": 0.99},
+        "options": settings.Open(b2=0.99),
         "learning_rate": 1e-3,
         "schedule": "cosine",
         "warmup_steps": 5,
@@ -116,23 +116,22 @@ VARIANTS = {
 RULES = {
     **settings.DATASET_RULES,
     "seeds": settings.SEEDS,
-    "resolution": settings.each(settings.at_least(1)),
-    "num_images": settings.each(settings.at_least(1)),
-    "mosaic": settings.each(settings.at_least(1)),
-    "num_steps": settings.each(settings.at_least(1)),
+    "resolution": settings.each(settings.whole(1, 2**16)),
+    "num_images": settings.each(settings.whole(1)),
+    "mosaic": settings.each(settings.whole(1)),
+    "num_steps": settings.each(settings.whole(1)),
     "snapshot_steps": settings.Rule(
-        "positive and rising",
-        lambda v: min(v, default=1) > 0 and sorted(set(v)) == list(v),
+        "a tuple of positive, rising integers below 2**31",
+        lambda v: all(map(settings.whole(1).holds, v)) and sorted(set(v)) == list(v),
     ),
     "model.type": settings.one_of("Siren"),
-    "model.width": settings.at_least(1),
-    "model.depth": settings.at_least(2),
-    "coord_range": settings.Rule(
-        "(low, high) with low < high", lambda v: len(v) == 2 and v[0] < v[1]
-    ),
-    "num_pixels": settings.at_least(0),
-    "log_every": settings.at_least(1),
-    "checkpoint_every": settings.at_least(1),
+    "model.width": settings.whole(1),
+    "model.depth": settings.whole(2),
+    "model.omega_0": settings.above(0),
+    "coord_range": settings.pair(settings.FINITE),
+    "num_pixels": settings.whole(0),
+    "log_every": settings.whole(1),
+    "checkpoint_every": settings.whole(1),
     **settings.optimizer_rules(),
 }
 

@@ -39,8 +39,8 @@ VARIANTS = {
 }
 RULES = {
     **settings.DATASET_RULES,
-    "num_images": settings.at_least(0),
-    "sizes": settings.each(settings.at_least(1)),
+    "num_images": settings.whole(0),
+    "sizes": settings.each(settings.whole(1)),
     "grids": settings.each(
         settings.Rule(
             "(h, w, C) with integers of at least 1",

@@ -63,12 +63,12 @@ VARIANTS = {
 }
 RULES = {
     **settings.DATASET_RULES,
-    "splits": settings.each(settings.one_of("train", "test")),
-    "num_images": settings.at_least(0),
-    "copies": settings.at_least(1),
-    "padding": settings.at_least(0),
-    "batch_size": settings.at_least(1),
-    "seed": settings.at_least(0),
+    "splits": settings.distinct(settings.one_of("train", "test")),
+    "num_images": settings.whole(0),
+    "copies": settings.whole(1),
+    "padding": settings.whole(0),
+    "batch_size": settings.whole(1),
+    "seed": settings.SEED,
 }
 
 get_config = functools.partial(settings.build, "make_functaset", BASE, VARIANTS)

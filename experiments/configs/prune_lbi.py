@@ -55,10 +55,10 @@ BASE = {
         "learning_rate": 0.01,
         "schedule": "cosine",
         "warmup_steps": 0,
-        "options": {"momentum": 0.9},
+        "options": settings.Open(momentum=0.9),
     },
     # Share of the channels of each hidden layer that the compressed network keeps.
-    "compress": {"conv1": 0.67, "conv2": 0.5, "conv3": 0.167, "fc1": 0.286},
+    "compress": settings.Open(conv1=0.67, conv2=0.5, conv3=0.167, fc1=0.286),
     # Batch size of the speed measurement.
     "timing_batch_size": 128,
 }
@@ -94,13 +94,13 @@ VARIANTS = {
 RULES = {
     "sparsities": settings.each(settings.within("[0, 1)")),
     "curve_sparsities": settings.each(settings.within("[0, 1)"), empty=True),
-    "num_random": settings.at_least(1),
-    "num_recalibration_batches": settings.at_least(1),
+    "num_random": settings.whole(1),
+    "num_recalibration_batches": settings.whole(1),
     "compress.*": settings.within("(0, 1]"),
-    "finetune.epochs": settings.at_least(0),
-    "finetune.compressed_epochs": settings.at_least(0),
-    "timing_batch_size": settings.at_least(1),
-    "seed": settings.at_least(0),
+    "finetune.epochs": settings.whole(0),
+    "finetune.compressed_epochs": settings.whole(0),
+    "timing_batch_size": settings.whole(1),
+    "seed": settings.SEED,
     **settings.optimizer_rules("finetune"),
 }
 

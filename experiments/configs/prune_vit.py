@@ -47,23 +47,25 @@ BASE = {
     "checkpoint": settings.Optional(str, "runs/train_vit/digits/model.npz"),
     # The model that is timed without a checkpoint and a data set; one of
     # vit.model.VARIANTS.
-    "model": {"variant": "B", "patch_size": 16},
+    "model": settings.Open(variant="B", patch_size=16),
     "dtype": "float32",
     # Of jax.nn.dot_product_attention; "cudnn" needs a GPU and bfloat16.
     "attention_implementation": settings.Optional(str),
     # Methods and their ratios. A ratio is the plateau of the ramp over the layers;
     # "evit", "merge" and "resolution" have the cost of the cascade "max" at that ratio.
-    "methods": {
-        "max": _EVERY,
-        **dict.fromkeys(("random", "cls", "evit", "merge"), _SOME),
-        # Each ratio makes the side of the image one or more whole patches smaller.
-        "resolution": (0.4, 0.6),
-        **dict.fromkeys(("sum", "norm", "constant", "range"), (0.4,)),
-        **dict.fromkeys(("zero", "released_code"), (0.2, 0.4, 0.6)),
-        "skip": (0.4,),
-        **dict.fromkeys(("heads", "heads_random", "heads_lbi"), (0.25, 0.5)),
-        **dict.fromkeys(("neurons_random", "neurons_lbi"), (0.25, 0.5)),
-    },
+    "methods": settings.Open(
+        {
+            "max": _EVERY,
+            **dict.fromkeys(("random", "cls", "evit", "merge"), _SOME),
+            # Each ratio makes the side of the image one or more whole patches smaller.
+            "resolution": (0.4, 0.6),
+            **dict.fromkeys(("sum", "norm", "constant", "range"), (0.4,)),
+            **dict.fromkeys(("zero", "released_code"), (0.2, 0.4, 0.6)),
+            "skip": (0.4,),
+            **dict.fromkeys(("heads", "heads_random", "heads_lbi"), (0.25, 0.5)),
+            **dict.fromkeys(("neurons_random", "neurons_lbi"), (0.25, 0.5)),
+        }
+    ),
     # Ratio at which the masked and the compact mode are compared on all test images.
     "parity_ratio": 0.4,
     # Training images from which head scores and attention ranges are computed.
@@ -85,12 +87,9 @@ BASE = {
         # Weight of the dense network's probabilities in the targets. The labels have
         # the remaining weight.
         "teacher_weight": 0.0,
-        "methods": {
-            "dense": (0.0,),
-            "max": (0.2, 0.3, 0.4),
-            "random": (0.4,),
-            "resolution": (0.4,),
-        },
+        "methods": settings.Open(
+            dense=(0.0,), max=(0.2, 0.3, 0.4), random=(0.4,), resolution=(0.4,)
+        ),
         # The fields of train_vit.
         "training": {
             "tensorboard": False,
@@ -118,7 +117,7 @@ BASE = {
                 "schedule": "cosine",
                 "warmup_steps": 20,
                 "clip_norm": 1.0,
-                "options": {"weight_decay": 0.05},
+                "options": settings.Open(weight_decay=0.05),
             },
         },
     },
@@ -227,22 +226,28 @@ VARIANTS = {
 RULES = {
     **settings.DATASET_RULES,
     "seeds": settings.SEEDS,
-    "num_train": settings.at_least(0),
-    "num_test": settings.at_least(0),
-    "image_size": settings.at_least(1),
+    "num_train": settings.whole(0),
+    "num_test": settings.whole(0),
+    "image_size": settings.whole(1, 2**16),
     "normalisation": settings.one_of("dataset", "google"),
     "dtype": settings.one_of("float32", "bfloat16"),
+    "attention_implementation": settings.one_of(None, "xla", "cudnn"),
     "methods.*": settings.each(settings.within("(0, 1)")),
     "parity_ratio": settings.within("(0, 1)"),
     "pictured_ratio": settings.within("(0, 1)"),
-    "num_calibration": settings.at_least(1),
-    "num_pictured": settings.at_least(1),
-    "timing.batch_sizes": settings.each(settings.at_least(1), empty=True),
-    "timing.num_rounds": settings.at_least(1),
-    "timing.gradient_batch_size": settings.at_least(0),
-    "tuning.num_epochs": settings.at_least(0),
+    "num_calibration": settings.whole(1),
+    "num_pictured": settings.whole(1),
+    "timing.batch_sizes": settings.each(settings.whole(1), empty=True),
+    "timing.num_rounds": settings.whole(1),
+    "timing.gradient_batch_size": settings.whole(0),
+    "tuning.methods.*": settings.each(settings.within("[0, 1)")),
+    "tuning.num_epochs": settings.whole(0),
     "tuning.teacher_weight": settings.within("[0, 1]"),
     **{f"tuning.training.{name}": rule for name, rule in TRAINING_RULES.items()},
+    "tuning.training.tensorboard": settings.TENSORBOARD,
+    "structure.num_epochs": settings.whole(1),
+    "structure.nu": settings.above(0),
+    "structure.enter_at": settings.within("(0, 1]"),
     **settings.optimizer_rules("structure"),
 }
 

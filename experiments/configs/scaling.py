@@ -38,13 +38,13 @@ VARIANTS = {
     },
 }
 RULES = {
-    "num_starts": settings.at_least(1),
-    "images_per_device": settings.at_least(1),
-    "num_rounds": settings.at_least(1),
-    "encode_batch_size": settings.at_least(1),
-    "num_devices": settings.each(settings.at_least(1)),
-    "num_images": settings.each(settings.at_least(1)),
-    "seed": settings.at_least(0),
+    "num_starts": settings.whole(1),
+    "images_per_device": settings.whole(1),
+    "num_rounds": settings.whole(1),
+    "encode_batch_size": settings.whole(1),
+    "num_devices": settings.each(settings.whole(1)),
+    "num_images": settings.each(settings.whole(1)),
+    "seed": settings.SEED,
 }
 
 get_config = functools.partial(settings.build, "scaling", BASE, VARIANTS)

@@ -35,7 +35,7 @@ def _optimizer(name, learning_rate, **options):
         "learning_rate": learning_rate,
         "schedule": "cosine",
         "warmup_steps": 0,
-        "options": options,
+        "options": settings.Open(options),
     }
 
 
@@ -56,7 +56,7 @@ BASE = {
     # Whether to crop and mirror the training images at random.
     "augment": False,
     # type: LeNet or VGG. Other fields are those of the module in experiments.networks.
-    "model": {"type": "LeNet"},
+    "model": settings.Open(type="LeNet"),
     "num_epochs": 20,
     "batch_size": 128,
     # In steps. An evaluation follows every epoch.
@@ -129,14 +129,14 @@ VARIANTS = {
 RULES = {
     **settings.DATASET_RULES,
     "seeds": settings.SEEDS,
-    "methods": settings.each(settings.one_of(*BASE["optimizer"])),
-    "num_epochs": settings.at_least(1),
-    "batch_size": settings.at_least(1),
-    "log_every": settings.at_least(1),
-    "checkpoint_every": settings.at_least(1),
-    "num_train": settings.at_least(0),
-    "num_test": settings.at_least(0),
-    "image_size": settings.at_least(0),
+    "methods": settings.distinct(settings.one_of(*BASE["optimizer"])),
+    "num_epochs": settings.whole(1),
+    "batch_size": settings.whole(1),
+    "log_every": settings.whole(1),
+    "checkpoint_every": settings.whole(1),
+    "num_train": settings.whole(0),
+    "num_test": settings.whole(0),
+    "image_size": settings.whole(0, 2**16),
     "model.type": settings.one_of("LeNet", "VGG"),
     "penalty": settings.one_of("auto", "suggested"),
     "enter_at": settings.within("(0, 1]"),

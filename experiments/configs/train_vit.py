@@ -36,12 +36,12 @@ BASE = {
     "checkpoint": settings.Optional(str),
     # One of vit.model.VARIANTS, and fields of vit.ViT that replace its own. With a
     # checkpoint only dtype and the dropout rates are used.
-    "model": {
-        "variant": "cifar_192",
-        "patch_size": 4,
-        "drop_path_rate": 0.1,
-        "dtype": "bfloat16",
-    },
+    "model": settings.Open(
+        variant="cifar_192",
+        patch_size=4,
+        drop_path_rate=0.1,
+        dtype="bfloat16",
+    ),
     "augment": {
         # Random crops after zero padding by this many pixels, and random mirroring.
         "crop_padding": 4,
@@ -79,7 +79,7 @@ BASE = {
         "schedule": "cosine",
         "warmup_steps": 970,
         "clip_norm": 1.0,
-        "options": {"weight_decay": 0.05},
+        "options": settings.Open(weight_decay=0.05),
     },
 }
 
@@ -184,15 +184,15 @@ VARIANTS = {
 
 # Rules of the fields that prune_vit also uses for fine-tuning.
 TRAINING_RULES = {
-    "batch_size": settings.at_least(1),
-    "log_every": settings.at_least(1),
-    "checkpoint_every": settings.at_least(1),
-    "evaluate_every": settings.at_least(1),
+    "batch_size": settings.whole(1),
+    "log_every": settings.whole(1),
+    "checkpoint_every": settings.whole(1),
+    "evaluate_every": settings.whole(1),
     "label_smoothing": settings.within("[0, 1)"),
     "average_decay": settings.within("[0, 1)"),
     "patch_dropout": settings.within("(0, 1]"),
-    "augment.crop_padding": settings.at_least(0),
-    "augment.num_ops": settings.at_least(0),
+    "augment.crop_padding": settings.whole(0, 2**16),
+    "augment.num_ops": settings.whole(0),
     "augment.magnitude": settings.within("[0, 1]"),
     "augment.min_area": settings.within("(0, 1]"),
     "augment.erase": settings.within("[0, 1]"),
@@ -204,10 +204,10 @@ TRAINING_RULES = {
 RULES = {
     **settings.DATASET_RULES,
     "seeds": settings.SEEDS,
-    "num_epochs": settings.at_least(1),
-    "num_train": settings.at_least(0),
-    "num_test": settings.at_least(0),
-    "image_size": settings.at_least(1),
+    "num_epochs": settings.whole(1),
+    "num_train": settings.whole(0),
+    "num_test": settings.whole(0),
+    "image_size": settings.whole(1, 2**16),
     "normalisation": settings.one_of("dataset", "google"),
     "model.dtype": settings.one_of("float32", "bfloat16"),
     **TRAINING_RULES,

@@ -25,9 +25,9 @@ def make_model(settings: dict[str, Any], num_classes: int) -> nn.Module:
         raise ValueError(
             f"config.model.type must be one of {', '.join(_MODELS)}; got {kind!r}."
         )
-    if "stages" in settings:
-        settings["stages"] = tuple(map(tuple, settings["stages"]))
     try:
+        if "stages" in settings:
+            settings["stages"] = tuple(map(tuple, settings["stages"]))
         return _MODELS[kind](num_classes=num_classes, **settings)
     except TypeError as error:
         raise ValueError(f"config.model: {error}") from None

@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax import struct
 from ml_collections import ConfigDict
 
-from experiments.common import augmentation, data, devices, runs
+from experiments.common import augmentation, data, devices, runs, settings
 from experiments.networks import registry
 from experiments.training import loop
 
@@ -121,6 +121,24 @@ def count_steps(images: Images, batch_size: int) -> int:
             f"got {batch_size}."
         )
     return num_examples // batch_size
+
+
+def check(config: ConfigDict, images: Images, **fields: Any) -> dict[str, Any]:
+    """Checks model and batch of a config against the images, without compiling.
+
+    Returns:
+      The shapes of the network's variables.
+
+    Raises:
+      ValueError: if the batch does not fit the images or the devices, or if the network
+        cannot be applied to the images.
+    """
+    count_steps(images, config.batch_size)
+    devices.check_divisible(config.batch_size)
+    model = registry.make_model(config.model.to_dict() | fields, images.num_classes)
+    shape = (1, *images.train[0].shape[1:])
+    with settings.blamed_on("model"):
+        return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
 
 
 class Problem(NamedTuple):

@@ -1,9 +1,11 @@
 """Training with DessiLBI and other optimizers: penalties, path, measurements."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -74,9 +76,9 @@ def make_optimizer(
       ValueError: if the optimizer, one of its options or the schedule is unknown.
     """
     [method] = config.methods
-    settings = config.optimizer[method]
+    settings, entry = config.optimizer[method], f"optimizer.{method}"
     if settings.name == "adam":
-        return optimizers.make_optimizer(settings, num_steps)
+        return optimizers.make_optimizer(settings, num_steps, entry=entry)
     makers = {
         "dessilbi": lbi.dessilbi,
         "dessilbi_adam": lbi.dessilbi_adam,
@@ -84,18 +86,33 @@ def make_optimizer(
     }
     if settings.name not in makers:
         raise ValueError(
-            f"optimizer.{method}.name must be one of adam, {', '.join(makers)}; got "
+            f"{entry}.name must be one of adam, {', '.join(makers)}; got "
             f"{settings.name!r}."
         )
-    options = settings.options.to_dict() | {
-        "penalty": make_penalty(config, params, num_steps),
-        "record_entry": True,
-    }
-    try:
-        schedule = optimizers.make_schedule(settings, num_steps)
-        return makers[settings.name](schedule, **options)
-    except TypeError as error:
-        raise ValueError(f"optimizer.{method}.options: {error}") from None
+    missing = {"nu", "kappa"} - set(settings.options)
+    if missing:
+        raise ValueError(f"{entry}.options lacks {', '.join(sorted(missing))}.")
+    optimizers.check_options(settings.options, entry)
+    schedule = optimizers.make_schedule(settings, num_steps)
+    penalty = make_penalty(config, params, num_steps)
+    make = functools.partial(makers[settings.name], schedule, record_entry=True)
+    optimizers.check(make, settings.options, entry)
+    return make(penalty=penalty, **settings.options)
+
+
+def check(config: ConfigDict, images: Images) -> None:
+    """Checks network, batch and the optimizer of every method before any training.
+
+    Raises:
+      ValueError: as `classifier.check` and `make_optimizer`.
+    """
+    shapes = classifier.check(config, images)["params"]
+    params = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
+    num_steps = config.num_epochs * classifier.count_steps(images, config.batch_size)
+    for method in config.methods:
+        single = ConfigDict(config)
+        single.methods = (method,)
+        make_optimizer(single, params, num_steps)
 
 
 def make_penalty(

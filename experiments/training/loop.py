@@ -4,7 +4,7 @@ config.stages changes fields during a training: ((from, {field: value}), ...), w
 `from` is a share of the epochs. A stage keeps the changes of earlier stages.
 """
 
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,13 @@ def every(num_steps: int, *intervals: int) -> set[int]:
 
 def check_stages(config: ConfigDict, changeable: Set[str]) -> None:
     """Raises ValueError if config.stages are not in order or change other fields."""
+    for stage in config.stages:
+        is_pair = isinstance(stage, tuple | list) and len(stage) == 2
+        if not is_pair or not isinstance(stage[1], Mapping | ConfigDict):
+            raise ValueError(
+                "stages must be a tuple of (start, {field: value}), got "
+                f"{config.stages!r}."
+            )
     starts = [start for start, _ in config.stages]
     fields = {field for _, changes in config.stages for field in changes}
     if starts != sorted(starts) or not all(0 <= start < 1 for start in starts):

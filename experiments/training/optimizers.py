@@ -1,10 +1,22 @@
 """Optimizers and schedules from a config."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
+
+from experiments.common import settings as rules
+
+# Ranges of keywords that optimizers of optax and lbi share; outside of them most
+# optimizers compute numbers that mean nothing, or ascend.
+_OPTIONS = {
+    **dict.fromkeys(("b1", "b2", "b3", "decay", "momentum"), rules.within("[0, 1)")),
+    **dict.fromkeys(("eps", "eps_root", "weight_decay"), rules.at_least(0)),
+    **dict.fromkeys(("nu", "kappa"), rules.above(0)),
+}
 
 
 def make_schedule(settings: ConfigDict, num_steps: int) -> optax.Schedule:
@@ -28,21 +40,71 @@ def make_schedule(settings: ConfigDict, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    settings: ConfigDict, num_steps: int
+    settings: ConfigDict, num_steps: int, *, entry: str = "optimizer"
 ) -> optax.GradientTransformation:
     """Any optimizer of optax with the schedule of `make_schedule`.
+
+    Args:
+      settings: with name, options and the fields of a schedule.
+      num_steps: steps of the training.
+      entry: name of `settings` in the config, for errors.
 
     Raises:
       ValueError: if the optimizer, one of its options or the schedule is unknown.
     """
+    make = find(settings.name, f"{entry}.name")
     schedule = make_schedule(settings, num_steps)
-    make = getattr(optax, settings.name, getattr(optax.contrib, settings.name, None))
-    if not callable(make):
-        raise ValueError(f"optax has no optimizer {settings.name!r}.")
-    try:
-        return make(schedule, **settings.options.to_dict())
-    except TypeError as error:
-        raise ValueError(f"optimizer.options: {error}") from None
+    return check(lambda **options: make(schedule, **options), settings.options, entry)
+
+
+def find(name: str, field: str) -> Callable[..., Any]:
+    """The function of optax or optax.contrib with this name.
+
+    Raises:
+      ValueError: if there is none; names `field`.
+    """
+    make = getattr(optax, name, getattr(optax.contrib, name, None))
+    if name.startswith("_") or not callable(make):
+        raise ValueError(f"{field}: optax has no optimizer {name!r}.")
+    return make
+
+
+def check_options(options: ConfigDict, entry: str = "optimizer") -> None:
+    """Raises ValueError if a common option is out of its range."""
+    for name in options:
+        if name in _OPTIONS:
+            rules.check_value(f"{entry}.options.{name}", options[name], _OPTIONS[name])
+
+
+def check(
+    make: Callable[..., optax.GradientTransformation],
+    options: ConfigDict,
+    entry: str = "optimizer",
+    **extra_args: Any,
+) -> optax.GradientTransformation:
+    """Returns make(**options), after tracing one update of it.
+
+    Args:
+      make: makes an optimizer.
+      options: its keywords.
+      entry: name of the optimizer in the config, for errors.
+      **extra_args: keywords of its `update` that the training passes.
+
+    Raises:
+      ValueError: if an option is unknown or out of range, if `make` does not make an
+        optimizer, or if the optimizer needs more than gradients and parameters.
+    """
+    check_options(options, entry)
+    params = {"layer": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
+    with rules.blamed_on(f"{entry}.options" if options else f"{entry}.name"):
+        optimizer = make(**dict(options))
+    with rules.blamed_on(f"{entry}.name"):
+        if not isinstance(optimizer, optax.GradientTransformation):
+            raise TypeError(f"{type(optimizer).__name__} is not an optimizer.")
+        jax.eval_shape(
+            lambda p: optimizer.update(p, optimizer.init(p), p, **extra_args), params
+        )
+    return optimizer
 
 
 def matrix_axes(params: Any) -> Any:

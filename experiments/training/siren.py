@@ -11,7 +11,7 @@ from flax import struct
 from ml_collections import ConfigDict
 
 import functa
-from experiments.common import data, devices
+from experiments.common import data, devices, settings
 from experiments.training import optimizers
 
 # Number of images per task whose reconstructions are stored for the figures.
@@ -79,6 +79,16 @@ def init_state(config: ConfigDict, model: functa.Siren, task: Task) -> TaskState
         mse=jnp.zeros((num_snapshots, num_images)),
         shown=jnp.zeros((num_snapshots, num_shown, height, width, channels)),
     )
+
+
+def check(config: ConfigDict, task: Task) -> None:
+    """Raises ValueError if model or optimizer cannot be made, or points not divided."""
+    with settings.blamed_on("model"):
+        model = functa.make_model(config.model.to_dict())
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2)))
+    optimizers.make_optimizer(config.optimizer, task.num_steps)
+    num_points = task.images[0, ..., 0].size
+    devices.check_divisible(min(config.num_pixels or num_points, num_points))
 
 
 def make_update(config: ConfigDict, model: functa.Siren, task: Task):

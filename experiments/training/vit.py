@@ -4,7 +4,7 @@ Axes: B images, H W C of an image, K classes, S steps.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ import optax
 from flax import struct
 from ml_collections import ConfigDict
 
-from experiments.common import augmentation, runs
+from experiments.common import augmentation, devices, runs, settings
 from experiments.training import classifier, loop, optimizers
 from experiments.training.classifier import Images
 from vit import Cascade, ViT, cost, load_checkpoint, make
@@ -131,11 +131,10 @@ def init_problem(
     """
     num_classes = 1000 if images is None else images.num_classes
     channels = 3 if images is None else images.train[0].shape[-1]
-    try:
-        model = make(num_classes=num_classes, **fields)
-    except TypeError as error:
-        raise ValueError(f"config.model: {error}") from None
     inputs = jnp.zeros((1, image_size, image_size, channels))
+    with settings.blamed_on("model"):
+        model = make(num_classes=num_classes, **fields)
+        jax.eval_shape(model.init, jax.random.key(0), inputs)
     variables = jax.jit(model.init)(jax.random.key(seed), inputs)
     return Problem(model, variables["params"], image_size, images)
 
@@ -151,19 +150,14 @@ def make_optimizer(
     Raises:
       ValueError: if the optimizer or one of its options is unknown.
     """
-    settings = ConfigDict(settings)
     if settings.name == "muon":
-        # A field of a ConfigDict cannot be a function.
-        options = settings.options.to_dict()
         schedule = optimizers.make_schedule(settings, num_steps)
-        try:
-            optimizer = optax.contrib.muon(
-                schedule,
-                muon_weight_dimension_numbers=optimizers.matrix_axes,
-                **options,
-            )
-        except TypeError as error:
-            raise ValueError(f"optimizer.options: {error}") from None
+        make = functools.partial(
+            optax.contrib.muon,
+            schedule,
+            muon_weight_dimension_numbers=optimizers.matrix_axes,
+        )
+        optimizer = optimizers.check(make, settings.options)
     else:
         optimizer = optimizers.make_optimizer(settings, num_steps)
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
@@ -197,13 +191,24 @@ def patch_dropout(model: ViT, num_patches: int, keep: float) -> ViT:
     )
 
 
-def check_stages(config: ConfigDict) -> None:
-    """Raises ValueError if patch_dropout or stages are not valid for `train`."""
+def check(config: ConfigDict, images: Images) -> None:
+    """Raises ValueError if batch or optimizer are not valid for `train`."""
+    steps_per_epoch = classifier.count_steps(images, config.batch_size)
+    devices.check_divisible(config.batch_size)
+    make_optimizer(config.optimizer, config.num_epochs * steps_per_epoch)
+
+
+def check_stages(config: ConfigDict, rules: Mapping[str, settings.Rule]) -> None:
+    """Raises ValueError if stages are not valid for `train`.
+
+    Args:
+      config: with stages and the fields that they change.
+      rules: {field: rule}, which every stage must keep.
+    """
     loop.check_stages(config, _CHANGEABLE)
-    for stage in range(len(config.stages) + 1):
-        keep = loop.in_stage(config, stage).patch_dropout
-        if not 0 < keep <= 1:
-            raise ValueError(f"patch_dropout keeps a share in (0, 1], got {keep}.")
+    for stage in range(1, len(config.stages) + 1):
+        with settings.blamed_on(f"stages[{stage - 1}]"):
+            settings.check(loop.in_stage(config, stage), rules)
 
 
 # Fields that only the construction of a step reads.
