@@ -74,7 +74,7 @@ def test_help_lists_variants_and_fields():
 
 def test_workdir_is_a_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    assert launch.find_workdir("~/x") == Path.home() / "x"
+    assert launch.find_workdir(tmp_path / "x") == tmp_path / "x"
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match="file is a file, not a folder"):
             launch.find_workdir(path)

@@ -205,7 +205,8 @@ def check(config: ConfigDict, rules: Mapping[str, Rule]) -> None:
     In the names of rules `entry.*` stands for all fields of an entry, and `field?` for
     a field that may be missing.
 
-    All numbers must be finite, also those of fields without a rule.
+    All numbers must be finite and below 2**62, also those of fields without a
+    rule.
 
     Raises:
       ValueError: if a field is missing or breaks its rule; names the field, the rule
@@ -220,7 +221,9 @@ def check(config: ConfigDict, rules: Mapping[str, Rule]) -> None:
         numbers = value if isinstance(value, tuple | list) else [value]
         for number in numbers:
             if isinstance(number, int | float) and not abs(number) < 2**62:
-                raise ValueError(f"{field} must be finite, got {value!r}.")
+                raise ValueError(
+                    f"{field} must be finite and below 2**62, got {value!r}."
+                )
 
 
 def check_value(field: str, value: Any, rule: Rule) -> None:
