@@ -161,5 +161,7 @@ def test_psnr_of_whole_images_of_cifar10(cifar10):
 
 @pytest.fixture(scope="module")
 def cifar10():
-    splits = "train[:12000]", "test[:2000]"
-    return [data._load_tfds("cifar10", split, None)["image"] for split in splits]
+    splits = data.load_dataset(
+        "cifar10", train_split="train[:12000]", test_split="test[:2000]"
+    ).splits
+    return [splits[split]["image"] for split in ("train", "test")]
