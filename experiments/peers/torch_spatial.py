@@ -2,8 +2,8 @@
 
     python experiments/peers/torch_spatial.py
 
-It is what a user of torch would write, and needs torch only. `experiments.benchmark`
-runs it beside the project's own step. Equations (Bauer et al. 2023, arXiv 2302.03130):
+It is what a user of torch would write, and it needs only torch to run.
+`experiments.benchmark` runs it beside the project's own step. Equations (Bauer et al. 2023, arXiv 2302.03130):
 
   M = z K + b                                   modulations of all sine layers
   h = x,  h <- sin(omega (h W_l + b_l + M_l))   for every sine layer l
@@ -20,14 +20,13 @@ Axes: B patches, N pixels of a patch, C channels of the latent, D layers, W widt
 import math
 import time
 
-import torch
-
 # What is measured, with 4x4 pixels a patch and three inner steps.
 SIZES = {"width": 128, "depth": 5, "channels": 16, "patches": 1024}
 
 
 def init_params(*, width, depth, channels, out_channels=3, omega=10.0):
     """The weights, named and shaped as those of `functa.SpatialSiren`."""
+    import torch
 
     def uniform(rows, columns, bound):
         return bound * (2 * torch.rand(rows, columns) - 1)
@@ -55,13 +54,15 @@ def apply_field(params, coords, latents, *, omega=10.0):
     for i in range(depth - 1):
         layer = params[f"layer_{i}"]
         x = x @ layer["kernel"] + layer["bias"] + modulation[:, i]
-        x = torch.sin(omega * x)
+        x = (omega * x).sin()
     layer = params[f"layer_{depth - 1}"]
     return x @ layer["kernel"] + layer["bias"] + 0.5
 
 
 def meta_loss(params, rates, coords, targets, *, omega=10.0):
     """The outer loss of targets (B, N, 3), with one row of rates (S, C) per step."""
+    import torch
+
     latents = torch.zeros(len(targets), rates.shape[1], dtype=targets.dtype)
     latents.requires_grad_()
     for rate in rates:
@@ -76,6 +77,8 @@ def meta_loss(params, rates, coords, targets, *, omega=10.0):
 
 def pixel_centers(side):
     """Coordinates (side^2, 2) of the pixels of a patch in [0, 1]^2."""
+    import torch
+
     centers = (torch.arange(side) + 0.5) / side
     return torch.cartesian_prod(centers, centers)
 
@@ -88,6 +91,8 @@ def leaves(tree):
 
 def measure(*, width, depth, channels, patches, side=4, num_steps=3, num_repeats=5):
     """Prints the median time of a step."""
+    import torch
+
     torch.manual_seed(0)
     params = init_params(width=width, depth=depth, channels=channels)
     rates = torch.full((num_steps, channels), 0.3)
