@@ -3,7 +3,8 @@
     python experiments/peers/torch_spatial.py
 
 It is what a user of torch would write, and it needs only torch to run.
-`experiments.benchmark` runs it beside the project's own step. Equations (Bauer et al. 2023, arXiv 2302.03130):
+`experiments.benchmark` runs it beside the project's own step. The equations are those
+of Bauer et al. 2023 (arXiv 2302.03130):
 
   M = z K + b                                   modulations of all sine layers
   h = x,  h <- sin(omega (h W_l + b_l + M_l))   for every sine layer l

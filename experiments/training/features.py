@@ -1,7 +1,7 @@
 """The inputs of a classifier of latents: latents, or their linear controls.
 
-The controls are computed from the images of the functaset, in its order and on its
-grid, so that the same head can be trained on them:
+A control is computed from the images of the functaset. It has the order and the grid of
+its latents, so the same network reads both:
 
 * `patches`: the pixels of each cell.
 * `patch_pca`: the first principal components of the cells, as many as a cell of the

@@ -181,10 +181,14 @@ def calibrated_rate(
       fraction: below 2.
     """
     coords = functa.coordinate_grid(shape)
-    eigenvalue = functa.largest_eigenvalue(
-        lambda z: model.apply({"params": params}, coords, z), model.initial_latent()
-    )
-    return fraction / (eigenvalue * _num_cells(model))
+
+    @jax.jit
+    def find_eigenvalue(params):
+        return functa.largest_eigenvalue(
+            lambda z: model.apply({"params": params}, coords, z), model.initial_latent()
+        )
+
+    return fraction / (find_eigenvalue(params) * _num_cells(model))
 
 
 def _fill_rates(state, rate):
@@ -201,6 +205,22 @@ def _fill_rates(state, rate):
 
 def _num_cells(model):
     return getattr(model, "num_cells", 1)
+
+
+def _apply(config, optimizer, state, grads):
+    """The state after one update by the gradients of its weights."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.weights)
+    if state.guard is not None:
+        updates = jax.tree.map(lambda x: state.guard.scale * x, updates)
+    weights = optax.apply_updates(state.weights, updates)
+    if config.inner.rate_clip:
+        rates = jnp.clip(weights["learning_rate"], *config.inner.rate_clip)
+        weights = weights | {"learning_rate": rates}
+    average = state.average
+    if average is not None:
+        decay = config.optimizer.ema_decay
+        average = optax.incremental_update(weights, average, 1 - decay)
+    return state.replace(weights=weights, opt_state=opt_state, average=average)
 
 
 def make_update(
@@ -238,19 +258,8 @@ def make_update(
         )
         rate_grads = _num_cells(model) * rate_grads
         grads = {"params": grads, "learning_rate": rate_grads}
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.weights)
-        if state.guard is not None:
-            updates = jax.tree.map(lambda x: state.guard.scale * x, updates)
-        weights = optax.apply_updates(state.weights, updates)
-        if inner.rate_clip:
-            rates = jnp.clip(weights["learning_rate"], *inner.rate_clip)
-            weights = weights | {"learning_rate": rates}
-        average = state.average
-        if average is not None:
-            decay = config.optimizer.ema_decay
-            average = optax.incremental_update(weights, average, 1 - decay)
+        state = _apply(config, optimizer, state, grads)
         psnr = functa.psnr(info.mse).mean(0)
-        state = state.replace(weights=weights, opt_state=opt_state, average=average)
         return state, info.loss[:, -1].mean(), psnr
 
     return update
@@ -314,13 +323,7 @@ def make_warm_update(
         grads, loss = jax.grad(mean_loss, has_aux=True)(state.weights["params"])
         rates = state.weights["learning_rate"]
         grads = {"params": grads, "learning_rate": jnp.zeros_like(rates)}
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.weights)
-        weights = optax.apply_updates(state.weights, updates)
-        average = state.average
-        if average is not None:
-            decay = config.optimizer.ema_decay
-            average = optax.incremental_update(weights, average, 1 - decay)
-        state = state.replace(weights=weights, opt_state=opt_state, average=average)
+        state = _apply(config, optimizer, state, grads)
         psnr = jnp.full(config.inner.num_steps + 1, functa.psnr(loss).mean())
         return state, loss.mean(), psnr
 
@@ -373,8 +376,9 @@ def train(
         model = model.cell()
     optimizer = make_optimizer(config)
     update = make_update(config, model, optimizer)
-    warm = None
+    warm, num_warm_steps = None, 0
     if config.warm_start_steps and learner is None:
+        num_warm_steps = config.warm_start_steps
         warm = make_warm_start(images, math.prod(model.latent_shape))
         warm_update = make_warm_update(config, model, optimizer)
     key = jax.random.key(config.seeds[0] + 1)
@@ -387,7 +391,7 @@ def train(
             if targets.shape not in compiled:
                 compiled.add(targets.shape)
                 run.say(f"compiling the outer step for batches of {targets.shape} ...")
-            if warm is not None and step < config.warm_start_steps:
+            if step < num_warm_steps:
                 codes = warm.codes(targets, model.latent_shape)
                 state, loss, psnr = warm_update(
                     state, coords, *devices.divide((targets, codes))
@@ -403,7 +407,7 @@ def train(
         metrics = {"psnr": float(psnr[-1]), "psnr_per_step": psnr}
         if config.max_drop and stop > start:
             # The PSNR of a warm start is that of other latents.
-            compared = psnr[-1] if stop > config.warm_start_steps else -np.inf
+            compared = psnr[-1] if stop > num_warm_steps else -np.inf
             state, recovered = keep_or_recover(
                 state, compared, max_drop=config.max_drop
             )
