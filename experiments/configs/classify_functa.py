@@ -164,6 +164,14 @@ _REPORT = {
     "validation_fraction": 0.0,
     "weight_decay_type": "l2",
 }
+# The heads that read the grid.
+_CIFAR10_GRID = _CIFAR10_SPATIAL | {
+    "candidates.learning_rate": (4e-3,),
+    "candidates.weight_decay": (0.05,),
+    "candidates.mixup": (0.2,),
+    "cutmix": 0.5,
+    "optimizer": "muon",
+}
 VARIANTS = {
     "digits": {},
     "smoke": {
@@ -200,12 +208,8 @@ VARIANTS = {
         "num_epochs": 2,
         "warmup_epochs": 1.0,
     },
-    "cifar10_spatial_vit": _CIFAR10_SPATIAL
+    "cifar10_spatial_vit": _CIFAR10_GRID
     | {
-        "candidates.learning_rate": (4e-3,),
-        "candidates.weight_decay": (0.05,),
-        "candidates.mixup": (0.2,),
-        "cutmix": 0.5,
         "model": {
             "type": "vit",
             "hidden_size": 128,
@@ -216,16 +220,11 @@ VARIANTS = {
             "drop_path_rate": 0.0,
             "token_drop": 0.5,
         },
-        "optimizer": "muon",
         # Half of the cells cost half the time. The last epochs see all of them.
         "stages": ((0.85, {"model.token_drop": 0.0, "cutmix": 0.0}),),
     },
-    "cifar10_spatial": _CIFAR10_SPATIAL
+    "cifar10_spatial": _CIFAR10_GRID
     | {
-        "candidates.learning_rate": (4e-3,),
-        "candidates.weight_decay": (0.05,),
-        "candidates.mixup": (0.2,),
-        "cutmix": 0.5,
         "model": {
             "type": "convnext",
             "widths": (96, 192),
@@ -234,7 +233,6 @@ VARIANTS = {
             "layer_scale": 1e-6,
             "token_drop": 0.1,
         },
-        "optimizer": "muon",
         "stages": ((0.85, {"model.token_drop": 0.0, "cutmix": 0.0}),),
     },
     "cifar10_spatial_mlp": _CIFAR10_SPATIAL
