@@ -22,6 +22,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Writes the functaset or resumes it; returns the summary."""
     settings.check(config, configs.RULES)
     learner = encoding.load_learner(config.run)
+    if config.inner.num_steps is not None:
+        learner = learner.with_steps(config.inner.num_steps)
     dataset = load_dataset(config, learner.model_config["out_channels"])
     devices.say(dataset.found)
 

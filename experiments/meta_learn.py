@@ -141,9 +141,15 @@ def _complete_cells(config, shape):
             f"cell is {config.cell}, but a grid of {grid} has cells of {cell} pixels."
         )
     config.cell = cell
-    if config.by_cells and (config.coarse_steps or config.num_pixels):
+    if config.by_cells and not model.separable:
         raise ValueError(
-            "by_cells has neither coarse_steps nor num_pixels; set them to 0."
+            f"by_cells needs model.kernel_size 1, got {model.kernel_size}; with "
+            "by_cells=False whole images are trained."
+        )
+    if config.coarse_steps or config.num_pixels:
+        raise ValueError(
+            "cells are trained with all their pixels; set coarse_steps and num_pixels "
+            "to 0."
         )
 
 
@@ -204,18 +210,19 @@ _NUM_TRAIN = 1000
 
 def _fit_further(learner, images, settings):
     """MSE (B, S + more_steps + 1) of the inner loop and the additional steps."""
-    model = learner.model
-    grid = ()
-    if learner.cell is not None:  # Cells are separate signals.
-        grid, model = model.grid, model.cell()
-    coords = jnp.asarray(functa.coordinate_grid(learner.cell or images.shape[1:3]))
+    model, shape = learner.model, images.shape[1:3]
+    apply_fn, coords = model.apply, functa.coordinate_grid(shape)
+    latent_shape, split = model.latent_shape, np.asarray
+    if isinstance(model, functa.SpatialSiren):
+        apply_fn, latent, coords, _, split = functa.spatial.layout(model, shape)
+        latent_shape = latent.shape
     optimizer = _make_further_optimizer(settings)
 
     @jax.jit
     @jax.vmap
     def fit(latent, target):
         return functa.optimize_latent(
-            lambda z: model.apply({"params": learner.params}, coords, z),
+            lambda z: apply_fn({"params": learner.params}, coords, z),
             latent,
             target,
             optimizer=optimizer,
@@ -229,11 +236,8 @@ def _fit_further(learner, images, settings):
         batch = images[start : start + batch_size]
         [(latents, first)] = encoding.encode(learner, batch, batch_size=len(batch))
         with jax.default_matmul_precision("highest"):
-            targets = data.to_float(batch)
-            if grid:
-                targets = functa.spatial.split_cells(targets, grid)
-                targets = targets.reshape(-1, *learner.cell, targets.shape[-1])
-            _, info = fit(latents.reshape(-1, *model.latent_shape), targets)
+            targets = split(data.to_float(batch))
+            _, info = fit(latents.reshape(-1, *latent_shape), targets)
         later = info.mse.reshape(len(batch), -1, info.mse.shape[-1]).mean(1)
         mse.append(np.concatenate([first, later[:, 1:]], axis=1))
     return np.concatenate(mse)

@@ -236,11 +236,17 @@ class LatentToModulation(nn.Module):
         for i, size in enumerate(self.sizes):
             if i:
                 x = nn.relu(x)
-            # The default of hk.Linear: a truncated normal without the variance
-            # correction of Flax's lecun_normal.
-            init = nn.initializers.truncated_normal(1 / math.sqrt(x.shape[-1]))
-            x = nn.Dense(size, kernel_init=init, name=f"linear_{i}")(x)
+            x = nn.Dense(size, kernel_init=latent_map_init, name=f"linear_{i}")(x)
         return x
+
+
+def latent_map_init(key, shape, dtype=jnp.float32):
+    """The default of hk.Linear for a kernel (L, M).
+
+    It is a truncated normal without the variance correction of Flax's lecun_normal.
+    """
+    init = nn.initializers.truncated_normal(1 / math.sqrt(shape[0]))
+    return init(key, shape, dtype)
 
 
 def split_modulation(model, modulation):

@@ -5,19 +5,23 @@ divided into a grid of cells. Each cell has its own latent (C,). One linear map 
 the latents into modulations, and a point uses the modulation of its cell (`nearest`)
 or a mixture of those of the 2^d nearest cells (`bilinear`).
 
-With `nearest` the cells of a signal do not influence each other. The network of one
-cell is a `LatentModulatedSiren`, and a data set of signals is a data set of cells
-(`SpatialSiren.cell`, `split_cells`). Cells can therefore be trained and fitted as
-separate signals, and a signal may have any number of them.
+With `nearest` and a linear map of single latents, the cells of a signal do not
+influence each other. The network of one cell is a `LatentModulatedSiren`, and a data
+set of signals is a data set of cells (`SpatialSiren.cell`, `split_cells`). Cells can
+therefore be trained and fitted as separate signals, and a signal may have any number of
+them. A map of several neighboring latents (`kernel_size`) gives up this independence
+for a better code: neighboring cells are similar, and the code of a cell need not repeat
+what its neighbors say.
 
 Axes: B batch, N points, d coordinates of a point, (*grid) cells along each axis,
-(*cell) points of a cell along each axis, C channels of a latent, M modulations.
+(*cell) points of a cell along each axis, C channels of a latent, M modulations, k size
+of the kernel.
 """
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -43,6 +47,9 @@ class SpatialSiren(nn.Module):
         [0, 1]^d, and the modulation of the cell. "bilinear": the network sees the
         position in the signal, and the modulations are interpolated between the
         centers of the cells; beyond the outermost centers they are constant.
+      kernel_size: k, odd. The modulation of a cell is a linear function of the k^d
+        latents around it, a convolution with zeros beyond the grid. It starts as the
+        map of kernel_size 1: the weights of the neighbors are zero.
       modulate_scale, modulate_shift: as in `ModulatedSiren`.
 
     Example:
@@ -61,6 +68,7 @@ class SpatialSiren(nn.Module):
     out_channels: int = 3
     omega_0: float = 10.0
     interpolation: str = "nearest"
+    kernel_size: int = 1
     modulate_scale: bool = False
     modulate_shift: bool = True
     fast_sine: bool = False
@@ -74,6 +82,11 @@ class SpatialSiren(nn.Module):
     def num_cells(self) -> int:
         return math.prod(self.grid)
 
+    @property
+    def separable(self) -> bool:
+        """Whether the values in a cell depend on the latent of that cell alone."""
+        return self.interpolation == "nearest" and self.kernel_size == 1
+
     def initial_latent(self) -> jax.Array:
         """Returns zeros (*grid, C), the usual start of the inner loop."""
         return jnp.zeros(self.latent_shape)
@@ -84,10 +97,11 @@ class SpatialSiren(nn.Module):
         Raises:
           ValueError: if the cells of the network depend on each other.
         """
-        if self.interpolation != "nearest":
+        if not self.separable:
             raise ValueError(
                 "the cells of a SpatialSiren are separate signals if interpolation is "
-                f"'nearest'; it is {self.interpolation!r}."
+                f"'nearest' and kernel_size 1; they are {self.interpolation!r} and "
+                f"{self.kernel_size}."
             )
         return self.clone(grid=(1,) * len(self.grid))
 
@@ -97,9 +111,7 @@ class SpatialSiren(nn.Module):
         _check_fields(self)
         chex.assert_shape(latent, self.latent_shape)
         chex.assert_axis_dimension(coords, -1, len(self.grid))
-        modulation = siren.LatentToModulation(
-            (siren.num_modulations(self),), name="latent_to_modulation"
-        )(latent)  # (*grid, M)
+        modulation = _make_map(self, name="latent_to_modulation")(latent)  # (*grid, M)
         if self.num_cells == 1:
             modulation = modulation.reshape(-1)  # (M,), for all points
         elif self.interpolation == "nearest":
@@ -112,6 +124,43 @@ class SpatialSiren(nn.Module):
             for scale, shift in siren.split_modulation(self, modulation)
         ]
         return siren.apply_layers(self, coords, layers)
+
+
+class _Neighborhood(nn.Module):
+    """A linear map of the k^d latents around each cell: (*grid, C) -> (*grid, M)."""
+
+    size: int
+    kernel_size: int
+
+    @nn.compact
+    def __call__(self, latent):
+        *grid, channels = latent.shape
+        d, k = len(grid), self.kernel_size
+        center = (k // 2,) * d
+
+        def init(key, shape):
+            own = siren.latent_map_init(key, shape[-2:])
+            return jnp.zeros(shape).at[center].set(own)
+
+        kernel = self.param("kernel", init, (*(k,) * d, channels, self.size))
+        bias = self.param("bias", nn.initializers.zeros, (self.size,))
+        padded = jnp.pad(latent, [(k // 2, k // 2)] * d + [(0, 0)])
+        # One product of all neighbors. The derivatives of a convolution are slower on
+        # a CPU.
+        neighbors = [
+            padded[tuple(slice(i, i + n) for i, n in zip(offset, grid, strict=True))]
+            for offset in itertools.product(range(k), repeat=d)
+        ]
+        values = jnp.concatenate(neighbors, -1) @ kernel.reshape(-1, self.size)
+        return values + jnp.expand_dims(bias, range(d))
+
+
+def _make_map(model, **options):
+    """The module that maps latents (*grid, C) to modulations (*grid, M)."""
+    size = siren.num_modulations(model)
+    if model.kernel_size == 1:
+        return siren.LatentToModulation((size,), **options)
+    return _Neighborhood(size, model.kernel_size, **options)
 
 
 def split_cells(signals: Any, grid: Sequence[int]) -> Any:
@@ -130,12 +179,7 @@ def split_cells(signals: Any, grid: Sequence[int]) -> Any:
       (5, 2, 3, 4, 2, 3)
     """
     shape = signals.shape[1:-1]
-    if len(grid) != len(shape) or any(
-        cells < 1 or size % cells for size, cells in zip(shape, grid, strict=True)
-    ):
-        raise ValueError(
-            f"a grid of {tuple(grid)} cells does not divide signals of {shape} points."
-        )
+    _check_division(shape, grid)
     d = len(shape)
     sizes = [
         n
@@ -155,6 +199,100 @@ def join_cells(cells: Any) -> Any:
     return cells.reshape(len(cells), *shape, cells.shape[-1])
 
 
+class Layout(NamedTuple):
+    """How the inner loop sees the signals of a `SpatialSiren`.
+
+    Attributes:
+      apply_fn: (variables, coords, latent) -> values, shaped like a target.
+      latent: start of the inner loop of one target.
+      coords: positions of the points, (..., d).
+      num_cells: cells of a target. A learning rate of one cell is multiplied by it,
+        because the loss is a mean over cells.
+      split: maps signals (B, *shape, C_out) to targets (B', ..., C_out).
+    """
+
+    apply_fn: Callable[..., jax.Array]
+    latent: jax.Array
+    coords: jax.Array
+    num_cells: int
+    split: Callable[[Any], Any]
+
+
+def layout(
+    model: SpatialSiren, shape: Sequence[int], *, separate: bool | None = None
+) -> Layout:
+    """The layout in which signals of `shape` points are fitted with the least work.
+
+    With `nearest` all cells have the same points, so a target is an array of cells
+    (*grid, *cell, C_out), and no modulation is looked up by point. Separable cells are
+    targets themselves.
+
+    Args:
+      model: the network.
+      shape: points of a signal along each axis.
+      separate: whether each cell is a target; by default, if the model allows it.
+
+    Raises:
+      ValueError: if the grid does not divide `shape`, or if `separate` is True and
+        the cells depend on each other.
+    """
+    _check_division(shape, model.grid)
+    if model.separable if separate is None else separate:
+        network = model.cell()
+        cell = tuple(n // g for n, g in zip(shape, model.grid, strict=True))
+
+        def split(signals):
+            cells = split_cells(signals, model.grid)
+            return cells.reshape(-1, *cell, cells.shape[-1])
+
+        latent, coords = network.initial_latent(), siren.coordinate_grid(cell)
+        return Layout(network.apply, latent, coords, 1, split)
+    latent = model.initial_latent()
+    if model.interpolation != "nearest":
+        coords = siren.coordinate_grid(shape)
+        return Layout(model.apply, latent, coords, model.num_cells, lambda x: x)
+    cell = tuple(n // g for n, g in zip(shape, model.grid, strict=True))
+    return Layout(
+        _apply_to_cells(model),
+        latent,
+        siren.coordinate_grid(cell),
+        model.num_cells,
+        lambda signals: split_cells(signals, model.grid),
+    )
+
+
+def _apply_to_cells(model):
+    """(variables, coords (*cell, d) inside a cell, latent) -> (*grid, *cell, C_out)."""
+    network = siren.ModulatedSiren(
+        **{
+            field: getattr(model, field)
+            for field in (
+                "width",
+                "depth",
+                "out_channels",
+                "omega_0",
+                "modulate_scale",
+                "modulate_shift",
+                "fast_sine",
+                "derivative_dtype",
+            )
+        }
+    )
+
+    def apply_fn(variables, coords, latent):
+        layers = dict(variables["params"])
+        to_modulation = {"params": layers.pop("latent_to_modulation")}
+        modulation = _make_map(model).apply(to_modulation, latent)  # (*grid, M)
+        # A modulation of zeros means scales of 1 here.
+        modulation += jnp.expand_dims(network.initial_latent(), range(latent.ndim - 1))
+        values = jax.vmap(lambda m: network.apply({"params": layers}, coords, m))(
+            modulation.reshape(-1, modulation.shape[-1])
+        )
+        return values.reshape(*model.grid, *values.shape[1:])
+
+    return apply_fn
+
+
 def fit_grids(
     model: SpatialSiren,
     params: chex.ArrayTree,
@@ -165,8 +303,8 @@ def fit_grids(
 ) -> tuple[jax.Array, jax.Array]:
     """Fits grids of latents to signals by the inner loop, starting at zero.
 
-    With `nearest` the cells are fitted as separate signals; the result is the same and
-    the work is less. The learning rates are those of one cell in both cases: the loss
+    Separable cells are fitted as separate signals; the result is the same and the work
+    is less (`layout`). The learning rates are those of one cell in all cases: the loss
     of a whole signal is a mean over the cells, so its gradient in the latent of a cell
     is `num_cells` times smaller.
 
@@ -183,21 +321,14 @@ def fit_grids(
     Raises:
       ValueError: if the grid does not divide the signals.
     """
-    cells = split_cells(signals, model.grid)
-    d = len(model.grid)
-    if model.interpolation == "nearest":
-        network, scale = model.cell(), 1
-        targets = cells.reshape(-1, *cells.shape[1 + d :])
-    else:
-        network, scale = model, model.num_cells
-        targets = signals
+    view = layout(model, signals.shape[1:-1])
     latents, info = inner_loop.fit_batch(
-        network.apply,
+        view.apply_fn,
         params,
-        network.initial_latent(),
-        siren.coordinate_grid(targets.shape[1:-1]),
-        targets,
-        learning_rate=scale * learning_rate,
+        view.latent,
+        view.coords,
+        view.split(signals),
+        learning_rate=view.num_cells * learning_rate,
         **options,
     )
     latents = latents.reshape(len(signals), *model.latent_shape)
@@ -205,11 +336,25 @@ def fit_grids(
     return latents, mse
 
 
+def _check_division(shape, grid):
+    if len(grid) != len(shape) or any(
+        cells < 1 or size % cells for size, cells in zip(shape, grid, strict=True)
+    ):
+        raise ValueError(
+            f"a grid of {tuple(grid)} cells does not divide signals of {tuple(shape)} "
+            "points."
+        )
+
+
 def _check_fields(model):
     if not model.grid or min(model.grid) < 1 or model.channels < 1:
         raise ValueError(
             "a SpatialSiren needs at least one cell along each axis and one channel, "
             f"got grid {tuple(model.grid)} and channels {model.channels}."
+        )
+    if model.kernel_size < 1 or model.kernel_size % 2 == 0:
+        raise ValueError(
+            f"kernel_size must be odd and at least 1; got {model.kernel_size}."
         )
     if model.interpolation not in INTERPOLATIONS:
         raise ValueError(

@@ -129,6 +129,7 @@ def test_a_grid_that_does_not_divide_the_signals_is_refused(grid):
         ({"interpolation": "cubic"}, "interpolation must be one of nearest, bilinear"),
         ({"grid": (0, 2)}, "at least one cell"),
         ({"channels": 0}, "one channel"),
+        ({"kernel_size": 2}, "kernel_size must be odd"),
     ],
 )
 def test_wrong_fields_are_refused(fields, message):
@@ -136,10 +137,75 @@ def test_wrong_fields_are_refused(fields, message):
         make(**fields)
 
 
-def test_only_separate_cells_have_a_network_of_one_cell():
-    model, *_ = make(interpolation="bilinear")
-    with pytest.raises(ValueError, match="interpolation is 'nearest'"):
+@pytest.mark.parametrize("fields", [{"interpolation": "bilinear"}, {"kernel_size": 3}])
+def test_only_separate_cells_have_a_network_of_one_cell(fields):
+    model, *_ = make(**fields)
+    with pytest.raises(ValueError, match="are separate signals if interpolation is"):
         model.cell()
+    with pytest.raises(ValueError, match="are separate signals if interpolation is"):
+        spatial.layout(model, (6, 8), separate=True)
+
+
+def set_kernel(params):
+    """The parameters with weights of the neighbors that are not zero."""
+    linear = params["latent_to_modulation"]
+    kernel = jax.random.normal(jax.random.key(3), linear["kernel"].shape)
+    return params | {"latent_to_modulation": linear | {"kernel": 0.2 * kernel}}
+
+
+@pytest.mark.parametrize("grid", [(5,), (2, 4), (2, 3, 2)])
+def test_a_kernel_is_a_convolution(grid):
+    model = functa.SpatialSiren(width=4, depth=2, grid=grid, channels=3, kernel_size=3)
+    latent = jax.random.normal(jax.random.key(1), model.latent_shape)
+    to_modulation = spatial._make_map(model)
+    params = set_kernel(
+        {
+            "latent_to_modulation": to_modulation.init(jax.random.key(0), latent)[
+                "params"
+            ]
+        }
+    )["latent_to_modulation"]
+    axes = "DHW"[: len(grid)]
+    expected = jax.lax.conv_general_dilated(
+        latent[None],
+        params["kernel"],
+        (1,) * len(grid),
+        "SAME",
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+    )[0]
+    result = to_modulation.apply({"params": params}, latent)
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+def test_a_new_kernel_is_the_map_of_single_latents():
+    model, params, latent = make(kernel_size=3)
+    single, others, _ = make()
+    linear = others["latent_to_modulation"]["linear_0"]
+    kernel = params["latent_to_modulation"]["kernel"]
+    assert not jnp.any(kernel.at[1, 1].set(0))
+    assert jnp.std(kernel[1, 1]) > 0
+    linear = linear | {"kernel": kernel[1, 1]}
+    others = others | {"latent_to_modulation": {"linear_0": linear}}
+    np.testing.assert_allclose(
+        model.apply({"params": params}, COORDS, latent),
+        single.apply({"params": others}, COORDS, latent),
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("fields", [{"modulate_scale": True}, {"kernel_size": 3}])
+def test_the_field_of_all_cells_is_that_of_the_whole_signal(fields):
+    model, params, latent = make(**fields)
+    if model.kernel_size > 1:
+        params = set_kernel(params)
+    view = spatial.layout(model, (6, 8), separate=False)
+    cells = view.apply_fn({"params": params}, view.coords, latent)
+    assert cells.shape == (2, 4, 3, 2, 2)
+    np.testing.assert_allclose(
+        spatial.join_cells(cells[None])[0],
+        model.apply({"params": params}, COORDS, latent),
+        atol=1e-5,
+    )
 
 
 @pytest.fixture
@@ -171,8 +237,12 @@ def fit_whole(model, params, rates, signals):
     )
 
 
-def test_fitting_cells_equals_fitting_whole_signals(problem):
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_fitting_cells_equals_fitting_whole_signals(problem, kernel_size):
     model, params, rates, signals = problem
+    if kernel_size > 1:
+        model, params, _ = make((2, 4), kernel_size=kernel_size)
+        params = jax.tree.map(lambda x: jnp.float64(x), set_kernel(params))
     latents, mse = spatial.fit_grids(
         model, params, signals, learning_rate=rates, num_steps=3
     )

@@ -70,7 +70,7 @@ ADDED: dict[str, dict[str, Any]] = {
         "stages": [],
         "num_measured": 0,
     },
-    "make_functaset": {"padding": 0},
+    "make_functaset": {"padding": 0, "inner.num_steps": None},
     "train_vit": {"stages": []},
     "prune_vit": {
         "timing.gradient_batch_size": _gradient_batch_size,

@@ -46,6 +46,9 @@ BASE = {
     # mirrored. classify_functa takes windows of the larger grids (crop), so that each
     # image is seen in all of its crops.
     "padding": 0,
+    # Steps of the inner loop; None means those of the run, and at most as many where
+    # each step has its own rates.
+    "inner": {"num_steps": settings.Optional(int)},
     # Images fitted at once. On a CPU small batches are fastest: they fit the cache.
     "batch_size": 8,
 }
@@ -67,6 +70,7 @@ RULES = {
     "num_images": settings.whole(0),
     "copies": settings.whole(1),
     "padding": settings.whole(0),
+    "inner.num_steps": settings.whole(0),
     "batch_size": settings.whole(1),
     "seed": settings.SEED,
 }

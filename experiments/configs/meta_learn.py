@@ -92,7 +92,8 @@ BASE = {
     # Random pixels of each image per update; 0 uses all.
     "num_pixels": 0,
     # Whether to train on random cells of different images; batch_size then counts them.
-    # For a SpatialSiren with interpolation "nearest", whose cells are separate signals.
+    # For a SpatialSiren with interpolation "nearest" and kernel_size 1, whose cells are
+    # separate signals.
     "by_cells": False,
     # The first updates teach the field to decode the principal components of the
     # signals; meta-learning starts from there. 0 starts from random weights.
@@ -129,6 +130,7 @@ _SPATIAL = {
         "channels": 16,
         "omega_0": 10.0,
         "interpolation": "nearest",
+        "kernel_size": 1,
         "modulate_scale": False,
         "modulate_shift": True,
         "fast_sine": True,
@@ -191,6 +193,17 @@ VARIANTS = {
         "warm_start_steps": 5,
     },
     "cifar10_spatial_cpu": {
+        **_SPATIAL,
+        "batch_size": 4,
+        "by_cells": False,
+        "checkpoint_every": 1000,
+        "dataset.name": "cifar10",
+        "log_every": 200,
+        "model.kernel_size": 3,
+        "num_steps": 12000,
+        "points_per_group": 1024,
+    },
+    "cifar10_cells_cpu": {
         **_SPATIAL,
         "checkpoint_every": 1000,
         "dataset.name": "cifar10",
@@ -259,6 +272,7 @@ RULES = {
     "model.depth": settings.whole(2),
     "model.latent_dim?": settings.whole(1),
     "model.omega_0?": settings.above(0),
+    "model.kernel_size?": settings.whole(1),
     "model.layer_sizes?": settings.each(settings.whole(1), empty=True),
     "model.derivative_dtype?": settings.one_of("float32", "bfloat16"),
     "inner.num_steps": settings.whole(1),

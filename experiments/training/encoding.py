@@ -71,6 +71,23 @@ class Learner(NamedTuple):
             model_config=self.model_config | {"grid": grid}, latent=latent
         )
 
+    def with_steps(self, num_steps: int) -> "Learner":
+        """The learner with another number of inner steps.
+
+        Raises:
+          ValueError: if there are rates for each step, but not for so many steps.
+        """
+        rates = self.learning_rate
+        if rates.shape not in ((), self.latent.shape):
+            if num_steps > len(rates):
+                raise ValueError(
+                    f"inner.num_steps is {num_steps}, but the run has learned rates "
+                    f"for {len(rates)} steps."
+                )
+            rates = rates[:num_steps]
+        inner = self.inner | {"num_steps": num_steps}
+        return self._replace(learning_rate=rates, inner=inner)
+
 
 def _by(sizes):
     return "x".join(map(str, sizes))

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -227,24 +227,34 @@ def make_update(
     config: ConfigDict,
     model: nn.Module,
     optimizer: optax.GradientTransformation,
+    apply_fn: Callable[..., jax.Array] | None = None,
 ):
-    """The jitted outer step: (state, coords (N, d), targets (B, N, C), key) -> ...
+    """The jitted outer step: (state, coords, targets, key) -> ...
+
+    Coordinates are (N, d) and targets (B, N, C), or what `apply_fn` takes and returns.
+
+    Args:
+      config: configuration of the run.
+      model: the field.
+      optimizer: as from `make_optimizer`.
+      apply_fn: by default `model.apply`.
 
     Returns:
       A function that returns the new state and, from before the update, the outer loss
       () and the mean PSNR after every inner step, (S + 1,).
     """
     inner = config.inner
+    apply_fn = apply_fn or model.apply
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated())
     def update(state, coords, targets, key):
-        batch_size, num_points = targets.shape[:2]
+        batch_size, num_points = len(targets), math.prod(targets.shape[1:-1])
         noise = None
         if inner.noise_std:
             shape = (batch_size, *state.latent.shape)
             noise = inner.noise_std * jax.random.normal(key, shape)
         (grads, rate_grads), info = functa.meta_gradient(
-            model.apply,
+            apply_fn,
             state.weights["params"],
             state.latent,
             coords,
@@ -288,10 +298,14 @@ class WarmStart(NamedTuple):
     rate: float
 
     def codes(self, targets: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Latents (B, *shape) of targets (B, N, C); zero beyond K entries."""
-        flat = targets.reshape(len(targets), -1) - self.mean
+        """Latents (B, *shape) of targets; zero beyond K entries.
+
+        The targets are (B, N, C), with n values each, or grids of cells of n values.
+        """
+        flat = targets.reshape(-1, len(self.mean)) - self.mean
         codes = flat @ self.components.T / _WARM_SCALE
-        codes = np.pad(codes, ((0, 0), (0, math.prod(shape) - codes.shape[1])))
+        size = math.prod(shape) * len(targets) // len(codes)
+        codes = np.pad(codes, ((0, 0), (0, size - codes.shape[1])))
         return np.float32(codes.reshape(-1, *shape))
 
 
@@ -306,15 +320,23 @@ def make_warm_start(signals: np.ndarray, latent_size: int) -> WarmStart:
 
 
 def make_warm_update(
-    config: ConfigDict, model: nn.Module, optimizer: optax.GradientTransformation
+    config: ConfigDict,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    apply_fn: Callable[..., jax.Array] | None = None,
 ):
-    """The jitted regression of targets (B, N, C) on their codes (B, *Z)."""
+    """The jitted regression of targets (B, ..., C) on their codes (B, *Z).
+
+    The arguments are those of `make_update`.
+    """
+    apply_fn = apply_fn or model.apply
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated())
     def update(state, coords, targets, codes):
         def loss_fn(params):
-            fields = jax.vmap(lambda z: model.apply({"params": params}, coords, z))
-            return jnp.square(fields(codes) - targets).mean((1, 2))
+            fields = jax.vmap(lambda z: apply_fn({"params": params}, coords, z))
+            error = jnp.square(fields(codes) - targets)
+            return error.mean(range(1, error.ndim))
 
         def mean_loss(params):
             loss = loss_fn(params)
@@ -369,18 +391,26 @@ def train(
     config = run.config
     num_steps = config.num_steps
     devices.check_divisible(config.batch_size)
+    view = None
     if config.by_cells:
         # A cell is a signal of its own; a batch has cells of different images.
-        images = functa.spatial.split_cells(images, model.grid)
-        images = images.reshape(-1, *config.cell, images.shape[-1])
+        images = functa.spatial.layout(model, images.shape[1:3]).split(images)
         model = model.cell()
+    elif config.cell:
+        view = functa.spatial.layout(model, images.shape[1:3], separate=False)
+    apply_fn = view.apply_fn if view else model.apply
     optimizer = make_optimizer(config)
-    update = make_update(config, model, optimizer)
+    update = make_update(config, model, optimizer, apply_fn)
     warm, num_warm_steps = None, 0
     if config.warm_start_steps and learner is None:
         num_warm_steps = config.warm_start_steps
-        warm = make_warm_start(images, math.prod(model.latent_shape))
-        warm_update = make_warm_update(config, model, optimizer)
+        signals, size = images, math.prod(model.latent_shape)
+        if view:  # Each cell has a code.
+            signals = functa.spatial.split_cells(images, model.grid)
+            signals = signals.reshape(-1, *config.cell, images.shape[-1])
+            size = model.channels
+        warm = make_warm_start(signals, size)
+        warm_update = make_warm_update(config, model, optimizer, apply_fn)
     key = jax.random.key(config.seeds[0] + 1)
     compiled = set()
 
@@ -388,6 +418,9 @@ def train(
         losses, psnrs = [], []
         for step in range(start, stop):
             coords, targets = make_batch(config, images, step)
+            if view:
+                targets = view.split(targets.reshape(-1, *images.shape[1:]))
+                coords = view.coords
             if targets.shape not in compiled:
                 compiled.add(targets.shape)
                 run.say(f"compiling the outer step for batches of {targets.shape} ...")
