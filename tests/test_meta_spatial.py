@@ -1,8 +1,10 @@
 """Meta-learning of grids of latents: cells, warm start, calibration, recovery."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import functa
@@ -94,6 +96,35 @@ def test_warm_start_learns_to_decode():
     assert psnr.shape == (3,)
 
 
+def test_whole_images_are_trained_by_cells_like_by_points():
+    config = small_config(by_cells=False, model__kernel_size=3, inner__num_steps=1)
+    images = data.load_dataset("digits").splits["train"]["image"][:4]
+    model = functa.make_model(config.model.to_dict())
+    optimizer = optax.sgd(1.0)
+    view = functa.spatial.layout(model, (8, 8), separate=False)
+    pixels = data.to_float(images)
+    losses, weights = [], []
+    for apply_fn, coords, targets in (
+        (None, functa.coordinate_grid((8, 8)), pixels),
+        (view.apply_fn, view.coords, view.split(pixels)),
+    ):
+        state = meta.init_state(config, model, optimizer)
+        update = meta.make_update(config, model, optimizer, apply_fn)
+        state, loss, _ = update(state, coords, targets, jax.random.key(0))
+        losses.append(loss)
+        weights.append(jax.device_get(state.weights))
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    chex.assert_trees_all_close(*weights, atol=1e-5)
+    kernel = weights[0]["params"]["latent_to_modulation"]["kernel"]
+    assert np.all(np.abs(kernel).max((2, 3)) > 0)  # Neighbors are trained.
+    # Each cell has the codes of the cells that are signals of their own.
+    cells = functa.spatial.split_cells(images, (2, 2)).reshape(-1, 4, 4, 1)
+    warm = meta.make_warm_start(cells, 3)
+    codes = warm.codes(view.split(pixels), model.latent_shape)
+    alone = warm.codes(data.to_float(cells), (1, 1, 3))
+    np.testing.assert_array_equal(codes.reshape(-1, 3), alone.reshape(-1, 3))
+
+
 def test_a_collapse_leads_back_to_the_last_good_state():
     config = small_config(max_drop=3.0)
     _, _, state = start(config)
@@ -148,7 +179,9 @@ def test_a_run_recovers_and_counts_it(tmp_path, capsys):
         ({"model__grid": (16, 16)}, "model.grid must divide the images of 8x8"),
         ({"cell": (2, 2)}, "a grid of 2x2 has cells of"),
         ({"model__interpolation": "bilinear", "cell": None}, "by_cells needs"),
-        ({"coarse_steps": 5}, "neither coarse_steps nor num_pixels"),
+        ({"coarse_steps": 5}, "set coarse_steps and num_pixels to 0"),
+        ({"model__kernel_size": 3}, "by_cells needs model.kernel_size 1, got 3"),
+        ({"model__kernel_size": 2}, "model.kernel_size must be an odd number"),
         ({"model__channels": 0}, "model.channels must be at least 1"),
         ({"inner__calibration": 2.0}, "inner.calibration must be"),
     ],

@@ -11,7 +11,7 @@ Variants:
     seconds on two cores (results/classify_functa_digits).
   smoke: the digits variant for 4 epochs, to check that the command runs.
   best: a wide, strongly regularized MLP on the latents of meta_learn's cifar10_cpu
-    variant; 60 % in 5 minutes on two cores (results/classify_functa_best).
+    variant; 59 % in 14 minutes on two cores (results/classify_functa_best).
   report_mlp1: the first MLP of the report (256 and 128 units) on the raw latents of
     CIFAR-10, 600 epochs of Adam, accuracy every 100 epochs; 52 % in 4 minutes on two
     cores (results/classify_functa_report_mlp1).

@@ -16,6 +16,8 @@ Variants:
   smoke_spatial: digits_spatial with a tiny network and 20 steps; seconds.
   cifar10_spatial_cpu: CIFAR-10 with an 8x8 grid of latents of 16 numbers; 12,000 steps,
     under an hour on two cores (results/meta_learn_cifar10_spatial_cpu).
+  cifar10_cells_cpu: the same for cells that do not depend on each other; results/ has
+    no run of it.
   cifar10_spatial: the same at the size of Spatial Functa. It needs a GPU; results/ has
     no run of it.
   cifar10: CIFAR-10 at the size of the paper. It needs a GPU; results/ has no run of it.
@@ -272,7 +274,7 @@ RULES = {
     "model.depth": settings.whole(2),
     "model.latent_dim?": settings.whole(1),
     "model.omega_0?": settings.above(0),
-    "model.kernel_size?": settings.whole(1),
+    "model.kernel_size?": settings.ODD,
     "model.layer_sizes?": settings.each(settings.whole(1), empty=True),
     "model.derivative_dtype?": settings.one_of("float32", "bfloat16"),
     "inner.num_steps": settings.whole(1),
