@@ -12,7 +12,8 @@ Variants:
   mnist: MNIST, 28x28 gray; results/ has no run of it.
   cifar10_cpu: CIFAR-10 with a small network; about 25 dB in half an hour on two cores
     (results/meta_learn_cifar10_cpu).
-  digits_spatial: the digits with a 2x2 grid of latents of 8 numbers.
+  digits_spatial: the digits with a 2x2 grid of latents of 16 numbers; as in digits, an
+    image has as many numbers as pixels.
   smoke_spatial: digits_spatial with a tiny network and 20 steps; seconds.
   cifar10_spatial_cpu: CIFAR-10 with an 8x8 grid of latents of 16 numbers; 12,000 steps,
     under an hour on two cores (results/meta_learn_cifar10_spatial_cpu).
@@ -173,7 +174,6 @@ VARIANTS = {
     "digits_spatial": {
         **_SPATIAL,
         "batch_size": 128,
-        "model.channels": 8,
         "model.grid": (2, 2),
         "num_steps": 1200,
         "warm_start_steps": 200,
