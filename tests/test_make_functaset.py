@@ -359,6 +359,22 @@ def smoke_config(meta_run):
     return config
 
 
+def test_fewer_inner_steps_are_the_first_ones(learner, dataset):
+    rates = np.linspace(0.05, 0.2, 10, dtype=np.float32).reshape(2, 5)
+    per_step = learner._replace(learning_rate=rates)
+    images = dataset["test"]["image"]
+    fits = [
+        list(encoding.encode(which, images, batch_size=4))[0]
+        for which in (per_step, per_step.with_steps(1), learner.with_steps(1))
+    ]
+    np.testing.assert_array_equal(fits[1][1], fits[0][1][:, :2])
+    np.testing.assert_allclose(  # Steps from zero are proportional to their rates.
+        fits[1][0] / rates[0], fits[2][0] / 0.05, rtol=1e-4, atol=1e-6
+    )
+    with pytest.raises(ValueError, match="inner.num_steps is 3, but the run has"):
+        per_step.with_steps(3)
+
+
 def test_command_writes_the_functaset_of_a_run(meta_run, tmp_path):
     summary = make_functaset.train_and_evaluate(smoke_config(meta_run), tmp_path)
     assert summary["num_signals"] == 2 * 6 + 6
