@@ -92,12 +92,12 @@ def assert_close(actual, expected, tolerance=1e-5):
 
 
 def options_of(case):
-    """Every score takes its turn at each of the remaining options."""
-    index, (semantics, score, heads) = case
+    """Every score takes its turn at each of the remaining options, heads included."""
+    index, (semantics, score) = case
     return COUNTS[semantics] | {
         "semantics": semantics,
         "score": score,
-        "keep_heads": HEADS if heads else None,
+        "keep_heads": HEADS if index % 2 else None,
         "head_score": ("max", "confidence")[index // 2 % 2],
         "cumulative": index % 3 != 2,
         "alpha": (0.0, 0.7)[index % 2],
@@ -108,9 +108,7 @@ def options_of(case):
 
 CASES = [
     Cascade(**options_of(case))
-    for case in enumerate(
-        itertools.product(cascades.SEMANTICS, cascades.SCORES[:-1], (False, True))
-    )
+    for case in enumerate(itertools.product(cascades.SEMANTICS, cascades.SCORES[:-1]))
 ]
 
 
@@ -215,8 +213,8 @@ def test_cases_let_tokens_come_back_and_images_differ():
 # Masked against compact.
 
 
-# Each score twice, with heads and without in turn.
-@pytest.mark.parametrize("cascade", CASES[::3], ids=name_of)
+# Each score once, with heads and without in turn.
+@pytest.mark.parametrize("cascade", CASES[1::3], ids=name_of)
 def test_gradients_of_both_modes_are_equal(cascade):
     models = [make(cascade) for cascade in in_modes(cascade)]
     params = vit_oracle.random_params(models[0], IMAGES, seed=20)

@@ -86,7 +86,7 @@ def test_update_equals_plain_gradient_descent_on_the_meta_loss():
 
 
 def test_update_compiles_once_and_learns():
-    config = small_config(inner__num_steps=3)
+    config = small_config()
     state, update = start(config)
     losses = []
     for step in range(12):
@@ -107,14 +107,27 @@ def test_update_compiles_once_and_learns():
         ({"inner__meta_sgd": False, "inner__rates_per_step": False}, ()),
     ],
 )
-def test_rates(changes, shape):
-    config = small_config(**changes, inner__rate_clip=(0.25, 0.3), inner__unroll=False)
+def test_shapes_of_rates(changes, shape):
+    config = small_config(**changes, inner__unroll=False)
+    state, update = start(config)
+    assert state.weights["learning_rate"].shape == shape
+    after, *_ = jax.eval_shape(update, state, *some_batch(config), jax.random.key(0))
+    assert after.weights["learning_rate"].shape == shape
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_rates_stay_within_their_bounds(learned):
+    config = small_config(
+        inner__meta_sgd=learned,
+        inner__rates_per_step=learned,
+        inner__rate_clip=(0.25, 0.3),
+        inner__unroll=False,
+    )
     state, update = start(config)
     before = np.asarray(state.weights["learning_rate"])
-    assert before.shape == shape
     state, *_ = update(state, *some_batch(config), jax.random.key(0))
     after = np.asarray(state.weights["learning_rate"])
-    if config.inner.meta_sgd:
+    if learned:
         assert 0.25 <= after.min() and after.max() <= 0.3
     # Rates that are not learned stay as they were drawn, but for the bounds.
     else:

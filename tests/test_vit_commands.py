@@ -57,12 +57,23 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """The folder of a network at its initialization, which pruning can read."""
+    workdir = tmp_path_factory.mktemp("untrained_vit")
+    config = train_config()
+    problem = train_vit.make_problem(config, vit_training.load_images(config))
+    vit.save_checkpoint(workdir / "model.npz", problem.model, problem.params)
+    return workdir
+
+
+@pytest.fixture(scope="module")
 def pruned(trained, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("pruned_vit")
     config = prune_config(trained[0])
     return workdir, config, prune_vit.train_and_evaluate(config, workdir)
 
 
+@pytest.mark.slow
 def test_training_writes_what_it_evaluated(trained):
     workdir, summary = trained
     assert runs.load_summary(workdir) == summary
@@ -371,8 +382,8 @@ def test_comparison_interpolates_between_costs():
         ({"image_size": 7}, "7"),
     ],
 )
-def test_bad_options_of_pruning(trained, tmp_path, changes, message):
-    config = prune_config(trained[0], **changes)
+def test_bad_options_of_pruning(untrained, tmp_path, changes, message):
+    config = prune_config(untrained, **changes)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         prune_vit.train_and_evaluate(config, tmp_path)
 

@@ -378,11 +378,7 @@ def random_images(image_shape, seed=9):
 
 def compiled(function):
     """For a few runs: compiling faster counts for more than running faster."""
-    options = {"xla_backend_optimization_level": 0}
-    if jax.__version_info__[:2] == (0, 10):
-        # A third of the time; later ones have no such option.
-        options["xla_cpu_use_fusion_emitters"] = False
-    return jax.jit(function, compiler_options=options)
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def run(function, *arguments):
