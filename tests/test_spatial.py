@@ -1,5 +1,7 @@
 """Grids of latents, against a global latent, image resizing and whole-signal fits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,8 @@ def make(grid=(2, 4), channels=3, **fields):
     model = functa.SpatialSiren(
         width=5, depth=3, grid=grid, channels=channels, out_channels=2, **fields
     )
-    params = model.init(jax.random.key(0), COORDS, model.initial_latent())["params"]
+    init = jax.jit(model.init)
+    params = init(jax.random.key(0), COORDS, model.initial_latent())["params"]
     latent = jax.random.normal(jax.random.key(1), model.latent_shape)
     return model, params, latent
 
@@ -34,7 +37,8 @@ def test_a_grid_of_one_cell_is_a_latent_modulated_siren(interpolation, scale):
         omega_0=10.0,
         modulate_scale=scale,
     )
-    expected = other.init(jax.random.key(0), COORDS, other.initial_latent())["params"]
+    init = jax.jit(other.init)
+    expected = init(jax.random.key(0), COORDS, other.initial_latent())["params"]
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     np.testing.assert_array_equal(
         model.apply({"params": params}, COORDS, latent),
@@ -45,12 +49,12 @@ def test_a_grid_of_one_cell_is_a_latent_modulated_siren(interpolation, scale):
 @pytest.mark.parametrize("scale", [False, True])
 def test_nearest_evaluates_each_cell_by_itself(scale):
     model, params, latent = make(modulate_scale=scale)
-    values = model.apply({"params": params}, COORDS, latent)
+    values = jax.jit(model.apply)({"params": params}, COORDS, latent)
     inside = functa.coordinate_grid((3, 2))
-    cell = model.cell()
+    apply_cell = jax.jit(model.cell().apply)
     for row in range(2):
         for column in range(4):
-            alone = cell.apply(
+            alone = apply_cell(
                 {"params": params}, inside, latent[row, column].reshape(1, 1, -1)
             )
             part = values[3 * row : 3 * row + 3, 2 * column : 2 * column + 2]
@@ -79,8 +83,9 @@ def test_any_number_of_axes(grid, interpolation):
     )
     coords = functa.coordinate_grid([4 * n for n in grid])
     latent = model.initial_latent()
-    params = model.init(jax.random.key(0), coords, latent)["params"]
-    values = model.apply({"params": params}, coords, latent)
+    values, _ = jax.eval_shape(
+        model.init_with_output, jax.random.key(0), coords, latent
+    )
     assert values.shape == (*coords.shape[:-1], 3)
 
 
@@ -88,8 +93,9 @@ def test_a_latent_reaches_its_own_pixels_only():
     for interpolation, reach in ("nearest", 0), ("bilinear", 1):
         model, params, latent = make((6, 8), interpolation=interpolation)
         coords = functa.coordinate_grid((12, 16))
-        before = model.apply({"params": params}, coords, latent)
-        after = model.apply({"params": params}, coords, latent.at[2, 3].add(1.0))
+        apply = jax.jit(model.apply)
+        before = apply({"params": params}, coords, latent)
+        after = apply({"params": params}, coords, latent.at[2, 3].add(1.0))
         changed = np.argwhere(np.any(np.asarray(before != after), axis=-1))
         low, high = changed.min(0), changed.max(0)
         np.testing.assert_array_equal(low, [2 * 2 - reach, 2 * 3 - reach])
@@ -187,8 +193,8 @@ def test_a_new_kernel_is_the_map_of_single_latents():
     linear = linear | {"kernel": kernel[1, 1]}
     others = others | {"latent_to_modulation": {"linear_0": linear}}
     np.testing.assert_allclose(
-        model.apply({"params": params}, COORDS, latent),
-        single.apply({"params": others}, COORDS, latent),
+        jax.jit(model.apply)({"params": params}, COORDS, latent),
+        jax.jit(single.apply)({"params": others}, COORDS, latent),
         atol=1e-6,
     )
 
@@ -199,11 +205,11 @@ def test_the_field_of_all_cells_is_that_of_the_whole_signal(fields):
     if model.kernel_size > 1:
         params = set_kernel(params)
     view = spatial.layout(model, (6, 8), separate=False)
-    cells = view.apply_fn({"params": params}, view.coords, latent)
+    cells = jax.jit(view.apply_fn)({"params": params}, view.coords, latent)
     assert cells.shape == (2, 4, 3, 2, 2)
     np.testing.assert_allclose(
         spatial.join_cells(cells[None])[0],
-        model.apply({"params": params}, COORDS, latent),
+        jax.jit(model.apply)({"params": params}, COORDS, latent),
         atol=1e-5,
     )
 
@@ -225,6 +231,7 @@ def centers(*shape):
     return (cells + 0.5) / np.array(shape)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def fit_whole(model, params, rates, signals):
     return functa.fit_batch(
         model.apply,
@@ -237,15 +244,16 @@ def fit_whole(model, params, rates, signals):
     )
 
 
+fit_grids = jax.jit(spatial.fit_grids, static_argnames=("model", "num_steps"))
+
+
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_fitting_cells_equals_fitting_whole_signals(problem, kernel_size):
     model, params, rates, signals = problem
     if kernel_size > 1:
         model, params, _ = make((2, 4), kernel_size=kernel_size)
         params = jax.tree.map(lambda x: jnp.float64(x), set_kernel(params))
-    latents, mse = spatial.fit_grids(
-        model, params, signals, learning_rate=rates, num_steps=3
-    )
+    latents, mse = fit_grids(model, params, signals, learning_rate=rates, num_steps=3)
     expected, info = fit_whole(model, params, rates, signals)
     # Coordinates are float32; their products with the grid differ in the last digit.
     np.testing.assert_allclose(latents, expected, atol=1e-6)
@@ -255,9 +263,9 @@ def test_fitting_cells_equals_fitting_whole_signals(problem, kernel_size):
 def test_latents_of_a_crop_are_a_crop_of_the_latents(problem):
     model, params, rates, signals = problem
     options = {"learning_rate": rates, "num_steps": 3}
-    latents, _ = spatial.fit_grids(model, params, signals, **options)
+    latents, _ = fit_grids(model, params, signals, **options)
     small = model.clone(grid=(1, 2))
-    crop, _ = spatial.fit_grids(small, params, signals[:, 3:6, 2:6], **options)
+    crop, _ = fit_grids(small, params, signals[:, 3:6, 2:6], **options)
     np.testing.assert_allclose(crop, latents[:, 1:2, 1:3], atol=1e-12)
 
 
@@ -268,19 +276,18 @@ def test_the_outer_gradient_of_cells_is_that_of_whole_signals(problem):
         _, info = fit_whole(model, params, rates, signals)
         return info.loss[:, -1].mean()
 
-    expected = jax.grad(loss, argnums=(0, 1))(params, rates)
+    expected = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, rates)
     cell = model.cell()
     cells = spatial.split_cells(signals, model.grid).reshape(-1, 3, 2, 2)
-    grads, _ = functa.meta_gradient(
+    meta_gradient = functools.partial(
+        functa.meta_gradient,
         cell.apply,
-        params,
-        jnp.zeros(cell.latent_shape),
-        centers(3, 2),
-        cells,
-        learning_rate=rates,
+        latent=jnp.zeros(cell.latent_shape),
+        coords=centers(3, 2),
         num_steps=3,
         num_groups=4,
     )
+    grads, _ = jax.jit(meta_gradient)(params, targets=cells, learning_rate=rates)
     for ours, theirs in zip(
         jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True
     ):
@@ -294,7 +301,7 @@ def test_cells_do_not_influence_each_other(problem):
         values = model.apply({"params": params}, COORDS, latent)
         return jnp.mean(jnp.square(values - signals[0]))
 
-    hessian = jax.hessian(loss)(jnp.ones(model.latent_shape))
+    hessian = jax.jit(jax.hessian(loss))(jnp.ones(model.latent_shape))
     hessian = np.asarray(hessian).reshape(8, 3, 8, 3)
     between = np.abs(hessian).max((1, 3))
     assert np.all(between[~np.eye(8, dtype=bool)] == 0)
@@ -309,12 +316,11 @@ def test_the_first_step_is_a_product_with_the_jacobian(problem):
     def field(z):
         return cell.apply({"params": params}, inside, z.reshape(1, 1, 3)).reshape(-1)
 
-    start, jacobian = field(jnp.zeros(3)), jax.jacobian(field)(jnp.zeros(3))
+    start = jax.jit(field)(jnp.zeros(3))
+    jacobian = jax.jit(jax.jacobian(field))(jnp.zeros(3))
     cells = spatial.split_cells(signals, model.grid).reshape(24, -1)
     expected = rates[:1] * 2 / start.size * ((cells - start[None]) @ jacobian)
-    latents, _ = spatial.fit_grids(
-        model, params, signals, learning_rate=rates[:1], num_steps=1
-    )
+    latents, _ = fit_grids(model, params, signals, learning_rate=rates[:1], num_steps=1)
     np.testing.assert_allclose(latents.reshape(24, 3), expected, atol=1e-12)
 
 
@@ -323,11 +329,18 @@ def test_a_shared_jacobian_changes_no_result(problem):
     cell = model.cell()
     start = jnp.zeros(cell.latent_shape)
     inside = functa.coordinate_grid((3, 2)).astype(np.float64)
-    few = inner_loop.field_vjp(cell.apply, params, start, inside)
-    many = inner_loop.field_vjp(cell.apply, params, start, inside, num_fits=100)
-    np.testing.assert_allclose(few[0], many[0], rtol=1e-12)
-    cotangent = jnp.cos(jnp.arange(few[0].size)).reshape(few[0].shape)
-    np.testing.assert_allclose(few[1](cotangent)[0], many[1](cotangent)[0], rtol=1e-12)
+
+    @functools.partial(jax.jit, static_argnames="num_fits")
+    def value_and_product(**options):
+        values, pullback = inner_loop.field_vjp(
+            cell.apply, params, start, inside, **options
+        )
+        cotangent = jnp.cos(jnp.arange(values.size)).reshape(values.shape)
+        return values, pullback(cotangent)[0]
+
+    few, many = value_and_product(), value_and_product(num_fits=100)
+    for one, other in zip(few, many, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12)
 
 
 def test_largest_eigenvalue(problem):
@@ -339,7 +352,7 @@ def test_largest_eigenvalue(problem):
         return cell.apply({"params": params}, inside, z)
 
     start = jnp.zeros(cell.latent_shape)
-    jacobian = jax.jacobian(field)(start).reshape(-1, 3)
+    jacobian = jax.jit(jax.jacobian(field))(start).reshape(-1, 3)
     expected = np.linalg.eigvalsh(2 / len(jacobian) * jacobian.T @ jacobian)[-1]
     np.testing.assert_allclose(
         functa.largest_eigenvalue(field, start, num_iterations=200), expected, rtol=1e-6
@@ -366,7 +379,7 @@ def test_a_functaset_of_grids_is_rendered(tmp_path):
         loaded.normalized().std((0, 1, 2)), np.ones(3), rtol=1e-5
     )
     images = functa.reconstruct(loaded, params, (12, 16))
-    expected = model.apply(
+    expected = jax.jit(model.apply)(
         {"params": params}, functa.coordinate_grid((12, 16)), 2 * latent
     )
     np.testing.assert_allclose(images[1], expected, atol=1e-5)
