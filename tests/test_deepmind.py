@@ -114,7 +114,8 @@ def test_forward_matches_golden(path):
     )
     chex.assert_trees_all_equal(convert.to_haiku(imported), tree)
     variables = {"params": imported.params}
-    forward = imported.model.apply(variables, golden["coords"], imported.latent)
+    apply = jax.jit(imported.model.apply)
+    forward = apply(variables, golden["coords"], imported.latent)
     assert_close(forward, golden["forward"], 1e-5)
 
 
@@ -180,7 +181,7 @@ def assert_inner_step_matches(apply, tree, imported, coords, rates):
     def loss_fn(flat):
         return jnp.mean(jnp.square(apply(tree | unravel(flat), coords) - target))
 
-    step = unravel(flat - rates * jax.grad(loss_fn)(flat))
+    step = unravel(flat - rates * jax.jit(jax.grad(loss_fn))(flat))
     fit = jax.jit(
         functools.partial(
             fit_latent, field, num_steps=1, learning_rate=imported.learning_rate
