@@ -342,11 +342,13 @@ def test_modes_of_batch_normalisation(mode):
     labels = images.train[1][:16]
     batch = {"inputs": inputs, "labels": labels, "batch_stats": batch_stats}
     batch["calibration"] = calibration
-    loss = classifier.make_loss(model, mode)(variables["params"], batch)
+    loss = jax.jit(classifier.make_loss(model, mode))(variables["params"], batch)
 
     variables = {"params": variables["params"], "batch_stats": batch_stats}
     if mode == "batch":
-        logits, _ = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
+        logits, _ = jax.jit(
+            lambda v: model.apply(v, inputs, train=True, mutable=["batch_stats"])
+        )(variables)
     else:
         if mode == "recalibrated":
             # The running mean over many passes is that of one.
@@ -357,7 +359,7 @@ def test_modes_of_batch_normalisation(mode):
             )
             for _ in range(200):
                 variables = variables | update(variables)
-        logits = model.apply(variables, inputs)
+        logits = jax.jit(model.apply)(variables, inputs)
     chances = jax.nn.softmax(logits)[jnp.arange(16), labels]
     np.testing.assert_allclose(loss, -np.log(chances).mean(), rtol=1e-4)
 
@@ -378,7 +380,9 @@ def test_modes_agree_where_they_must():
             "batch_stats": variables["batch_stats"],
         }
         losses = {
-            mode: float(classifier.make_loss(model, mode)(variables["params"], batch))
+            mode: float(
+                jax.jit(classifier.make_loss(model, mode))(variables["params"], batch)
+            )
             for mode in classifier.BN_MODES
         }
         assert losses["recalibrated"] == pytest.approx(losses["batch"], rel=1e-5)
