@@ -70,8 +70,10 @@ def test_the_ends_of_the_domain_belong_to_the_outer_cells():
 def test_bilinear_weights_are_those_of_image_resizing():
     values = jax.random.normal(jax.random.key(0), (3, 4, 5))
     coords = functa.coordinate_grid((12, 20))
-    expected = jax.image.resize(values, (12, 20, 5), "bilinear")
-    result = spatial._interpolate(coords, values)
+    expected = jax.jit(jax.image.resize, static_argnums=(1, 2))(
+        values, (12, 20, 5), "bilinear"
+    )
+    result = jax.jit(spatial._interpolate)(coords, values)
     np.testing.assert_allclose(result, expected, atol=2e-6)
 
 
@@ -164,13 +166,8 @@ def test_a_kernel_is_a_convolution(grid):
     model = functa.SpatialSiren(width=4, depth=2, grid=grid, channels=3, kernel_size=3)
     latent = jax.random.normal(jax.random.key(1), model.latent_shape)
     to_modulation = spatial._make_map(model)
-    params = set_kernel(
-        {
-            "latent_to_modulation": to_modulation.init(jax.random.key(0), latent)[
-                "params"
-            ]
-        }
-    )["latent_to_modulation"]
+    params = jax.jit(to_modulation.init)(jax.random.key(0), latent)["params"]
+    params = set_kernel({"latent_to_modulation": params})["latent_to_modulation"]
     axes = "DHW"[: len(grid)]
     expected = jax.lax.conv_general_dilated(
         latent[None],
@@ -179,7 +176,7 @@ def test_a_kernel_is_a_convolution(grid):
         "SAME",
         dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
     )[0]
-    result = to_modulation.apply({"params": params}, latent)
+    result = jax.jit(to_modulation.apply)({"params": params}, latent)
     np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
