@@ -59,16 +59,18 @@ class ConvNeXt(nn.Module):
             zip(self.widths, self.depths, strict=True)
         ):
             if stage:
-                x = _merge_cells(nn.LayerNorm(name=f"norm_{stage}")(x))
+                x = _merge_cells(
+                    nn.LayerNorm(use_fast_variance=False, name=f"norm_{stage}")(x)
+                )
             name = f"merge_{stage}" if stage else "stem"
             x = nn.Dense(width, name=name)(x)
             if not stage:
-                x = nn.LayerNorm(name="norm_0")(x)
+                x = nn.LayerNorm(use_fast_variance=False, name="norm_0")(x)
             for block in range(depth):
                 drop_path = DropPath(next(rates), deterministic=not train)
                 name = f"block_{stage}_{block}"
                 x = x + drop_path(Block(self.layer_scale, name=name)(x))
-        x = nn.LayerNorm(name="norm")(x.mean((1, 2)))
+        x = nn.LayerNorm(use_fast_variance=False, name="norm")(x.mean((1, 2)))
         return nn.Dense(
             self.num_classes, kernel_init=nn.initializers.zeros, name="head"
         )(x)
@@ -85,7 +87,7 @@ class Block(nn.Module):
         kernel = self.param("depthwise", nn.initializers.normal(1 / 3), (3, 3, width))
         bias = self.param("bias", nn.initializers.zeros, (width,))
         x = depthwise_conv(x, kernel) + bias[None, None, None]
-        x = nn.LayerNorm(name="norm")(x)
+        x = nn.LayerNorm(use_fast_variance=False, name="norm")(x)
         x = nn.gelu(nn.Dense(4 * width, name="expand")(x))
         x = nn.Dense(width, name="project")(x)
         scale = nn.initializers.constant(self.layer_scale)
