@@ -70,7 +70,7 @@ RULES = {
     "num_images": settings.whole(0),
     "copies": settings.whole(1),
     "padding": settings.whole(0),
-    "inner.num_steps": settings.whole(0),
+    "inner.num_steps": settings.optional(settings.whole(0)),
     "batch_size": settings.whole(1),
     "seed": settings.SEED,
 }
