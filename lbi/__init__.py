@@ -17,6 +17,7 @@ from lbi.path import (
     suggest_lambda,
 )
 from lbi.penalty import L1, GroupL2
+from lbi.structure import groups
 
 __all__ = [
     "GroupL2",
@@ -31,6 +32,7 @@ __all__ = [
     "find_states",
     "forecast_entries",
     "gamma",
+    "groups",
     "in_support",
     "path",
     "penalty",
