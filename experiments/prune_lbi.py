@@ -55,7 +55,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     images = classifier.load_images(runs.load_config(folders[0]))
     all_trained = [load_trained(folder, images) for folder in folders]
     for trained in all_trained:
-        _check_layers(config, trained.problem.model)
+        _check_layers(config, trained.problem)
     optimizers.make_optimizer(config.finetune, 1, entry="finetune")
 
     def experiment(run):
@@ -276,9 +276,7 @@ def _train_masked(run, name, trained, keep, num_epochs):
     The fine-tuning is a separate run, `name`, inside the folder of `run`.
     """
     problem = trained.problem
-    masks = lbi.channels.channel_masks(
-        keep, registry.channel_map(problem.model), trained.variables
-    )
+    masks = lbi.channels.channel_masks(keep, _graph(problem), trained.variables)
     variables = pruning.apply_masks(trained.variables, masks)
     if num_epochs == 0:
         return variables
@@ -314,7 +312,6 @@ def _train_masked(run, name, trained, keep, num_epochs):
 def _compress(run, name, trained, importance):
     """Removes channels of every layer, fine-tunes, and builds the smaller network."""
     config = run.config
-    channels = registry.channel_map(trained.problem.model)
     keep = {}
     for layer, share in config.compress.items():
         scores = importance[f"{layer}/kernel"]
@@ -332,7 +329,7 @@ def _compress(run, name, trained, importance):
     if config.finetune.compressed_epochs == 0:
         masked = _recalibrate(config, trained, masked)
     small_model = registry.thin_model(trained.problem.model, keep)
-    small = lbi.channels.thin(masked, keep, channels)
+    small = lbi.channels.thin(masked, keep, _graph(trained.problem))
     predict_small = classifier.make_predict(small_model, trained.problem.images)
     pixels, labels = trained.problem.images.test
     logits = trained.problem.predict(masked, pixels)
@@ -387,9 +384,13 @@ def _zero_weights(trained, keep):
 
 
 def _zero_channels(trained, keep):
-    channels = registry.channel_map(trained.problem.model)
-    masks = lbi.channels.channel_masks(keep, channels, trained.variables)
+    graph = _graph(trained.problem)
+    masks = lbi.channels.channel_masks(keep, graph, trained.variables)
     return pruning.apply_masks(trained.variables, masks)
+
+
+def _graph(problem):
+    return registry.channel_graph(problem.model, problem.images.test[0].shape[1:])
 
 
 def _layers(trained):
@@ -417,8 +418,8 @@ def _percent(values):
     return "  ".join(f"{100 * value:.2f}" for value in values) + " %"
 
 
-def _check_layers(config, model):
-    known = registry.channel_map(model)
+def _check_layers(config, problem):
+    known = [path.split("/")[1] for path in _graph(problem).removable()]
     unknown = {config.layer, *config.compress} - set(known)
     if unknown:
         raise ValueError(

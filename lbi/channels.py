@@ -35,7 +35,8 @@ class Graph(Mapping):
     """What `trace` found: a channel map of the whole network.
 
     A name is the path of the first kernel whose outputs are the channels. Of several
-    kinds of channels of one kernel, heads are "path:heads", others "path:axis".
+    kinds of channels of one kernel, heads are "path:heads", others "path:axis",
+    "path:axis+" ...
 
     Attributes:
       places: {name: ((path, axis, numbers), ...)}, the kernel of the name first;
@@ -143,8 +144,8 @@ def trace(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
         is_free = not all(map(flow.reason, units))
         if paths.count(path) > 1 and not (is_free and free.count(path) == 1):
             name = f"{path}:heads" if flow.is_head(units[0]) else f"{path}:{axis}"
-        while name in places:
-            name += "'"
+        while name in places:  # two kinds on one axis
+            name += "+"
         places[name] = [(path, axis)]
         numbers |= {unit: (name, k) for k, unit in enumerate(units)}
         reasons = {k: flow.reason(unit) for k, unit in enumerate(units)}

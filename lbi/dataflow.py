@@ -397,7 +397,6 @@ class Flow:
     def _elementwise(self, eqn, operands):
         name = eqn.primitive.name
         shape = tuple(eqn.outvars[0].aval.shape)
-        full = [v for v in operands if v.shape == shape]
         if name in ("mul", "div", "add", "sub", "add_any"):
             kind = "scale" if name in ("mul", "div") else "bias"
             if any(v.data for v in operands):
@@ -405,17 +404,22 @@ class Flow:
             elif kind == "bias" and sum(v.is_param for v in operands) > 1:
                 paths = [set(v.paths) for v in operands if v.is_param]
                 self._mixed |= set.intersection(*paths)
-        axes = list(full[0].axes) if full else [()] * len(shape)
-        for value in full[1:]:
+        axes = [None] * len(shape)
+        for value in operands:  # of this rank or scalars; an axis may have length 1
             for number, columns in enumerate(value.axes):
-                self._tie(axes[number], columns)
-                axes[number] = _with_origins(axes[number], columns)
+                if value.shape[number] != shape[number]:
+                    continue
+                if axes[number] is None:
+                    axes[number] = columns
+                else:
+                    self._tie(axes[number], columns)
+                    axes[number] = _with_origins(axes[number], columns)
         zero = tuple(
             _is_zero(name, eqn, [_zero_along(v, k, shape) for v in operands], operands)
             for k in range(len(shape))
         )
         self._check_poles(name, eqn, operands)
-        return [_Value(shape, tuple(axes), zero) for _ in eqn.outvars]
+        return [_Value(shape, tuple(a or () for a in axes), zero)]
 
     def _check_poles(self, name, eqn, operands):
         """A masked channel would be infinite or NaN: 1 / 0, log 0."""
@@ -1017,7 +1021,7 @@ def _with_origins(first, second):
 
 
 def _zero_along(value, axis, shape):
-    if value.shape != shape:
+    if len(value.shape) != len(shape) or value.shape[axis] != shape[axis]:
         return value.const == 0
     # An axis without columns loses no entries.
     return value.zero[axis]

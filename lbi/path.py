@@ -308,8 +308,8 @@ def _require_states(opt_state):
         raise ValueError("this optimizer state contains no lbi.structural_coupling.")
     if any(jnp.ndim(state.count) for state in states):
         raise ValueError(
-            f"the optimizer state is stacked {jnp.shape(states[0].count)}: use jax.vmap, "
-            "for example jax.vmap(lbi.sparse_params)(params, opt_state)."
+            f"the optimizer state is stacked {jnp.shape(states[0].count)}: use "
+            "jax.vmap, for example jax.vmap(lbi.sparse_params)(params, opt_state)."
         )
     return states
 

@@ -17,8 +17,8 @@ import optax
 
 from lbi import channels
 from lbi import penalty as penalties
-from lbi.dessilbi import FrozenSpec
 from lbi.channels import thin as thin
+from lbi.dessilbi import FrozenSpec
 from lbi.path import entry_steps, penalties_of, require_leaves, require_paths
 
 Importance = dict[str, np.ndarray]
