@@ -325,9 +325,9 @@ def _check_same_network(graph, leaves):
     """The variables must be those that were traced."""
     for path in [*graph.shapes, *leaves]:
         if path not in leaves or path not in graph.shapes:
-            where = "the variables" if path not in leaves else "the traced network"
+            where = "variables" if path not in leaves else "traced parameters"
             raise ValueError(
-                f"the graph belongs to another network: {where} has no {path}."
+                f"the graph belongs to another network: the {where} have no {path}."
             )
         if graph.shapes[path] != tuple(leaves[path].shape):
             raise ValueError(

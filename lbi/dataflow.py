@@ -434,8 +434,10 @@ class Flow:
 
     def _reshape(self, eqn, operands):
         value, shape = operands[0], tuple(eqn.outvars[0].aval.shape)
-        if eqn.params.get("dimensions") is not None or 0 in value.shape:
+        if 0 in value.shape:
             return None
+        if eqn.params["dimensions"] is not None:
+            value = _pick(value, eqn.params["dimensions"])
         axes, zero = [()] * len(shape), [True] * len(shape)
         for ins, outs in _blocks(value.shape, shape):
             sizes, new_sizes = [value.shape[i] for i in ins], [shape[j] for j in outs]
