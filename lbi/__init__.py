@@ -13,6 +13,7 @@ from lbi.path import (
     forecast_entries,
     gamma,
     in_support,
+    metrics,
     sparse_params,
     suggest_lambda,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "gamma",
     "groups",
     "in_support",
+    "metrics",
     "path",
     "penalty",
     "pruning",

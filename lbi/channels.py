@@ -210,7 +210,8 @@ def thin(
 
     The smaller network computes the same function as the masked one (`channel_masks`).
     To run it, build the network with the smaller numbers of channels; sizes in its code
-    that depend on them must follow, for example the two halves of a split.
+    that depend on them must follow, for example the two halves of a split. Parameters
+    that the traced network did not use stay as they are.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np

@@ -157,6 +157,29 @@ def clock(opt_state: Any) -> Array:
     return _require_states(opt_state)[0].clock
 
 
+def metrics(opt_state: Any) -> dict[str, Array]:
+    """Numbers for a log, also inside `jax.jit`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import lbi
+      >>> params = {"kernel": jnp.array([[2.0, 0.5, -3.0, 0.0]])}
+      >>> optimizer = lbi.dessilbi(1.0, nu=1.0)
+      >>> _, state = optimizer.update(params, optimizer.init(params), params)
+      >>> {name: float(value) for name, value in lbi.metrics(state).items()}
+      {'clock': 1.0, 'density/kernel': 0.5, 'entered/kernel': 2.0}
+
+    Returns:
+      Scalars: "clock"; for each layer "density/LAYER", the fraction of its groups that
+      are nonzero in Gamma, and "entered/LAYER", their number.
+    """
+    found = {"clock": clock(opt_state)}
+    for path, inside in in_support(opt_state).items():
+        found[f"density/{path}"] = jnp.mean(inside)
+        found[f"entered/{path}"] = jnp.sum(inside)
+    return found
+
+
 def final_clock(
     learning_rate: ScalarOrSchedule, nu: ScalarOrSchedule, num_steps: int
 ) -> float:

@@ -269,8 +269,9 @@ def haiku_apply(widths):
 def test_haiku_with_channels_first():
     x = draw(2, 2, 4, 6)  # (B, C, H, W)
     init, apply_fn = haiku_apply((4, 5))
-    variables = redraw(dict(zip(("params", "state"), init(None, x), strict=True)))
-    variables["state"] = jax.tree.map(lambda s: s, init(None, x)[1])
+    params, state = jax.eval_shape(init, jax.random.key(0), x)
+    state = jax.tree.map(lambda leaf: positive(*leaf.shape), state)
+    variables = {"params": redraw(params), "state": state}
     graph = channels.trace(apply_fn, variables, x)
     sizes = {"params/conv/w": 4, "params/hidden/w": 5}
     assert graph.removable() == sizes
