@@ -34,7 +34,7 @@ def positive(*shape):
 def redraw(tree):
     """Random values in place of all, so that no bias is zero and no scale one."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: (positive if "var" in str(path[-1]) else draw)(*leaf.shape),
+        lambda path, leaf: (positive if "var" in str(path) else draw)(*leaf.shape),
         tree,
     )
 
@@ -234,7 +234,7 @@ class Depthwise(nn.Module):
 
 def test_depthwise_convolution_of_linen():
     x, model = draw(*IMAGE), Depthwise()
-    variables = redraw(model.init(jax.random.key(0), x))
+    variables = redraw(jax.eval_shape(model.init, jax.random.key(0), x))
     graph = channels.trace(model.apply, variables, x)
     sizes = {"params/stem/kernel": 4, "params/point/kernel": 6}
     assert graph.removable() == sizes
@@ -294,7 +294,7 @@ class NnxNetwork(nnx.Module):
 
 
 def nnx_apply(widths):
-    graph, state = nnx.split(NnxNetwork(widths, nnx.Rngs(0)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: NnxNetwork(widths, nnx.Rngs(0))))
     return state, lambda state, x: nnx.merge(graph, state)(x)
 
 
@@ -327,13 +327,15 @@ class EquinoxNetwork(eqx.Module):
 
 
 def equinox_apply(widths):
-    params, static = eqx.partition(EquinoxNetwork(widths), eqx.is_array)
+    network = eqx.filter_eval_shape(EquinoxNetwork, widths)
+    params, static = eqx.partition(network, lambda leaf: hasattr(leaf, "shape"))
     return params, lambda params, x: jax.vmap(eqx.combine(params, static))(x)
 
 
 def test_equinox_under_vmap():
     x = draw(3, 2, 4, 6)
     params, apply_fn = equinox_apply((4, 5))
+    params = redraw(params)
     graph = channels.trace(apply_fn, params, x)
     sizes = {"conv/weight": 4, "hidden/weight": 5}
     assert graph.removable() == sizes
@@ -348,7 +350,7 @@ def test_equinox_under_vmap():
 def test_heads_and_neurons_of_vit_are_those_of_slicing():
     model = vit.make("cifar_128", num_classes=3, patch_size=4, num_layers=2)
     images = draw(2, 8, 8, 3)
-    params = redraw(model.init(jax.random.key(0), images)["params"])
+    params = redraw(jax.eval_shape(model.init, jax.random.key(0), images)["params"])
     graph = channels.trace(lambda p, x: model.apply({"params": p}, x), params, images)
     block = "Transformer/encoderblock_{}/"
     heads = block + "MultiHeadDotProductAttention_0/query/kernel"

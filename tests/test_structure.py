@@ -176,7 +176,8 @@ def test_nnx_haiku_and_equinox():
         def __call__(self, x):
             return self.attention(self.conv(x))
 
-    graph, params, rest = nnx.split(Nnx(nnx.Rngs(0)), nnx.Param, ...)
+    model = nnx.eval_shape(lambda: Nnx(nnx.Rngs(0)))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
     layers = lbi.groups(
         lambda p, x: nnx.merge(graph, p, rest)(x), params, shape(2, 5, 2)
     )
@@ -188,20 +189,19 @@ def test_nnx_haiku_and_equinox():
         return hk.Linear(3, name="out")(hk.Flatten()(x))
 
     network = hk.without_apply_rng(hk.transform(haiku_network))
-    params = network.init(key(), jnp.zeros((1, 2, 4, 4)))
+    params = jax.eval_shape(network.init, key(), shape(1, 2, 4, 4))
     layers = lbi.groups(network.apply, params, shape(1, 2, 4, 4))
     assert layers["conv/w"].output == (3,) and layers["conv/w"].input == (2,)
     assert layers["out/w"] == Layer("product", output=(1,), input=(0,))
 
+    def equinox_network():
+        keys = jax.random.split(key())
+        convolution = eqx.nn.Conv2d(2, 4, 3, key=keys[0])
+        linear = eqx.nn.Linear(16, 3, key=keys[1])
+        return eqx.nn.Sequential([convolution, eqx.nn.Lambda(jnp.ravel), linear])
+
     network, static = eqx.partition(
-        eqx.nn.Sequential(
-            [
-                eqx.nn.Conv2d(2, 4, 3, key=key()),
-                eqx.nn.Lambda(jnp.ravel),
-                eqx.nn.Linear(16, 3, key=key()),
-            ]
-        ),
-        eqx.is_array,
+        eqx.filter_eval_shape(equinox_network), lambda leaf: hasattr(leaf, "shape")
     )
     layers = lbi.groups(
         lambda p, x: jax.vmap(eqx.combine(p, static))(x), network, shape(5, 2, 4, 4)
