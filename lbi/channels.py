@@ -111,7 +111,7 @@ def trace(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
       {'a': (2, 2), 'b': (2, 4), 'bias': (2,)}
 
     Args:
-      apply_fn: the network, apply_fn(params, *inputs).
+      apply_fn: the network, `apply_fn(params, *inputs)`.
       params: a tree of arrays or of jax.ShapeDtypeStruct: all variables that are to
         be cut, batch statistics included.
       *inputs: arrays or jax.ShapeDtypeStruct.

@@ -34,7 +34,7 @@ def groups(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Layers:
       >>> optimizer = lbi.dessilbi(0.1, penalty=layers)
 
     Args:
-      apply_fn: the network, apply_fn(params, *inputs). It is traced, not run.
+      apply_fn: the network, `apply_fn(params, *inputs)`; it is traced, not run.
       params: a tree of arrays or of jax.ShapeDtypeStruct, for Linen, NNX, Haiku,
         Equinox or a plain function. Its paths are the paths of the result.
       *inputs: arrays or jax.ShapeDtypeStruct. Keep what is not an array out of them

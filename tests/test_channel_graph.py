@@ -250,34 +250,25 @@ def test_depthwise_convolution_of_linen():
     )
 
 
-def haiku_network(widths, x):
-    x = jax.nn.relu(hk.Conv2D(widths[0], 3, data_format="NCHW", name="conv")(x))
-    x = hk.BatchNorm(True, True, 0.9, data_format="NCHW", name="bn")(
-        x, is_training=False
-    )
-    x = jax.nn.gelu(hk.Linear(widths[1], name="hidden")(hk.Flatten()(x)))
-    return hk.Linear(3, name="out")(x)
+def haiku_network(widths):
+    def network(x):
+        x = hk.Conv2D(widths[0], 3, data_format="NCHW", name="conv")(x)
+        x = hk.Flatten()(jax.nn.sigmoid(x))  # (B, C * H * W)
+        x = jax.nn.gelu(hk.Linear(widths[1], name="hidden")(x))
+        return hk.Linear(3, name="out")(x)
 
-
-def haiku_apply(widths):
-    network = hk.without_apply_rng(
-        hk.transform_with_state(lambda x: haiku_network(widths, x))
-    )
-    return network.init, lambda v, x: network.apply(v["params"], v["state"], x)[0]
+    return hk.without_apply_rng(hk.transform(network))
 
 
 def test_haiku_with_channels_first():
-    x = draw(2, 2, 4, 6)  # (B, C, H, W)
-    init, apply_fn = haiku_apply((4, 5))
-    params, state = jax.eval_shape(init, jax.random.key(0), x)
-    state = jax.tree.map(lambda leaf: positive(*leaf.shape), state)
-    variables = {"params": redraw(params), "state": state}
-    graph = channels.trace(apply_fn, variables, x)
-    sizes = {"params/conv/w": 4, "params/hidden/w": 5}
+    x, network = draw(2, 2, 4, 6), haiku_network((4, 5))
+    params = redraw(jax.eval_shape(network.init, jax.random.key(0), x))
+    graph = channels.trace(network.apply, params, x)
+    sizes = {"conv/w": 4, "hidden/w": 5}
     assert graph.removable() == sizes
     keep = random_keep(sizes)
-    _, smaller = haiku_apply(tuple(int(mask.sum()) for mask in keep.values()))
-    check(graph, keep, variables, x, apply_fn, smaller)
+    smaller = haiku_network(tuple(int(mask.sum()) for mask in keep.values()))
+    check(graph, keep, params, x, network.apply, smaller.apply)
 
 
 class NnxNetwork(nnx.Module):
