@@ -30,7 +30,7 @@ from lbi.dataflow import Flow
 ChannelMap = Mapping[str, Sequence[tuple[str, int]]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Graph(Mapping):
     """What `trace` found: a channel map of the whole network.
 

@@ -1,6 +1,5 @@
 """The networks that a config can name, with their layers and costs."""
 
-import functools
 import itertools
 import math
 from typing import Any
@@ -51,7 +50,6 @@ def thin_model(model: nn.Module, keep: dict[str, np.ndarray]) -> nn.Module:
     return model.clone(stages=tuple(stages), hidden=tuple(hidden))
 
 
-@functools.cache
 def channel_graph(model: nn.Module, image_shape: tuple[int, ...]) -> lbi.channels.Graph:
     """The channels of a network for images (H, W, C), found by tracing it."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
