@@ -32,6 +32,7 @@ from lbi.penalty import named_leaves
 # The unit that is never removed.
 _FIXED = 0
 _CONTRIBUTES = "a removed channel would still contribute to a sum"
+_SELECTED = "one of them is selected"
 _OUTPUT = "they are an output of the network"
 
 
@@ -261,7 +262,7 @@ class Flow:
         self.uses = []
         self._units = _Units()
         self._heads, self._stacked, self._mixed = [], [], set()
-        self._reason = "they are used outside of an equation"
+        self._line = self._reason = "an unknown line"
         self._constants_are_data = not jax.tree.leaves(inputs)
         self._columns = {
             path: tuple(self._fresh(size, {(path, axis)}) for axis, size in shape_of)
@@ -328,6 +329,7 @@ class Flow:
                 return self._known(var.val)
             return values.get(var) or _constant(var.aval.shape)
 
+        line = self._line
         needed = [True] * len(jaxpr.outvars) if needed is None else needed
         live = {
             var
@@ -341,7 +343,9 @@ class Flow:
                 live.update(v for v in eqn.invars if not isinstance(v, Literal))
         for eqn in reversed(eqns):
             name = eqn.primitive.name
-            self._reason = f"{name} at {_line(eqn)}"
+            # A library function that is compiled once has no line of the user.
+            self._line = _line(eqn) or line
+            self._reason = f"{name} at {self._line}"
             operands = [read(var) for var in eqn.invars]
             if name in _NESTED:
                 outs = _NESTED[name](
@@ -408,8 +412,8 @@ class Flow:
         for value in operands:  # of this rank or scalars; an axis may have length 1
             for number, columns in enumerate(value.axes):
                 if value.shape[number] != shape[number]:
-                    continue
-                if axes[number] is None:
+                    self._fix(columns, _SELECTED)
+                elif axes[number] is None:
                     axes[number] = columns
                 else:
                     self._tie(axes[number], columns)
@@ -450,7 +454,9 @@ class Flow:
                     view[position] = sizes[position]
                     units = np.broadcast_to(column.units.reshape(view), sizes).ravel()
                     flat = Column(units, column.origins)
-                    if sum(size > 1 for size in new_sizes) <= 1:
+                    if all(size == 1 for size in new_sizes):
+                        self._fix([flat], _SELECTED)
+                    elif sum(size > 1 for size in new_sizes) == 1:
                         for j in outs:
                             if shape[j] > 1:
                                 axes[j] += (flat,)
@@ -487,6 +493,8 @@ class Flow:
         for i, j in enumerate(places):
             if value.shape[i] == shape[j]:
                 axes[j], zero[j] = value.axes[i], value.zero[i]
+            else:
+                self._fix(value.axes[i], _SELECTED)
         axes = [
             self._fresh(n) if a is None else a for a, n in zip(axes, shape, strict=True)
         ]
@@ -504,7 +512,7 @@ class Flow:
         value = operands[0]
         gone = {d % len(value.shape) for d in eqn.params["dimensions"]}
         for axis in gone:
-            self._fix(value.axes[axis], "one of them is selected")
+            self._fix(value.axes[axis], _SELECTED)
         return [_pick(value, [k for k in range(len(value.shape)) if k not in gone])]
 
     def _rev(self, eqn, operands):
@@ -560,7 +568,7 @@ class Flow:
 
     def _unstack(self, eqn, operands):
         axis = eqn.params["axis"] % len(operands[0].shape)
-        self._fix(operands[0].axes[axis], "one of them is selected")
+        self._fix(operands[0].axes[axis], _SELECTED)
         kept = [k for k in range(len(operands[0].shape)) if k != axis]
         return [_pick(operands[0], kept) for _ in eqn.outvars]
 
@@ -570,6 +578,7 @@ class Flow:
             value.shape, eqn.params["reps"], value.axes, strict=True
         ):
             if size == 1 < reps:
+                self._fix(columns, _SELECTED)
                 axes.append(self._fresh(reps))
             else:
                 axes.append(
@@ -979,7 +988,7 @@ def _trace(apply_fn, params, inputs):
 
 
 def _line(eqn):
-    """file:line of the user's code that made an equation."""
+    """file:line of the code outside of JAX that made an equation, or None."""
     traceback = eqn.source_info.traceback
     frames = [] if traceback is None else traceback.frames
     library = os.path.dirname(jax.__file__)
@@ -987,7 +996,7 @@ def _line(eqn):
     own = [f for f in outside if "site-packages" not in f.file_name]
     for frame in own + outside:
         return f"{os.path.basename(frame.file_name)}:{frame.line_num}"
-    return "an unknown line"
+    return None
 
 
 def _constant(shape, data=False):
