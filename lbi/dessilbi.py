@@ -416,7 +416,7 @@ def _decay(weight_decay, mask):
             return jax.tree_util.tree_map_with_path(
                 lambda path, p: (
                     p.ndim != 1
-                    and not penalties.is_bias_name(penalties.path_name(path))
+                    and not penalties.is_bias_name(penalties.path_name(path), p.shape)
                 ),
                 params,
             )

@@ -256,20 +256,25 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def is_bias_name(path: str) -> bool:
-    """Whether a name of Flax, Haiku or Equinox says bias or scale."""
+def is_bias_name(path: str, shape: tuple[int, ...]) -> bool:
+    """Whether a name of Flax, Haiku or Equinox says bias or scale.
+
+    Haiku calls a bias "b", and so may be called a matrix.
+    """
+    if path.split("/")[-1] == "b":
+        return sum(size > 1 for size in shape) <= 1
     return bool(_BIAS.search(path))
 
 
-_BIAS = re.compile(r"(^|/)(b|scale|offset|gamma|beta|[^/]*bias[^/]*)$", re.IGNORECASE)
+_BIAS = re.compile(r"(^|/)(scale|offset|gamma|beta|[^/]*bias[^/]*)$", re.IGNORECASE)
 _STATISTIC_OR_EMBEDDING = re.compile(
     r"(^|/)(mean|var|average|hidden|counter|cls|[^/]*(embed|token|pos)[^/]*)$",
     re.IGNORECASE,
 )
 
 
-def _is_kernel_name(path):
-    return not is_bias_name(path) and not _STATISTIC_OR_EMBEDDING.search(path)
+def _is_kernel_name(path, shape):
+    return not (is_bias_name(path, shape) or _STATISTIC_OR_EMBEDDING.search(path))
 
 
 def _choose(spec, path, shape):
@@ -289,7 +294,7 @@ def _choose(spec, path, shape):
     if spec is None:
         return None
     if isinstance(spec, Penalty):
-        return spec if len(shape) >= 2 and _is_kernel_name(path) else None
+        return spec if len(shape) >= 2 and _is_kernel_name(path, shape) else None
     if spec == "auto":
         return _by_name(path, shape)
     raise ValueError(
@@ -300,7 +305,7 @@ def _choose(spec, path, shape):
 
 def _by_name(path, shape):
     """The penalty of a parameter whose layer only its name and shape can tell."""
-    if len(shape) < 2 or not _is_kernel_name(path):
+    if len(shape) < 2 or not _is_kernel_name(path, shape):
         return None
     *_, name = path.split("/")
     if len(shape) == 2:

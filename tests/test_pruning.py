@@ -235,7 +235,7 @@ def is_list(node):
 
 
 def test_random_orders_are_uniform():
-    params = {"a": jnp.ones((1, 2)), "b": jnp.ones((1, 1, 1, 1))}
+    params = {"a": jnp.ones((1, 2)), "w": jnp.ones((1, 1, 1, 1))}
     num_draws = 120
     counts = collections.Counter()
     for key in jax.random.split(jax.random.key(0), num_draws):
