@@ -373,7 +373,7 @@ def test_auto_refuses_what_names_cannot_tell():
     layers = lbi.groups(lambda p, x: model.apply({"params": p}, x), params, images)
     assigned = lbi.penalty.assign(layers, params)
     assert set(assigned) == {p for p in named_leaves(params) if p.endswith("kernel")}
-    # In Haiku "b" is a bias of shape (C,) or (C, 1, 1); a matrix may have this name too.
+    # In Haiku "b" is a bias, (C,) or (C, 1, 1); a matrix may have this name too.
     named = {"b": np.zeros((3, 4)), "conv": {"b": np.zeros((3, 1, 1))}}
     assert lbi.penalty.assign("auto", named) == {"b": L1()}
     # A bare penalty is for kernels too.
