@@ -17,7 +17,6 @@ position in the chain selects the variant.
 """
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -82,8 +81,7 @@ class StructuralCouplingState(NamedTuple):
         -1 if it never did; int32, one entry per group. () without `record_entry`. Its
         leaves do not have the shapes of the parameters, so `optax.tree.map_params` does
         not recognize them.
-      spec: the penalty of each path, as `init` assigned it; static, not a leaf of the
-        tree.
+      spec: the penalties; static, not a leaf of the tree.
     """
 
     count: Array
@@ -175,7 +173,7 @@ def structural_coupling(
             )
     spec = FrozenSpec.make(penalty)
 
-    def init_fn(params):
+    def assign(params):
         assigned = spec.assign(params)
         paths = list(penalties.named_leaves(params))
         if penalty is not None and paths and not assigned:
@@ -183,6 +181,10 @@ def structural_coupling(
                 f"the penalty {penalty!r} applies to none of the parameters "
                 f"{', '.join(paths)}; give patterns, or penalty=None."
             )
+        return assigned
+
+    def init_fn(params):
+        assigned = assign(params)
 
         def groups(path, dual):
             # A parameter without a penalty has no groups; () keeps the tree structure.
@@ -203,9 +205,7 @@ def structural_coupling(
             first_entry=jax.tree_util.tree_map_with_path(groups, dual)
             if record_entry
             else (),
-            spec=FrozenSpec.make(
-                {f"^{re.escape(path)}$": chosen for path, chosen in assigned.items()}
-            ),
+            spec=spec,
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -215,8 +215,7 @@ def structural_coupling(
                 "structural_coupling needs the parameters: call "
                 "update(grads, state, params)."
             )
-        # The paths of `init`: all of them must be found.
-        assigned = state.spec.assign(params)
+        assigned = assign(params)
         alpha, nu_now, kappa_now = (
             _value(x, state.count) for x in (dual_learning_rate, nu, kappa)
         )
@@ -250,7 +249,7 @@ def structural_coupling(
             kappa=jnp.asarray(kappa_now, jnp.float32),
             dual=dual,
             first_entry=first_entry,
-            spec=state.spec,
+            spec=spec,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

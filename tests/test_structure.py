@@ -334,7 +334,7 @@ def test_nnx_optimizer_trains_the_same_gamma_as_a_loop_of_optax():
 def test_a_path_that_init_had_and_update_lacks_is_an_error():
     optimizer = lbi.structural_coupling(0.1, 1.0, penalty={"kernel": L1()})
     state = optimizer.init({"kernel": jnp.ones((2, 3))})
-    with pytest.raises(ValueError, match=r"no parameter matches .*\^kernel\$"):
+    with pytest.raises(ValueError, match="no parameter matches the pattern kernel"):
         optimizer.update({"w": jnp.ones((2, 3))}, state, {"w": jnp.ones((2, 3))})
 
 
