@@ -158,8 +158,9 @@ SPECIAL = {
     "stale-with-cls": (STALE, MASKED),
     "heads-of-images": (DROP | PER_IMAGE, MASKED),
     "heads-of-images-zero": (ZERO | PER_IMAGE | {"head_score": "confidence"}, MASKED),
-    "fuse": (DROP | {"fuse": True, "keep": (12, 6)}, COMPACT),
-    "fuse-norm": (DROP | {"fuse": True, "score": "norm"}, COMPACT),
+    "fuse": (DROP | {"fuse": "sum", "keep": (12, 6)}, COMPACT),
+    "fuse-mean": (DROP | {"fuse": "mean", "keep": (12, 6)}, COMPACT),
+    "fuse-norm": (DROP | {"fuse": "mean", "score": "norm"}, COMPACT),
     "evit": (
         vars(schedules.evit(0.5, num_layers=3, num_patches=12)),
         COMPACT,
@@ -469,6 +470,15 @@ def test_renamed_functions_work_and_warn(old, new):
         assert getattr(cascades, old) is new
 
 
+@pytest.mark.parametrize(("old", "new"), [(True, "mean"), (False, None)])
+def test_fuse_was_a_flag(old, new):
+    with pytest.warns(DeprecationWarning, match="own is fuse='sum'"):
+        assert Cascade(keep=(5, 3), fuse=old).fuse == new
+    with pytest.warns(DeprecationWarning, match=f"is now fuse={new!r}"):
+        cascade = schedules.evit(0.5, num_layers=4, num_patches=10, fuse=old)
+    assert cascade == schedules.evit(0.5, num_layers=4, num_patches=10, fuse=new)
+
+
 @pytest.mark.parametrize(
     ("module", "names"),
     [
@@ -519,29 +529,30 @@ def test_moved_functions_are_found_in_cascade(module, names):
         ({"score": "merge"}, "must equal the `keep_mlp` of the layer before"),
         (
             {"score": "merge", "keep_mlp": (3, 2), "mode": "masked"},
-            "'merge' requires semantics 'drop', mode 'compact' and fuse=F",
+            "'merge' requires semantics 'drop', mode 'compact' and fuse=N",
         ),
         (
             {"score": "merge", "keep_mlp": (3, 2), "semantics": "skip"},
-            "'merge' requires semantics 'drop', mode 'compact' and fuse=F",
+            "'merge' requires semantics 'drop', mode 'compact' and fuse=N",
         ),
         (
-            {"score": "merge", "keep_mlp": (3, 2), "fuse": True},
-            "'merge' requires semantics 'drop', mode 'compact' and fuse=F",
+            {"score": "merge", "keep_mlp": (3, 2), "fuse": "sum"},
+            "'merge' requires semantics 'drop', mode 'compact' and fuse=N",
         ),
+        ({"fuse": "max"}, "fuse must be one of None, sum, mean; got 'max'"),
         (
             {"score": "merge", "keep_mlp": (3, 1)},
             r"can merge at most half of its patches, got \[5, 3, 3, 1\]",
         ),
         (
-            {"fuse": True, "semantics": "skip"},
+            {"fuse": "sum", "semantics": "skip"},
             "fuse requires semantics 'drop'",
         ),
         (
-            {"fuse": True, "mode": "masked"},
+            {"fuse": "mean", "mode": "masked"},
             "fuse requires semantics 'drop'",
         ),
-        ({"fuse": True, "keep": (5, 0)}, "mode 'compact' and at least one patch"),
+        ({"fuse": "sum", "keep": (5, 0)}, "mode 'compact' and at least one patch"),
         (
             {"keep_heads": (2, 1), "head_scope": "image"},
             "head_scope='image' cannot save work .* use mode='masked'",

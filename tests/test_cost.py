@@ -43,7 +43,7 @@ def test_plateaus_of_the_ramp_save_what_is_computed_for_vit_b(ratio, percent):
 @pytest.mark.parametrize(("keep_rate", "giga"), [(0.7, 3.00), (0.5, 2.28)])
 def test_evit_costs_what_is_published(keep_rate, giga):
     model = models.make("S", 0, 16)
-    cascade = schedules.evit(keep_rate, **SIZES, fuse=False)
+    cascade = schedules.evit(keep_rate, **SIZES, fuse=None)
     assert abs(cost.count(model.clone(cascade=cascade), 224).total / 1e9 - giga) < 0.01
 
 

@@ -105,6 +105,17 @@ def test_intermediates_are_those_of_numpy_and_change_nothing():
         np.testing.assert_array_equal(tokens, [range(13)] * 2)
 
 
+def test_rows_far_from_zero_are_normalized():
+    # The mean is 300 deviations: E[x^2] - E[x]^2 in float32 would err by 1 %.
+    x = 300 + np.random.default_rng(0).normal(size=(5, 64))
+    expected = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
+    norm = models.layer_norm(1e-12, "norm")
+    params = {"scale": jnp.ones(64), "bias": jnp.zeros(64)}
+    found = norm.apply({"params": params}, jnp.asarray(x, jnp.float32))
+    # x itself is rounded to 300 * 2**-24 = 2e-5.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
 def test_patches_are_taken_row_by_row():
     # The kernel picks one pixel of a patch; pixels hold their own numbers.
     image = jnp.arange(6 * 8, dtype=jnp.float32).reshape(1, 6, 8, 1)

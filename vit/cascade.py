@@ -33,7 +33,16 @@ import numpy as np
 from vit import importance
 from vit.attention import Attended, Heads
 from vit.attention import choose_heads as choose_heads
-from vit.tokens import Tokens, fuse, gather, mask_to_indices, merge, take, top_mask
+from vit.tokens import (
+    FUSIONS,
+    Tokens,
+    fuse,
+    gather,
+    mask_to_indices,
+    merge,
+    take,
+    top_mask,
+)
 
 SEMANTICS = ("drop", "skip", "zero")
 MODES = ("compact", "masked")
@@ -58,8 +67,9 @@ class Cascade:
       beta: weight of what attends to a token, see `importance.patch_scores`.
       cumulative: whether scores are summed over the layers. The attention of layer l
         uses the scores of the layers before it, its MLP those of layer l too.
-      fuse: whether the mean of the pruned tokens, weighted by their scores, stays as
-        one of the kept tokens (EViT); only with semantics "drop" in mode "compact".
+      fuse: how the pruned tokens stay as one of the kept tokens: "sum", weighted by
+        their scores, as EViT's authors wrote it, or "mean", the sum divided by the sum
+        of the scores; None removes them. Only with semantics "drop" in mode "compact".
       keep_heads: heads used in each layer, (L,); None uses all. They are chosen again
         for every batch or image; `vit.slicing` removes a fixed choice for good.
       head_score: "max" or "confidence", a form of `importance.head_scores`.
@@ -85,7 +95,7 @@ class Cascade:
     alpha: float = 0.0
     beta: float = 1.0
     cumulative: bool = True
-    fuse: bool = False
+    fuse: str | None = None
     keep_heads: tuple[int, ...] | None = None
     head_score: str = "max"
     head_scope: str = "batch"
@@ -95,18 +105,26 @@ class Cascade:
     seed: int = 0
 
     def __post_init__(self):
+        if isinstance(self.fuse, bool):
+            fuse = "mean" if self.fuse else None
+            warnings.warn(
+                f"fuse={self.fuse} is now fuse={fuse!r}; EViT's own is fuse='sum'.",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+            object.__setattr__(self, "fuse", fuse)
         for name, allowed in (
             ("semantics", SEMANTICS),
             ("mode", MODES),
             ("score", SCORES),
             ("head_score", importance.HEAD_FORMS),
             ("head_scope", SCOPES),
+            ("fuse", (None, *FUSIONS)),
         ):
             value = getattr(self, name)
             if value not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}; got {value!r}."
-                )
+                names = ", ".join(map(str, allowed))
+                raise ValueError(f"{name} must be one of {names}; got {value!r}.")
         for name in ("keep", "keep_mlp", "keep_heads"):
             counts = getattr(self, name)
             if counts is None:
@@ -138,7 +156,7 @@ class Cascade:
             if not compact_drop or self.fuse or attention_only != before:
                 raise ValueError(
                     "score 'merge' requires semantics 'drop', mode 'compact' and "
-                    "fuse=False, and merges before the MLP only: each `keep` must "
+                    "fuse=None, and merges before the MLP only: each `keep` must "
                     "equal the `keep_mlp` of the layer before."
                 )
             if any(before - after > before // 2 for before, after in self.counts):
@@ -368,8 +386,10 @@ def _half_layer(cascade, tokens, keep, norm, apply):
     ranking = _ranking(cascade, tokens)
     keeps_all = keep + 1 >= tokens.x.shape[1]
     if not keeps_all and (cascade.semantics, cascade.mode) == ("drop", "compact"):
-        shorten = fuse if cascade.fuse else gather
-        tokens = shorten(tokens, ranking, keep + 1)
+        if cascade.fuse:
+            tokens = fuse(tokens, ranking, keep + 1, form=cascade.fuse)
+        else:
+            tokens = gather(tokens, ranking, keep + 1)
         keeps_all = True
     if keeps_all:
         update, scores = apply(norm(tokens.x), tokens.weights)

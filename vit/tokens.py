@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+FUSIONS = ("sum", "mean")
+
 
 class Tokens(NamedTuple):
     """The tokens between two layers.
@@ -76,24 +78,36 @@ def gather(tokens: Tokens, ranking: jax.Array, count: int) -> Tokens:
     )
 
 
-def fuse(tokens: Tokens, ranking: jax.Array, count: int) -> Tokens:
-    """The `count` - 1 tokens that rank highest and the weighted mean of the others.
+def fuse(
+    tokens: Tokens, ranking: jax.Array, count: int, *, form: str = "sum"
+) -> Tokens:
+    """The `count` - 1 tokens that rank highest and one token fused from the others.
 
-    The fused token comes last and has position -1 (EViT).
+    The fused token comes last and has position -1. In form "sum" it is sum_i a_i x_i
+    over the other tokens, where a_i is the ranking, as in the code of EViT's authors
+    (youweiliang/evit). Form "mean" divides the sum by sum_i a_i.
 
     Args:
       tokens: n tokens per image.
-      ranking: the larger, the more important, (B, n). It is the weight in the mean.
+      ranking: the larger, the more important, (B, n). It is the weight in the sum.
       count: k, the fused token included.
+      form: "sum" or "mean".
 
     Returns:
-      k tokens per image.
+      k tokens per image. The score of the fused token is the weighted mean of the
+      scores in both forms.
+
+    Raises:
+      ValueError: if the form is unknown.
     """
+    if form not in FUSIONS:
+        raise ValueError(f"form must be one of {', '.join(FUSIONS)}; got {form!r}.")
     count -= 1
     selected = top_mask(ranking, count)
-    shares = jnp.where(selected, 0.0, ranking)
-    shares = shares / jnp.maximum(shares.sum(1, keepdims=True), 1e-12)
-    x = jnp.einsum("bn,bnd->bd", shares, tokens.x)[:, None]  # (B, 1, D)
+    sums = jnp.where(selected, 0.0, ranking)
+    shares = sums / jnp.maximum(sums.sum(1, keepdims=True), 1e-12)
+    x = jnp.einsum("bn,bnd->bd", sums if form == "sum" else shares, tokens.x)
+    x = x[:, None]  # (B, 1, D)
     score = jnp.sum(shares * tokens.score, axis=1, keepdims=True)
     kept = gather(tokens, ranking, count)
     no_position = jnp.full_like(kept.position[:, :1], -1)
