@@ -94,7 +94,11 @@ def load_problem(config: ConfigDict, images: Images | None) -> Problem:
             config.seeds[0], config.image_size, images, **fields
         )
     dense = vit_training.load_problem(
-        config.checkpoint, config.image_size, images, **fields
+        config.checkpoint,
+        config.image_size,
+        images,
+        config.checkpoint_options.to_dict(),
+        **fields,
     )
     if images is not None and not np.any(dense.params["head"]["kernel"]):
         raise ValueError(

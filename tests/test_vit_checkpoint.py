@@ -29,12 +29,13 @@ from vit_files import (
     network,
     pre_linen,
     timm,
+    timm_average,
     timm_without_cls_row,
     write,
 )
 
 from vit.checkpoint import load_checkpoint, resize_positions, save_checkpoint
-from vit.model import ViT, make
+from vit.model import POOLS, ViT, make
 
 HERE = Path(__file__).resolve().parent
 # Numbers of tests/goldens/make_vit_goldens.py, and the reference program's own where
@@ -98,13 +99,15 @@ def test_logits_are_those_of_the_equations(tmp_path, layout):
         mlp_dim=20,
         gelu=gelu,
         ln_eps=EPSILON.get(layout, 1e-6),
+        pool="mean_before_norm" if layout is timm_average else "cls",
     )
     images = images_of(net)
     logits = apply(model, params, images)
-    expected = forward(net, images, gelu, 1e-6)
+    expected = forward(net, images, gelu, 1e-6, model.pool)
     # float32 against float64: 1e-6 each for a few dozen operations in a row.
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
-    assert np.max(np.abs(forward(net, images, other, 1e-6) - expected)) > 1e-4
+    different = forward(net, images, other, 1e-6, model.pool)
+    assert np.max(np.abs(different - expected)) > 4e-5
 
 
 @pytest.mark.parametrize("layout", [pre_linen, big_vision_stacked, timm])
@@ -158,7 +161,7 @@ def test_headless_file(tmp_path, layout):
     assert params["head"]["kernel"].shape == (12, 3)
 
 
-@pytest.mark.parametrize("layout", [*GOOGLE, *TORCH[:3]])
+@pytest.mark.parametrize("layout", [*GOOGLE, *TORCH[:4]])
 def test_layouts_of_one_network_give_the_same_bits(tmp_path, layout):
     net = network(2)
     expected = linen(net)
@@ -221,14 +224,108 @@ def test_parameters_carry_the_names_of_the_reference_program(tmp_path):
 # What the shapes of PyTorch's files do not tell.
 
 
-def test_heads_are_64_wide_unless_told_otherwise(tmp_path):
-    net = network(width=128, heads=2, hidden=3, layers=1, size=1, channels=1, grid=1)
+@pytest.mark.parametrize(("width", "hidden", "heads"), [(192, 768, 3), (384, 1536, 6)])
+def test_heads_of_published_networks_are_known(tmp_path, width, hidden, heads):
+    sizes = dict(layers=1, size=1, channels=1, grid=1)
+    net = network(width=width, heads=heads, hidden=hidden, **sizes)
     for layout in (timm, hugging_face):
         path = write(tmp_path, layout, net)
         model, params = load_checkpoint(path)
-        assert model.num_heads == 2 and model.head_dim is None
+        assert model.num_heads == heads and model.head_dim is None
         chex.assert_trees_all_equal(flat(params), linen(net))
-        assert load_checkpoint(path, num_heads=4)[0].num_heads == 4
+        assert load_checkpoint(path, num_heads=2)[0].num_heads == 2
+
+
+def test_heads_of_other_networks_are_asked_for(tmp_path):
+    # Two heads of 64 would be a guess.
+    net = network(width=128, heads=2, hidden=3, layers=1, size=1, channels=1, grid=1)
+    for layout in (timm, hugging_face):
+        path = write(tmp_path, layout, net)
+        with pytest.raises(
+            ValueError, match="128 with an MLP of 3 is not .*set num_he"
+        ):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "config", "fields"),
+    [
+        (
+            timm,
+            {
+                "architecture": "vit_tiny_patch16_224",
+                "global_pool": "avg",
+                "model_args": {"num_heads": 3, "act_layer": "gelu_tanh"},
+            },
+            {"pool": "mean", "gelu": "tanh", "num_heads": 3},
+        ),
+        (
+            timm,
+            {"architecture": "vit_base_patch16_siglip_gap_224", "model_args": None},
+            {"gelu": "tanh"},
+        ),
+        (
+            timm_average,
+            {"global_pool": "avg", "model_args": {"num_heads": 6}},
+            {"pool": "mean_before_norm", "num_heads": 6},
+        ),
+        (hugging_face, {"num_attention_heads": 6, "hidden_act": "gelu_new"}, {}),
+    ],
+    ids=["timm", "siglip", "fc_norm", "hugging_face"],
+)
+def test_config_tells_what_shapes_do_not(tmp_path, layout, config, fields):
+    net = network()
+    path = write(tmp_path, layout, net)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    told = (
+        {} if "num_heads" in str(config) or layout is hugging_face else {"num_heads": 3}
+    )
+    model, params = load_checkpoint(path, **told)
+    if layout is hugging_face:
+        fields = {"gelu": "tanh", "num_heads": 6, "ln_eps": 1e-12}
+    for name, value in fields.items():
+        assert getattr(model, name) == value
+    images = images_of(net)
+    expected = forward(
+        net | {"heads": model.num_heads}, images, model.gelu, 1e-6, model.pool
+    )
+    np.testing.assert_allclose(apply(model, params, images), expected, atol=2e-5)
+    # An argument counts more.
+    other = {"gelu": "erf", "ln_eps": 0.1, "pool": "cls", "num_heads": 2}
+    model, _ = load_checkpoint(path, **other)
+    assert {name: getattr(model, name) for name in other} == other
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"global_pool": "map"}, "global_pool of .* one of token, avg; got 'map'"),
+        ({"global_pool": ["avg"]}, "global_pool of .*; got .'avg'."),
+        ({"model_args": {"act_layer": "quick_gelu"}}, "act_layer .*got 'quick_gelu'"),
+        ({"model_args": {"norm_layer": "rmsnorm"}}, "norm_layer .*; got 'rmsnorm'"),
+        ({"model_args": {"num_heads": 0}}, "the invalid value 0 for num_heads"),
+        ({"model_args": [1]}, "model_args of config.json must be an object"),
+    ],
+)
+def test_timm_config_that_does_not_fit_is_refused(tmp_path, config, match):
+    path = write(tmp_path, timm, network())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"model.safetensors: .*{match}"):
+        load_checkpoint(path, num_heads=3)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_every_pooling_is_that_of_the_equations(tmp_path, pool):
+    net = network(layers=1)
+    if pool == "cls_and_mean":
+        net["head"] = np.random.default_rng(1).normal(size=(5, 24)), net["head"][1]
+    path = write(tmp_path, linen, net, linen(net))
+    model, params = load_checkpoint(path, pool=pool)
+    images = images_of(net)
+    expected = forward(net, images, "tanh", 1e-6, pool)
+    np.testing.assert_allclose(apply(model, params, images), expected, atol=2e-5)
+    save_checkpoint(tmp_path / "mine.npz", model, params)
+    assert load_checkpoint(tmp_path / "mine.npz")[0] == model
 
 
 def test_hugging_face_config_is_read(tmp_path):
@@ -275,7 +372,7 @@ def test_hugging_face_config_is_read(tmp_path):
             "config.json has .* value None for ln_eps",
         ),
         ('{"layer_norm_eps": NaN}', "config.json has .* value nan for ln_eps"),
-        ("{}", "12 is not divisible into heads of 64; set num_heads"),
+        ("{}", "width 12 with an MLP of 20 is not .*; set num_heads"),
     ],
 )
 def test_config_that_does_not_fit_is_refused(tmp_path, text, match):
@@ -414,15 +511,43 @@ def test_saved_file_loads_bitwise(tmp_path, fields):
         }
 
 
-def test_oblong_grid_survives_but_is_not_resized(tmp_path):
+def test_oblong_grid_survives_and_is_resized_if_told(tmp_path):
     model = ViT(num_classes=5, **SIZES)
     params = random_params(model, (1, 9, 15, 2))  # 15 patches, with CLS a square.
     save_checkpoint(tmp_path / "mine.npz", model, params)
     loaded, restored = load_checkpoint(tmp_path / "mine.npz")
     assert loaded == model
     chex.assert_trees_all_equal(restored, params)
-    with pytest.raises(ValueError, match="a square number of positions .* got 15"):
+    with pytest.raises(ValueError, match="a square .* got 15; set grid"):
         load_checkpoint(tmp_path / "mine.npz", image_size=12)
+    with pytest.raises(ValueError, match=r"a grid of \(5, 2\) after .* got 15"):
+        load_checkpoint(tmp_path / "mine.npz", grid=(5, 2))
+    sizes = {"image_size": (12, 9), "grid": (3, 5)}
+    _, resized = load_checkpoint(tmp_path / "mine.npz", **sizes)
+    rows = params["Transformer"]["posembed_input"]["pos_embedding"][0, 1:]
+    expected = scipy.ndimage.zoom(rows.reshape(3, 5, 12), (4 / 3, 3 / 5, 1), order=1)
+    found = resized["Transformer"]["posembed_input"]["pos_embedding"][0, 1:]
+    np.testing.assert_allclose(found.reshape(4, 3, 12), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("told_by", ["argument", "timm", "hugging_face"])
+def test_oblong_grid_of_a_square_number_with_cls(tmp_path, told_by):
+    # 15 patches and CLS: without the grid, 16 rows look like 4 x 4 without CLS.
+    net = network(layers=1)
+    net["positions"] = net["positions"][:16]
+    layout = hugging_face if told_by == "hugging_face" else timm
+    path = write(tmp_path, layout, net)
+    config = {
+        "argument": {},
+        "timm": {"model_args": {"img_size": [9, 15], "patch_size": 3}},
+        "hugging_face": {"image_size": [9, 15], "patch_size": 3},
+    }[told_by]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    grid = (3, 5) if told_by == "argument" else None
+    model, params = load_checkpoint(path, num_heads=3, grid=grid)
+    images = np.random.default_rng(9).uniform(-1, 1, (2, 9, 15, 2)).astype(np.float32)
+    expected = forward(net, images, "erf", 1e-6)
+    np.testing.assert_allclose(apply(model, params, images), expected, atol=2e-5)
 
 
 def test_saved_file_is_one_of_the_reference_program(tmp_path):
@@ -431,7 +556,8 @@ def test_saved_file_is_one_of_the_reference_program(tmp_path):
     save_checkpoint(tmp_path / "mine.npz", model, params)
     with np.load(tmp_path / "mine.npz", allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
-    assert json.loads(str(arrays.pop("meta"))) == {"gelu": "tanh", "ln_eps": 1e-6}
+    meta = {"gelu": "tanh", "ln_eps": 1e-6, "pool": "cls"}
+    assert json.loads(str(arrays.pop("meta"))) == meta
     chex.assert_trees_all_equal(arrays, linen(net))
 
 
@@ -578,7 +704,7 @@ def test_long_lists_are_cut(tmp_path):
         (timm, "reg_token", (1, 4, 12), "register tokens"),
         (timm, "blocks.0.mlp.fc1_g.weight", (20, 12), "SwiGLU"),
         (timm, "blocks.0.mlp.w12.weight", (40, 12), "SwiGLU"),
-        (timm, "fc_norm.weight", (12,), "GAP"),
+        (timm, "fc_norm.weight", (12,), "name the same parameter"),
         (timm, "norm_pre.weight", (12,), "a normalization before the blocks"),
         (hugging_face, "classifier.bias", (6,), r"misshapen: head/bias \(6,\)"),
         (

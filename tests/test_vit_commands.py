@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import vit_files
 from ml_collections import ConfigDict
 
 import vit
@@ -366,6 +367,18 @@ def test_comparison_interpolates_between_costs():
     assert summary["max_0.3_accuracy_over_random"] == pytest.approx(0.05)
 
 
+def test_both_commands_tell_what_a_file_does_not(tmp_path):
+    net = vit_files.network(size=2, channels=1, classes=10)
+    path = vit_files.write(tmp_path, vit_files.timm, net)
+    fields = {"num_heads": 6, "gelu": "tanh", "ln_eps": 0.1, "pool": "mean"}
+    config = train_config(checkpoint=str(path), checkpoint_options=fields)
+    trained = train_vit.make_problem(config, vit_training.load_images(config))
+    config = prune_config(tmp_path, checkpoint=str(path), checkpoint_options=fields)
+    pruned = prune_vit.load_problem(config, vit_training.load_images(config))
+    for problem in (trained, pruned):
+        assert {name: getattr(problem.model, name) for name in fields} == fields
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -379,6 +392,10 @@ def test_comparison_interpolates_between_costs():
         ({"tuning": {"teacher_weight": 1.5}}, r"must be in \[0, 1\], got 1.5"),
         ({"checkpoint": "absent.npz"}, "absent.npz"),
         ({"checkpoint": None}, "must name a file that train_vit wrote"),
+        (
+            {"checkpoint_options": {"heads": 3, "path": "x"}},
+            "among num_heads, gelu, .*; got heads, path",
+        ),
         ({"image_size": 7}, "7"),
     ],
 )

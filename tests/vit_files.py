@@ -73,11 +73,11 @@ def images_of(net, grid=4, num=2):
     return np.random.default_rng(9).uniform(-1, 1, shape).astype(np.float32)
 
 
-def forward(net, images, gelu, eps):
-    return np.stack([forward_one(net, image, gelu, eps) for image in images])
+def forward(net, images, gelu, eps, pool="cls"):
+    return np.stack([forward_one(net, image, gelu, eps, pool) for image in images])
 
 
-def forward_one(net, image, gelu, eps):
+def forward_one(net, image, gelu, eps, pool="cls"):
     """Dosovitskiy et al. 2021, equations 1 to 4, one image (H, W, C), in float64."""
     kernel, bias = net["patch"]
     size = kernel.shape[-1]
@@ -91,7 +91,12 @@ def forward_one(net, image, gelu, eps):
         z = z + attention(layer_norm(z, block["norm1"], eps), block, net["heads"])
         hidden = affine(layer_norm(z, block["norm2"], eps), block["fc1"])
         z = z + affine(np.vectorize(GELU[gelu])(hidden), block["fc2"])
-    y = layer_norm(z, net["norm"], eps)[0]
+    if pool == "mean_before_norm":
+        y = layer_norm(z[1:].mean(0), net["norm"], eps)
+    else:
+        z = layer_norm(z, net["norm"], eps)
+        mean = z[1:].mean(0)
+        y = {"cls": z[0], "mean": mean, "cls_and_mean": np.append(z[0], mean)}[pool]
     if "pre_logits" in net:
         y = np.tanh(affine(y, net["pre_logits"]))
     return affine(y, net["head"]) if "head" in net else y
@@ -249,6 +254,14 @@ def timm(net):
     }
 
 
+def timm_average(net):
+    """With global_pool="avg": the last normalization follows the pooling."""
+    arrays = timm(net)
+    for leaf in ("weight", "bias"):
+        arrays[f"fc_norm.{leaf}"] = arrays.pop(f"norm.{leaf}")
+    return arrays
+
+
 def timm_without_cls_row(net):
     arrays = timm(net)
     arrays["cls_token"] = arrays["cls_token"] + arrays["pos_embed"][:, :1]
@@ -285,7 +298,7 @@ def hugging_face_encoder(net):
     return hugging_face(net, prefix="") | pooler
 
 
-TORCH = (timm, timm_without_cls_row, hugging_face, hugging_face_encoder)
+TORCH = (timm, timm_average, timm_without_cls_row, hugging_face, hugging_face_encoder)
 GOOGLE = (linen, pre_linen, opt_target, big_vision, big_vision_stacked, big_vision_old)
 EPSILON = {hugging_face: 1e-12, hugging_face_encoder: 1e-12}
 

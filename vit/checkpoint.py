@@ -32,35 +32,46 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from vit.model import ViT
+from vit.model import POOLS, ViT
 
 Arrays = dict[str, np.ndarray]
 
 
 def load_checkpoint(
     path: str | Path,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
     *,
     num_heads: int | None = None,
+    gelu: str | None = None,
+    ln_eps: float | None = None,
+    pool: str | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> tuple[ViT, dict]:
     """Reads a Vision Transformer for `model.apply({"params": params}, images)`.
 
-    GELU and epsilon cannot be inferred from shapes. They are those of the library that
-    wrote the file ("tanh" and 1e-6 for Google, "erf" and 1e-6 for timm, "erf" and 1e-12
-    for Hugging Face), unless the file comes from `save_checkpoint` or a config.json of
-    Hugging Face is in the same folder: then they are read from there. The caller must
-    scale the images as in training; Google's weights expect [-1, 1].
+    Shapes do not tell the heads of a PyTorch file, the GELU, the epsilon and the
+    pooling. An argument decides first, then the config.json of timm or Hugging Face in
+    the same folder, or what `save_checkpoint` stored. Without them, the GELU and the
+    epsilon are the defaults of the library ("tanh" and 1e-6 for Google, "erf" and 1e-6
+    for timm, "erf" and 1e-12 for Hugging Face), the pooling is "mean_before_norm" for a
+    timm file with `fc_norm` and "cls" for others, and the heads are those of the
+    published network of the same width. The caller must scale the images as in
+    training; Google's weights expect [-1, 1].
 
     Args:
       path: a file that ends in .npz or .safetensors.
-      image_size: side of the images in pixels; `resize_positions` resizes the position
-        embedding to their grid. None keeps the position embedding of the file.
+      image_size: side of the images in pixels, or (height, width); `resize_positions`
+        resizes the position embedding to their grid. None keeps that of the file.
       num_classes: None, or the number of the file, keeps its head and the `pre_logits`
         layer before it. Another number replaces them by a head of zeros, as Google does
         for fine-tuning; 0 removes them.
-      num_heads: H, for PyTorch files, whose shapes do not determine it. None reads it
-        from Hugging Face's config.json, or else assumes heads of width 64.
+      num_heads: H, for PyTorch files, whose shapes do not determine it.
+      gelu: "tanh" or "erf".
+      ln_eps: epsilon of the layer normalizations.
+      pool: a value of `ViT.pool`.
+      grid: rows and columns of patches of the file's position embedding; None reads
+        them from config.json, or else takes a square.
 
     Returns:
       The model and its float32 parameters as nested dicts. `num_heads` or `mlp_dim` is
@@ -69,8 +80,8 @@ def load_checkpoint(
     Raises:
       FileNotFoundError: if the file does not exist.
       ValueError: if the file is damaged, has another format, weights that are not
-        finite, or an architecture that `ViT` does not support, or if the arguments do
-        not fit it.
+        finite, or an architecture that `ViT` does not support, if the arguments do not
+        fit it, or if the heads or the grid are not known and must be given.
 
     Example:
       >>> import tempfile
@@ -93,16 +104,21 @@ def load_checkpoint(
     try:
         for argument, value, least in (
             ("image_size", image_size, 1),
+            ("grid", grid, 1),
             ("num_classes", num_classes, 0),
             ("num_heads", num_heads, 1),
         ):
-            if value is not None and value < least:
+            if value is not None and min(_pair(value)) < least:
                 raise ValueError(f"{argument} must be at least {least}, got {value}.")
         settings = _own_settings(arrays.pop(_SETTINGS, None))
         is_ours = settings is not None
         if not is_ours:
-            arrays, settings = _from_foreign(arrays, path, num_heads)
-        fields = _architecture(arrays) | settings
+            arrays, settings = _from_foreign(arrays, path, num_heads, grid)
+        known_grid = settings.pop("grid", None)
+        grid = grid or known_grid
+        told = {"gelu": gelu, "ln_eps": ln_eps, "pool": pool}
+        told = {name: value for name, value in told.items() if value is not None}
+        fields = _architecture(arrays) | settings | _check_settings("argument", told)
         if num_heads not in (None, fields["num_heads"]):
             raise ValueError(
                 f"num_heads must be {fields['num_heads']} for this file, got "
@@ -119,15 +135,16 @@ def load_checkpoint(
             if not np.isfinite(value).all():
                 raise ValueError(f"{name} has values that are not finite.")
         if image_size is not None:
-            if image_size % model.patch_size:
+            sides = _pair(image_size)
+            if any(side % model.patch_size for side in sides):
                 raise ValueError(
                     f"image_size must be a multiple of the patch size "
                     f"{model.patch_size}, got {image_size}."
                 )
-            grid_size = image_size // model.patch_size
-            params[_POSITIONS] = resize_positions(params[_POSITIONS], grid_size)
-        elif not is_ours:
-            _grid_size(params[_POSITIONS])
+            new = tuple(side // model.patch_size for side in sides)
+            params[_POSITIONS] = resize_positions(params[_POSITIONS], new, grid=grid)
+        elif grid or not is_ours:
+            _grid_of(params[_POSITIONS], grid)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     params = {name: jnp.asarray(value) for name, value in params.items()}
@@ -140,10 +157,10 @@ def save_checkpoint(
     """Writes a .npz with the names and shapes of google-research/vision_transformer.
 
     An additional entry, `meta`, stores the fields that shapes do not determine as JSON:
-    `gelu` and `ln_eps`. Fields of a run are not stored: after loading, `cascade`, the
-    dropout rates and the compute dtype have their defaults. The file is written under a
-    temporary name and moved into place, so that an interruption leaves an existing file
-    intact.
+    `gelu`, `ln_eps` and `pool`. Fields of a run are not stored: after loading,
+    `cascade`, the dropout rates and the compute dtype have their defaults. The file is
+    written under a temporary name and moved into place, so that an interruption leaves
+    an existing file intact.
 
     Args:
       path: a name that ends in .npz.
@@ -182,7 +199,8 @@ def save_checkpoint(
         if not largest <= np.finfo(dtype).max:
             raise ValueError(f"{name} contains {largest}, too large for {dtype}.")
         arrays[name] = value.astype(dtype)
-    arrays[_SETTINGS] = json.dumps({"gelu": model.gelu, "ln_eps": float(model.ln_eps)})
+    settings = {"gelu": model.gelu, "ln_eps": float(model.ln_eps), "pool": model.pool}
+    arrays[_SETTINGS] = json.dumps(settings)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -194,7 +212,12 @@ def save_checkpoint(
         temporary.unlink(missing_ok=True)
 
 
-def resize_positions(positions: np.ndarray, grid_size: int) -> np.ndarray:
+def resize_positions(
+    positions: np.ndarray,
+    grid_size: int | tuple[int, int],
+    *,
+    grid: tuple[int, int] | None = None,
+) -> np.ndarray:
     """Resizes position embeddings to another grid of patches, by Google's rule.
 
     Interpolation is linear along both axes with aligned corners: new row i is old row
@@ -203,27 +226,31 @@ def resize_positions(positions: np.ndarray, grid_size: int) -> np.ndarray:
     cubics.
 
     Args:
-      positions: (1, 1 + g_old^2, D); the first one belongs to CLS and is not changed.
-      grid_size: g_new.
+      positions: (1, 1 + P_old, D); the first one belongs to CLS and is not changed.
+      grid_size: rows and columns of the new grid, or one number for both.
+      grid: rows and columns of the old grid; None takes a square.
 
     Returns:
-      (1, 1 + g_new^2, D).
+      (1, 1 + P_new, D).
 
     Raises:
-      ValueError: if the patches do not form a square.
+      ValueError: if the patches do not form the grid, or not a square without one.
     """
-    old = _grid_size(positions)
-    if grid_size == old:
+    old, new = _grid_of(positions, grid), _pair(grid_size)
+    if new == old:
         return positions
-    places = np.linspace(0, old - 1, grid_size)
-    distances = np.abs(places[:, None] - np.arange(old))
-    weights = np.maximum(0, 1 - distances)  # (g_new, g_old)
-    cls, grid = np.asarray(positions[:, :1]), np.asarray(positions[0, 1:])
-    grid = grid.reshape(old, old, -1)
-    grid = np.einsum("ai,ijd->ajd", weights, grid)
-    grid = np.einsum("bj,ajd->abd", weights, grid)  # (g_new, g_new, D)
-    grid = grid.reshape(1, grid_size**2, -1).astype(cls.dtype)
-    return np.concatenate([cls, grid], axis=1)
+    cls, rows = np.asarray(positions[:, :1]), np.asarray(positions[0, 1:])
+    rows = rows.reshape(*old, -1)
+    rows = np.einsum("ai,ijd->ajd", _interpolation(old[0], new[0]), rows)
+    rows = np.einsum("bj,ajd->abd", _interpolation(old[1], new[1]), rows)
+    rows = rows.reshape(1, new[0] * new[1], -1).astype(cls.dtype)
+    return np.concatenate([cls, rows], axis=1)
+
+
+def _interpolation(old, new):
+    """Matrix (new, old) that interpolates linearly between aligned corners."""
+    places = np.linspace(0, old - 1, new)
+    return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(old)))
 
 
 # Names: from each layout to ours.
@@ -247,6 +274,7 @@ _TIMM = {
     "blocks.#.mlp.fc1": f"{_MLP}/Dense_0",
     "blocks.#.mlp.fc2": f"{_MLP}/Dense_1",
     "norm": "Transformer/encoder_norm",
+    "fc_norm": "Transformer/encoder_norm",  # After the pooling.
     "pre_logits.fc": "pre_logits",
     "head": "head",
 }
@@ -283,7 +311,6 @@ _UNSUPPORTED = {
     r"reg_token|register_token": "register tokens",
     r"mlp\.(fc1_[gx]|w\d+|weights_in)\b": "a gated MLP (SwiGLU)",
     r"MAPHead|^probe$|attn_pool": "pooling by attention (MAP)",
-    r"\bfc_norm\b": "pooling by average (GAP)",
     r"\bnorm_pre\b": "a normalization before the blocks",
     r"conv_root|patch_embed\.backbone": "a convolutional stem (hybrid)",
 }
@@ -343,7 +370,7 @@ def _our_name(name, layout):
 # Layouts.
 
 
-def _from_foreign(arrays: Arrays, path: Path, num_heads: int | None):
+def _from_foreign(arrays: Arrays, path: Path, num_heads: int | None, grid):
     """Converts the arrays of a foreign file to our layout; dtypes do not change.
 
     Returns:
@@ -380,15 +407,18 @@ def _from_foreign(arrays: Arrays, path: Path, num_heads: int | None):
         ours[target], sources[target] = value, name
 
     settings = {"gelu": layout.gelu, "ln_eps": layout.ln_eps}
-    if home == "hugging_face":
-        settings |= _hugging_face_settings(path.with_name("config.json"))
-        told = settings.pop("num_heads", None)
-        num_heads = num_heads or told
     if home != "google":
-        head_dim = _torch_head_dim(ours, num_heads)
+        settings |= _torch_settings(path.with_name("config.json"), home, sources)
+        told = settings.pop("num_heads", None)
+        head_dim = _torch_head_dim(ours, num_heads or told)
         ours = {name: _from_torch(name, ours[name], head_dim) for name in ours}
-    _add_cls_row(ours, sources)
-    return ours, settings
+    # The config of a network whose image size was changed may keep the old size.
+    told = settings.pop("grid", None)
+    num_positions = ours[_POSITIONS].shape[1:2] if _POSITIONS in ours else ()
+    if not grid and told and num_positions in ((math.prod(told) + i,) for i in (0, 1)):
+        grid = told
+    _add_cls_row(ours, sources, grid)
+    return ours, settings | {"grid": grid}
 
 
 def _split(name: str, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -409,16 +439,37 @@ def _torch_head_dim(arrays, num_heads):
     """d, for attentions that store their heads as one axis of size H d."""
     name = f"{_ATTENTION}/query/kernel".replace("#", "0")
     width, _ = _shape(arrays, name, "(H d, D)")
-    if num_heads is None and width % 64:
-        raise ValueError(
-            f"an attention of width {width} is not divisible into heads of 64; set "
-            "num_heads."
-        )
-    if num_heads is not None and width % num_heads:
+    if num_heads is None:
+        name = f"{_MLP}/Dense_0/kernel".replace("#", "0")
+        sizes = width, _shape(arrays, name, "(M, D)")[0]
+        if sizes not in _KNOWN_HEADS:
+            raise ValueError(
+                f"the number of heads is unknown: there is no config.json that tells "
+                f"it, and width {sizes[0]} with an MLP of {sizes[1]} is not that of a "
+                "published network; set num_heads."
+            )
+        num_heads = _KNOWN_HEADS[sizes]
+    if width % num_heads:
         raise ValueError(
             f"num_heads must divide the attention's width {width}, got {num_heads}."
         )
-    return width // num_heads if num_heads else 64
+    return width // num_heads
+
+
+# (width, width of the MLP) -> heads, of the networks of timm, DeiT and DINOv2.
+_KNOWN_HEADS = {
+    (192, 768): 3,
+    (384, 1536): 6,
+    (512, 2048): 8,
+    (640, 2560): 10,
+    (768, 3072): 12,
+    (896, 3584): 14,
+    (1024, 4096): 16,
+    (1152, 4304): 16,
+    (1280, 5120): 16,
+    (1408, 6144): 16,
+    (1664, 8192): 16,
+}
 
 
 def _from_torch(name: str, value: np.ndarray, head_dim: int) -> np.ndarray:
@@ -437,10 +488,10 @@ def _from_torch(name: str, value: np.ndarray, head_dim: int) -> np.ndarray:
     return value
 
 
-def _add_cls_row(arrays, sources):
+def _add_cls_row(arrays, sources, grid):
     """Adds a position embedding of zeros for CLS if the file has none."""
     shape = arrays[_POSITIONS].shape if _POSITIONS in arrays else ()
-    if len(shape) != 3 or not _is_square(shape[1]):
+    if len(shape) != 3 or not _is_grid(shape[1], grid):
         return
     if "cls" not in arrays:
         raise ValueError(
@@ -452,29 +503,82 @@ def _add_cls_row(arrays, sources):
         arrays[_POSITIONS] = np.pad(positions, ((0, 0), (1, 0), (0, 0)))
 
 
-def _hugging_face_settings(path):
-    """The fields of `ViT` in a config.json; none if the file does not exist."""
-    if not path.is_file():
-        return {}
-    config = _json_object(path, path.read_bytes())
-    theirs = {
-        "num_heads": "num_attention_heads",
-        "ln_eps": "layer_norm_eps",
-        "gelu": "hidden_act",
-    }
-    settings = {ours: config[name] for ours, name in theirs.items() if name in config}
-    if "gelu" in settings:
-        activation = str(settings["gelu"])
-        if activation not in _HUGGING_FACE_GELU:
-            raise ValueError(
-                f"hidden_act of {path.name} must be one of "
-                f"{', '.join(_HUGGING_FACE_GELU)}; got {activation!r}."
-            )
-        settings["gelu"] = _HUGGING_FACE_GELU[activation]
+def _torch_settings(path, home, sources):
+    """The fields of `ViT` and the grid that a config.json and the names tell."""
+    config = _json_object(path, path.read_bytes()) if path.is_file() else {}
+    read = _timm_config if home == "timm" else _hugging_face_config
+    settings = read(config, "fc_norm.weight" in sources.values())
     return _check_settings(path.name, settings)
 
 
+def _timm_config(config, has_fc_norm):
+    """Of timm: `model_args` are the arguments that differ from the architecture's."""
+    arguments = _entry(config, "model_args")
+    architecture = str(config.get("architecture", ""))
+    settings = {"pool": "mean_before_norm" if has_fc_norm else "cls"}
+    pool = arguments.get("global_pool", config.get("global_pool"))
+    if pool is not None and not has_fc_norm:
+        settings["pool"] = _translate("global_pool", pool, _TIMM_POOL)
+    # The only architectures without normalization of the tokens before the blocks whose
+    # activation is not timm's default.
+    activation = "gelu_tanh" if "siglip" in architecture else None
+    activation = arguments.get("act_layer", activation)
+    if activation is not None:
+        settings["gelu"] = _translate("act_layer", activation, _TIMM_GELU)
+    _translate("norm_layer", arguments.get("norm_layer"), {None: 0, "layernorm": 0})
+    if "num_heads" in arguments:
+        settings["num_heads"] = arguments["num_heads"]
+    size = _entry(config, "pretrained_cfg").get("input_size", (0, 0, 0))[-2:]
+    size = arguments.get("img_size", size)
+    patch = arguments.get("patch_size")
+    if patch is None and (found := re.search(r"_patch(\d+)", architecture)):
+        patch = int(found[1])
+    return settings | _grid_setting(size, patch)
+
+
+def _hugging_face_config(config, _):
+    settings = {
+        ours: config[name]
+        for ours, name in (
+            ("num_heads", "num_attention_heads"),
+            ("ln_eps", "layer_norm_eps"),
+        )
+        if name in config
+    }
+    if "hidden_act" in config:
+        activation = config["hidden_act"]
+        settings["gelu"] = _translate("hidden_act", activation, _HUGGING_FACE_GELU)
+    return settings | _grid_setting(config.get("image_size"), config.get("patch_size"))
+
+
+_TIMM_POOL = {"token": "cls", "avg": "mean"}
+_TIMM_GELU = {"gelu": "erf", "gelu_erf": "erf", "gelu_tanh": "tanh"}
 _HUGGING_FACE_GELU = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+
+
+def _translate(field, value, table):
+    if not isinstance(value, str | None) or value not in table:
+        names = ", ".join(map(str, table))
+        raise ValueError(
+            f"{field} of config.json must be one of {names}; got {value!r}."
+        )
+    return table[value]
+
+
+def _entry(config, name):
+    value = config.get(name) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} of config.json must be an object, got {value!r}.")
+    return value
+
+
+def _grid_setting(image_size, patch_size):
+    """The grid of images (height, width) or of one side, if it is known."""
+    try:
+        grid = tuple(side // patch_size for side in _pair(image_size))
+    except (TypeError, ValueError, ZeroDivisionError):
+        return {}
+    return {"grid": grid} if len(grid) == 2 and min(grid) > 0 else {}
 
 
 def _own_settings(entry):
@@ -482,7 +586,9 @@ def _own_settings(entry):
     if entry is None:
         return None
     settings = _json_object(_SETTINGS, str(entry))
-    settings = {name: settings.get(name) for name in ("gelu", "ln_eps")}
+    settings = {name: settings.get(name) for name in ("gelu", "ln_eps")} | {
+        name: settings[name] for name in ("pool",) if name in settings
+    }
     return _check_settings(_SETTINGS, settings)
 
 
@@ -503,6 +609,8 @@ def _check_settings(source, settings):
             isinstance(value, int | float) and 0 <= value < math.inf
         ),
         "num_heads": lambda value: type(value) is int and value > 0,
+        "pool": lambda value: value in POOLS,
+        "grid": lambda value: True,
     }
     for name, value in settings.items():
         if not allowed[name](value):
@@ -627,19 +735,28 @@ def _first(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(names[:limit] + ["..."] * (len(names) > limit))
 
 
-def _grid_size(positions):
-    """g of position embeddings (1, 1 + g^2, D)."""
+def _grid_of(positions, grid):
+    """Rows and columns of position embeddings (1, 1 + P, D), given or of a square."""
     num_patches = positions.shape[1] - 1
-    if not _is_square(num_patches):
+    if not _is_grid(num_patches, grid):
+        expected = "a square number of positions (1, 4, 9, ...)"
+        if grid:
+            expected = f"a position for each patch of a grid of {grid}"
         raise ValueError(
-            f"{_POSITIONS} must have a square number of positions (1, 4, 9, ...) after "
-            f"that of CLS, got {num_patches}."
+            f"{_POSITIONS} must have {expected} after that of CLS, got {num_patches}; "
+            "set grid."
         )
-    return math.isqrt(num_patches)
+    return tuple(grid) if grid else (math.isqrt(num_patches),) * 2
 
 
-def _is_square(number):
+def _is_grid(number, grid):
+    if grid:
+        return number == grid[0] * grid[1]
     return number > 0 and math.isqrt(number) ** 2 == number
+
+
+def _pair(size):
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _float32(name: str, value: np.ndarray) -> np.ndarray:

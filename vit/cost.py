@@ -85,8 +85,9 @@ def count(model: ViT, image_size: int | tuple[int, int], *, channels: int = 3) -
             # Similarities, and sums of the merged tokens.
             depth = (model.head_dim or width // model.num_heads) + width
             mlp[-1] += (queries > rows) * side[0] * side[1] * depth
-    features = model.representation_size or width
-    head = (model.representation_size is not None) * width * features
+    pooled = models.pooled_size(model)
+    features = model.representation_size or pooled
+    head = (model.representation_size is not None) * pooled * features
     head += features * model.num_classes
     return Cost(
         total=embedding + sum(attention) + sum(mlp) + head,
@@ -161,10 +162,10 @@ def count_params(model: ViT, image_size: int, *, channels: int = 3) -> int:
         total += 3 * (width + 1) * inner + (inner + 1) * width
         total += (width + 1) * hidden + (hidden + 1) * width
     total += 2 * width
-    features = width
+    features = pooled = models.pooled_size(model)
     if model.representation_size is not None:
         features = model.representation_size
-        total += (width + 1) * features
+        total += (pooled + 1) * features
     return total + (model.num_classes and (features + 1) * model.num_classes)
 
 

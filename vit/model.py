@@ -27,6 +27,7 @@ from vit.attention import attention_probs as attention_probs
 from vit.cascade import Cascade
 from vit.tokens import Tokens
 
+POOLS = ("cls", "mean", "mean_before_norm", "cls_and_mean")
 _GELU = {"tanh": nn.gelu, "erf": functools.partial(nn.gelu, approximate=False)}
 
 VARIANTS = {
@@ -57,10 +58,10 @@ VARIANTS = {
 
 
 class ViT(nn.Module):
-    """A Vision Transformer that classifies by its CLS token.
+    """A Vision Transformer.
 
     Attributes:
-      num_classes: K; 0 omits the head, and the output is the normalized CLS token.
+      num_classes: K; 0 omits the head, and the output is what the head would get.
       patch_size: side of a patch in pixels.
       stem: channels of the convolutions before the patches, each 3x3 with stride 2
         (Xiao et al. 2021, arXiv 2106.14881); they reduce the epochs that small images
@@ -75,6 +76,10 @@ class ViT(nn.Module):
         have (`pre_logits`); None omits it.
       gelu: "tanh" (Google's files) or "erf" (those of timm and Hugging Face).
       ln_eps: epsilon of the layer normalizations.
+      pool: what the head gets: "cls", the normalized CLS token; "mean", the mean of the
+        normalized patches; "mean_before_norm", the normalized mean of the patches (the
+        `fc_norm` of timm); "cls_and_mean", the first two side by side (DINOv2). A row
+        that represents m merged patches counts m times, a dropped patch does not count.
       dropout_rate: rate after the position embedding and in the MLPs, in training.
       drop_path_rate: rate of the last layer's residual branches, in training; it grows
         linearly from zero in the first layer.
@@ -96,6 +101,7 @@ class ViT(nn.Module):
     stem: tuple[int, ...] = ()
     gelu: str = "tanh"
     ln_eps: float = 1e-6
+    pool: str = "cls"
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
     cascade: Cascade | None = None
@@ -117,7 +123,8 @@ class ViT(nn.Module):
           train: whether dropout and drop path are active.
 
         Returns:
-          Logits (B, K), or the CLS token (B, D) if `num_classes` is 0.
+          Logits (B, K), or the pooled tokens if `num_classes` is 0: (B, D), or (B, 2 D)
+          for pool "cls_and_mean".
 
         Raises:
           ValueError: if the images do not divide into patches, or the fields of the
@@ -161,6 +168,7 @@ class ViT(nn.Module):
             self.cascade,
             dropout_rate=self.dropout_rate,
             ln_eps=self.ln_eps,
+            pool=self.pool,
             name="Transformer",
         )
         x = encoder(jnp.concatenate([cls, x], axis=1), train=train)
@@ -231,13 +239,14 @@ class PatchEmbedding(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Position embedding, blocks, last normalization: (B, 1 + P, D) -> CLS (B, D)."""
+    """Position embedding, blocks, last normalization, pooling of (B, 1 + P, D)."""
 
     num_layers: int
     make_block: Callable[[int], nn.Module]
     cascade: Cascade | None
     dropout_rate: float
     ln_eps: float
+    pool: str
 
     @nn.compact
     def __call__(self, x, *, train):
@@ -248,7 +257,24 @@ class Encoder(nn.Module):
         for layer in range(self.num_layers):
             tokens = self.make_block(layer)(tokens, train=train)
         norm = layer_norm(self.ln_eps, "encoder_norm")
-        return norm(tokens.x[:, 0].astype(jnp.float32))
+        x = tokens.x.astype(jnp.float32)
+        if self.pool == "cls":
+            return norm(x[:, 0])
+        if self.pool == "mean_before_norm":
+            return norm(_mean_of_patches(x, tokens.weights))
+        x = norm(x)
+        mean = _mean_of_patches(x, tokens.weights)
+        if self.pool == "mean":
+            return mean
+        return jnp.concatenate([x[:, 0], mean], axis=1)
+
+
+def _mean_of_patches(x, weights):
+    """Mean of the patches of x (B, 1 + P, D), weighted by weights (B, 1 + P) if any."""
+    if weights is None:
+        return jnp.mean(x[:, 1:], axis=1)
+    shares = weights[:, 1:] / jnp.sum(weights[:, 1:], axis=1, keepdims=True)
+    return jnp.einsum("bn,bnd->bd", shares, x[:, 1:])
 
 
 class PositionEmbedding(nn.Module):
@@ -406,6 +432,11 @@ def per_layer(value: int | tuple[int, ...], layer: int) -> int:
     return value if isinstance(value, int) else value[layer]
 
 
+def pooled_size(model: ViT) -> int:
+    """Width of what the head gets: D, or 2 D for pool "cls_and_mean"."""
+    return model.hidden_size * (1 + (model.pool == "cls_and_mean"))
+
+
 def count_patches(image_shape: tuple[int, int], patch_size: int) -> int:
     """Number of patches P of images with shape (height, width).
 
@@ -450,8 +481,19 @@ def check_model(model: ViT) -> None:
                 f"hidden_size {model.hidden_size} is not divisible by num_heads "
                 f"{heads}; set head_dim."
             )
-    if model.gelu not in _GELU:
-        raise ValueError(f"gelu must be one of {', '.join(_GELU)}; got {model.gelu!r}.")
+    for name, allowed in (("gelu", _GELU), ("pool", POOLS)):
+        value = getattr(model, name)
+        if value not in allowed:
+            raise ValueError(
+                f"{name} must be one of {', '.join(allowed)}; got {value!r}."
+            )
+    if model.cascade is not None and model.pool != "cls":
+        last = model.cascade.counts[-1][-1]
+        if model.cascade.semantics == "drop" and not last:
+            raise ValueError(
+                f"pool {model.pool!r} requires a patch after the last layer; the "
+                "cascade drops all."
+            )
     for name in ("dropout_rate", "drop_path_rate"):
         if not 0 <= getattr(model, name) < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {getattr(model, name)}.")

@@ -45,6 +45,9 @@ BASE = {
     "normalisation": "dataset",
     # A file that train_vit wrote, or another one that vit.load_checkpoint reads.
     "checkpoint": settings.Optional(str, "runs/train_vit/digits/model.npz"),
+    # What the file does not tell, as keywords of vit.load_checkpoint: num_heads, gelu,
+    # ln_eps, pool, grid.
+    "checkpoint_options": settings.Open(),
     # The model that is timed without a checkpoint and a data set; one of
     # vit.model.VARIANTS.
     "model": settings.Open(variant="B", patch_size=16),
