@@ -66,8 +66,8 @@ def _check_methods(config):
                 f"{', '.join(map(str, unknown))}."
             )
     implementation = config.attention_implementation
-    if implementation == "cudnn" and jax.default_backend() != "gpu":
-        raise ValueError("attention_implementation=cudnn needs a GPU.")
+    if implementation in ("cudnn", "pallas") and jax.default_backend() != "gpu":
+        raise ValueError(f"attention_implementation={implementation} needs a GPU.")
     needy = [name for name in config.methods if name in vit_pruning.NEED_IMAGES]
     if not config.dataset.name:
         data.refuse_unread("a run without dataset.name", **config.dataset)

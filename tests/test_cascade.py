@@ -416,19 +416,29 @@ def test_attention_is_asked_for_where_a_later_choice_needs_it():
     def queries(num_patches=9, **options):
         cascade = Cascade(**options)
         layers = range(len(cascade.keep))
-        return [cascades.scored_query(cascade, i, num_patches) for i in layers]
+        names = [cascades.needed_statistics(cascade, i, num_patches) for i in layers]
+        old = {(): None, ("cls",): "cls"}
+        with pytest.warns(DeprecationWarning, match="is now .*needed_statistics"):
+            assert [old.get(one, "all") for one in names] == [
+                cascades.scored_query(cascade, i, num_patches) for i in layers
+            ]
+        return names
 
     # The MLP of layer 1 drops: layers 0 and 1 are scored, the last two run fused.
     drop = {"keep": (9, 9, 5, 5), "keep_mlp": (9, 5, 5, 5)}
-    assert queries(**drop) == ["all", "all", None, None]
-    assert queries(**drop, score="cls") == ["cls", "cls", None, None]
-    assert queries(**drop, score="norm") == [None] * 4
-    assert queries(**drop, resets=(1,)) == [None, "all", None, None]
+    maxima = ("column_max",)
+    assert queries(**drop) == [maxima, maxima, (), ()]
+    assert queries(**drop, alpha=0.5)[0] == ("column_max", "row_max")
+    assert queries(**drop, alpha=0.5, beta=0.0)[0] == ("row_max",)
+    assert queries(**drop, score="sum", alpha=0.5)[0] == ("column_sum",)
+    assert queries(**drop, score="cls") == [("cls",), ("cls",), (), ()]
+    assert queries(**drop, score="norm") == [()] * 4
+    assert queries(**drop, resets=(1,)) == [(), maxima, (), ()]
     # Tokens may return: every layer that leaves some out chooses again.
     skip = {"semantics": "skip", "keep": (5, 5, 9)}
-    assert queries(**skip) == ["all", "all", None]
-    assert queries(semantics="zero", keep=(5, 5)) == ["all", "all"]
-    assert cascades.scored_query(None, 0, 9) is None
+    assert queries(**skip) == [maxima, maxima, ()]
+    assert queries(semantics="zero", keep=(5, 5)) == [maxima, maxima]
+    assert cascades.needed_statistics(None, 0, 9) == ()
 
 
 def test_stale_thresholds_prune_fewer_than_asked():

@@ -261,8 +261,10 @@ def heads_of(cascade: Cascade | None, layer: int, num_heads: int) -> Heads | Non
     return Heads(keep, cascade.head_score, cascade.head_scope, cascade.mode)
 
 
-def scored_query(cascade: Cascade | None, layer: int, num_patches: int) -> str | None:
-    """The queries whose attention probabilities the scores of a layer need.
+def needed_statistics(
+    cascade: Cascade | None, layer: int, num_patches: int
+) -> tuple[str, ...]:
+    """What the scores of a layer need of its attention.
 
     Args:
       cascade: how the network is pruned, or None.
@@ -271,14 +273,27 @@ def scored_query(cascade: Cascade | None, layer: int, num_patches: int) -> str |
         not matter.
 
     Returns:
-      "all", "cls" or None. None also means that no later selection depends on these
-      scores, so that the layer can use a fused attention kernel.
+      Fields of `importance.Statistics`; none if no later selection depends on these
+      scores.
     """
     if cascade is None or cascade.score in ("norm", "random", "merge"):
-        return None
+        return ()
     if not any(_selects(cascade, layer, num_patches)):
-        return None
-    return "cls" if cascade.score == "cls" else "all"
+        return ()
+    if cascade.score == "cls":
+        return ("cls",)
+    return importance.needed_statistics(cascade.score, cascade.alpha, cascade.beta)
+
+
+def scored_query(cascade: Cascade | None, layer: int, num_patches: int) -> str | None:
+    """Old form of `needed_statistics`, for one version: "all", "cls" or None."""
+    warnings.warn(
+        "vit.cascade.scored_query is now vit.cascade.needed_statistics.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    names = needed_statistics(cascade, layer, num_patches)
+    return None if not names else "cls" if names == ("cls",) else "all"
 
 
 def _selects(cascade, layer, num_patches):
@@ -321,20 +336,23 @@ def attention_layer(
         tokens = tokens._replace(score=jnp.zeros_like(tokens.score))
     if cascade.stale_threshold:
         tokens = tokens._replace(previous=_ranking(cascade, tokens))
-    query = scored_query(cascade, layer, tokens.x.shape[1] - 1)
+    names = needed_statistics(cascade, layer, tokens.x.shape[1] - 1)
     keys = None
 
     def apply(x, weights):
         nonlocal keys
         attended = attend(x, weights)
         keys = attended.keys
-        if query is None:
+        if not names:
             return attended.update, None
-        if query == "cls":
-            return attended.update, importance.cls_scores(attended.probs, weights)
-        scores = importance.patch_scores(
-            attended.probs,
+        found = attended.statistics
+        if cascade.score == "cls":
+            return attended.update, importance.score_by_cls(found, weights)
+        [reduced, *_] = [value for value in found if value is not None]
+        scores = importance.score_patches(
+            found,
             weights,
+            reduced.shape,
             form=cascade.score,
             alpha=cascade.alpha,
             beta=cascade.beta,

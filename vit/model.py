@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vit import cascade as cascades
+from vit.attention import IMPLEMENTATIONS
 from vit.attention import Attended as Attended
 from vit.attention import FromHeads as FromHeads
 from vit.attention import MultiHeadDotProductAttention as MultiHeadDotProductAttention
@@ -84,8 +85,7 @@ class ViT(nn.Module):
       drop_path_rate: rate of the last layer's residual branches, in training; it grows
         linearly from zero in the first layer.
       cascade: the tokens and heads that each layer works on; None is all.
-      attention_implementation: argument of `jax.nn.dot_product_attention`, which is
-        used where the probabilities are not needed: None, "xla" or "cudnn".
+      attention_implementation: a key of `attention.IMPLEMENTATIONS`; None is "xla".
       dtype: compute dtype of the matrix products. Parameters, softmax, scores,
         normalizations and logits are float32.
     """
@@ -307,7 +307,7 @@ class EncoderBlock(nn.Module):
             self.num_heads,
             self.head_dim,
             heads=cascades.heads_of(self.cascade, self.layer, self.num_heads),
-            query=cascades.scored_query(
+            statistics=cascades.needed_statistics(
                 self.cascade, self.layer, tokens.x.shape[1] - 1
             ),
             implementation=self.attention_implementation,
@@ -481,11 +481,15 @@ def check_model(model: ViT) -> None:
                 f"hidden_size {model.hidden_size} is not divisible by num_heads "
                 f"{heads}; set head_dim."
             )
-    for name, allowed in (("gelu", _GELU), ("pool", POOLS)):
+    for name, allowed in (
+        ("gelu", _GELU),
+        ("pool", POOLS),
+        ("attention_implementation", (None, *IMPLEMENTATIONS)),
+    ):
         value = getattr(model, name)
         if value not in allowed:
             raise ValueError(
-                f"{name} must be one of {', '.join(allowed)}; got {value!r}."
+                f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}."
             )
     if model.cascade is not None and model.pool != "cls":
         last = model.cascade.counts[-1][-1]

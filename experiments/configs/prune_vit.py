@@ -52,7 +52,8 @@ BASE = {
     # vit.model.VARIANTS.
     "model": settings.Open(variant="B", patch_size=16),
     "dtype": "float32",
-    # Of jax.nn.dot_product_attention; "cudnn" needs a GPU and bfloat16.
+    # A key of vit.attention.IMPLEMENTATIONS; "cudnn" needs a GPU and bfloat16, "pallas"
+    # an NVIDIA GPU.
     "attention_implementation": settings.Optional(str),
     # Methods and their ratios. A ratio is the plateau of the ramp over the layers;
     # "evit", "merge" and "resolution" have the cost of the cascade "max" at that ratio.
@@ -234,7 +235,9 @@ RULES = {
     "image_size": settings.whole(1, 2**16),
     "normalisation": settings.one_of("dataset", "google"),
     "dtype": settings.one_of("float32", "bfloat16"),
-    "attention_implementation": settings.one_of(None, "xla", "cudnn"),
+    "attention_implementation": settings.one_of(
+        *(None, "xla", "cudnn", "pallas", "plain")
+    ),
     "methods.*": settings.each(settings.within("(0, 1)")),
     "parity_ratio": settings.within("(0, 1)"),
     "pictured_ratio": settings.within("(0, 1)"),
