@@ -363,6 +363,7 @@ def make_pictures(
     """Arrays for the pictures: kept patches, attention maps, informativeness."""
     pixels = dense.images.test[0][:num_images]
     pruned = prune("max", ratio, dense)
+    num_prefix = dense.model.num_prefix
 
     def observe(problem):
         return jax.jit(problem.blocks)(problem.params, pixels)
@@ -371,7 +372,7 @@ def make_pictures(
     kept = np.zeros((dense.model.num_layers, len(pixels), dense.num_patches), bool)
     for layer, block in enumerate(observe(pruned)):
         for image, tokens in enumerate(np.asarray(block["tokens"][0])):
-            kept[layer, image, tokens[tokens > 0] - 1] = True
+            kept[layer, image, tokens[tokens >= num_prefix] - num_prefix] = True
     return {
         "pictured": pixels,
         "kept": kept,
@@ -379,7 +380,7 @@ def make_pictures(
         # First image, mean over the heads: (L, N, N).
         "attention": np.stack([np.asarray(a[0].mean(0)) for a in attention]),
         "patch_scores": np.stack(
-            [np.asarray(importance.patch_scores(a)[:, 1:]) for a in attention]
+            [np.asarray(importance.patch_scores(a)[:, num_prefix:]) for a in attention]
         ),
         "head_scores": scores["heads"],
         "attention_ranges": scores["range"],

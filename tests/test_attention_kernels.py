@@ -159,10 +159,10 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("score", ["max", "sum", "cls"])
+@pytest.mark.parametrize("score", ["max", "cls"])
 def test_pruned_network_holds_no_square_of_the_tokens(score):
     shape = 3, 16, 16, 1
-    cascade = schedules.cp_vit(0.5, num_layers=2, num_patches=256, score=score)
+    cascade = schedules.from_ratios([0.0, 0.2], 256, score=score)
     model = ViT(**SIZES, cascade=cascade)
     params = vit_oracle.param_shapes(model, shape)
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -170,11 +170,11 @@ def test_pruned_network_holds_no_square_of_the_tokens(score):
     def holds_square(model):
         forward = jax.jit(lambda p, x: model.apply({"params": p}, x))
         text = forward.lower(params, images).compile().as_text()
-        return "[3,2,257,257]" in text or "[6,257,257]" in text
+        return [f"{n},{n}]" in text for n in (257, 206)]
 
-    assert holds_square(model.clone(attention_implementation="plain"))
-    if score != "cls":  # Its layers use jax.nn.dot_product_attention.
-        assert not holds_square(model)
+    # The first layer has 257 tokens, the second 206.
+    assert holds_square(model.clone(attention_implementation="plain")) == [True] * 2
+    assert holds_square(model) == [False] * 2
 
 
 def test_implementations_give_the_same_network():

@@ -159,35 +159,33 @@ def attend(
     Raises:
       ValueError: if the implementation is unknown or needs a GPU.
     """
-    names = "xla" if implementation is None else implementation
-    if names not in IMPLEMENTATIONS:
+    implementation = implementation or "xla"
+    if implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"implementation must be one of {known}; got {names!r}.")
-    if names == "pallas" and jax.default_backend() != "gpu":
+        raise ValueError(
+            f"implementation must be one of {known}; got {implementation!r}."
+        )
+    if implementation == "pallas" and jax.default_backend() != "gpu":
         raise ValueError(
             "attention_implementation 'pallas' needs an NVIDIA GPU; "
             f"the backend is {jax.default_backend()}."
         )
-    if not set(statistics) <= {"cls"}:
-        return IMPLEMENTATIONS[names](query, key, value, weights, statistics)
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    fused = implementation == "cudnn" or (implementation == "pallas" and half)
+    if not fused or not set(statistics) <= {"cls"}:
+        return IMPLEMENTATIONS[implementation](query, key, value, weights, statistics)
     bias = None if weights is None else weights_to_bias(weights)[:, None, None, :]
-    found = Statistics()
-    if statistics:  # One query is enough: the rest of the layer runs fused.
-        probs = attention_probs(query[:, :1], key, bias)
-        found = Statistics(cls=jax.lax.stop_gradient(probs[:, :, 0]))
-    if names == "pallas":
-        names = "cudnn" if query.dtype in (jnp.bfloat16, jnp.float16) else "xla"
-    if names == "plain":
-        names = "xla"
     attended = jax.nn.dot_product_attention(
-        query, key, value, bias, implementation=names
+        query, key, value, bias, implementation="cudnn"
     )
-    return attended, found
+    if not statistics:
+        return attended, Statistics()
+    probs = jax.lax.stop_gradient(attention_probs(query[:, :1], key, bias))
+    return attended, Statistics(cls=probs[:, :, 0])
 
 
-# How a layer attends that needs statistics of all queries. The others use
-# `jax.nn.dot_product_attention`: cuDNN's for "cudnn", and for "pallas" in half
-# precision, otherwise XLA's.
+# How a layer attends. Where no statistics of all queries are needed, "cudnn" and, in
+# half precision, "pallas" use cuDNN's kernel.
 IMPLEMENTATIONS = {
     "xla": blocked_attention,
     "cudnn": blocked_attention,

@@ -217,11 +217,11 @@ def initial_tokens(
 
     Args:
       cascade: how the network is pruned, or None.
-      x: embeddings of CLS and patches, (B, 1 + P, D).
+      x: embeddings of prefix and patches, (B, n, D).
       key: PRNG key of the random scores; None uses the cascade's seed.
 
     Returns:
-      1 + P tokens per image.
+      n tokens per image.
     """
     batch, num_tokens, _ = x.shape
     score = jnp.zeros((batch, num_tokens))
@@ -316,6 +316,8 @@ def attention_layer(
     tokens: Tokens,
     norm: Callable[[jax.Array], jax.Array],
     attend: Callable[[jax.Array, jax.Array | None], Attended],
+    *,
+    num_prefix: int = 1,
 ) -> Tokens:
     """First half of a block: prunes by earlier scores, attends, updates the scores.
 
@@ -326,6 +328,8 @@ def attention_layer(
       norm: normalization before the attention, (B, n, D) -> (B, n, D).
       attend: attention, (normalized tokens (B, n, D), weights (B, n) or None) ->
         `Attended`.
+      num_prefix: number of tokens before the patches, which are always kept: CLS and
+        registers.
 
     Returns:
       The tokens after the attention; with score "merge" also merged.
@@ -335,8 +339,8 @@ def attention_layer(
     if layer in cascade.resets:
         tokens = tokens._replace(score=jnp.zeros_like(tokens.score))
     if cascade.stale_threshold:
-        tokens = tokens._replace(previous=_ranking(cascade, tokens))
-    names = needed_statistics(cascade, layer, tokens.x.shape[1] - 1)
+        tokens = tokens._replace(previous=_ranking(cascade, tokens, num_prefix))
+    names = needed_statistics(cascade, layer, tokens.x.shape[1] - num_prefix)
     keys = None
 
     def apply(x, weights):
@@ -359,9 +363,10 @@ def attention_layer(
         )
         return attended.update, scores
 
-    tokens = _half_layer(cascade, tokens, cascade.counts[layer][0], norm, apply)
+    before, after = cascade.counts[layer]
+    tokens = _half_layer(cascade, tokens, before, norm, apply, num_prefix)
     if cascade.score == "merge":
-        tokens = merge(tokens, keys, cascade.counts[layer][1])
+        tokens = merge(tokens, keys, after, num_prefix=num_prefix)
     return tokens
 
 
@@ -371,6 +376,8 @@ def mlp_layer(
     tokens: Tokens,
     norm: Callable[[jax.Array], jax.Array],
     mlp: Callable[[jax.Array], jax.Array],
+    *,
+    num_prefix: int = 1,
 ) -> Tokens:
     """Second half of a block: prunes by the current scores, applies the MLP.
 
@@ -380,6 +387,7 @@ def mlp_layer(
       tokens: tokens after the attention.
       norm: normalization before the MLP, (B, n, D) -> (B, n, D).
       mlp: (B, n, D) -> (B, n, D).
+      num_prefix: number of tokens before the patches.
 
     Returns:
       The tokens after the block.
@@ -389,37 +397,43 @@ def mlp_layer(
     keep = cascade.counts[layer][1]
     if cascade.stale_threshold:
         threshold = jnp.sort(tokens.previous, axis=1)
-        pruned = tokens.score.shape[1] - 1 - keep
-        selected = _ranking(cascade, tokens) >= threshold[:, pruned, None]
+        pruned = tokens.score.shape[1] - num_prefix - keep
+        selected = _ranking(cascade, tokens, num_prefix)
+        selected = selected >= threshold[:, pruned, None]
         update = mlp(norm(tokens.x) * selected[..., None])
         return tokens._replace(x=tokens.x + update)
-    return _half_layer(cascade, tokens, keep, norm, lambda x, _: (mlp(x), None))
+
+    def apply(x, _):
+        return mlp(x), None
+
+    return _half_layer(cascade, tokens, keep, norm, apply, num_prefix)
 
 
-def _half_layer(cascade, tokens, keep, norm, apply):
-    """Applies half a layer to CLS and the `keep` patches that rank highest.
+def _half_layer(cascade, tokens, keep, norm, apply, num_prefix):
+    """Applies half a layer to the prefix and the `keep` patches that rank highest.
 
     apply(normalized x, weights) returns an update like x, and scores (B, n) or None.
     """
-    ranking = _ranking(cascade, tokens)
-    keeps_all = keep + 1 >= tokens.x.shape[1]
+    ranking = _ranking(cascade, tokens, num_prefix)
+    count = keep + num_prefix
+    keeps_all = count >= tokens.x.shape[1]
     if not keeps_all and (cascade.semantics, cascade.mode) == ("drop", "compact"):
         if cascade.fuse:
-            tokens = fuse(tokens, ranking, keep + 1, form=cascade.fuse)
+            tokens = fuse(tokens, ranking, count, form=cascade.fuse)
         else:
-            tokens = gather(tokens, ranking, keep + 1)
+            tokens = gather(tokens, ranking, count)
         keeps_all = True
     if keeps_all:
         update, scores = apply(norm(tokens.x), tokens.weights)
         return _advance(cascade, tokens, update, scores)
-    selected = top_mask(ranking, keep + 1)
+    selected = top_mask(ranking, count)
     half_layer = _masked if cascade.mode == "masked" else _compact
-    return half_layer(cascade, tokens, selected, keep, norm, apply)
+    return half_layer(cascade, tokens, selected, count, norm, apply)
 
 
-def _masked(cascade, tokens, selected, keep, norm, apply):
+def _masked(cascade, tokens, selected, count, norm, apply):
     """Half a layer on all tokens: those not selected are hidden or set to zero."""
-    del keep
+    del count
     if cascade.semantics == "zero":
         update, scores = apply(norm(tokens.x) * selected[..., None], None)
         return _advance(cascade, tokens, update, scores)
@@ -431,9 +445,9 @@ def _masked(cascade, tokens, selected, keep, norm, apply):
     return _advance(cascade, tokens, update, scores, selected)
 
 
-def _compact(cascade, tokens, selected, keep, norm, apply):
+def _compact(cascade, tokens, selected, count, norm, apply):
     """Half a layer on the gathered rows, for tokens that may return."""
-    indices = mask_to_indices(selected, keep + 1)
+    indices = mask_to_indices(selected, count)
     x = norm(take(tokens.x, indices))
     weights = None
     if cascade.semantics == "zero":
@@ -441,7 +455,7 @@ def _compact(cascade, tokens, selected, keep, norm, apply):
         batch, _, width = x.shape
         x = jnp.concatenate([x, jnp.zeros((batch, 1, width), x.dtype)], axis=1)
         weights = jnp.ones(x.shape[:2])
-        weights = weights.at[:, -1].set(selected.shape[1] - keep - 1)
+        weights = weights.at[:, -1].set(selected.shape[1] - count)
     update, scores = apply(x, weights)
     # The row of each kept token among the kept ones. The other tokens point at the last
     # row: with "zero" it is the row of the zeroed tokens, with "skip" it is not used.
@@ -470,8 +484,8 @@ def _advance(cascade, tokens, update, new_scores, scored=None):
     return tokens._replace(score=score)
 
 
-def _ranking(cascade, tokens):
-    """Ranks the tokens, (B, n): CLS first if it is always kept, hidden tokens last."""
+def _ranking(cascade, tokens, num_prefix):
+    """Ranks the tokens, (B, n): the prefix first if it is kept, hidden tokens last."""
     score = tokens.score
     if cascade.score == "norm":
         score = jnp.linalg.norm(tokens.x.astype(jnp.float32), axis=-1)
@@ -479,7 +493,7 @@ def _ranking(cascade, tokens):
     if cascade.mode == "masked" and tokens.weights is not None:
         score = jnp.where(tokens.weights > 0, score, -jnp.inf)
     if cascade.keep_cls:
-        score = score.at[:, 0].set(jnp.inf)
+        score = score.at[:, :num_prefix].set(jnp.inf)
     return score
 
 

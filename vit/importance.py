@@ -208,7 +208,11 @@ def head_scores(
 
 
 def attention_range(
-    probs: jax.Array, grid: tuple[int, int], *, distance: int = 3
+    probs: jax.Array,
+    grid: tuple[int, int],
+    *,
+    distance: int = 3,
+    num_prefix: int = 1,
 ) -> jax.Array:
     """Share of the patches whose strongest key is at least `distance` patches away.
 
@@ -218,9 +222,10 @@ def attention_range(
 
     Args:
       probs: attention probabilities of the whole network, (B, H, N, N) with
-        N = 1 + grid[0] * grid[1].
+        N = num_prefix + grid[0] * grid[1].
       grid: rows and columns of patches.
       distance: smallest distance that counts as long, in patches.
+      num_prefix: number of tokens before the patches.
 
     Returns:
       A scalar in [0, 1].
@@ -228,13 +233,14 @@ def attention_range(
     Raises:
       ValueError: if the tokens are not CLS and the whole grid.
     """
-    if probs.shape[-2:] != (1 + grid[0] * grid[1],) * 2:
+    num_tokens = num_prefix + grid[0] * grid[1]
+    if probs.shape[-2:] != (num_tokens,) * 2:
         raise ValueError(
-            f"probs must have {1 + grid[0] * grid[1]} queries and keys, CLS and a grid "
+            f"probs must have {num_tokens} queries and keys, CLS and a grid "
             f"of {grid}, got shape {probs.shape}; measure the range on the whole "
             "network, without a cascade."
         )
-    strongest = jnp.argmax(probs[:, :, 1:, 1:], axis=-1)  # (B, H, P)
+    strongest = jnp.argmax(probs[:, :, num_prefix:, num_prefix:], axis=-1)  # (B, H, P)
     patches = jnp.arange(grid[0] * grid[1])
     rows = jnp.abs(strongest // grid[1] - (patches // grid[1])[None, None])
     columns = jnp.abs(strongest % grid[1] - (patches % grid[1])[None, None])

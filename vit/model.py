@@ -81,6 +81,13 @@ class ViT(nn.Module):
         normalized patches; "mean_before_norm", the normalized mean of the patches (the
         `fc_norm` of timm); "cls_and_mean", the first two side by side (DINOv2). A row
         that represents m merged patches counts m times, a dropped patch does not count.
+      class_token: whether CLS comes before the patches. Without it the pooling must be
+        a mean, and a cascade cannot use the score "cls".
+      num_registers: R, learned tokens after CLS that are not read (Darcet et al. 2024,
+        arXiv 2309.16588). A cascade always keeps CLS and the registers.
+      distilled: whether the first register is DeiT's distillation token (Touvron et al.
+        2021, arXiv 2012.12877): a second head reads it, and the logits are the mean of
+        the two.
       dropout_rate: rate after the position embedding and in the MLPs, in training.
       drop_path_rate: rate of the last layer's residual branches, in training; it grows
         linearly from zero in the first layer.
@@ -102,11 +109,19 @@ class ViT(nn.Module):
     gelu: str = "tanh"
     ln_eps: float = 1e-6
     pool: str = "cls"
+    class_token: bool = True
+    num_registers: int = 0
+    distilled: bool = False
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
     cascade: Cascade | None = None
     attention_implementation: str | None = None
     dtype: Any = jnp.float32
+
+    @property
+    def num_prefix(self) -> int:
+        """Number of tokens before the patches."""
+        return self.class_token + self.num_registers
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -140,8 +155,15 @@ class ViT(nn.Module):
         size = self.patch_size // 2 ** len(self.stem)
         embedding = PatchEmbedding(self.hidden_size, size, self.dtype, name="embedding")
         x = embedding(x)
-        cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size))
-        cls = jnp.broadcast_to(cls, (len(x), 1, self.hidden_size))
+        prefix = []
+        for name, count in (
+            ("cls", self.class_token),
+            ("registers", self.num_registers),
+        ):
+            if count:
+                shape = (1, int(count), self.hidden_size)
+                token = self.param(name, nn.initializers.zeros, shape)
+                prefix.append(jnp.broadcast_to(token, (len(x), *shape[1:])))
 
         def make_block(layer):
             num_heads = per_layer(self.num_heads, layer)
@@ -157,6 +179,7 @@ class ViT(nn.Module):
                 * layer
                 / max(self.num_layers - 1, 1),
                 cascade=self.cascade,
+                num_prefix=self.num_prefix,
                 attention_implementation=self.attention_implementation,
                 dtype=self.dtype,
                 name=f"encoderblock_{layer}",
@@ -169,17 +192,21 @@ class ViT(nn.Module):
             dropout_rate=self.dropout_rate,
             ln_eps=self.ln_eps,
             pool=self.pool,
+            num_prefix=self.num_prefix,
+            distilled=self.distilled,
             name="Transformer",
         )
-        x = encoder(jnp.concatenate([cls, x], axis=1), train=train)
+        x, distillation = encoder(jnp.concatenate([*prefix, x], axis=1), train=train)
         if self.representation_size is not None:
             x = nn.Dense(self.representation_size, name="pre_logits")(x)
             x = nn.tanh(x)
         if self.num_classes:
-            head = nn.Dense(
-                self.num_classes, kernel_init=nn.initializers.zeros, name="head"
+            head = functools.partial(
+                nn.Dense, self.num_classes, kernel_init=nn.initializers.zeros
             )
-            x = head(x)
+            x = head(name="head")(x)
+            if self.distilled:
+                x = (x + head(name="head_dist")(distillation)) / 2
         return x
 
 
@@ -239,7 +266,10 @@ class PatchEmbedding(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Position embedding, blocks, last normalization, pooling of (B, 1 + P, D)."""
+    """Position embedding, blocks, last normalization and pooling of (B, N, D).
+
+    Returns what the head gets, and the normalized distillation token or None.
+    """
 
     num_layers: int
     make_block: Callable[[int], nn.Module]
@@ -247,6 +277,8 @@ class Encoder(nn.Module):
     dropout_rate: float
     ln_eps: float
     pool: str
+    num_prefix: int
+    distilled: bool
 
     @nn.compact
     def __call__(self, x, *, train):
@@ -258,23 +290,27 @@ class Encoder(nn.Module):
             tokens = self.make_block(layer)(tokens, train=train)
         norm = layer_norm(self.ln_eps, "encoder_norm")
         x = tokens.x.astype(jnp.float32)
+        distillation = norm(x[:, 1]) if self.distilled else None
         if self.pool == "cls":
-            return norm(x[:, 0])
+            return norm(x[:, 0]), distillation
         if self.pool == "mean_before_norm":
-            return norm(_mean_of_patches(x, tokens.weights))
+            mean = _mean_of_patches(x, tokens.weights, self.num_prefix)
+            return norm(mean), distillation
         x = norm(x)
-        mean = _mean_of_patches(x, tokens.weights)
-        if self.pool == "mean":
-            return mean
-        return jnp.concatenate([x[:, 0], mean], axis=1)
+        mean = _mean_of_patches(x, tokens.weights, self.num_prefix)
+        if self.pool == "cls_and_mean":
+            mean = jnp.concatenate([x[:, 0], mean], axis=1)
+        return mean, distillation
 
 
-def _mean_of_patches(x, weights):
-    """Mean of the patches of x (B, 1 + P, D), weighted by weights (B, 1 + P) if any."""
+def _mean_of_patches(x, weights, num_prefix):
+    """Mean (B, D) of the patches, each counted as often as its weight (B, N) says."""
+    x = x[:, num_prefix:]
     if weights is None:
-        return jnp.mean(x[:, 1:], axis=1)
-    shares = weights[:, 1:] / jnp.sum(weights[:, 1:], axis=1, keepdims=True)
-    return jnp.einsum("bn,bnd->bd", shares, x[:, 1:])
+        return jnp.mean(x, axis=1)
+    weights = weights[:, num_prefix:]
+    shares = weights / jnp.sum(weights, axis=1, keepdims=True)
+    return jnp.einsum("bn,bnd->bd", shares, x)
 
 
 class PositionEmbedding(nn.Module):
@@ -298,6 +334,7 @@ class EncoderBlock(nn.Module):
     dropout_rate: float
     drop_path_rate: float
     cascade: Cascade | None
+    num_prefix: int
     attention_implementation: str | None
     dtype: Any
 
@@ -308,7 +345,7 @@ class EncoderBlock(nn.Module):
             self.head_dim,
             heads=cascades.heads_of(self.cascade, self.layer, self.num_heads),
             statistics=cascades.needed_statistics(
-                self.cascade, self.layer, tokens.x.shape[1] - 1
+                self.cascade, self.layer, tokens.x.shape[1] - self.num_prefix
             ),
             implementation=self.attention_implementation,
             dtype=self.dtype,
@@ -335,10 +372,11 @@ class EncoderBlock(nn.Module):
             return drop_path(mlp(x, train=train))
 
         position = (self.cascade, self.layer)
-        tokens = cascades.attention_layer(*position, tokens, norm_0, attend)
+        prefix = {"num_prefix": self.num_prefix}
+        tokens = cascades.attention_layer(*position, tokens, norm_0, attend, **prefix)
         self.sow("intermediates", "tokens", tokens.position)
         self.sow("intermediates", "score", tokens.score)
-        return cascades.mlp_layer(*position, tokens, norm_1, transform)
+        return cascades.mlp_layer(*position, tokens, norm_1, transform, **prefix)
 
 
 class MlpBlock(nn.Module):
@@ -491,6 +529,15 @@ def check_model(model: ViT) -> None:
             raise ValueError(
                 f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}."
             )
+    if model.distilled and not (model.class_token and model.num_registers):
+        raise ValueError(
+            "distilled=True requires class_token=True and num_registers of at least 1."
+        )
+    if not model.class_token and "cls" in model.pool:
+        raise ValueError(f"pool {model.pool!r} requires class_token=True.")
+    if not model.class_token and model.cascade is not None:
+        if model.cascade.score == "cls":
+            raise ValueError("the score 'cls' requires class_token=True.")
     if model.cascade is not None and model.pool != "cls":
         last = model.cascade.counts[-1][-1]
         if model.cascade.semantics == "drop" and not last:

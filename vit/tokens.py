@@ -118,28 +118,33 @@ def fuse(
     )
 
 
-def merge(tokens: Tokens, keys: jax.Array, keep: int) -> Tokens:
+def merge(tokens: Tokens, keys: jax.Array, keep: int, *, num_prefix: int = 1) -> Tokens:
     """Bipartite soft matching: merges tokens until CLS and `keep` others remain.
 
     Tokens are assigned alternately to a set A (which contains CLS) and a set B. The
     tokens of A whose keys are most similar to a key of B are merged into that token of
-    B, as means weighted by the number of tokens they represent. CLS is never merged.
+    B, as means weighted by the number of tokens they represent. CLS and the other
+    tokens of the prefix are never merged.
 
     Args:
       tokens: n tokens per image, with `weights`.
       keys: what similarity is measured on, (B, n, d).
-      keep: tokens left, CLS not counted; at least half of them.
+      keep: tokens left, the prefix not counted; at least half of them.
+      num_prefix: number of tokens before the patches.
 
     Returns:
-      1 + keep tokens per image: the rest of A first, then B.
+      num_prefix + keep tokens per image: the rest of A first, then B.
     """
-    num_merged = tokens.x.shape[1] - 1 - keep
+    num_merged = tokens.x.shape[1] - num_prefix - keep
     if not num_merged:
         return tokens
     keys = jax.lax.stop_gradient(keys.astype(jnp.float32))
     keys = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
     similarity = jnp.einsum("bid,bjd->bij", keys[:, ::2], keys[:, 1::2])
-    best = jnp.max(similarity, axis=2).at[:, 0].set(-jnp.inf)  # (B, A)
+    # Of the prefix, every second token is in A, from the first on.
+    similarity = similarity.at[:, :, : num_prefix // 2].set(-jnp.inf)
+    best = jnp.max(similarity, axis=2)  # (B, A)
+    best = best.at[:, : (num_prefix + 1) // 2].set(-jnp.inf)
     merged = top_mask(best, num_merged)
     onto = jax.nn.one_hot(jnp.argmax(similarity, axis=2), similarity.shape[2])
     onto = onto * merged[..., None]  # (B, A, B)

@@ -102,7 +102,9 @@ def _resolutions(problem):
     encoder = problem.params["Transformer"]
     positions = np.asarray(encoder["posembed_input"]["pos_embedding"])
     for side in range(1, problem.image_size // patch):
-        resized = checkpoint.resize_positions(positions, side)
+        resized = checkpoint.resize_positions(
+            positions, side, num_prefix=problem.model.num_prefix
+        )
         resized = encoder | {"posembed_input": {"pos_embedding": resized}}
         params = problem.params | {"Transformer": resized}
         yield problem._replace(params=params, image_size=side * patch)
@@ -160,7 +162,14 @@ def attention_scores(problem: Problem, num_images: int) -> dict[str, np.ndarray]
         probs = [block["attention"][0] for block in problem.blocks(params, pixels)]
         return {
             "heads": jnp.stack([importance.head_scores(p).mean(0) for p in probs]),
-            "range": jnp.stack([importance.attention_range(p, grid) for p in probs]),
+            "range": jnp.stack(
+                [
+                    importance.attention_range(
+                        p, grid, num_prefix=problem.model.num_prefix
+                    )
+                    for p in probs
+                ]
+            ),
         }
 
     pixels = problem.images.train[0][:num_images]
