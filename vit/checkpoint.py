@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from vit.model import POOLS, ViT
+from vit.model import POOLS, ViT, per_layer, pooled_size
 
 Arrays = dict[str, np.ndarray]
 
@@ -47,6 +47,7 @@ def load_checkpoint(
     ln_eps: float | None = None,
     pool: str | None = None,
     grid: tuple[int, int] | None = None,
+    resize: str = "google",
 ) -> tuple[ViT, dict]:
     """Reads a Vision Transformer for `model.apply({"params": params}, images)`.
 
@@ -60,7 +61,7 @@ def load_checkpoint(
     training; Google's weights expect [-1, 1].
 
     Args:
-      path: a file that ends in .npz or .safetensors.
+      path: a file that ends in .npz or .safetensors, or see `find_files`.
       image_size: side of the images in pixels, or (height, width); `resize_positions`
         resizes the position embedding to their grid. None keeps that of the file.
       num_classes: None, or the number of the file, keeps its head and the `pre_logits`
@@ -72,6 +73,7 @@ def load_checkpoint(
       pool: a value of `ViT.pool`.
       grid: rows and columns of patches of the file's position embedding; None reads
         them from config.json, or else takes a square.
+      resize: rule of `resize_positions`: "google", "timm" or "huggingface".
 
     Returns:
       The model and its float32 parameters as nested dicts. `num_heads` or `mlp_dim` is
@@ -142,9 +144,15 @@ def load_checkpoint(
                     f"{model.patch_size}, got {image_size}."
                 )
             new = tuple(side // model.patch_size for side in sides)
-            params[_POSITIONS] = resize_positions(params[_POSITIONS], new, grid=grid)
+            params[_POSITIONS] = resize_positions(
+                params[_POSITIONS],
+                new,
+                grid=grid,
+                num_prefix=model.num_prefix,
+                rule=resize,
+            )
         elif grid or not is_ours:
-            _grid_of(params[_POSITIONS], grid)
+            _grid_of(params[_POSITIONS], grid, model.num_prefix)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     params = {name: jnp.asarray(value) for name, value in params.items()}
@@ -152,24 +160,39 @@ def load_checkpoint(
 
 
 def save_checkpoint(
-    path: str | Path, model: ViT, params: Any, dtype: str = "float32"
+    path: str | Path,
+    model: ViT,
+    params: Any,
+    dtype: str = "float32",
+    *,
+    names: str = "google",
+    grid: tuple[int, int] | None = None,
 ) -> None:
-    """Writes a .npz with the names and shapes of google-research/vision_transformer.
+    """Writes a checkpoint with the names of Google, timm or Hugging Face.
 
-    An additional entry, `meta`, stores the fields that shapes do not determine as JSON:
-    `gelu`, `ln_eps` and `pool`. Fields of a run are not stored: after loading,
-    `cascade`, the dropout rates and the compute dtype have their defaults. The file is
-    written under a temporary name and moved into place, so that an interruption leaves
-    an existing file intact.
+    "google" writes a .npz with the names and shapes of
+    google-research/vision_transformer. An additional entry, `meta`, stores the fields
+    that shapes do not determine as JSON. "timm" and "huggingface" write a folder with
+    model.safetensors and config.json, which `timm.create_model("local-dir:PATH")` and
+    `from_pretrained(PATH)` read: ViT, DeiT with distillation or DINOv2, whichever
+    computes the same.
+
+    Fields of a run are not stored: after loading, `cascade`, the dropout rates and the
+    compute dtype have their defaults. Every file is written under a temporary name and
+    moved into place, so that an interruption leaves an existing file intact.
 
     Args:
-      path: a name that ends in .npz.
+      path: a name that ends in .npz, or a folder.
       model: the model of these parameters.
       params: nested dicts; `vit.slicing` may have removed heads and neurons.
       dtype: "float32" or "float16". NumPy's format has no bfloat16.
+      names: "google", "timm" or "huggingface".
+      grid: rows and columns of patches, for "timm" and "huggingface"; None takes a
+        square.
 
     Raises:
-      ValueError: if the name, the dtype or the parameters do not fit.
+      ValueError: if the name, the dtype or the parameters do not fit, or the library
+        has no network that computes the same.
 
     Example:
       >>> import pathlib, tempfile
@@ -184,8 +207,13 @@ def save_checkpoint(
       True
     """
     path = Path(path)
-    if path.suffix.lower() != ".npz":
-        raise ValueError(f"path must end in .npz, got {path}.")
+    if names not in ("google", *_WRITERS):
+        raise ValueError(
+            f"names must be one of google, {', '.join(_WRITERS)}; got {names!r}."
+        )
+    if (path.suffix.lower() == ".npz") != (names == "google"):
+        kind = "end in .npz" if names == "google" else "be a folder"
+        raise ValueError(f"path must {kind}, got {path}.")
     if dtype not in ("float32", "float16"):
         raise ValueError(f"dtype must be one of float32, float16; got {dtype!r}.")
     arrays = {
@@ -198,13 +226,32 @@ def save_checkpoint(
         largest = np.max(np.abs(value), initial=0)
         if not largest <= np.finfo(dtype).max:
             raise ValueError(f"{name} contains {largest}, too large for {dtype}.")
-        arrays[name] = value.astype(dtype)
-    settings = {"gelu": model.gelu, "ln_eps": float(model.ln_eps), "pool": model.pool}
+        arrays[name] = value
+    if names != "google":
+        _check_common(model, names)
+        grid = _grid_of(arrays[_POSITIONS], grid, model.num_prefix)
+        arrays, config = _WRITERS[names](model, arrays, grid)
+        path.mkdir(parents=True, exist_ok=True)
+        data = _to_safetensors(
+            {name: value.astype(dtype) for name, value in arrays.items()}
+        )
+        _write(path / "model.safetensors", lambda file: file.write(data))
+        text = json.dumps(config, indent=2).encode()
+        _write(path / "config.json", lambda file: file.write(text))
+        return
+    arrays = {name: value.astype(dtype) for name, value in arrays.items()}
+    settings = {"gelu": model.gelu, "ln_eps": float(model.ln_eps)}
+    settings |= {"pool": model.pool, "distilled": model.distilled}
     arrays[_SETTINGS] = json.dumps(settings)
+    _write(path, lambda file: np.savez(file, **arrays))
+
+
+def _write(path, write):
+    """Calls write(file) on a temporary file and moves it into place."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            np.savez(file, **arrays)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -217,40 +264,84 @@ def resize_positions(
     grid_size: int | tuple[int, int],
     *,
     grid: tuple[int, int] | None = None,
+    num_prefix: int = 1,
+    rule: str = "google",
 ) -> np.ndarray:
-    """Resizes position embeddings to another grid of patches, by Google's rule.
+    """Resizes position embeddings to another grid of patches.
 
-    Interpolation is linear along both axes with aligned corners: new row i is old row
-    i (g_old - 1) / (g_new - 1), as in `scipy.ndimage.zoom(order=1)`. In contrast,
-    `jax.image.resize` aligns the borders, and timm and Hugging Face interpolate with
-    cubics.
+    Each axis is interpolated alone, by one of three rules:
+
+    * "google": linear between aligned corners; new row i is old row
+      i (g_old - 1) / (g_new - 1), as in `scipy.ndimage.zoom(order=1)`;
+    * "timm": cubic (a = -1/2) between aligned borders, widened where the grid shrinks,
+      as `torch.nn.functional.interpolate` with antialias;
+    * "huggingface": cubic (a = -3/4) between aligned borders, not widened; places
+      outside the grid take the value at its border.
 
     Args:
-      positions: (1, 1 + P_old, D); the first one belongs to CLS and is not changed.
+      positions: (1, num_prefix + P_old, D); the first ones do not change.
       grid_size: rows and columns of the new grid, or one number for both.
       grid: rows and columns of the old grid; None takes a square.
+      num_prefix: number of tokens before the patches.
+      rule: "google", "timm" or "huggingface".
 
     Returns:
-      (1, 1 + P_new, D).
+      (1, num_prefix + P_new, D).
 
     Raises:
-      ValueError: if the patches do not form the grid, or not a square without one.
+      ValueError: if the rule is unknown, or the patches do not form the grid.
     """
-    old, new = _grid_of(positions, grid), _pair(grid_size)
+    if rule not in _RESIZING:
+        raise ValueError(f"resize must be one of {', '.join(_RESIZING)}; got {rule!r}.")
+    old, new = _grid_of(positions, grid, num_prefix), _pair(grid_size)
     if new == old:
         return positions
-    cls, rows = np.asarray(positions[:, :1]), np.asarray(positions[0, 1:])
+    interpolation = _RESIZING[rule]
+    prefix, rows = np.split(np.asarray(positions), [num_prefix], axis=1)
     rows = rows.reshape(*old, -1)
-    rows = np.einsum("ai,ijd->ajd", _interpolation(old[0], new[0]), rows)
-    rows = np.einsum("bj,ajd->abd", _interpolation(old[1], new[1]), rows)
-    rows = rows.reshape(1, new[0] * new[1], -1).astype(cls.dtype)
-    return np.concatenate([cls, rows], axis=1)
+    rows = np.einsum("ai,ijd->ajd", interpolation(old[0], new[0]), rows)
+    rows = np.einsum("bj,ajd->abd", interpolation(old[1], new[1]), rows)
+    rows = rows.reshape(1, new[0] * new[1], -1).astype(prefix.dtype)
+    return np.concatenate([prefix, rows], axis=1)
 
 
-def _interpolation(old, new):
+def _linear(old, new):
     """Matrix (new, old) that interpolates linearly between aligned corners."""
     places = np.linspace(0, old - 1, new)
     return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(old)))
+
+
+def _cubic_widened(old, new):
+    places = (np.arange(new) + 0.5) * old / new - 0.5
+    distances = np.abs(places[:, None] - np.arange(old)) / max(old / new, 1)
+    weights = _cubic(distances, -0.5)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _cubic_replicated(old, new):
+    places = (np.arange(new) + 0.5) * old / new - 0.5
+    matrix = np.zeros((new, old))
+    for offset in (-1, 0, 1, 2):
+        taps = np.floor(places) + offset
+        columns = np.clip(taps, 0, old - 1).astype(int)
+        np.add.at(
+            matrix, (np.arange(new), columns), _cubic(np.abs(places - taps), -0.75)
+        )
+    return matrix
+
+
+def _cubic(x, a):
+    """Kernel of cubic convolution (Keys 1981) at distances x >= 0."""
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+_RESIZING = {
+    "google": _linear,
+    "timm": _cubic_widened,
+    "huggingface": _cubic_replicated,
+}
 
 
 # Names: from each layout to ours.
@@ -263,6 +354,8 @@ _MLP = f"{_BLOCK}/MlpBlock_0"
 
 _TIMM = {
     "cls_token": "cls",
+    "reg_token": "registers",
+    "dist_token": "registers",
     "pos_embed": _POSITIONS,
     "patch_embed.proj": "embedding",
     "blocks.#.norm1": f"{_BLOCK}/LayerNorm_0",
@@ -270,28 +363,46 @@ _TIMM = {
     "blocks.#.attn.key": f"{_ATTENTION}/key",
     "blocks.#.attn.value": f"{_ATTENTION}/value",
     "blocks.#.attn.proj": f"{_ATTENTION}/out",
+    "blocks.#.ls1.gamma": f"{_BLOCK}/LayerScale_0",
     "blocks.#.norm2": f"{_BLOCK}/LayerNorm_1",
+    "blocks.#.ls2.gamma": f"{_BLOCK}/LayerScale_1",
     "blocks.#.mlp.fc1": f"{_MLP}/Dense_0",
     "blocks.#.mlp.fc2": f"{_MLP}/Dense_1",
     "norm": "Transformer/encoder_norm",
     "fc_norm": "Transformer/encoder_norm",  # After the pooling.
     "pre_logits.fc": "pre_logits",
     "head": "head",
+    "head_dist": "head_dist",
 }
+# Of Hugging Face: ViT, DeiT and both DINOv2 share these names.
 _HUGGING_FACE = {
     "embeddings.cls_token": "cls",
+    "embeddings.distillation_token": "registers",
+    "embeddings.register_tokens": "registers",
     "embeddings.position_embeddings": _POSITIONS,
     "embeddings.patch_embeddings.projection": "embedding",
-    "encoder.layer.#.layernorm_before": f"{_BLOCK}/LayerNorm_0",
     "encoder.layer.#.attention.attention.query": f"{_ATTENTION}/query",
     "encoder.layer.#.attention.attention.key": f"{_ATTENTION}/key",
     "encoder.layer.#.attention.attention.value": f"{_ATTENTION}/value",
     "encoder.layer.#.attention.output.dense": f"{_ATTENTION}/out",
+    "layernorm": "Transformer/encoder_norm",
+    "classifier": "head",
+    "cls_classifier": "head",
+    "distillation_classifier": "head_dist",
+}
+_HUGGING_FACE_VIT = _HUGGING_FACE | {
+    "encoder.layer.#.layernorm_before": f"{_BLOCK}/LayerNorm_0",
     "encoder.layer.#.layernorm_after": f"{_BLOCK}/LayerNorm_1",
     "encoder.layer.#.intermediate.dense": f"{_MLP}/Dense_0",
     "encoder.layer.#.output.dense": f"{_MLP}/Dense_1",
-    "layernorm": "Transformer/encoder_norm",
-    "classifier": "head",
+}
+_HUGGING_FACE_DINO = _HUGGING_FACE | {
+    "encoder.layer.#.norm1": f"{_BLOCK}/LayerNorm_0",
+    "encoder.layer.#.norm2": f"{_BLOCK}/LayerNorm_1",
+    "encoder.layer.#.mlp.fc1": f"{_MLP}/Dense_0",
+    "encoder.layer.#.mlp.fc2": f"{_MLP}/Dense_1",
+    "encoder.layer.#.layer_scale1.lambda1": f"{_BLOCK}/LayerScale_0",
+    "encoder.layer.#.layer_scale2.lambda1": f"{_BLOCK}/LayerScale_1",
 }
 # Before Linen, the modules of a block were numbered with one counter.
 _PRE_LINEN = {
@@ -301,14 +412,16 @@ _PRE_LINEN = {
 }
 _BIG_VISION = {"pos_embedding": _POSITIONS, "Transformer/pos_embedding": _POSITIONS}
 
-# Embeddings of these names may lack the row of CLS, if added before CLS is prepended.
-_WITHOUT_CLS_ROW = {*_BIG_VISION, "pos_embed"}
-_UNUSED = r"(vit\.)?pooler\.dense\."  # Of Hugging Face; classifiers do not use it.
+# What a wrapper or a library puts before the names of the network.
+_PREFIXES = (
+    r"((_orig_mod|module|model|backbone|net|network|vit|deit|dinov2_with_registers"
+    r"|dinov2)\.)+"
+)
+# Hugging Face's pooler, which classifiers do not use, and the token of hidden patches.
+_UNUSED = r"pooler\.dense\.|(embeddings\.)?mask_token$"
 _UNSUPPORTED = {
-    r"dist_token|head_dist|distillation": "a distillation token (DeiT)",
-    r"\.ls\d\.|\.gamma_\d|layer_scale": "layer scale",
+    r"rel_pos|relative_position|\brope|attn\.[qv]_bias": "relative positions",
     r"\b(q|k|query|key)_(norm|ln)\b": "normalizing queries and keys (qk-norm)",
-    r"reg_token|register_token": "register tokens",
     r"mlp\.(fc1_[gx]|w\d+|weights_in)\b": "a gated MLP (SwiGLU)",
     r"MAPHead|^probe$|attn_pool": "pooling by attention (MAP)",
     r"\bnorm_pre\b": "a normalization before the blocks",
@@ -328,7 +441,7 @@ def _torch_names(modules):
     """{module: our module} -> {parameter: our parameter}."""
     names = {}
     for theirs, ours in modules.items():
-        if ours in ("cls", _POSITIONS):
+        if ours in ("cls", "registers", _POSITIONS) or "LayerScale" in ours:
             names[theirs] = ours
         else:
             weight = "scale" if "norm" in ours.lower() else "kernel"
@@ -349,12 +462,11 @@ def _google_names():
     return dict(zip(ours, ours, strict=True)) | older | _BIG_VISION
 
 
-# Hugging Face prefixes the encoder of a classifier with "vit.", but not a lone encoder.
-_HUGGING_FACE |= {f"vit.{name}": ours for name, ours in _HUGGING_FACE.items()}
 _LAYOUTS = {
     "google": _Layout(_google_names(), "tanh", 1e-6),
     "timm": _Layout(_torch_names(_TIMM), "erf", 1e-6),
-    "hugging_face": _Layout(_torch_names(_HUGGING_FACE), "erf", 1e-12),
+    "hugging_face": _Layout(_torch_names(_HUGGING_FACE_VIT), "erf", 1e-12),
+    "dinov2": _Layout(_torch_names(_HUGGING_FACE_DINO), "erf", 1e-6),
 }
 
 
@@ -381,6 +493,7 @@ def _from_foreign(arrays: Arrays, path: Path, num_heads: int | None, grid):
         inside = [name for name in arrays if name.startswith(prefix)]
         if inside:  # The other arrays belong to the optimizer.
             arrays = {name.removeprefix(prefix): arrays[name] for name in inside}
+    arrays = {re.sub(f"^{_PREFIXES}", "", name): x for name, x in arrays.items()}
     for pattern, what in _UNSUPPORTED.items():
         if found := [name for name in arrays if re.search(pattern, name)]:
             raise ValueError(f"not supported: {what}, {_first(found)}.")
@@ -406,18 +519,23 @@ def _from_foreign(arrays: Arrays, path: Path, num_heads: int | None, grid):
             raise ValueError(f"{sources[target]} and {name} name the same parameter.")
         ours[target], sources[target] = value, name
 
-    settings = {"gelu": layout.gelu, "ln_eps": layout.ln_eps}
-    if home != "google":
-        settings |= _torch_settings(path.with_name("config.json"), home, sources)
+    settings = {"gelu": layout.gelu, "ln_eps": layout.ln_eps, "pool": "cls"}
+    if home == "google":
+        settings["pool"] = "cls" if "cls" in ours else "mean"
+    else:
+        folder = path if path.is_dir() else path.parent
+        settings |= _torch_settings(folder / "config.json", home, sources)
         told = settings.pop("num_heads", None)
         head_dim = _torch_head_dim(ours, num_heads or told)
         ours = {name: _from_torch(name, ours[name], head_dim) for name in ours}
-    # The config of a network whose image size was changed may keep the old size.
+        _add_absent_biases(ours)
+        _fold_layer_scale(ours)
     told = settings.pop("grid", None)
-    num_positions = ours[_POSITIONS].shape[1:2] if _POSITIONS in ours else ()
-    if not grid and told and num_positions in ((math.prod(told) + i,) for i in (0, 1)):
-        grid = told
-    _add_cls_row(ours, sources, grid)
+    grid = _complete_positions(ours, sources, home, grid, told)
+    if home == "dinov2" and "head/kernel" in ours:
+        width = _shape(ours, "embedding/kernel", "(p, p, C, D)")[3]
+        if ours["head/kernel"].shape[0] == 2 * width:
+            settings["pool"] = "cls_and_mean"
     return ours, settings | {"grid": grid}
 
 
@@ -488,37 +606,83 @@ def _from_torch(name: str, value: np.ndarray, head_dim: int) -> np.ndarray:
     return value
 
 
-def _add_cls_row(arrays, sources, grid):
-    """Adds a position embedding of zeros for CLS if the file has none."""
-    shape = arrays[_POSITIONS].shape if _POSITIONS in arrays else ()
-    if len(shape) != 3 or not _is_grid(shape[1], grid):
-        return
-    if "cls" not in arrays:
-        raise ValueError(
-            f"not supported: pooling by average (GAP), {shape[1]} positions without a "
-            "CLS token."
-        )
-    if sources[_POSITIONS] in _WITHOUT_CLS_ROW:
+def _add_absent_biases(arrays):
+    """Adds zeros for the biases that no layer of the file has."""
+    there = {re.sub(r"block_\d+", "block_#", name) for name in arrays}
+    kernels = r"(Transformer/.*|embedding)/kernel"
+    for name in [name for name in arrays if re.fullmatch(kernels, name)]:
+        bias = name.removesuffix("kernel") + "bias"
+        if re.sub(r"block_\d+", "block_#", bias) not in there:
+            to_heads = name.split("/")[-2] in ("query", "key", "value")
+            shape = arrays[name].shape[1 if to_heads else -1 :]
+            arrays[bias] = np.zeros(shape, np.float32)
+
+
+def _fold_layer_scale(arrays):
+    """Multiplies the factors of LayerScale into the projections before them."""
+    for name in [name for name in arrays if "/LayerScale_" in name]:
+        block, _, index = name.rpartition("/LayerScale_")
+        module = ("MultiHeadDotProductAttention_0/out", "MlpBlock_0/Dense_1")[
+            int(index)
+        ]
+        factors = _float32(name, arrays.pop(name))
+        for leaf in ("kernel", "bias"):
+            target = f"{block}/{module}/{leaf}"
+            if np.shape(arrays.get(target))[-1:] != factors.shape:
+                raise ValueError(f"{name} {factors.shape} does not fit {target}.")
+            arrays[target] = _float32(target, arrays[target]) * factors
+
+
+def _complete_positions(arrays, sources, home, grid, told):
+    """Gives every token before the patches a row: zeros where the file has none.
+
+    `grid` is given, `told` is that of a config.json, which may keep an older size.
+    Returns the grid, None if it is not known.
+    """
+    if np.ndim(arrays.get(_POSITIONS)) != 3:
+        return grid
+    num_cls, extra = int("cls" in arrays), 0
+    if "registers" in arrays:
+        extra = _shape(arrays, "registers", "(1, R, D)")[1]
+    num_prefix = num_cls + extra
+    rows = {
+        "google": (num_cls, 0) if sources[_POSITIONS] in _BIG_VISION else (num_cls,),
+        "timm": (num_prefix, 0),
+        "hugging_face": (num_prefix,),
+        "dinov2": (num_cls,),
+    }[home]
+    num_positions = arrays[_POSITIONS].shape[1]
+    if not grid and told and any(_is_grid(num_positions - n, told) for n in rows):
+        grid = told
+    rows = [n for n in rows if _is_grid(num_positions - n, grid)]
+    if rows and rows[0] < num_prefix:
         positions = _float32(_POSITIONS, arrays[_POSITIONS])
-        arrays[_POSITIONS] = np.pad(positions, ((0, 0), (1, 0), (0, 0)))
+        absent = np.zeros((1, num_prefix - rows[0], positions.shape[2]), np.float32)
+        parts = positions[:, : rows[0]], absent, positions[:, rows[0] :]
+        arrays[_POSITIONS] = np.concatenate(parts, axis=1)
+    return grid
 
 
 def _torch_settings(path, home, sources):
     """The fields of `ViT` and the grid that a config.json and the names tell."""
     config = _json_object(path, path.read_bytes()) if path.is_file() else {}
     read = _timm_config if home == "timm" else _hugging_face_config
-    settings = read(config, "fc_norm.weight" in sources.values())
+    settings = read(config, set(sources.values()))
     return _check_settings(path.name, settings)
 
 
-def _timm_config(config, has_fc_norm):
+def _timm_config(config, sources):
     """Of timm: `model_args` are the arguments that differ from the architecture's."""
     arguments = _entry(config, "model_args")
     architecture = str(config.get("architecture", ""))
-    settings = {"pool": "mean_before_norm" if has_fc_norm else "cls"}
+    settings = {"distilled": "dist_token" in sources}
     pool = arguments.get("global_pool", config.get("global_pool"))
-    if pool is not None and not has_fc_norm:
+    if pool is not None:
         settings["pool"] = _translate("global_pool", pool, _TIMM_POOL)
+    elif "cls_token" not in sources:
+        settings["pool"] = "mean"
+    if "fc_norm.weight" in sources:
+        settings["pool"] = "mean_before_norm"
     # The only architectures without normalization of the tokens before the blocks whose
     # activation is not timm's default.
     activation = "gelu_tanh" if "siglip" in architecture else None
@@ -536,7 +700,8 @@ def _timm_config(config, has_fc_norm):
     return settings | _grid_setting(size, patch)
 
 
-def _hugging_face_config(config, _):
+def _hugging_face_config(config, sources):
+    del sources
     settings = {
         ours: config[name]
         for ours, name in (
@@ -587,7 +752,7 @@ def _own_settings(entry):
         return None
     settings = _json_object(_SETTINGS, str(entry))
     settings = {name: settings.get(name) for name in ("gelu", "ln_eps")} | {
-        name: settings[name] for name in ("pool",) if name in settings
+        name: settings[name] for name in ("pool", "distilled") if name in settings
     }
     return _check_settings(_SETTINGS, settings)
 
@@ -610,12 +775,196 @@ def _check_settings(source, settings):
         ),
         "num_heads": lambda value: type(value) is int and value > 0,
         "pool": lambda value: value in POOLS,
+        "distilled": lambda value: isinstance(value, bool),
         "grid": lambda value: True,
     }
     for name, value in settings.items():
         if not allowed[name](value):
             raise ValueError(f"{source} has the invalid value {value!r} for {name}.")
     return settings
+
+
+# Writing for other libraries.
+
+
+def _check_common(model, names):
+    """Raises ValueError if neither timm nor Hugging Face has such a network."""
+    problems = {
+        "a stem of convolutions": bool(model.stem),
+        "a layer before the head (representation_size)": bool(
+            model.representation_size
+        ),
+        "layers of different widths": not (
+            isinstance(model.num_heads, int) and isinstance(model.mlp_dim, int)
+        ),
+        "heads of another width (head_dim)": model.head_dim is not None
+        and model.head_dim * per_layer(model.num_heads, 0) != model.hidden_size,
+        "a distillation token and registers": model.distilled
+        and model.num_registers > 1,
+    }
+    if names == "timm":
+        problems |= {
+            "an epsilon other than 1e-6": not math.isclose(model.ln_eps, 1e-6),
+            f"pool {model.pool!r}": model.pool == "cls_and_mean",
+            f"pool {model.pool!r} with distillation": model.distilled
+            and model.pool != "cls",
+        }
+    else:
+        dino = model.pool == "cls_and_mean" or model.num_registers
+        problems |= {
+            f"pool {model.pool!r}": model.pool.startswith("mean"),
+            "a network without CLS": not model.class_token,
+            "registers with a head on CLS alone": bool(
+                dino and not model.distilled and model.num_classes
+            )
+            and model.pool == "cls",
+            f"pool {model.pool!r} with distillation": model.distilled
+            and (model.pool != "cls" or not model.num_classes),
+        }
+    if found := [what for what, there in problems.items() if there]:
+        raise ValueError(f"names {names!r} cannot express {', '.join(found)}.")
+
+
+def _to_torch(arrays, modules):
+    """Renames our arrays by {their module: our module}, in PyTorch's shapes."""
+    theirs = {ours: name for name, ours in _torch_names(modules).items()}
+    renamed = {}
+    for name, value in arrays.items():
+        *_, module, leaf = f"/{name}".split("/")
+        block = re.search(r"encoderblock_(\d+)", name)
+        if leaf == "kernel" and value.ndim == 4:
+            value = value.transpose(3, 2, 0, 1)  # (p, p, C, D) -> (D, C, p, p)
+        elif module in ("query", "key", "value"):
+            value = value.reshape(*value.shape[:-2], -1).T  # (H d, D), (H d)
+        elif leaf == "kernel":
+            value = value.reshape(-1, value.shape[-1]).T  # (in, out) -> (out, in)
+        pattern = re.sub(r"encoderblock_\d+", "encoderblock_#", name)
+        renamed[theirs[pattern].replace("#", block[1] if block else "#")] = value
+    return renamed
+
+
+def _to_timm(model, arrays, grid):
+    modules = {name: ours for name, ours in _TIMM.items() if "LayerScale" not in ours}
+    average = model.pool == "mean_before_norm"
+    del modules["norm" if average else "fc_norm"]
+    del modules["reg_token" if model.distilled else "dist_token"]
+    arrays = _to_torch(arrays, modules)
+    for name in [name for name in arrays if ".attn.query." in name]:
+        parts = [name.replace("query", part) for part in ("query", "key", "value")]
+        joined = np.concatenate([arrays.pop(part) for part in parts])
+        arrays[name.replace("query", "qkv")] = joined
+    size = model.patch_size * grid[0], model.patch_size * grid[1]
+    channels = arrays["patch_embed.proj.weight"].shape[1]
+    pool = "token" if model.pool == "cls" else "avg"
+    arguments = {
+        "img_size": list(size),
+        "patch_size": model.patch_size,
+        "in_chans": channels,
+        "embed_dim": model.hidden_size,
+        "depth": model.num_layers,
+        "num_heads": model.num_heads,
+        "mlp_ratio": model.mlp_dim / model.hidden_size,
+        "act_layer": "gelu_tanh" if model.gelu == "tanh" else "gelu",
+        "global_pool": pool,
+    }
+    if not model.distilled:
+        arguments |= {
+            "class_token": model.class_token,
+            "reg_tokens": model.num_registers,
+            "fc_norm": average,
+        }
+    distilled = "deit_tiny_distilled_patch16_224"
+    return arrays, {
+        "architecture": distilled if model.distilled else "vit_tiny_patch16_224",
+        "num_classes": model.num_classes,
+        "num_features": model.hidden_size,
+        "global_pool": pool,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [channels, *size],
+            "num_classes": model.num_classes,
+            "first_conv": "patch_embed.proj",
+            "classifier": ["head", "head_dist"] if model.distilled else "head",
+        },
+    }
+
+
+def _to_hugging_face(model, arrays, grid):
+    dino = model.pool == "cls_and_mean" or (model.num_registers and not model.distilled)
+    table = _HUGGING_FACE_DINO if dino else _HUGGING_FACE_VIT
+    kind = "dinov2" if dino else "deit" if model.distilled else "vit"
+    prefix, unused = kind, {"embeddings.register_tokens", "classifier"}
+    if not model.distilled:
+        unused = {"embeddings.distillation_token", "cls_classifier"}
+    if dino and model.num_registers:
+        # These have no positions.
+        kind = prefix = "dinov2_with_registers"
+        first, last = 1, 1 + model.num_registers
+        positions = arrays[_POSITIONS]
+        arrays["registers"] = arrays["registers"] + positions[:, first:last]
+        arrays[_POSITIONS] = np.delete(positions, np.s_[first:last], axis=1)
+    if dino:
+        ones = np.ones(model.hidden_size, np.float32)
+        arrays |= {
+            f"{_BLOCK}/LayerScale_{i}".replace("#", str(layer)): ones
+            for layer in range(model.num_layers)
+            for i in (0, 1)
+        }
+    arrays = _to_torch(arrays, {k: v for k, v in table.items() if k not in unused})
+    if model.num_classes:
+        arrays = {
+            name if "classifier" in name else f"{prefix}.{name}": value
+            for name, value in arrays.items()
+        }
+    name = {"vit": "ViT", "deit": "DeiT", "dinov2": "Dinov2"}.get(
+        kind, "Dinov2WithRegisters"
+    )
+    task = "ForImageClassification" if model.num_classes else "Model"
+    task += "WithTeacher" * model.distilled
+    [patches] = [v for k, v in arrays.items() if k.endswith("projection.weight")]
+    size = [model.patch_size * side for side in grid]
+    config = {
+        "architectures": [name + task],
+        "model_type": kind,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "hidden_act": "gelu_pytorch_tanh" if model.gelu == "tanh" else "gelu",
+        "layer_norm_eps": float(model.ln_eps),
+        "image_size": size[0] if size[0] == size[1] else size,
+        "patch_size": model.patch_size,
+        "num_channels": patches.shape[1],
+        "qkv_bias": True,
+        "id2label": {str(i): f"LABEL_{i}" for i in range(model.num_classes)},
+        "label2id": {f"LABEL_{i}": i for i in range(model.num_classes)},
+    }
+    if dino:
+        config["mlp_ratio"] = model.mlp_dim / model.hidden_size
+        config["num_register_tokens"] = model.num_registers
+    else:
+        config["intermediate_size"] = model.mlp_dim
+    return arrays, config
+
+
+_WRITERS = {"timm": _to_timm, "huggingface": _to_hugging_face}
+
+
+def _to_safetensors(arrays):
+    """The bytes of a .safetensors file; see `_read_safetensors`."""
+    header, parts, end = {"__metadata__": {"format": "pt"}}, [], 0
+    kinds = {"float32": "F32", "float16": "F16"}
+    for name, value in sorted(arrays.items()):
+        value = np.ascontiguousarray(value)
+        start, end = end, end + value.nbytes
+        header[name] = {
+            "dtype": kinds[value.dtype.name],
+            "shape": value.shape,
+            "data_offsets": [start, end],
+        }
+        parts.append(value.astype(value.dtype.newbyteorder("<")).tobytes())
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # Arrays are aligned.
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
 # Shapes.
@@ -652,6 +1001,9 @@ def _architecture(arrays: Arrays) -> dict[str, Any]:
         "mlp_dim": _once(mlp_dim),
         "head_dim": head_dim,
         "representation_size": _width(arrays, "pre_logits"),
+        "class_token": "cls" in arrays,
+        "num_registers": np.shape(arrays.get("registers", [[]]))[1],
+        "distilled": "head_dist/kernel" in arrays,
     }
 
 
@@ -690,20 +1042,22 @@ def _once(sizes):
 def _replace_head(arrays, fields, num_classes):
     """Replaces the head by zeros, or removes it if num_classes is 0; in place."""
     for name in list(arrays):
-        if name.startswith(("head/", "pre_logits/")):
+        if name.startswith(("head/", "head_dist/", "pre_logits/")):
             del arrays[name]
     fields |= {"num_classes": num_classes, "representation_size": None}
     if num_classes:
-        shape = fields["hidden_size"], num_classes
-        arrays["head/kernel"] = np.zeros(shape, np.float32)
-        arrays["head/bias"] = np.zeros(num_classes, np.float32)
+        shape = pooled_size(ViT(**fields)), num_classes
+        for head in ("head", "head_dist")[: 1 + fields["distilled"]]:
+            arrays[f"{head}/kernel"] = np.zeros(shape, np.float32)
+            arrays[f"{head}/bias"] = np.zeros(num_classes, np.float32)
 
 
 def _check_fits(model, arrays):
     """Raises ValueError if names and shapes of the arrays are not the model's."""
     num_patches, channels, side = 1, 1, model.patch_size
     if _POSITIONS in arrays:
-        num_patches = max(_shape(arrays, _POSITIONS, "(1, 1 + P, D)")[1] - 1, 1)
+        num_rows = _shape(arrays, _POSITIONS, "(1, 1 + P, D)")[1]
+        num_patches = max(num_rows - model.num_prefix, 1)
     first = "stem_0/kernel" if model.stem else "embedding/kernel"
     if first in arrays:
         channels = _shape(arrays, first, "(side, side, C, features)")[2]
@@ -735,16 +1089,16 @@ def _first(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(names[:limit] + ["..."] * (len(names) > limit))
 
 
-def _grid_of(positions, grid):
-    """Rows and columns of position embeddings (1, 1 + P, D), given or of a square."""
-    num_patches = positions.shape[1] - 1
+def _grid_of(positions, grid, num_prefix):
+    """Rows and columns of position embeddings (1, N, D), given or of a square."""
+    num_patches = positions.shape[1] - num_prefix
     if not _is_grid(num_patches, grid):
         expected = "a square number of positions (1, 4, 9, ...)"
         if grid:
             expected = f"a position for each patch of a grid of {grid}"
         raise ValueError(
-            f"{_POSITIONS} must have {expected} after that of CLS, got {num_patches}; "
-            "set grid."
+            f"{_POSITIONS} must have {expected} after {num_prefix} of CLS and "
+            f"registers, got {num_patches}; set grid."
         )
     return tuple(grid) if grid else (math.isqrt(num_patches),) * 2
 
@@ -771,15 +1125,64 @@ def _float32(name: str, value: np.ndarray) -> np.ndarray:
 # Files.
 
 
+def find_files(path: str | Path) -> tuple[Path, ...]:
+    """The files that hold the arrays of a checkpoint.
+
+    Args:
+      path: a file; a model.safetensors.index.json, which names several; or a folder
+        with one of model.safetensors, such an index, or a single file.
+
+    Returns:
+      Their paths.
+
+    Raises:
+      FileNotFoundError: if the path does not exist.
+      ValueError: if a folder holds no or several checkpoints, or an index is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {path} does not exist.")
+    if path.is_dir():
+        names = "model.safetensors", f"model{_INDEX}"
+        files = [path / name for name in names if (path / name).is_file()]
+        if not files:
+            files = sorted(one for one in path.iterdir() if one.suffix in _READERS)
+        if not files or (len(files) > 1 and files[0].name != names[0]):
+            raise ValueError(
+                f"the folder {path} must hold {', '.join(names)} or one file that ends "
+                f"in {' or '.join(_READERS)}, got {_first(one.name for one in files)}."
+            )
+        path = files[0]
+    if not path.name.endswith(_INDEX):
+        return (path,)
+    names = _json_object(path.name, path.read_bytes()).get("weight_map")
+    names = set(names.values()) if isinstance(names, dict) else set()
+    if not names or not all(
+        isinstance(name, str) and Path(name).name == name for name in names
+    ):
+        raise ValueError(f"{path} must map parameters to files beside it (weight_map).")
+    return tuple(path.with_name(name) for name in sorted(names))
+
+
+_INDEX = ".safetensors.index.json"
+
+
 def _read(path: Path) -> Arrays:
-    """Every array of a file, by its name in the file."""
+    """Every array of a checkpoint, by its name in the file."""
+    arrays = {}
+    for file in find_files(path):
+        arrays |= _read_file(file)
+    return arrays
+
+
+def _read_file(path):
     if not path.exists():
         raise FileNotFoundError(f"checkpoint {path} does not exist.")
     kind = path.suffix.lower()
-    if path.is_dir() or kind not in _READERS:
+    if kind not in _READERS:
         raise ValueError(
             f"a checkpoint must be a file that ends in {' or '.join(_READERS)}, got "
-            f"{'the directory ' * path.is_dir()}{path}."
+            f"{path}."
         )
     if not path.is_file():  # A pipe would block, and a device may never end.
         raise ValueError(f"{path} is not a regular file.")

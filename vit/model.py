@@ -200,14 +200,16 @@ class ViT(nn.Module):
         if self.representation_size is not None:
             x = nn.Dense(self.representation_size, name="pre_logits")(x)
             x = nn.tanh(x)
+        outputs = {"head": x}
+        if self.distilled:
+            outputs["head_dist"] = distillation
         if self.num_classes:
-            head = functools.partial(
-                nn.Dense, self.num_classes, kernel_init=nn.initializers.zeros
-            )
-            x = head(name="head")(x)
-            if self.distilled:
-                x = (x + head(name="head_dist")(distillation)) / 2
-        return x
+            for name, x in outputs.items():
+                head = nn.Dense(
+                    self.num_classes, kernel_init=nn.initializers.zeros, name=name
+                )
+                outputs[name] = head(x)
+        return sum(outputs.values()) / len(outputs)
 
 
 class StemBlock(nn.Module):
