@@ -30,6 +30,7 @@ from experiments.training.classifier import Images
 from experiments.training.vit import Problem
 from experiments.training.vit_pruning import METHODS, prune
 from vit import cascade, importance, schedules
+from vit.checkpoint import find_files
 
 Row = dict[str, Any]
 
@@ -43,8 +44,12 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         _check_training(config, images)
     dense = load_problem(config, images)
     # A resumed run must not combine the rows of two networks.
-    path = config.checkpoint
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
+    digest = None
+    if config.checkpoint:
+        digest = hashlib.sha256()
+        for path in find_files(config.checkpoint):
+            digest.update(path.read_bytes())
+        digest = digest.hexdigest()
     return sweep(
         config,
         workdir,

@@ -1,10 +1,16 @@
-"""Checkpoints of Vision Transformers: reads common formats, writes one.
+"""Checkpoints of Vision Transformers: reads and writes common formats.
 
 `load_checkpoint` returns a `ViT` and its parameters. It reads
   .npz          google-research/vision_transformer and AugReg, with the names used
-                before Flax Linen and with Linen's; big_vision with a CLS token, layers
-                stacked or separate; files of `save_checkpoint`
-  .safetensors  timm; Hugging Face transformers
+                before Flax Linen and with Linen's; big_vision with a CLS token or the
+                mean of the patches, layers stacked or separate; files of
+                `save_checkpoint`
+  .safetensors  ViT, DeiT and DINOv2 of timm and Hugging Face transformers, alone, in
+                several files, or in a folder with its config.json
+Factors of LayerScale are multiplied into the projections before them, and a bias that
+no layer has becomes zeros: the network computes the same, but a fine-tuning moves other
+parameters. `save_checkpoint` writes for Google, timm or Hugging Face.
+
 The names in the file determine the layout, the shapes determine the architecture.
 Nothing in a file is executed: neither format needs pickle, and pickled content is
 rejected.
