@@ -367,6 +367,10 @@ def test_folders_shards_and_prefixes_are_read(tmp_path):
     for path in (tmp_path, index):
         _, params = load_checkpoint(path)
         chex.assert_trees_all_equal(flat(params), expected)
+    twice = arrays | {"model.cls_token": arrays["module.model.cls_token"]}
+    with pytest.raises(ValueError, match="the file holds several networks"):
+        load_checkpoint(write(tmp_path, timm, net, twice))
+    (tmp_path / "model.safetensors").unlink()
     index.write_text(json.dumps({"weight_map": {"x": "../a.safetensors"}}))
     with pytest.raises(ValueError, match="must map parameters to files beside it"):
         load_checkpoint(tmp_path)

@@ -499,7 +499,12 @@ def _from_foreign(arrays: Arrays, path: Path, num_heads: int | None, grid):
         inside = [name for name in arrays if name.startswith(prefix)]
         if inside:  # The other arrays belong to the optimizer.
             arrays = {name.removeprefix(prefix): arrays[name] for name in inside}
-    arrays = {re.sub(f"^{_PREFIXES}", "", name): x for name, x in arrays.items()}
+    bare = {name: re.sub(f"^{_PREFIXES}", "", name) for name in arrays}
+    if len(set(bare.values())) < len(bare):
+        raise ValueError(
+            f"the file holds several networks, {_first(arrays)}; leave one in it."
+        )
+    arrays = {bare[name]: value for name, value in arrays.items()}
     for pattern, what in _UNSUPPORTED.items():
         if found := [name for name in arrays if re.search(pattern, name)]:
             raise ValueError(f"not supported: {what}, {_first(found)}.")
@@ -997,6 +1002,9 @@ def _architecture(arrays: Arrays) -> dict[str, Any]:
     head_dim = queries[0][2]
     if isinstance(num_heads, int) and num_heads * head_dim == hidden_size:
         head_dim = None
+    num_registers = 0
+    if "registers" in arrays:
+        num_registers = _shape(arrays, "registers", "(1, R, D)")[1]
     return {
         "num_classes": _width(arrays, "head") or 0,
         "patch_size": side * 2 ** len(stem),
@@ -1008,7 +1016,7 @@ def _architecture(arrays: Arrays) -> dict[str, Any]:
         "head_dim": head_dim,
         "representation_size": _width(arrays, "pre_logits"),
         "class_token": "cls" in arrays,
-        "num_registers": np.shape(arrays.get("registers", [[]]))[1],
+        "num_registers": num_registers,
         "distilled": "head_dist/kernel" in arrays,
     }
 
