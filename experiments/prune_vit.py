@@ -119,7 +119,15 @@ def _measure_all(run, dense):
     timed = ("dense", *timing.pop("methods"))
     scores = _scores(run, dense)
     rows, seen = {}, set()
-    for method, ratios in {"dense": (0.0,), **config.methods}.items():
+    methods = {"dense": (0.0,), **config.methods}
+    if config.budget is not None:
+        with settings.blamed_on("budget"):
+            for method in config.methods:
+                ratio = vit_pruning.ratio_for_budget(
+                    *(method, config.budget, dense, scores, config.seeds[0])
+                )
+                methods[method] = (ratio,)
+    for method, ratios in methods.items():
         for ratio in ratios:
             network = prune(method, ratio, dense, scores, config.seeds[0])
             if (method, network.model, network.image_size) in seen:
@@ -131,7 +139,8 @@ def _measure_all(run, dense):
                 started = time.monotonic()
                 row = {"method": method, "ratio": ratio}
                 row |= measure(network, dense, **(timing if method in timed else {}))
-                if ratio in config.tuning.methods.get(method, ()):
+                tuned = config.tuning.methods.get(method, ())
+                if ratio in tuned or (tuned and config.budget is not None):
                     row |= _fine_tune(run, name, network, dense)
                 row["seconds"] = time.monotonic() - started
                 files.write_json(path, row)

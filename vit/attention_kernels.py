@@ -27,8 +27,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from vit.importance import Statistics, statistics
 
@@ -170,6 +168,10 @@ def pallas_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _pallas_attention(names, block_size, interpret, query, key, value, weights):
+    # Slow to import, and only this kernel needs it.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
     batch, num_tokens, num_heads, width = query.shape
     num_blocks = pl.cdiv(num_tokens, block_size)
     rows = num_blocks * block_size
@@ -225,6 +227,8 @@ def _kernel(
     query_ref, key_ref, value_ref, weights_ref, out_ref, *refs, names, scale, block_size
 ):
     """A block of queries (Q, d) against all keys (N, d) of one head."""
+    from jax.experimental import pallas as pl
+
     query = query_ref[...]
     votes = weights_ref[pl.ds(pl.program_id(0) * block_size, block_size)]
     num_steps = key_ref.shape[0] // block_size

@@ -1160,7 +1160,8 @@ def find_files(path: str | Path) -> tuple[Path, ...]:
         names = "model.safetensors", f"model{_INDEX}"
         files = [path / name for name in names if (path / name).is_file()]
         if not files:
-            files = sorted(one for one in path.iterdir() if one.suffix in _READERS)
+            files = [one for one in path.iterdir() if one.suffix in _READERS]
+            files = sorted(one for one in files if one.is_file())
         if not files or (len(files) > 1 and files[0].name != names[0]):
             raise ValueError(
                 f"the folder {path} must hold {', '.join(names)} or one file that ends "

@@ -73,6 +73,7 @@ ADDED: dict[str, dict[str, Any]] = {
     "make_functaset": {"padding": 0, "inner.num_steps": None},
     "train_vit": {"stages": [], "checkpoint_options": {}},
     "prune_vit": {
+        "budget": None,
         "checkpoint_options": {},
         "timing.gradient_batch_size": _gradient_batch_size,
         "tuning.teacher_weight": 0.0,

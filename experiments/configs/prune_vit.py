@@ -70,6 +70,9 @@ BASE = {
             **dict.fromkeys(("neurons_random", "neurons_lbi"), (0.25, 0.5)),
         }
     ),
+    # Share of the multiply-adds of the dense network. With it every method has the one
+    # ratio that needs at most this share; the ratios above then only name the methods.
+    "budget": settings.Optional(float),
     # Ratio at which the masked and the compact mode are compared on all test images.
     "parity_ratio": 0.4,
     # Training images from which head scores and attention ranges are computed.
@@ -239,6 +242,7 @@ RULES = {
         *(None, "xla", "cudnn", "pallas", "plain")
     ),
     "methods.*": settings.each(settings.within("(0, 1)")),
+    "budget": settings.optional(settings.within("(0, 1)")),
     "parity_ratio": settings.within("(0, 1)"),
     "pictured_ratio": settings.within("(0, 1)"),
     "num_calibration": settings.whole(1),

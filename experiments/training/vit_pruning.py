@@ -42,6 +42,38 @@ def prune(
     return METHODS[method](problem, ratio, scores, seed) if ratio else problem
 
 
+def ratio_for_budget(
+    method: str,
+    budget: float,
+    problem: Problem,
+    scores: Scores | None = None,
+    seed: int = 0,
+) -> float:
+    """The smallest ratio, in steps of 0.001, whose network needs at most `budget`.
+
+    Args:
+      method: one of METHODS.
+      budget: share of the multiply-adds of the dense network, in (0, 1].
+      problem: the dense network.
+      scores: see `prune`.
+      seed: see `prune`.
+
+    Raises:
+      ValueError: if the method cannot reach the budget.
+    """
+    low, high = 0, 1000
+    while low < high:
+        middle = (low + high) // 2
+        network = prune(method, middle / 1000, problem, scores, seed)
+        if network.cost.total <= budget * problem.cost.total:
+            high = middle
+        else:
+            low = middle + 1
+    if low == 1000:
+        raise ValueError(f"{method} cannot save {1 - budget:.3g} of the multiply-adds.")
+    return low / 1000
+
+
 def with_cascade(
     problem: Problem, make: Callable[..., Cascade], *args: Any, **options: Any
 ) -> Problem:
