@@ -231,7 +231,7 @@ def random(*shape):
 
 def grown(registers=0, scaled=False):
     """A network with registers, whose positions are zero, and LayerScale."""
-    net = network()
+    net = network(hidden=24)
     if registers:
         net["registers"] = random(registers, 12)
         rows = net["positions"]

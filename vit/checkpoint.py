@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from vit.model import POOLS, ViT, per_layer, pooled_size
+from vit.model import POOLS, ViT, pooled_size
 
 Arrays = dict[str, np.ndarray]
 
@@ -799,41 +799,40 @@ def _check_settings(source, settings):
 
 
 def _check_common(model, names):
-    """Raises ValueError if neither timm nor Hugging Face has such a network."""
-    problems = {
-        "a stem of convolutions": bool(model.stem),
-        "a layer before the head (representation_size)": bool(
-            model.representation_size
-        ),
-        "layers of different widths": not (
-            isinstance(model.num_heads, int) and isinstance(model.mlp_dim, int)
-        ),
-        "heads of another width (head_dim)": model.head_dim is not None
-        and model.head_dim * per_layer(model.num_heads, 0) != model.hidden_size,
-        "a distillation token and registers": model.distilled
-        and model.num_registers > 1,
-    }
+    """Raises ValueError if the library has no network that computes the same."""
+    uniform = isinstance(model.num_heads, int) and isinstance(model.mlp_dim, int)
+    usual = uniform and model.hidden_size / model.num_heads
+    other = uniform and model.head_dim not in (None, usual)
+    pool, is_dino = f"pool {model.pool!r}", _is_dino(model)
+    problems = [
+        ("a stem of convolutions", model.stem),
+        ("a layer before the head (representation_size)", model.representation_size),
+        ("layers of different widths", not uniform),
+        ("heads of another width (head_dim)", other),
+        ("registers and distillation", model.distilled and model.num_registers > 1),
+        (f"{pool} with distillation", model.distilled and model.pool != "cls"),
+    ]
     if names == "timm":
-        problems |= {
-            "an epsilon other than 1e-6": not math.isclose(model.ln_eps, 1e-6),
-            f"pool {model.pool!r}": model.pool == "cls_and_mean",
-            f"pool {model.pool!r} with distillation": model.distilled
-            and model.pool != "cls",
-        }
+        problems += [
+            ("an epsilon other than 1e-6", not math.isclose(model.ln_eps, 1e-6)),
+            (pool, model.pool == "cls_and_mean"),
+        ]
     else:
-        dino = model.pool == "cls_and_mean" or model.num_registers
-        problems |= {
-            f"pool {model.pool!r}": model.pool.startswith("mean"),
-            "a network without CLS": not model.class_token,
-            "registers with a head on CLS alone": bool(
-                dino and not model.distilled and model.num_classes
-            )
-            and model.pool == "cls",
-            f"pool {model.pool!r} with distillation": model.distilled
-            and (model.pool != "cls" or not model.num_classes),
-        }
-    if found := [what for what, there in problems.items() if there]:
+        on_cls = model.num_classes and model.pool == "cls"
+        whole = uniform and model.mlp_dim % model.hidden_size == 0
+        problems += [
+            ("a network without CLS", not model.class_token),
+            (pool, model.pool.startswith("mean")),
+            ("registers with a head on CLS alone", is_dino and on_cls),
+            ("DINOv2 with an MLP that is not a multiple", is_dino and not whole),
+            ("distillation without heads", model.distilled and not model.num_classes),
+        ]
+    if found := [what for what, there in problems if there]:
         raise ValueError(f"names {names!r} cannot express {', '.join(found)}.")
+
+
+def _is_dino(model):
+    return model.pool == "cls_and_mean" or (model.num_registers and not model.distilled)
 
 
 def _to_torch(arrays, modules):
@@ -901,7 +900,7 @@ def _to_timm(model, arrays, grid):
 
 
 def _to_hugging_face(model, arrays, grid):
-    dino = model.pool == "cls_and_mean" or (model.num_registers and not model.distilled)
+    dino = _is_dino(model)
     table = _HUGGING_FACE_DINO if dino else _HUGGING_FACE_VIT
     kind = "dinov2" if dino else "deit" if model.distilled else "vit"
     prefix, unused = kind, {"embeddings.register_tokens", "classifier"}
@@ -950,7 +949,7 @@ def _to_hugging_face(model, arrays, grid):
         "label2id": {f"LABEL_{i}": i for i in range(model.num_classes)},
     }
     if dino:
-        config["mlp_ratio"] = model.mlp_dim / model.hidden_size
+        config["mlp_ratio"] = model.mlp_dim // model.hidden_size
         config["num_register_tokens"] = model.num_registers
     else:
         config["intermediate_size"] = model.mlp_dim
