@@ -577,3 +577,33 @@ def test_moved_functions_are_found_in_cascade(module, names):
 def test_cascades_that_do_not_fit_together_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Cascade(**({"keep": (5, 3)} | options))
+
+
+@pytest.mark.parametrize(
+    ("class_token", "semantics"), [(True, "drop"), (False, "zero")], ids=str
+)
+def test_registers_are_always_kept(class_token, semantics):
+    """Both modes agree, and the tokens before the patches are never pruned."""
+    cascade = Cascade(**COUNTS[semantics], semantics=semantics)
+    models = [
+        make(c, class_token=class_token, num_registers=2, pool="mean")
+        for c in in_modes(cascade)
+    ]
+    params = vit_oracle.random_params(models[0], IMAGES)
+    images = vit_oracle.random_images(IMAGES)
+    num_prefix = 2 + class_token
+    assert models[0].num_prefix == num_prefix
+    (compact, captured), masked = run(
+        lambda p: (
+            models[0].apply({"params": p}, images, mutable=["intermediates"]),
+            models[1].apply({"params": p}, images),
+        ),
+        params,
+    )
+    assert_close(masked, compact, tolerance=2e-5)
+    if semantics == "drop":
+        for layer, keep in enumerate(cascade.keep):
+            block = captured["intermediates"]["Transformer"][f"encoderblock_{layer}"]
+            tokens = np.asarray(block["tokens"][0])
+            assert tokens.shape == (2, keep + num_prefix)
+            np.testing.assert_array_equal(tokens[:, :num_prefix], [[0, 1, 2]] * 2)

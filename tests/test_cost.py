@@ -165,8 +165,9 @@ def test_products_are_those_of_the_program(cascade):
     [
         {"stem": (24, 48), "representation_size": 100},
         {"num_heads": (8, 3, 1), "head_dim": 32, "mlp_dim": (512, 300, 77)},
+        {"num_registers": 3, "cascade": CASCADES["zero"], "pool": "cls_and_mean"},
     ],
-    ids=["stem", "uneven"],
+    ids=["stem", "uneven", "registers"],
 )
 def test_products_of_other_networks(options):
     check_against_xla(ViT(**(SMALL | options)))
@@ -216,6 +217,10 @@ def test_small_variants_have_the_counted_parameters(variant, stem):
         {"head_dim": 6},
         {"num_heads": (5, 1, 2), "head_dim": 6},
         {"mlp_dim": (3, 14, 1)},
+        {"num_registers": 4, "pool": "cls_and_mean", "representation_size": 9},
+        {"num_registers": 1, "distilled": True},
+        {"num_registers": 1, "distilled": True, "num_classes": 0},
+        {"class_token": False, "pool": "mean_before_norm"},
         {"cascade": Cascade(keep=(9, 5, 5), keep_heads=(1, 2, 3))},
     ],
 )

@@ -132,3 +132,18 @@ def test_merging_matches_numpy(num_tokens, num_merged):
         assert merged.weights[image].tolist() == [token.size for token in expected]
         x_expected = np.stack([token.x for token in expected])
         np.testing.assert_allclose(merged.x[image], x_expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_prefix", [0, 1, 2, 3])
+def test_no_token_before_the_patches_is_merged(num_prefix):
+    # All keys are equal: only the prefix tells tokens apart.
+    tokens = tokens_of(np.arange(18.0).reshape(1, 9, 2), np.zeros((1, 9)))
+    tokens = tokens._replace(weights=jnp.ones((1, 9)))
+    keys = jnp.ones((1, 9, 3))
+    keep = 9 - num_prefix - 3
+    merged = merge(tokens, keys, keep, num_prefix=num_prefix)
+    assert merged.x.shape == (1, num_prefix + keep, 2)
+    for token in range(num_prefix):
+        [place] = np.flatnonzero(merged.position[0] == token)
+        assert merged.weights[0, place] == 1
+        np.testing.assert_array_equal(merged.x[0, place], tokens.x[0, token])

@@ -329,6 +329,22 @@ def test_training_draws_the_cascades_random_scores_anew():
         ({"mlp_dim": (14, 0)}, r"mlp_dim must be at least 1.* got \(14, 0\)"),
         ({"head_dim": None}, "hidden_size 10 is not divisible by num_heads 3; set"),
         ({"head_dim": None, "num_heads": (1, 2)}, r"num_heads \(1, 2\); set head_dim"),
+        ({"pool": "max"}, "pool must be one of cls, mean, .*; got 'max'"),
+        ({"class_token": False}, "pool 'cls' requires class_token=True"),
+        ({"distilled": True}, "requires class_token=True and num_registers of at lea"),
+        (
+            {"attention_implementation": "fast"},
+            "attention_implementation must be one of None, xla, cudnn, pallas, plain",
+        ),
+        (
+            {"class_token": False, "pool": "mean"}
+            | {"cascade": Cascade(keep=(5, 5), score="cls")},
+            "the score 'cls' requires class_token=True",
+        ),
+        (
+            {"pool": "mean", "cascade": Cascade(keep=(5, 0))},
+            "pool 'mean' requires a patch after the last layer",
+        ),
         ({"gelu": "relu"}, "gelu must be one of tanh, erf; got 'relu'"),
         ({"dropout_rate": 1.0}, r"dropout_rate must lie in \[0, 1\), got 1.0"),
         ({"drop_path_rate": -0.1}, r"drop_path_rate must lie in \[0, 1\), got -0.1"),
