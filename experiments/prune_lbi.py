@@ -40,12 +40,14 @@ class Trained(NamedTuple):
       problem: the network before training, and the data set.
       variables: parameters and batch statistics after training.
       opt_state: state of the optimizer, with the dual and the order of entry.
+      graph: the channels that can be removed.
     """
 
     config: ConfigDict
     problem: classifier.Problem
     variables: dict[str, Any]
     opt_state: Any
+    graph: lbi.channels.Graph
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     images = classifier.load_images(runs.load_config(folders[0]))
     all_trained = [load_trained(folder, images) for folder in folders]
     for trained in all_trained:
-        _check_layers(config, trained.problem.model)
+        _check_layers(config, trained.graph)
     optimizers.make_optimizer(config.finetune, 1, entry="finetune")
 
     def experiment(run):
@@ -105,7 +107,8 @@ def find_runs(config: ConfigDict) -> list[Path]:
 def load_trained(folder: Path, images: Images) -> Trained:
     """Restores the last checkpoint of a single run of train_lbi."""
     config, problem, state = lbi_training.load(folder, images)
-    return Trained(config, problem, state.variables, state.opt_state)
+    graph = registry.channel_graph(problem.model, images.test[0].shape[1:])
+    return Trained(config, problem, state.variables, state.opt_state, graph)
 
 
 def prune_one(run: runs.Run, name: str, trained: Trained) -> dict[str, Any]:
@@ -276,9 +279,7 @@ def _train_masked(run, name, trained, keep, num_epochs):
     The fine-tuning is a separate run, `name`, inside the folder of `run`.
     """
     problem = trained.problem
-    masks = lbi.channels.channel_masks(
-        keep, registry.channel_map(problem.model), trained.variables
-    )
+    masks = lbi.channels.channel_masks(keep, trained.graph, trained.variables)
     variables = pruning.apply_masks(trained.variables, masks)
     if num_epochs == 0:
         return variables
@@ -314,7 +315,6 @@ def _train_masked(run, name, trained, keep, num_epochs):
 def _compress(run, name, trained, importance):
     """Removes channels of every layer, fine-tunes, and builds the smaller network."""
     config = run.config
-    channels = registry.channel_map(trained.problem.model)
     keep = {}
     for layer, share in config.compress.items():
         scores = importance[f"{layer}/kernel"]
@@ -332,7 +332,7 @@ def _compress(run, name, trained, importance):
     if config.finetune.compressed_epochs == 0:
         masked = _recalibrate(config, trained, masked)
     small_model = registry.thin_model(trained.problem.model, keep)
-    small = lbi.channels.thin(masked, keep, channels)
+    small = lbi.channels.thin(masked, keep, trained.graph)
     predict_small = classifier.make_predict(small_model, trained.problem.images)
     pixels, labels = trained.problem.images.test
     logits = trained.problem.predict(masked, pixels)
@@ -387,8 +387,7 @@ def _zero_weights(trained, keep):
 
 
 def _zero_channels(trained, keep):
-    channels = registry.channel_map(trained.problem.model)
-    masks = lbi.channels.channel_masks(keep, channels, trained.variables)
+    masks = lbi.channels.channel_masks(keep, trained.graph, trained.variables)
     return pruning.apply_masks(trained.variables, masks)
 
 
@@ -417,8 +416,8 @@ def _percent(values):
     return "  ".join(f"{100 * value:.2f}" for value in values) + " %"
 
 
-def _check_layers(config, model):
-    known = registry.channel_map(model)
+def _check_layers(config, graph):
+    known = [path.split("/")[1] for path in graph.removable()]
     unknown = {config.layer, *config.compress} - set(known)
     if unknown:
         raise ValueError(

@@ -30,6 +30,7 @@ from experiments.training.classifier import Images
 from experiments.training.vit import Problem
 from experiments.training.vit_pruning import METHODS, prune
 from vit import cascade, importance, schedules
+from vit.checkpoint import find_files
 
 Row = dict[str, Any]
 
@@ -43,8 +44,12 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         _check_training(config, images)
     dense = load_problem(config, images)
     # A resumed run must not combine the rows of two networks.
-    path = config.checkpoint
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
+    digest = None
+    if config.checkpoint:
+        digest = hashlib.sha256()
+        for path in find_files(config.checkpoint):
+            digest.update(path.read_bytes())
+        digest = digest.hexdigest()
     return sweep(
         config,
         workdir,
@@ -66,8 +71,8 @@ def _check_methods(config):
                 f"{', '.join(map(str, unknown))}."
             )
     implementation = config.attention_implementation
-    if implementation == "cudnn" and jax.default_backend() != "gpu":
-        raise ValueError("attention_implementation=cudnn needs a GPU.")
+    if implementation in ("cudnn", "pallas") and jax.default_backend() != "gpu":
+        raise ValueError(f"attention_implementation={implementation} needs a GPU.")
     needy = [name for name in config.methods if name in vit_pruning.NEED_IMAGES]
     if not config.dataset.name:
         data.refuse_unread("a run without dataset.name", **config.dataset)
@@ -94,7 +99,11 @@ def load_problem(config: ConfigDict, images: Images | None) -> Problem:
             config.seeds[0], config.image_size, images, **fields
         )
     dense = vit_training.load_problem(
-        config.checkpoint, config.image_size, images, **fields
+        config.checkpoint,
+        config.image_size,
+        images,
+        config.checkpoint_options.to_dict(),
+        **fields,
     )
     if images is not None and not np.any(dense.params["head"]["kernel"]):
         raise ValueError(
@@ -110,7 +119,15 @@ def _measure_all(run, dense):
     timed = ("dense", *timing.pop("methods"))
     scores = _scores(run, dense)
     rows, seen = {}, set()
-    for method, ratios in {"dense": (0.0,), **config.methods}.items():
+    methods = {"dense": (0.0,), **config.methods}
+    if config.budget is not None:
+        with settings.blamed_on("budget"):
+            for method in config.methods:
+                ratio = vit_pruning.ratio_for_budget(
+                    *(method, config.budget, dense, scores, config.seeds[0])
+                )
+                methods[method] = (ratio,)
+    for method, ratios in methods.items():
         for ratio in ratios:
             network = prune(method, ratio, dense, scores, config.seeds[0])
             if (method, network.model, network.image_size) in seen:
@@ -122,7 +139,8 @@ def _measure_all(run, dense):
                 started = time.monotonic()
                 row = {"method": method, "ratio": ratio}
                 row |= measure(network, dense, **(timing if method in timed else {}))
-                if ratio in config.tuning.methods.get(method, ()):
+                tuned = config.tuning.methods.get(method, ())
+                if ratio in tuned or (tuned and config.budget is not None):
                     row |= _fine_tune(run, name, network, dense)
                 row["seconds"] = time.monotonic() - started
                 files.write_json(path, row)
@@ -359,6 +377,7 @@ def make_pictures(
     """Arrays for the pictures: kept patches, attention maps, informativeness."""
     pixels = dense.images.test[0][:num_images]
     pruned = prune("max", ratio, dense)
+    num_prefix = dense.model.num_prefix
 
     def observe(problem):
         return jax.jit(problem.blocks)(problem.params, pixels)
@@ -367,7 +386,7 @@ def make_pictures(
     kept = np.zeros((dense.model.num_layers, len(pixels), dense.num_patches), bool)
     for layer, block in enumerate(observe(pruned)):
         for image, tokens in enumerate(np.asarray(block["tokens"][0])):
-            kept[layer, image, tokens[tokens > 0] - 1] = True
+            kept[layer, image, tokens[tokens >= num_prefix] - num_prefix] = True
     return {
         "pictured": pixels,
         "kept": kept,
@@ -375,7 +394,7 @@ def make_pictures(
         # First image, mean over the heads: (L, N, N).
         "attention": np.stack([np.asarray(a[0].mean(0)) for a in attention]),
         "patch_scores": np.stack(
-            [np.asarray(importance.patch_scores(a)[:, 1:]) for a in attention]
+            [np.asarray(importance.patch_scores(a)[:, num_prefix:]) for a in attention]
         ),
         "head_scores": scores["heads"],
         "attention_ranges": scores["range"],

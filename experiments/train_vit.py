@@ -64,7 +64,11 @@ def make_problem(config: ConfigDict, images: Images) -> Problem:
         kept = ["dtype", *(name for name in fields if name.endswith("_rate"))]
         fields = {name: fields[name] for name in kept}
         return vit_training.load_problem(
-            config.checkpoint, config.image_size, images, **fields
+            config.checkpoint,
+            config.image_size,
+            images,
+            config.checkpoint_options.to_dict(),
+            **fields,
         )
     return vit_training.init_problem(
         config.seeds[0], config.image_size, images, **fields

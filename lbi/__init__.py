@@ -13,10 +13,12 @@ from lbi.path import (
     forecast_entries,
     gamma,
     in_support,
+    metrics,
     sparse_params,
     suggest_lambda,
 )
 from lbi.penalty import L1, GroupL2
+from lbi.structure import groups
 
 __all__ = [
     "GroupL2",
@@ -31,7 +33,9 @@ __all__ = [
     "find_states",
     "forecast_entries",
     "gamma",
+    "groups",
     "in_support",
+    "metrics",
     "path",
     "penalty",
     "pruning",

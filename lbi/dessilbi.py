@@ -47,7 +47,7 @@ class FrozenSpec:
                 "several penalties must be given as a mapping of patterns, got "
                 f"{spec!r}."
             )
-        if isinstance(spec, Mapping):
+        if isinstance(spec, Mapping) and not isinstance(spec, penalties.Layers):
             return cls(tuple((p, cls.make(choice)) for p, choice in spec.items()))
         return cls(spec)
 
@@ -151,9 +151,9 @@ def structural_coupling(
       nu: coupling, > 0, or a schedule. A smaller nu ties Gamma closer to W: weights
         outside the support decay faster (by 1 / nu), and groups enter earlier.
       kappa: damping, > 0, or a schedule. Gamma is kappa times the shrunk dual.
-      penalty: "auto" (GroupL2 over the last axis for rank 4, L1 for rank 2, lambda 1),
-        one penalty, or a mapping of path patterns; see `lbi.penalty.assign`. Parameters
-        without a penalty keep their updates.
+      penalty: layers of `lbi.groups`, "auto" (by names and ranks), one penalty, or a
+        mapping of path patterns; see `lbi.penalty.assign`. Parameters without a penalty
+        keep their updates.
       record_entry: whether to record the update at which each group entered, one int32
         per group. `lbi.pruning.entry_importance` needs this record.
 
@@ -161,8 +161,9 @@ def structural_coupling(
       A gradient transformation. Its `update` needs `params`.
 
     Raises:
-      ValueError: if a number is out of range, `penalty` is of an unknown kind, a group
-        axis does not fit (in `init`), or `params` is missing (in `update`).
+      ValueError: if a number is out of range, `penalty` is of an unknown kind, applies
+        to no parameter or does not fit (in `init`), or `params` is missing or has other
+        paths than in `init` (in `update`).
     """
     check_positive(nu=nu, kappa=kappa)
     if not callable(dual_learning_rate) and _is_known(dual_learning_rate):
@@ -172,14 +173,18 @@ def structural_coupling(
             )
     spec = FrozenSpec.make(penalty)
 
-    def init_fn(params):
+    def assign(params):
         assigned = spec.assign(params)
         paths = list(penalties.named_leaves(params))
-        if isinstance(penalty, Mapping) and paths and not assigned:
+        if penalty is not None and paths and not assigned:
             raise ValueError(
-                f"no pattern of the penalty matches any path: got patterns "
-                f"{', '.join(penalty)} and paths {', '.join(paths)}."
+                f"the penalty {penalty!r} applies to none of the parameters "
+                f"{', '.join(paths)}; give patterns, or penalty=None."
             )
+        return assigned
+
+    def init_fn(params):
+        assigned = assign(params)
 
         def groups(path, dual):
             # A parameter without a penalty has no groups; () keeps the tree structure.
@@ -210,7 +215,7 @@ def structural_coupling(
                 "structural_coupling needs the parameters: call "
                 "update(grads, state, params)."
             )
-        assigned = spec.assign(params)
+        assigned = assign(params)
         alpha, nu_now, kappa_now = (
             _value(x, state.count) for x in (dual_learning_rate, nu, kappa)
         )
@@ -291,7 +296,7 @@ def dessilbi(
       penalty: see `structural_coupling`.
       nesterov: whether to use Nesterov's momentum.
       weight_decay_mask: mask for `optax.add_decayed_weights`; None decays all
-        parameters except those of rank 1.
+        parameters except those of rank 1 and, by name, biases and scales.
       record_entry: see `structural_coupling`.
 
     Returns:
@@ -352,7 +357,7 @@ def dessilbi_adam(
         entry to order 1. A coupling of size |W| / nu therefore has little effect in
         decoupled mode and can exceed small gradients in coupled mode.
       weight_decay_mask: mask for `optax.add_decayed_weights`; None decays all
-        parameters except those of rank 1.
+        parameters except those of rank 1 and, by name, biases and scales.
       record_entry: see `structural_coupling`.
 
     Returns:
@@ -405,7 +410,16 @@ def _dual_dtype(dtype):
 
 def _decay(weight_decay, mask):
     if mask is None:
-        mask = lambda params: jax.tree.map(lambda p: p.ndim != 1, params)  # noqa: E731
+
+        def mask(params):
+            return jax.tree_util.tree_map_with_path(
+                lambda path, p: (
+                    p.ndim != 1
+                    and not penalties.is_bias_name(penalties.path_name(path), p.shape)
+                ),
+                params,
+            )
+
     return optax.add_decayed_weights(weight_decay, mask)
 
 

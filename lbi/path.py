@@ -1,14 +1,14 @@
 """Reads the regularization path: support, order of entry, clock, choice of lambda.
 
 Every function reads the state of any optax chain that contains
-`lbi.structural_coupling`. Layers are named by path, "block/layer/kernel". For states
-that `jax.vmap` has stacked, for example over seeds, use
+`lbi.structural_coupling`. Layers are named by path, "block/layer/kernel". States that
+`jax.vmap` has stacked, for example over seeds, are refused: use
 `jax.vmap(lbi.gamma)(opt_state)`.
 """
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -100,8 +100,20 @@ def sparse_params(params: Any, opt_state: Any) -> Any:
       >>> _, state = optimizer.update(params, optimizer.init(params), params)
       >>> print(lbi.sparse_params(params, state)["kernel"])
       [[ 2.  0. -3.  0.]]
+
+    Args:
+      params: the parameters, with the paths and shapes of those that the optimizer has.
+      opt_state: state of a chain that contains `structural_coupling`.
+
+    Returns:
+      A tree like the parameters.
+
+    Raises:
+      ValueError: if `params` lacks a path of the state or has other shapes, or the
+        state is stacked.
     """
     penalized = {path: (v, c) for path, v, _, c in _penalized(opt_state)}
+    require_leaves(params, {path: v.shape for path, (v, _) in penalized.items()})
 
     def project(path, param):
         if (found := penalized.get(penalties.path_name(path))) is None:
@@ -132,7 +144,8 @@ def entry_steps(opt_state: Any) -> dict[str, np.ndarray]:
                 "the entries were not recorded: create the optimizer with "
                 "record_entry=True."
             )
-        steps[path] = np.asarray(first_entry)
+        traced = isinstance(first_entry, jax.core.Tracer)
+        steps[path] = first_entry if traced else np.asarray(first_entry)
     return steps
 
 
@@ -142,6 +155,29 @@ def clock(opt_state: Any) -> Array:
     Under `optax.partition` this is the clock of the first coupling.
     """
     return _require_states(opt_state)[0].clock
+
+
+def metrics(opt_state: Any) -> dict[str, Array]:
+    """Numbers for a log, also inside `jax.jit`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import lbi
+      >>> params = {"kernel": jnp.array([[2.0, 0.5, -3.0, 0.0]])}
+      >>> optimizer = lbi.dessilbi(1.0, nu=1.0)
+      >>> _, state = optimizer.update(params, optimizer.init(params), params)
+      >>> {name: float(value) for name, value in lbi.metrics(state).items()}
+      {'clock': 1.0, 'density/kernel': 0.5, 'entered/kernel': 2.0}
+
+    Returns:
+      Scalars: "clock"; for each layer "density/LAYER", the fraction of its groups that
+      are nonzero in Gamma, and "entered/LAYER", their number.
+    """
+    found = {"clock": clock(opt_state)}
+    for path, inside in in_support(opt_state).items():
+        found[f"density/{path}"] = jnp.mean(inside)
+        found[f"entered/{path}"] = jnp.sum(inside)
+    return found
 
 
 def final_clock(
@@ -250,7 +286,7 @@ def suggest_lambda(
 
     Raises:
       ValueError: if a number is out of range, the learning rate is zero up to
-        `enter_at`, or the median norm of a layer is zero.
+        `enter_at`, the median norm of a layer is zero, or a parameter contains NaN.
     """
     if not 0 < enter_at <= 1:
         raise ValueError(f"enter_at must be in (0, 1], got {enter_at}.")
@@ -264,6 +300,7 @@ def suggest_lambda(
     suggested = {}
     for path, chosen in FrozenSpec.make(penalty).assign(params).items():
         leaf = leaves[path]
+        penalties.check_not_nan(path, leaf)
         median = float(np.median(np.asarray(chosen.norms(leaf), np.float64)))
         if median == 0:
             raise ValueError(
@@ -292,7 +329,35 @@ def _require_states(opt_state):
     states = find_states(opt_state)
     if not states:
         raise ValueError("this optimizer state contains no lbi.structural_coupling.")
+    if any(jnp.ndim(state.count) for state in states):
+        raise ValueError(
+            f"the optimizer state is stacked {jnp.shape(states[0].count)}: use "
+            "jax.vmap, for example jax.vmap(lbi.sparse_params)(params, opt_state)."
+        )
     return states
+
+
+def require_paths(params: Any, paths: Iterable[str]) -> None:
+    """Raises ValueError unless the parameters have these paths."""
+    leaves = penalties.named_leaves(params)
+    missing = [path for path in paths if path not in leaves]
+    if missing:
+        raise ValueError(
+            f"the parameters lack {', '.join(missing)}, which the optimizer state has; "
+            f"their paths are {', '.join(leaves)}."
+        )
+
+
+def require_leaves(params: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError unless the parameters have these paths, with these shapes."""
+    require_paths(params, shapes)
+    leaves = penalties.named_leaves(params)
+    for path, shape in shapes.items():
+        if tuple(leaves[path].shape) != tuple(shape):
+            raise ValueError(
+                f"{path} has shape {tuple(leaves[path].shape)}, in the optimizer state "
+                f"{tuple(shape)}; use jax.vmap for stacked parameters."
+            )
 
 
 def _penalized(opt_state):

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
 
@@ -123,12 +124,66 @@ class GroupL2:
 
     def _squares(self, values, *, keepdims):
         axes = self._other_axes(values.ndim)
-        return jnp.sum(jnp.square(values), axis=axes, keepdims=keepdims)
+        squares = jnp.square(values.real)
+        if jnp.iscomplexobj(values):
+            squares += jnp.square(values.imag)
+        return jnp.sum(squares, axis=axes, keepdims=keepdims)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What a parameter is; see `lbi.groups`.
+
+    Attributes:
+      kind: "convolution" or "product" for a kernel; "bias" (added to activations),
+        "scale" (multiplied with them), "embedding" (looked up, or joined to them), or
+        "other".
+      output: axes of the output channels.
+      input: axes of the input channels.
+      window: axes of the window of a convolution.
+      stacked: axes of several kernels in one array: scanned or vmapped layers, seeds.
+      heads: those input or output axes that are the heads of attention.
+    """
+
+    kind: str
+    output: tuple[int, ...] = ()
+    input: tuple[int, ...] = ()
+    window: tuple[int, ...] = ()
+    stacked: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
+
+    def penalty(self) -> "Penalty | None":
+        """Group lasso on the filters of a convolution, lasso on the other kernels."""
+        if self.kind == "convolution":
+            return GroupL2(group_axes=tuple(sorted(self.stacked + self.output)))
+        return L1() if self.kind == "product" else None
+
+
+class Layers(Mapping):
+    """{path: Layer} of a network, hashable; also a penalty, see `lbi.groups`."""
+
+    def __init__(self, layers: Mapping[str, Layer]):
+        self._layers = dict(layers)
+
+    def __getitem__(self, path):
+        return self._layers[path]
+
+    def __iter__(self):
+        return iter(self._layers)
+
+    def __len__(self):
+        return len(self._layers)
+
+    def __hash__(self):
+        return hash(tuple(self._layers.items()))
+
+    def __repr__(self):
+        return f"Layers({self._layers})"
 
 
 Penalty = L1 | GroupL2
 # What an argument `penalty` accepts; see `assign`.
-PenaltySpec = str | Penalty | Mapping[str, str | Penalty | None] | None
+PenaltySpec = str | Penalty | Layers | Mapping[str, str | Penalty | None] | None
 
 
 def assign(spec: PenaltySpec, params: Any) -> dict[str, Penalty]:
@@ -136,10 +191,13 @@ def assign(spec: PenaltySpec, params: Any) -> dict[str, Penalty]:
 
     Args:
       spec: one of
-        "auto": GroupL2 over the last axis for rank 4, L1 for rank 2, both with lam 1;
-        no
-          penalty for other ranks (biases, normalizations, position embeddings).
-        a penalty: applies to every parameter of rank 2 or more.
+        layers of `lbi.groups`: GroupL2 on the filters of convolutions, L1 on the
+          kernels of products, both with lam 1.
+        "auto": the same by name and rank: GroupL2 over the last axis for rank 4, L1 for
+          rank 2. Biases, scales, statistics, embeddings and parameters of rank 0 and 1
+          have no penalty.
+        a penalty: applies to every parameter of rank 2 or more that is no bias, scale,
+          statistic or embedding by name.
         None: no penalty.
         a mapping of patterns to any of these: a parameter uses the first pattern that
           `re.search` finds in its path "block/layer/kernel", and has no penalty if no
@@ -150,11 +208,13 @@ def assign(spec: PenaltySpec, params: Any) -> dict[str, Penalty]:
       {path: penalty}, in the order of the leaves.
 
     Raises:
-      ValueError: if `spec` is of another kind, or a penalty does not fit a parameter.
+      ValueError: if `spec` is of another kind, a pattern matches no path, "auto" cannot
+        tell what a parameter is, or a penalty does not fit a parameter.
     """
     assigned = {}
+    _check_patterns(spec, params)
     for path, leaf in named_leaves(params).items():
-        penalty = _choose(spec, path, len(leaf.shape))
+        penalty = _choose(spec, path, tuple(leaf.shape))
         if penalty is None:
             continue
         try:
@@ -176,28 +236,105 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in leaves}
 
 
+def check_not_nan(path: str, leaf: Any) -> None:
+    """Raises ValueError for a parameter with NaN, unless it is traced."""
+    if isinstance(leaf, jax.core.Tracer) or not hasattr(leaf, "dtype"):
+        return
+    if jnp.issubdtype(leaf.dtype, jnp.inexact) and bool(jnp.isnan(leaf).any()):
+        raise ValueError(f"{path} contains NaN.")
+
+
 def path_name(path: tuple[Any, ...]) -> str:
-    """Formats a key path of jax.tree_util as "block/layer/kernel"."""
+    """Formats a key path of jax.tree_util as "block/layer/kernel".
+
+    The attribute `value` of a variable of Flax NNX is left out: `nnx.Optimizer` passes
+    variables to `init` and their arrays to `update`.
+    """
+    if len(path) > 1 and isinstance(path[-2], jax.tree_util.DictKey):
+        if path[-1] == jax.tree_util.GetAttrKey("value"):
+            path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _choose(spec, path, rank):
+def is_bias_name(path: str, shape: tuple[int, ...]) -> bool:
+    """Whether a name of Flax, Haiku or Equinox says bias or scale.
+
+    Haiku calls a bias "b", and so may be called a matrix.
+    """
+    if path.split("/")[-1] == "b":
+        return sum(size > 1 for size in shape) <= 1
+    return bool(_BIAS.search(path))
+
+
+_BIAS = re.compile(r"(^|/)(scale|offset|gamma|beta|[^/]*bias[^/]*)$", re.IGNORECASE)
+_STATISTIC_OR_EMBEDDING = re.compile(
+    r"(^|/)(mean|var|average|hidden|counter|cls|[^/]*(embed|token|pos)[^/]*)$",
+    re.IGNORECASE,
+)
+
+
+def _is_kernel_name(path, shape):
+    return not (is_bias_name(path, shape) or _STATISTIC_OR_EMBEDDING.search(path))
+
+
+def _choose(spec, path, shape):
+    if isinstance(spec, Layers):
+        if path not in spec:
+            raise ValueError(
+                f"{path}: the traced layers do not contain it; they are "
+                f"{', '.join(spec)}."
+            )
+        return spec[path].penalty()
     if isinstance(spec, Mapping):
         for pattern, choice in spec.items():
             if re.search(pattern, path):
                 explicit = isinstance(choice, Penalty)
-                return choice if explicit else _choose(choice, path, rank)
+                return choice if explicit else _choose(choice, path, shape)
         return None
     if spec is None:
         return None
     if isinstance(spec, Penalty):
-        return spec if rank >= 2 else None
+        return spec if len(shape) >= 2 and _is_kernel_name(path, shape) else None
     if spec == "auto":
-        return {2: L1(), 4: GroupL2()}.get(rank)
+        return _by_name(path, shape)
     raise ValueError(
-        'a penalty must be "auto", L1(...), GroupL2(...), None, or a mapping of '
-        f"patterns to these, got {spec!r}."
+        'a penalty must be "auto", L1(...), GroupL2(...), lbi.groups(...), None, or a '
+        f"mapping of patterns to these, got {spec!r}."
     )
+
+
+def _by_name(path, shape):
+    """The penalty of a parameter whose layer only its name and shape can tell."""
+    if len(shape) < 2 or not _is_kernel_name(path, shape):
+        return None
+    *_, name = path.split("/")
+    if len(shape) == 2:
+        return L1()
+    attention = re.search(r"(^|/)(query|key|value|out)(/|$)", path)
+    if len(shape) == 4 and name != "weight" and not attention:
+        return GroupL2()
+    pattern = "/".join(path.split("/")[-2:])
+    raise ValueError(
+        f'{path}: "auto" cannot tell the axes of shape {shape} by the name. Pass '
+        f"penalty=lbi.groups(apply_fn, params, inputs), or patterns, for example "
+        f'{{"{pattern}": lbi.GroupL2(group_axes=-1), ...}}.'
+    )
+
+
+def _check_patterns(spec, params):
+    """Every pattern must match a parameter, also one that a mask hides."""
+    if not isinstance(spec, Mapping) or isinstance(spec, Layers):
+        return
+    leaves = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda node: isinstance(node, optax.MaskedNode)
+    )[0]
+    paths = [path_name(path) for path, _ in leaves]
+    unmatched = [p for p in spec if not any(re.search(p, path) for path in paths)]
+    if unmatched and paths:
+        raise ValueError(
+            f"no parameter matches the pattern {', '.join(unmatched)} of the penalty; "
+            f"the paths are {', '.join(paths)}."
+        )
 
 
 def _checked_lam(lam):

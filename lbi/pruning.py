@@ -17,8 +17,9 @@ import optax
 
 from lbi import channels
 from lbi import penalty as penalties
+from lbi.channels import thin as thin
 from lbi.dessilbi import FrozenSpec
-from lbi.path import entry_steps, penalties_of
+from lbi.path import entry_steps, penalties_of, require_leaves, require_paths
 
 Importance = dict[str, np.ndarray]
 # The released code assigns this epoch to groups that never entered.
@@ -30,26 +31,28 @@ def entry_importance(params: Any, opt_state: Any) -> Importance:
 
     Args:
       params: the dense weights.
-      opt_state: state of a chain with `record_entry=True`.
+      opt_state: state of a chain with `record_entry=True`. For stacked states use
+        `jax.vmap(entry_importance)`.
 
     Returns:
-      {layer: float64, one per group}: ranks over all layers together; the most
-      important group has the largest.
+      {layer: one per group}: ranks over all layers together, 0 for the least important
+      group; float64, or a traced int32 under `jax.vmap`.
 
     Raises:
-      ValueError: if the entries were not recorded.
+      ValueError: if the entries were not recorded, `params` lacks a path of the state
+        or has other shapes, or a parameter contains NaN.
     """
     steps = entry_steps(opt_state)
     norms = _norms(params, penalties_of(opt_state))
+    require_leaves(norms, {path: np.shape(step) for path, step in steps.items()})
     entered = _flatten({path: steps[path] for path in norms})
-    never = np.iinfo(np.int32).max
-    first = np.where(entered < 0, never, entered)
     flat = _flatten(norms)
-    # np.lexsort sorts by the last key first.
-    order = np.lexsort((-flat, first))
-    places = np.empty(len(order))
-    places[order] = np.arange(len(order))[::-1]
-    return _unflatten(places, norms)
+    numpy = jnp if isinstance(flat, jax.core.Tracer) else np
+    first = numpy.where(entered < 0, np.iinfo(np.int32).max, entered)
+    # lexsort sorts by the last key first; the inverse of the order are the ranks.
+    ranks = numpy.argsort(numpy.lexsort((-flat, first)))
+    ranks = len(flat) - 1 - ranks
+    return _unflatten(ranks if numpy is jnp else ranks.astype(float), norms)
 
 
 def magnitude_importance(
@@ -125,7 +128,7 @@ def keep_masks(
     Args:
       importance: {layer: one per group}; groups with larger values are kept first. Of
         equal groups the first are kept.
-      sparsity: fraction of the groups to remove, in [0, 1].
+      sparsity: fraction of the groups to remove, in [0, 1).
       scope: "layer" removes this fraction of each layer, "global" of all layers
         together.
       min_keep: minimum number of groups kept in every layer, since a layer without
@@ -137,8 +140,8 @@ def keep_masks(
     Raises:
       ValueError: if a number is out of range or the scope is unknown.
     """
-    if not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity must be in [0, 1], got {sparsity}.")
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be in [0, 1), got {sparsity}.")
     if min_keep < 0:
         raise ValueError(f"min_keep must be >= 0, got {min_keep}.")
     if scope == "layer":
@@ -246,24 +249,29 @@ def keep_zero(masks: Any) -> optax.GradientTransformation:
 
 def _norms(params, assigned):
     leaves = penalties.named_leaves(params)
-    return {
-        path: np.asarray(chosen.norms(leaves[path]), np.float64)
-        for path, chosen in assigned.items()
-    }
+    require_paths(params, assigned)
+    norms = {}
+    for path, chosen in assigned.items():
+        penalties.check_not_nan(path, leaves[path])
+        of_layer = chosen.norms(leaves[path])
+        traced = isinstance(of_layer, jax.core.Tracer)
+        norms[path] = of_layer if traced else np.asarray(of_layer, np.float64)
+    return norms
 
 
 def _flatten(layers):
     if not layers:
         raise ValueError("there is no layer with a penalty.")
-    return np.concatenate([values.ravel() for values in layers.values()])
+    flat = [values.ravel() for values in layers.values()]
+    traced = any(isinstance(values, jax.core.Tracer) for values in flat)
+    return (jnp if traced else np).concatenate(flat)
 
 
 def _unflatten(flat, like):
-    sizes = np.cumsum([values.size for values in like.values()])[:-1]
-    parts = np.split(flat, sizes)
+    ends = np.cumsum([values.size for values in like.values()])
     return {
-        path: part.reshape(values.shape)
-        for (path, values), part in zip(like.items(), parts, strict=True)
+        path: flat[end - values.size : end].reshape(values.shape)
+        for (path, values), end in zip(like.items(), ends, strict=True)
     }
 
 
@@ -282,7 +290,6 @@ def _keep_largest(values, count):
 _MOVED = {
     "ChannelMap": (channels, "ChannelMap"),
     "channel_masks": (channels, "channel_masks"),
-    "thin": (channels, "thin"),
     "official_importance": (None, "released_code_importance"),
 }
 

@@ -158,8 +158,9 @@ SPECIAL = {
     "stale-with-cls": (STALE, MASKED),
     "heads-of-images": (DROP | PER_IMAGE, MASKED),
     "heads-of-images-zero": (ZERO | PER_IMAGE | {"head_score": "confidence"}, MASKED),
-    "fuse": (DROP | {"fuse": True, "keep": (12, 6)}, COMPACT),
-    "fuse-norm": (DROP | {"fuse": True, "score": "norm"}, COMPACT),
+    "fuse": (DROP | {"fuse": "sum", "keep": (12, 6)}, COMPACT),
+    "fuse-mean": (DROP | {"fuse": "mean", "keep": (12, 6)}, COMPACT),
+    "fuse-norm": (DROP | {"fuse": "mean", "score": "norm"}, COMPACT),
     "evit": (
         vars(schedules.evit(0.5, num_layers=3, num_patches=12)),
         COMPACT,
@@ -415,19 +416,29 @@ def test_attention_is_asked_for_where_a_later_choice_needs_it():
     def queries(num_patches=9, **options):
         cascade = Cascade(**options)
         layers = range(len(cascade.keep))
-        return [cascades.scored_query(cascade, i, num_patches) for i in layers]
+        names = [cascades.needed_statistics(cascade, i, num_patches) for i in layers]
+        old = {(): None, ("cls",): "cls"}
+        with pytest.warns(DeprecationWarning, match="is now .*needed_statistics"):
+            assert [old.get(one, "all") for one in names] == [
+                cascades.scored_query(cascade, i, num_patches) for i in layers
+            ]
+        return names
 
     # The MLP of layer 1 drops: layers 0 and 1 are scored, the last two run fused.
     drop = {"keep": (9, 9, 5, 5), "keep_mlp": (9, 5, 5, 5)}
-    assert queries(**drop) == ["all", "all", None, None]
-    assert queries(**drop, score="cls") == ["cls", "cls", None, None]
-    assert queries(**drop, score="norm") == [None] * 4
-    assert queries(**drop, resets=(1,)) == [None, "all", None, None]
+    maxima = ("column_max",)
+    assert queries(**drop) == [maxima, maxima, (), ()]
+    assert queries(**drop, alpha=0.5)[0] == ("column_max", "row_max")
+    assert queries(**drop, alpha=0.5, beta=0.0)[0] == ("row_max",)
+    assert queries(**drop, score="sum", alpha=0.5)[0] == ("column_sum",)
+    assert queries(**drop, score="cls") == [("cls",), ("cls",), (), ()]
+    assert queries(**drop, score="norm") == [()] * 4
+    assert queries(**drop, resets=(1,)) == [(), maxima, (), ()]
     # Tokens may return: every layer that leaves some out chooses again.
     skip = {"semantics": "skip", "keep": (5, 5, 9)}
-    assert queries(**skip) == ["all", "all", None]
-    assert queries(semantics="zero", keep=(5, 5)) == ["all", "all"]
-    assert cascades.scored_query(None, 0, 9) is None
+    assert queries(**skip) == [maxima, maxima, ()]
+    assert queries(semantics="zero", keep=(5, 5)) == [maxima, maxima]
+    assert cascades.needed_statistics(None, 0, 9) == ()
 
 
 def test_stale_thresholds_prune_fewer_than_asked():
@@ -467,6 +478,15 @@ def test_fused_token_stands_at_the_end_of_evits_tokens():
 def test_renamed_functions_work_and_warn(old, new):
     with pytest.warns(DeprecationWarning, match=f"vit.cascade.{old} is now vit."):
         assert getattr(cascades, old) is new
+
+
+@pytest.mark.parametrize(("old", "new"), [(True, "mean"), (False, None)])
+def test_fuse_was_a_flag(old, new):
+    with pytest.warns(DeprecationWarning, match="own is fuse='sum'"):
+        assert Cascade(keep=(5, 3), fuse=old).fuse == new
+    with pytest.warns(DeprecationWarning, match=f"is now fuse={new!r}"):
+        cascade = schedules.evit(0.5, num_layers=4, num_patches=10, fuse=old)
+    assert cascade == schedules.evit(0.5, num_layers=4, num_patches=10, fuse=new)
 
 
 @pytest.mark.parametrize(
@@ -519,29 +539,30 @@ def test_moved_functions_are_found_in_cascade(module, names):
         ({"score": "merge"}, "must equal the `keep_mlp` of the layer before"),
         (
             {"score": "merge", "keep_mlp": (3, 2), "mode": "masked"},
-            "'merge' requires semantics 'drop', mode 'compact' and fuse=F",
+            "'merge' requires semantics 'drop', mode 'compact' and fuse=N",
         ),
         (
             {"score": "merge", "keep_mlp": (3, 2), "semantics": "skip"},
-            "'merge' requires semantics 'drop', mode 'compact' and fuse=F",
+            "'merge' requires semantics 'drop', mode 'compact' and fuse=N",
         ),
         (
-            {"score": "merge", "keep_mlp": (3, 2), "fuse": True},
-            "'merge' requires semantics 'drop', mode 'compact' and fuse=F",
+            {"score": "merge", "keep_mlp": (3, 2), "fuse": "sum"},
+            "'merge' requires semantics 'drop', mode 'compact' and fuse=N",
         ),
+        ({"fuse": "max"}, "fuse must be one of None, sum, mean; got 'max'"),
         (
             {"score": "merge", "keep_mlp": (3, 1)},
             r"can merge at most half of its patches, got \[5, 3, 3, 1\]",
         ),
         (
-            {"fuse": True, "semantics": "skip"},
+            {"fuse": "sum", "semantics": "skip"},
             "fuse requires semantics 'drop'",
         ),
         (
-            {"fuse": True, "mode": "masked"},
+            {"fuse": "mean", "mode": "masked"},
             "fuse requires semantics 'drop'",
         ),
-        ({"fuse": True, "keep": (5, 0)}, "mode 'compact' and at least one patch"),
+        ({"fuse": "sum", "keep": (5, 0)}, "mode 'compact' and at least one patch"),
         (
             {"keep_heads": (2, 1), "head_scope": "image"},
             "head_scope='image' cannot save work .* use mode='masked'",
@@ -556,3 +577,33 @@ def test_moved_functions_are_found_in_cascade(module, names):
 def test_cascades_that_do_not_fit_together_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Cascade(**({"keep": (5, 3)} | options))
+
+
+@pytest.mark.parametrize(
+    ("class_token", "semantics"), [(True, "drop"), (False, "zero")], ids=str
+)
+def test_registers_are_always_kept(class_token, semantics):
+    """Both modes agree, and the tokens before the patches are never pruned."""
+    cascade = Cascade(**COUNTS[semantics], semantics=semantics)
+    models = [
+        make(c, class_token=class_token, num_registers=2, pool="mean")
+        for c in in_modes(cascade)
+    ]
+    params = vit_oracle.random_params(models[0], IMAGES)
+    images = vit_oracle.random_images(IMAGES)
+    num_prefix = 2 + class_token
+    assert models[0].num_prefix == num_prefix
+    (compact, captured), masked = run(
+        lambda p: (
+            models[0].apply({"params": p}, images, mutable=["intermediates"]),
+            models[1].apply({"params": p}, images),
+        ),
+        params,
+    )
+    assert_close(masked, compact, tolerance=2e-5)
+    if semantics == "drop":
+        for layer, keep in enumerate(cascade.keep):
+            block = captured["intermediates"]["Transformer"][f"encoderblock_{layer}"]
+            tokens = np.asarray(block["tokens"][0])
+            assert tokens.shape == (2, keep + num_prefix)
+            np.testing.assert_array_equal(tokens[:, :num_prefix], [[0, 1, 2]] * 2)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from experiments.networks import lenet, registry, vgg
+from experiments.networks import lenet, vgg
 from lbi import channels, pruning
+from lbi.channels import trace
 
 
 @pytest.fixture(autouse=True)
@@ -64,30 +65,30 @@ def make_lenet(channels):
     return lenet.LeNet(features=tuple(features), hidden=hidden, num_classes=7)
 
 
-# name: (network from channels, its channels, its map, shape of the images)
+# name: (network from channels, its channels, its map by hand, shape of the images)
 NETWORKS = {
     "lenet": (
         make_lenet,
         (4, 5, 6, 8),
-        registry.channel_map(lenet.LeNet()),
+        "trace",
         (3, 28, 28, 1),
     ),
     "vgg_bn": (
         lambda channels: make_vgg(channels, True),
         (4, 5, 6, 7, 5, 8),
-        registry.channel_map(make_vgg((4, 5, 6, 7, 5, 8), True)),
+        "trace",
         (3, 32, 32, 3),
     ),
     "vgg": (
         lambda channels: make_vgg(channels, False),
         (4, 5, 6, 7, 5, 8),
-        registry.channel_map(make_vgg((4, 5, 6, 7, 5, 8), False)),
+        "trace",
         (3, 32, 32, 3),
     ),
     "vgg_bn_positions": (
         lambda channels: make_vgg(channels, True, (2, 1), 1),
         (7, 5, 4, 6),
-        registry.channel_map(make_vgg((7, 5, 4, 6), True, (2, 1), 1)),
+        "trace",
         (3, 8, 12, 2),
     ),
     "positions": (
@@ -123,9 +124,12 @@ def set_up(name):
         return jnp.asarray(rng.normal(0, stddev, leaf.shape), jnp.float32)
 
     variables = jax.tree_util.tree_map_with_path(draw, shapes)
+    if channel_map == "trace":
+        channel_map = trace(model.apply, variables, images)
+    layers = channel_map if isinstance(channel_map, dict) else channel_map.removable()
     keep = {
         layer: rng.permutation(count) < max(round(0.6 * count), 1)
-        for layer, count in zip(channel_map, channels, strict=True)
+        for layer, count in zip(layers, channels, strict=True)
     }
     thinner = make(tuple(int(mask.sum()) for mask in keep.values()))
     return model, variables, images, keep, channel_map, thinner
@@ -156,7 +160,11 @@ def test_masked_network_equals_the_thinner_one(name):
 @networks
 def test_zeroed_filters_and_biases_are_not_enough_for_every_network(name):
     model, variables, images, keep, channel_map, thinner = set_up(name)
-    own = {layer: places[:2] for layer, places in channel_map.items()}
+    own = {
+        layer: ((layer, -1), (layer.replace("kernel", "bias"), 0))
+        for layer in keep
+        if layer != "conv"
+    } or {"conv": POSITIONS_MAP["conv"][:2]}
     masks = channels.channel_masks(keep, own, variables)
     naive = compiled(model)(pruning.apply_masks(variables, masks), images)
     thinned = channels.thin(variables, keep, channel_map)
@@ -203,12 +211,8 @@ def test_masked_and_thinner_networks_train_alike():
     thinned = channels.thin(variables, keep, channel_map)
     logits, stats = train(thinner, thinned)
     assert relative_error(logits, masked_logits) < THIN_TOLERANCE
-    in_map = {
-        layer: [p for p in places if p[0].startswith("batch_stats")]
-        for layer, places in channel_map.items()
-    }
-    ours = channels.thin({"batch_stats": masked_stats}, keep, in_map)["batch_stats"]
-    chex.assert_trees_all_close(ours, stats, rtol=1e-5, atol=1e-6)
+    ours = channels.thin(variables | {"batch_stats": masked_stats}, keep, channel_map)
+    chex.assert_trees_all_close(ours["batch_stats"], stats, rtol=1e-5, atol=1e-6)
 
 
 def test_channel_masks_match_a_loop():
@@ -229,8 +233,8 @@ def test_channel_masks_of_two_layers_meet_in_one_kernel():
     _, variables, _, keep, channel_map, _ = set_up("lenet")
     masks = channels.channel_masks(keep, channel_map, variables)["params"]
     expected = np.ones((5, 5, 4, 5), bool)
-    expected[:, :, ~keep["conv1"]] = False
-    expected[:, :, :, ~keep["conv2"]] = False
+    expected[:, :, ~keep["params/conv1/kernel"]] = False
+    expected[:, :, :, ~keep["params/conv2/kernel"]] = False
     np.testing.assert_array_equal(masks["conv2"]["kernel"], expected)
     # The network's outputs are no channels to remove.
     assert masks["fc2"]["bias"].all()
@@ -238,6 +242,7 @@ def test_channel_masks_of_two_layers_meet_in_one_kernel():
 
 def test_layers_that_are_not_named_keep_all():
     _, variables, _, keep, channel_map, _ = set_up("lenet")
+    keep = {"conv2": keep["params/conv2/kernel"]}
     only = {"conv2": keep["conv2"]}
     thinned = channels.thin(variables, only, channel_map)["params"]
     count = keep["conv2"].sum()

@@ -43,7 +43,7 @@ def test_plateaus_of_the_ramp_save_what_is_computed_for_vit_b(ratio, percent):
 @pytest.mark.parametrize(("keep_rate", "giga"), [(0.7, 3.00), (0.5, 2.28)])
 def test_evit_costs_what_is_published(keep_rate, giga):
     model = models.make("S", 0, 16)
-    cascade = schedules.evit(keep_rate, **SIZES, fuse=False)
+    cascade = schedules.evit(keep_rate, **SIZES, fuse=None)
     assert abs(cost.count(model.clone(cascade=cascade), 224).total / 1e9 - giga) < 0.01
 
 
@@ -165,25 +165,24 @@ def test_products_are_those_of_the_program(cascade):
     [
         {"stem": (24, 48), "representation_size": 100},
         {"num_heads": (8, 3, 1), "head_dim": 32, "mlp_dim": (512, 300, 77)},
+        {"num_registers": 3, "cascade": CASCADES["zero"], "pool": "cls_and_mean"},
     ],
-    ids=["stem", "uneven"],
+    ids=["stem", "uneven", "registers"],
 )
 def test_products_of_other_networks(options):
     check_against_xla(ViT(**(SMALL | options)))
 
 
-def test_products_of_merging_and_of_a_query_alone():
+def test_products_of_merging_and_of_fusing():
     merging = schedules.token_merging(12, num_layers=3, num_patches=64)
     # Sums of sizes: the two sides of 65, 53 and 41 tokens.
     check_against_xla(
         ViT(**SMALL, cascade=merging), uncounted=33 * 32 + 27 * 26 + 21 * 20
     )
     evit = schedules.evit(0.6, num_layers=3, num_patches=64)
-    # Where 65, 41 and 26 tokens attend, CLS's row is computed once more for the scores,
-    # and a sum over them makes the fused token.
+    # A sum over the 65, 41 and 26 tokens makes the fused token.
     assert evit.counts == ((64, 40), (40, 25), (25, 16))
-    rows, fused = (65 + 41 + 26) * 256, (65 + 41 + 26) * 256
-    check_against_xla(ViT(**SMALL, cascade=evit), uncounted=rows + fused)
+    check_against_xla(ViT(**SMALL, cascade=evit), uncounted=(65 + 41 + 26) * 256)
 
 
 # Parameters.
@@ -218,6 +217,10 @@ def test_small_variants_have_the_counted_parameters(variant, stem):
         {"head_dim": 6},
         {"num_heads": (5, 1, 2), "head_dim": 6},
         {"mlp_dim": (3, 14, 1)},
+        {"num_registers": 4, "pool": "cls_and_mean", "representation_size": 9},
+        {"num_registers": 1, "distilled": True},
+        {"num_registers": 1, "distilled": True, "num_classes": 0},
+        {"class_token": False, "pool": "mean_before_norm"},
         {"cascade": Cascade(keep=(9, 5, 5), keep_heads=(1, 2, 3))},
     ],
 )

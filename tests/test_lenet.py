@@ -10,7 +10,7 @@ from jax import lax
 
 from experiments.networks.convolution import matmul_conv
 from experiments.networks.lenet import LeNet
-from experiments.networks.registry import channel_map
+from experiments.networks.registry import channel_graph
 from lbi.penalty import named_leaves
 
 SMALL = {"features": (3, 4, 5), "hidden": 6, "num_classes": 7}
@@ -134,15 +134,19 @@ def test_images_of_another_size_are_refused(shape):
         jax.eval_shape(LeNet().init, jax.random.key(0), images)
 
 
-def test_channel_map_names_all_that_goes_with_a_channel():
+def test_channel_graph_finds_all_that_goes_with_a_channel():
     lengths = {"conv1": 3, "conv2": 4, "conv3": 5, "fc1": 6}
     leaves = named_leaves(shapes_of(LeNet(**SMALL)))
-    channels = channel_map(LeNet(**SMALL))
-    assert list(channels) == list(lengths)
+    channels = channel_graph(LeNet(**SMALL), (28, 28, 1))
+    assert list(channels.removable().values()) == list(lengths.values())
     named = []
-    for name, places in channels.items():
+    for name in lengths:
+        places = channels[f"params/{name}/kernel"]
         assert places[0][0] == f"params/{name}/kernel"
-        for path, axis in places:
+        for path, axis, numbers in places:
+            copies = len(numbers) // lengths[name]  # positions of a flattened image
+            expected_numbers = np.tile(np.arange(lengths[name]), copies)
+            np.testing.assert_array_equal(numbers, expected_numbers)
             assert leaves[path].shape[axis] == lengths[name], (name, path)
             named.append((path, axis % leaves[path].ndim))
     # Every output axis of a hidden layer, every input axis but the image's, once.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lbi.penalty import L1, GroupL2, assign, named_leaves, with_lam
+from lbi.penalty import L1, GroupL2, Layer, Layers, assign, named_leaves, with_lam
 
 LAM = 0.8
 # Penalties, the shape of a parameter, and the axes that a group extends over.
@@ -254,17 +254,40 @@ PARAMS = {
     "scale": jnp.zeros(()),
 }
 UNITS = GroupL2(0.5)
-AUTO = {"attention/bias": L1(), "conv/kernel": GroupL2(), "dense/kernel": L1()}
+LAYERS = Layers(
+    {
+        "attention/kernel": Layer("product", output=(1, 2), input=(0,), heads=(1,)),
+        "attention/bias": Layer("bias"),
+        "conv/kernel": Layer("convolution", output=(3,), input=(2,), window=(0, 1)),
+        "conv/bias": Layer("bias"),
+        "dense/kernel": Layer("convolution", output=(1,), input=(0,), stacked=(0,)),
+        "dense/bias": Layer("bias"),
+        "scale": Layer("scale"),
+    }
+)
 RULES = {
-    "auto": ("auto", AUTO),
+    "layers": (
+        LAYERS,
+        {
+            "attention/kernel": L1(),
+            "conv/kernel": GroupL2(group_axes=(3,)),
+            "dense/kernel": GroupL2(group_axes=(0, 1)),
+        },
+    ),
+    "layers_for_the_rest": (
+        {"attention": GroupL2(group_axes=0), "dense": None, "": LAYERS},
+        {
+            "attention/bias": GroupL2(group_axes=0),
+            "attention/kernel": GroupL2(group_axes=0),
+            "conv/kernel": GroupL2(group_axes=(3,)),
+        },
+    ),
     "none": (None, {}),
     "empty": ({}, {}),
-    # Everything of rank 2 or more.
+    # Every kernel of rank 2 or more.
     "one": (
         UNITS,
-        dict.fromkeys(
-            ["attention/bias", "attention/kernel", "conv/kernel", "dense/kernel"], UNITS
-        ),
+        dict.fromkeys(["attention/kernel", "conv/kernel", "dense/kernel"], UNITS),
     ),
     "first_match_wins": (
         {"conv": L1(2), "kernel": UNITS, "dense/kernel": L1(3)},
@@ -276,8 +299,8 @@ RULES = {
         },
     ),
     "none_excludes": (
-        {"bias": None, "dense": "auto", "attention": "auto"},
-        {"dense/kernel": L1()},
+        {"attention": None, "bias": None, "": "auto"},
+        {"conv/kernel": GroupL2(), "dense/kernel": L1()},
     ),
     "none_excludes_all": ({"": None, "kernel": L1()}, {}),
     "auto_for_the_rest": (
@@ -292,7 +315,7 @@ RULES = {
         {"conv": {"kernel": UNITS, "bias": None}, "dense|scale": "auto"},
         {"conv/kernel": UNITS, "dense/kernel": L1()},
     ),
-    "anchored": ({"^dense/kernel$": UNITS, "^kernel": L1()}, {"dense/kernel": UNITS}),
+    "anchored": ({"^dense/kernel$": UNITS}, {"dense/kernel": UNITS}),
     # By its own pattern also a parameter of rank 1 or 0.
     "bias": ({"conv/bias|scale": L1()}, {"conv/bias": L1(), "scale": L1()}),
 }
@@ -324,7 +347,7 @@ def test_names_of_leaves_in_other_trees():
 
 
 def test_axes_that_do_not_fit_name_the_layer():
-    rules = {"conv": GroupL2(group_axes=3), "kernel": "auto"}
+    rules = {"conv": GroupL2(group_axes=3), "dense": "auto"}
     message = re.escape(
         "conv/bias: group_axes 3 does not fit a parameter of shape (4,)"
     )

@@ -106,16 +106,16 @@ def test_released_code_zeroes_the_documented_counts(double_counter):
 
 
 def test_evit_has_the_published_counts():
-    cascade = schedules.evit(0.7, num_layers=12, num_patches=196, fuse=False)
+    cascade = schedules.evit(0.7, num_layers=12, num_patches=196, fuse=None)
     # ceil(.7 * 196) = 138, ceil(.7 * 138) = 97, ceil(.7 * 97) = 68.
     assert cascade.keep == (196,) * 4 + (138,) * 3 + (97,) * 3 + (68,) * 2
     assert cascade.keep_mlp == (196,) * 3 + (138,) * 3 + (97,) * 3 + (68,) * 3
-    assert (cascade.score, cascade.cumulative, cascade.fuse) == ("cls", False, False)
+    assert (cascade.score, cascade.cumulative, cascade.fuse) == ("cls", False, None)
     cascade = schedules.evit(0.7, num_layers=12, num_patches=196)
     # With a fused one: 139, ceil(.7 * 139) + 1 = 99, ceil(.7 * 99) + 1 = 71.
     assert cascade.keep_mlp == (196,) * 3 + (139,) * 3 + (99,) * 3 + (71,) * 3
-    assert cascade.fuse
-    cascade = schedules.evit(0.5, num_layers=4, num_patches=10, layers=[2], fuse=False)
+    assert cascade.fuse == "sum"
+    cascade = schedules.evit(0.5, num_layers=4, num_patches=10, layers=[2], fuse=None)
     assert cascade.counts == ((10, 10), (10, 10), (10, 5), (5, 5))
     cascade = schedules.evit(1.0, num_layers=4, num_patches=10)
     assert cascade.counts == ((10, 10),) * 4

@@ -6,7 +6,16 @@ import pytest
 import vit_oracle
 from vit_oracle import run
 
-from vit.tokens import Tokens, fuse, gather, mask_to_indices, merge, take, top_mask
+from vit.tokens import (
+    FUSIONS,
+    Tokens,
+    fuse,
+    gather,
+    mask_to_indices,
+    merge,
+    take,
+    top_mask,
+)
 
 
 def tokens_of(x, scores):
@@ -53,19 +62,26 @@ def test_gathering_keeps_the_order_and_every_field():
     np.testing.assert_array_equal(kept.weights, [[0, 2, 4], [5, 6, 8]])
 
 
-def test_fused_token_is_the_mean_weighted_by_the_scores():
+def test_fused_token_is_evits_sum_or_the_mean_weighted_by_the_scores():
     x = np.random.default_rng(0).normal(size=(1, 6, 3))
     scores = np.array([[9.0, 0.1, 0.5, 0.3, 0.2, 0.6]])
     tokens = tokens_of(x, scores)
     ranking = tokens.score.at[:, 0].set(jnp.inf)
-    tokens = run(lambda *arrays: fuse(*arrays, 4), tokens, ranking)
-    # CLS, the two best and the mean of numbers 1, 3 and 4 by 1/6, 3/6 and 2/6.
-    np.testing.assert_array_equal(tokens.position, [[0, 2, 5, -1]])
-    np.testing.assert_allclose(tokens.x[:, :3], x[:, [0, 2, 5]], rtol=1e-6)
-    mean = (x[0, 1] + 3 * x[0, 3] + 2 * x[0, 4]) / 6
-    np.testing.assert_allclose(tokens.x[0, 3], mean, rtol=1e-5)
-    mean = (0.1 + 3 * 0.3 + 2 * 0.2) / 6
-    np.testing.assert_allclose(tokens.score, [[9, 0.5, 0.6, mean]], rtol=1e-5)
+    fused = run(
+        lambda *arrays: [fuse(*arrays, 4, form=form) for form in FUSIONS],
+        *(tokens, ranking),
+    )
+    # Numbers 1, 3 and 4, of the weights 0.1, 0.3 and 0.2.
+    total = 0.1 * x[0, 1] + 0.3 * x[0, 3] + 0.2 * x[0, 4]
+    score = (0.1**2 + 0.3**2 + 0.2**2) / 0.6
+    for after, expected in zip(fused, (total, total / 0.6), strict=True):
+        # CLS and the two best come first.
+        np.testing.assert_array_equal(after.position, [[0, 2, 5, -1]])
+        np.testing.assert_allclose(after.x[:, :3], x[:, [0, 2, 5]], rtol=1e-6)
+        np.testing.assert_allclose(after.x[0, 3], expected, rtol=1e-5)
+        np.testing.assert_allclose(after.score, [[9, 0.5, 0.6, score]], rtol=1e-5)
+    with pytest.raises(ValueError, match="form must be one of sum, mean; got 'max'"):
+        fuse(tokens, ranking, 4, form="max")
 
 
 def test_merging_by_hand():
@@ -116,3 +132,18 @@ def test_merging_matches_numpy(num_tokens, num_merged):
         assert merged.weights[image].tolist() == [token.size for token in expected]
         x_expected = np.stack([token.x for token in expected])
         np.testing.assert_allclose(merged.x[image], x_expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_prefix", [0, 1, 2, 3])
+def test_no_token_before_the_patches_is_merged(num_prefix):
+    # All keys are equal: only the prefix tells tokens apart.
+    tokens = tokens_of(np.arange(18.0).reshape(1, 9, 2), np.zeros((1, 9)))
+    tokens = tokens._replace(weights=jnp.ones((1, 9)))
+    keys = jnp.ones((1, 9, 3))
+    keep = 9 - num_prefix - 3
+    merged = merge(tokens, keys, keep, num_prefix=num_prefix)
+    assert merged.x.shape == (1, num_prefix + keep, 2)
+    for token in range(num_prefix):
+        [place] = np.flatnonzero(merged.position[0] == token)
+        assert merged.weights[0, place] == 1
+        np.testing.assert_array_equal(merged.x[0, place], tokens.x[0, token])

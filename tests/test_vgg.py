@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 from experiments.networks.convolution import matmul_conv
-from experiments.networks.registry import channel_map
+from experiments.networks.registry import channel_graph
 from experiments.networks.vgg import VGG
 from lbi.penalty import named_leaves
 
@@ -237,7 +237,7 @@ def test_images_of_another_size_are_refused(settings, shape, side):
 
 @sizes
 @with_and_without_bn
-def test_channel_map_names_all_that_goes_with_a_channel(
+def test_channel_graph_finds_all_that_goes_with_a_channel(
     settings, image_shape, batch_norm
 ):
     model = VGG(**settings, batch_norm=batch_norm)
@@ -250,12 +250,16 @@ def test_channel_map_names_all_that_goes_with_a_channel(
     num_positions = image_shape[1] * image_shape[2] // side**2
     assert num_positions > 1
 
-    channels = channel_map(model)
-    assert list(channels) == list(lengths)
+    channels = channel_graph(model, image_shape[1:])
+    assert list(channels.removable().values()) == list(lengths.values())
     named = []
-    for name, places in channels.items():
+    for name in lengths:
+        places = channels[f"params/{name}/kernel"]
         assert places[0][0] == f"params/{name}/kernel"
-        for path, axis in places:
+        for path, axis, numbers in places:
+            copies = len(numbers) // lengths[name]  # positions of a flattened image
+            expected_numbers = np.tile(np.arange(lengths[name]), copies)
+            np.testing.assert_array_equal(numbers, expected_numbers)
             flattened = name == last_conv and path == "params/fc1/kernel"
             length = lengths[name] * (num_positions if flattened else 1)
             assert leaves[path].shape[axis] == length, (name, path)

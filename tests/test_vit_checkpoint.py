@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import os
 import pickle
 import zipfile
@@ -29,12 +30,13 @@ from vit_files import (
     network,
     pre_linen,
     timm,
+    timm_average,
     timm_without_cls_row,
     write,
 )
 
 from vit.checkpoint import load_checkpoint, resize_positions, save_checkpoint
-from vit.model import ViT, make
+from vit.model import POOLS, ViT, make
 
 HERE = Path(__file__).resolve().parent
 # Numbers of tests/goldens/make_vit_goldens.py, and the reference program's own where
@@ -98,13 +100,15 @@ def test_logits_are_those_of_the_equations(tmp_path, layout):
         mlp_dim=20,
         gelu=gelu,
         ln_eps=EPSILON.get(layout, 1e-6),
+        pool="mean_before_norm" if layout is timm_average else "cls",
     )
     images = images_of(net)
     logits = apply(model, params, images)
-    expected = forward(net, images, gelu, 1e-6)
+    expected = forward(net, images, gelu, 1e-6, model.pool)
     # float32 against float64: 1e-6 each for a few dozen operations in a row.
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
-    assert np.max(np.abs(forward(net, images, other, 1e-6) - expected)) > 1e-4
+    different = forward(net, images, other, 1e-6, model.pool)
+    assert np.max(np.abs(different - expected)) > 4e-5
 
 
 @pytest.mark.parametrize("layout", [pre_linen, big_vision_stacked, timm])
@@ -158,7 +162,7 @@ def test_headless_file(tmp_path, layout):
     assert params["head"]["kernel"].shape == (12, 3)
 
 
-@pytest.mark.parametrize("layout", [*GOOGLE, *TORCH[:3]])
+@pytest.mark.parametrize("layout", [*GOOGLE, *TORCH[:4]])
 def test_layouts_of_one_network_give_the_same_bits(tmp_path, layout):
     net = network(2)
     expected = linen(net)
@@ -218,17 +222,308 @@ def test_parameters_carry_the_names_of_the_reference_program(tmp_path):
     }
 
 
+# More tokens, scales and files than the original network has.
+
+
+def random(*shape):
+    return np.random.default_rng(5).normal(size=shape).astype(np.float32)
+
+
+def grown(registers=0, scaled=False):
+    """A network with registers, whose positions are zero, and LayerScale."""
+    net = network(hidden=24)
+    if registers:
+        net["registers"] = random(registers, 12)
+        rows = net["positions"]
+        absent = np.zeros((registers, 12), np.float32)
+        net["positions"] = np.concatenate([rows[:1], absent, rows[1:]])
+    if scaled:
+        for block in net["blocks"]:
+            block["scale1"], block["scale2"] = random(2, 12)
+    return net
+
+
+def timm_of_today(net):
+    """Registers and CLS without positions; factors; no bias of query, key and value."""
+    count = 1 + len(net["registers"])
+    net["cls"] = net["cls"] + net["positions"][0]
+    net["positions"][0] = 0
+    arrays = timm({k: v for k, v in net.items() if k != "registers"})
+    arrays["pos_embed"] = net["positions"][None, count:]
+    arrays["reg_token"] = net["registers"][None]
+    for i, block in enumerate(net["blocks"]):
+        arrays[f"blocks.{i}.ls1.gamma"] = block["scale1"]
+        arrays[f"blocks.{i}.ls2.gamma"] = block["scale2"]
+        del arrays[f"blocks.{i}.attn.qkv.bias"]
+        for name in ("query", "key", "value"):
+            block[name] = block[name][0], np.zeros(12, np.float32)
+    return {f"model.{name}": value for name, value in arrays.items()}
+
+
+def dino_of_hugging_face(net):
+    names = {
+        "layernorm_before": "norm1",
+        "layernorm_after": "norm2",
+        "intermediate.dense": "mlp.fc1",
+    }
+    arrays = {}
+    for name, value in hugging_face(net, "dinov2_with_registers.").items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        if ".attention.output" not in name:
+            name = name.replace("output.dense", "mlp.fc2")
+        arrays[name] = value
+    start = "dinov2_with_registers."
+    positions = f"{start}embeddings.position_embeddings"
+    arrays[positions] = np.delete(arrays[positions], np.s_[1:4], axis=1)
+    arrays[f"{start}embeddings.register_tokens"] = net["registers"][None]
+    arrays[f"{start}embeddings.mask_token"] = random(1, 12)
+    for i, block in enumerate(net["blocks"]):
+        for k in (1, 2):
+            name = f"{start}encoder.layer.{i}.layer_scale{k}.lambda1"
+            arrays[name] = block[f"scale{k}"]
+    return arrays
+
+
+def deit_of_hugging_face(net):
+    plain = {k: v for k, v in net.items() if k not in ("registers", "head_dist")}
+    arrays = {
+        name.replace("vit.", "deit.").replace("classifier", "cls_classifier"): value
+        for name, value in hugging_face(plain).items()
+    }
+    for leaf, value in zip(("weight", "bias"), net["head_dist"], strict=True):
+        arrays[f"distillation_classifier.{leaf}"] = value
+    token = net["registers"][None]
+    return arrays | {"deit.embeddings.distillation_token": token}
+
+
+def big_vision_average(net):
+    arrays = big_vision(net | {"cls": np.zeros(12, np.float32)})
+    del arrays["params/cls"]
+    return arrays
+
+
+@pytest.mark.parametrize(
+    ("layout", "pool", "registers"),
+    [
+        (timm_of_today, "cls", 3),
+        (dino_of_hugging_face, "cls_and_mean", 3),
+        (deit_of_hugging_face, "cls", 1),
+        (big_vision_average, "mean", 0),
+    ],
+)
+def test_more_networks_are_those_of_the_equations(tmp_path, layout, pool, registers):
+    net = grown(registers, scaled=registers == 3)
+    if pool == "cls_and_mean":
+        net["head"] = random(5, 24), random(5)
+    if layout is deit_of_hugging_face:
+        net["head_dist"] = random(5, 12), random(5)
+        net["positions"][1] = random(12)
+    kind = linen if layout is big_vision_average else timm  # The kind of the file.
+    arrays = {k: np.ascontiguousarray(v) for k, v in layout(net).items()}
+    path = write(tmp_path, kind, net, arrays)
+    if layout is big_vision_average:
+        del net["cls"]
+        net["positions"] = net["positions"][1:]
+    model, params = load(path, kind, net)
+    assert (model.pool, model.num_registers) == (pool, registers)
+    assert model.distilled == (layout is deit_of_hugging_face)
+    images = images_of(net)
+    expected = forward(net, images, model.gelu, 1e-6, pool)
+    np.testing.assert_allclose(apply(model, params, images), expected, atol=5e-5)
+    resized, more = load(path, kind, net, image_size=18, resize="timm", num_classes=2)
+    assert apply(resized, more, images_of(net, grid=6)).shape == (2, 2)
+
+    # And back: our own format, and those that can express it.
+    targets = {"google": "mine.npz", "timm": "timm", "huggingface": "hf"}
+    if layout in (dino_of_hugging_face, deit_of_hugging_face):
+        del targets["timm"]  # It has no such head, and its epsilon is 1e-6.
+    if layout in (timm_of_today, big_vision_average):
+        del targets["huggingface"]
+    for names, name in targets.items():
+        save_checkpoint(tmp_path / name, model, params, names=names)
+        same, restored = load_checkpoint(tmp_path / name)
+        assert (same.num_registers, same.pool) == (registers, pool)
+        assert (same.gelu, same.num_heads) == (model.gelu, 3)
+        found = apply(same, restored, images)
+        np.testing.assert_allclose(found, expected, atol=5e-5)
+    for names in {"timm", "huggingface"} - targets.keys():
+        with pytest.raises(ValueError, match=f"names '{names}' cannot express"):
+            save_checkpoint(tmp_path / "other", model, params, names=names)
+
+
+def test_folders_shards_and_prefixes_are_read(tmp_path):
+    net = network()
+    expected = linen(net)
+    arrays = {f"module.model.{k}": v for k, v in timm(net).items()}
+    names = sorted(arrays)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, inside in shards.items():
+        part = {name: arrays[name] for name in inside}
+        write(tmp_path, timm, net, part).rename(tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    where = {name: file for file, inside in shards.items() for name in inside}
+    index.write_text(json.dumps({"weight_map": where}))
+    (tmp_path / "config.json").write_text('{"model_args": {"num_heads": 3}}')
+    for path in (tmp_path, index):
+        _, params = load_checkpoint(path)
+        chex.assert_trees_all_equal(flat(params), expected)
+    twice = arrays | {"model.cls_token": arrays["module.model.cls_token"]}
+    with pytest.raises(ValueError, match="the file holds several networks"):
+        load_checkpoint(write(tmp_path, timm, net, twice))
+    (tmp_path / "model.safetensors").unlink()
+    index.write_text(json.dumps({"weight_map": {"x": "../a.safetensors"}}))
+    with pytest.raises(ValueError, match="must map parameters to files beside it"):
+        load_checkpoint(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"x": "absent.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match="absent.safetensors"):
+        load_checkpoint(tmp_path)
+    index.unlink()
+    with pytest.raises(ValueError, match="or one file .* got a.safetensors, b.saf"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("old", "new"), [((4, 6), (7, 3)), ((5, 5), (9, 9))])
+def test_positions_are_resized_by_the_rules_of_pytorch(old, new):
+    positions = random(1, 2 + old[0] * old[1], 3)
+    options = {"grid": old, "num_prefix": 2}
+    resized = resize_positions(positions, new, rule="timm", **options)
+    grid = positions[0, 2:].reshape(*old, 3)
+    expected = jax.image.resize(jnp.asarray(grid), (*new, 3), "cubic", antialias=True)
+    np.testing.assert_array_equal(resized[:, :2], positions[:, :2])
+    np.testing.assert_allclose(resized[0, 2:].reshape(*new, 3), expected, atol=1e-5)
+
+    # Not widened, a = -3/4, and the border is repeated.
+    resized = resize_positions(positions, new, rule="huggingface", **options)
+
+    def kernel(x):
+        x = abs(x)
+        if x < 1:
+            return 1.25 * x**3 - 2.25 * x**2 + 1
+        return max(2 - x, 0) and -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+
+    for row in range(new[0]):
+        for column in range(new[1]):
+            y, x = (
+                (i + 0.5) * o / n - 0.5
+                for i, o, n in zip((row, column), old, new, strict=True)
+            )
+            value = 0
+            for i in range(math.floor(y) - 1, math.floor(y) + 3):
+                for j in range(math.floor(x) - 1, math.floor(x) + 3):
+                    inside = np.clip(i, 0, old[0] - 1), np.clip(j, 0, old[1] - 1)
+                    value = value + kernel(y - i) * kernel(x - j) * grid[inside]
+            found = resized[0, 2 + row * new[1] + column]
+            np.testing.assert_allclose(found, value, atol=1e-5)
+    with pytest.raises(ValueError, match="one of google, timm, huggingface; got 'x'"):
+        resize_positions(positions, new, rule="x", **options)
+
+
 # What the shapes of PyTorch's files do not tell.
 
 
-def test_heads_are_64_wide_unless_told_otherwise(tmp_path):
-    net = network(width=128, heads=2, hidden=3, layers=1, size=1, channels=1, grid=1)
+@pytest.mark.parametrize(("width", "hidden", "heads"), [(192, 768, 3), (384, 1536, 6)])
+def test_heads_of_published_networks_are_known(tmp_path, width, hidden, heads):
+    sizes = dict(layers=1, size=1, channels=1, grid=1)
+    net = network(width=width, heads=heads, hidden=hidden, **sizes)
     for layout in (timm, hugging_face):
         path = write(tmp_path, layout, net)
         model, params = load_checkpoint(path)
-        assert model.num_heads == 2 and model.head_dim is None
+        assert model.num_heads == heads and model.head_dim is None
         chex.assert_trees_all_equal(flat(params), linen(net))
-        assert load_checkpoint(path, num_heads=4)[0].num_heads == 4
+        assert load_checkpoint(path, num_heads=2)[0].num_heads == 2
+
+
+def test_heads_of_other_networks_are_asked_for(tmp_path):
+    # Two heads of 64 would be a guess.
+    net = network(width=128, heads=2, hidden=3, layers=1, size=1, channels=1, grid=1)
+    for layout in (timm, hugging_face):
+        path = write(tmp_path, layout, net)
+        with pytest.raises(
+            ValueError, match="128 with an MLP of 3 is not .*set num_he"
+        ):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "config", "fields"),
+    [
+        (
+            timm,
+            {
+                "architecture": "vit_tiny_patch16_224",
+                "global_pool": "avg",
+                "model_args": {"num_heads": 3, "act_layer": "gelu_tanh"},
+            },
+            {"pool": "mean", "gelu": "tanh", "num_heads": 3},
+        ),
+        (
+            timm,
+            {"architecture": "vit_base_patch16_siglip_gap_224", "model_args": None},
+            {"gelu": "tanh"},
+        ),
+        (
+            timm_average,
+            {"global_pool": "avg", "model_args": {"num_heads": 6}},
+            {"pool": "mean_before_norm", "num_heads": 6},
+        ),
+        (hugging_face, {"num_attention_heads": 6, "hidden_act": "gelu_new"}, {}),
+    ],
+    ids=["timm", "siglip", "fc_norm", "hugging_face"],
+)
+def test_config_tells_what_shapes_do_not(tmp_path, layout, config, fields):
+    net = network()
+    path = write(tmp_path, layout, net)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    told = (
+        {} if "num_heads" in str(config) or layout is hugging_face else {"num_heads": 3}
+    )
+    model, params = load_checkpoint(path, **told)
+    if layout is hugging_face:
+        fields = {"gelu": "tanh", "num_heads": 6, "ln_eps": 1e-12}
+    for name, value in fields.items():
+        assert getattr(model, name) == value
+    images = images_of(net)
+    expected = forward(
+        net | {"heads": model.num_heads}, images, model.gelu, 1e-6, model.pool
+    )
+    np.testing.assert_allclose(apply(model, params, images), expected, atol=2e-5)
+    # An argument counts more.
+    other = {"gelu": "erf", "ln_eps": 0.1, "pool": "cls", "num_heads": 2}
+    model, _ = load_checkpoint(path, **other)
+    assert {name: getattr(model, name) for name in other} == other
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"global_pool": "map"}, "global_pool of .* one of token, avg; got 'map'"),
+        ({"global_pool": ["avg"]}, "global_pool of .*; got .'avg'."),
+        ({"model_args": {"act_layer": "quick_gelu"}}, "act_layer .*got 'quick_gelu'"),
+        ({"model_args": {"norm_layer": "rmsnorm"}}, "norm_layer .*; got 'rmsnorm'"),
+        ({"model_args": {"num_heads": 0}}, "the invalid value 0 for num_heads"),
+        ({"model_args": [1]}, "model_args of config.json must be an object"),
+    ],
+)
+def test_timm_config_that_does_not_fit_is_refused(tmp_path, config, match):
+    path = write(tmp_path, timm, network())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"model.safetensors: .*{match}"):
+        load_checkpoint(path, num_heads=3)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_every_pooling_is_that_of_the_equations(tmp_path, pool):
+    net = network(layers=1)
+    if pool == "cls_and_mean":
+        net["head"] = np.random.default_rng(1).normal(size=(5, 24)), net["head"][1]
+    path = write(tmp_path, linen, net, linen(net))
+    model, params = load_checkpoint(path, pool=pool)
+    images = images_of(net)
+    expected = forward(net, images, "tanh", 1e-6, pool)
+    np.testing.assert_allclose(apply(model, params, images), expected, atol=2e-5)
+    save_checkpoint(tmp_path / "mine.npz", model, params)
+    assert load_checkpoint(tmp_path / "mine.npz")[0] == model
 
 
 def test_hugging_face_config_is_read(tmp_path):
@@ -275,7 +570,7 @@ def test_hugging_face_config_is_read(tmp_path):
             "config.json has .* value None for ln_eps",
         ),
         ('{"layer_norm_eps": NaN}', "config.json has .* value nan for ln_eps"),
-        ("{}", "12 is not divisible into heads of 64; set num_heads"),
+        ("{}", "width 12 with an MLP of 20 is not .*; set num_heads"),
     ],
 )
 def test_config_that_does_not_fit_is_refused(tmp_path, text, match):
@@ -414,15 +709,43 @@ def test_saved_file_loads_bitwise(tmp_path, fields):
         }
 
 
-def test_oblong_grid_survives_but_is_not_resized(tmp_path):
+def test_oblong_grid_survives_and_is_resized_if_told(tmp_path):
     model = ViT(num_classes=5, **SIZES)
     params = random_params(model, (1, 9, 15, 2))  # 15 patches, with CLS a square.
     save_checkpoint(tmp_path / "mine.npz", model, params)
     loaded, restored = load_checkpoint(tmp_path / "mine.npz")
     assert loaded == model
     chex.assert_trees_all_equal(restored, params)
-    with pytest.raises(ValueError, match="a square number of positions .* got 15"):
+    with pytest.raises(ValueError, match="a square .* got 15; set grid"):
         load_checkpoint(tmp_path / "mine.npz", image_size=12)
+    with pytest.raises(ValueError, match=r"a grid of \(5, 2\) after .* got 15"):
+        load_checkpoint(tmp_path / "mine.npz", grid=(5, 2))
+    sizes = {"image_size": (12, 9), "grid": (3, 5)}
+    _, resized = load_checkpoint(tmp_path / "mine.npz", **sizes)
+    rows = params["Transformer"]["posembed_input"]["pos_embedding"][0, 1:]
+    expected = scipy.ndimage.zoom(rows.reshape(3, 5, 12), (4 / 3, 3 / 5, 1), order=1)
+    found = resized["Transformer"]["posembed_input"]["pos_embedding"][0, 1:]
+    np.testing.assert_allclose(found.reshape(4, 3, 12), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("told_by", ["argument", "timm", "hugging_face"])
+def test_oblong_grid_of_a_square_number_with_cls(tmp_path, told_by):
+    # 15 patches and CLS: without the grid, 16 rows look like 4 x 4 without CLS.
+    net = network(layers=1)
+    net["positions"] = net["positions"][:16]
+    layout = hugging_face if told_by == "hugging_face" else timm
+    path = write(tmp_path, layout, net)
+    config = {
+        "argument": {},
+        "timm": {"model_args": {"img_size": [9, 15], "patch_size": 3}},
+        "hugging_face": {"image_size": [9, 15], "patch_size": 3},
+    }[told_by]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    grid = (3, 5) if told_by == "argument" else None
+    model, params = load_checkpoint(path, num_heads=3, grid=grid)
+    images = np.random.default_rng(9).uniform(-1, 1, (2, 9, 15, 2)).astype(np.float32)
+    expected = forward(net, images, "erf", 1e-6)
+    np.testing.assert_allclose(apply(model, params, images), expected, atol=2e-5)
 
 
 def test_saved_file_is_one_of_the_reference_program(tmp_path):
@@ -431,7 +754,8 @@ def test_saved_file_is_one_of_the_reference_program(tmp_path):
     save_checkpoint(tmp_path / "mine.npz", model, params)
     with np.load(tmp_path / "mine.npz", allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
-    assert json.loads(str(arrays.pop("meta"))) == {"gelu": "tanh", "ln_eps": 1e-6}
+    meta = {"gelu": "tanh", "ln_eps": 1e-6, "pool": "cls", "distilled": False}
+    assert json.loads(str(arrays.pop("meta"))) == meta
     chex.assert_trees_all_equal(arrays, linen(net))
 
 
@@ -453,6 +777,13 @@ def test_what_can_not_be_saved_is_refused(tmp_path):
     path = tmp_path / "mine.npz"
     with pytest.raises(ValueError, match=r"must end in .npz, got .*mine\.ckpt"):
         save_checkpoint(tmp_path / "mine.ckpt", model, params)
+    with pytest.raises(ValueError, match=r"must be a folder, got .*mine\.npz"):
+        save_checkpoint(path, model, params, names="timm")
+    with pytest.raises(ValueError, match="google, timm, huggingface; got 'keras'"):
+        save_checkpoint(path, model, params, names="keras")
+    uneven = model.clone(mlp_dim=(20, 20), ln_eps=0.1)
+    with pytest.raises(ValueError, match="layers of different .*, an epsilon other"):
+        save_checkpoint(tmp_path / "x", uneven, params, names="timm")
     with pytest.raises(ValueError, match="one of float32, float16; got 'bfloat16'"):
         save_checkpoint(path, model, params, dtype="bfloat16")
     with pytest.raises(ValueError, match="2 missing: head/bias, head/kernel"):
@@ -515,7 +846,7 @@ def test_damaged_settings_are_refused(tmp_path, meta, match):
 def test_misfits_are_listed_by_name(tmp_path):
     arrays = linen(network())
     block = "Transformer/encoderblock_1"
-    del arrays["cls"], arrays[f"{block}/LayerNorm_0/bias"]
+    del arrays["embedding/bias"], arrays[f"{block}/LayerNorm_0/bias"]
     arrays["extra/kernel"] = np.ones(3, np.float32)
     key = f"{block}/MultiHeadDotProductAttention_0/key/bias"
     arrays[key] = np.ones((4, 3), np.float32)
@@ -524,7 +855,7 @@ def test_misfits_are_listed_by_name(tmp_path):
         load_checkpoint(path)
     assert str(error.value) == (
         f"{path}: the parameters do not fit a ViT: "
-        f"2 missing: {block}/LayerNorm_0/bias, cls; "
+        f"2 missing: {block}/LayerNorm_0/bias, embedding/bias; "
         "1 unexpected: extra/kernel; "
         f"1 misshapen: {key} (4, 3) instead of (3, 4)."
     )
@@ -559,9 +890,8 @@ def test_long_lists_are_cut(tmp_path):
         (linen, "Transformer/encoderblock_7/LayerNorm_9/scale", (2,), "1 unexpected"),
         (linen, "MAPHead_0/probe", (1, 1, 12), r"pooling by attention \(MAP\)"),
         (linen, "conv_root/kernel", (7, 7, 3, 12), "convolutional stem"),
-        (big_vision, "params/cls", None, "average .GAP., 16 positions without a CLS"),
         (big_vision_stacked, "params/Transformer/encoderblock/x", (), "1 unexpected"),
-        (timm, "cls_token", None, "1 missing: cls"),
+        (timm, "cls_token", None, "a square number .* after 0 of CLS .* 17"),
         (timm, "patch_embed.proj.weight", (12, 18), r"\(p, p, C, D\), got \(18, 12\)"),
         (timm, "blocks.0.attn.qkv.weight", (37, 12), "query/kernel .* is missing"),
         (timm, "blocks.1.attn.qkv.bias", (37,), "3 missing.*unexpected: blocks.1.attn"),
@@ -570,24 +900,25 @@ def test_long_lists_are_cut(tmp_path):
         (timm, "blocks.1.attn.proj.weight", (12, 13), r"misshapen: .*out/kernel"),
         (timm, "blocks.1.attn.proj.weight", (), r"misshapen: .*out/kernel \(\)"),
         (timm, "blocks.1.mlp.fc1.weight", (40, 12), "misshapen"),
-        (timm, "dist_token", (1, 1, 12), r"a distillation token \(DeiT\), dist_token"),
-        (timm, "head_dist.weight", (5, 12), "distillation token"),
-        (timm, "blocks.0.ls1.gamma", (12,), "layer scale, blocks.0.ls1.gamma"),
-        (timm, "blocks.0.gamma_1", (12,), "layer scale"),
+        (timm, "dist_token", (1, 1, 12), "2 missing: head_dist/bias, head_dist/kern"),
+        (timm, "head_dist.weight", (5, 12), "1 unexpected: head_dist/kernel"),
+        (timm, "blocks.0.ls1.gamma", (11,), "LayerScale_0 .11,. does not fit"),
+        (timm, "blocks.0.gamma_1", (12,), "1 unexpected: blocks.0.gamma_1"),
+        (timm, "blocks.0.attn.q_bias", (12,), "relative positions"),
         (timm, "blocks.0.attn.q_norm.weight", (4,), "qk-norm"),
-        (timm, "reg_token", (1, 4, 12), "register tokens"),
+        (timm, "reg_token", (1, 4, 12), "after 5 of CLS and registers, got 12"),
         (timm, "blocks.0.mlp.fc1_g.weight", (20, 12), "SwiGLU"),
         (timm, "blocks.0.mlp.w12.weight", (40, 12), "SwiGLU"),
-        (timm, "fc_norm.weight", (12,), "GAP"),
+        (timm, "fc_norm.weight", (12,), "name the same parameter"),
         (timm, "norm_pre.weight", (12,), "a normalization before the blocks"),
         (hugging_face, "classifier.bias", (6,), r"misshapen: head/bias \(6,\)"),
         (
             *(hugging_face, "deit.embeddings.distillation_token", (1, 1, 12)),
-            "distillation token",
+            "after 2 of CLS and registers, got 15",
         ),
         (
             *(hugging_face, "vit.encoder.layer.0.layer_scale1.lambda1", (12,)),
-            "layer scale",
+            "1 unexpected: encoder.layer.0.layer_scale1.lambda1",
         ),
         (
             *(hugging_face, "vit.encoder.layer.0.mlp.weights_in.weight", (40, 12)),
@@ -639,7 +970,7 @@ def test_paths_that_are_no_checkpoint_are_refused(tmp_path):
     allowed = "ends in .npz or .safetensors, got"
     (tmp_path / "x.npz").mkdir()
     for name in (".", "x.npz"):
-        with pytest.raises(ValueError, match=f"{allowed} the directory "):
+        with pytest.raises(ValueError, match="must hold model.safetensors, .* got "):
             load_checkpoint(tmp_path / name)
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
     with pytest.raises(ValueError, match=rf"{allowed} .*pytorch_model\.bin"):

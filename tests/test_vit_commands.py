@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import vit_files
 from ml_collections import ConfigDict
 
 import vit
@@ -354,6 +355,22 @@ def test_equal_cost():
     assert positions.shape[1] == 1 + smaller.num_patches
 
 
+@pytest.mark.parametrize("method", ["max", "skip", "evit", "heads_random"])
+def test_ratio_for_a_budget_is_the_smallest_that_fits(method):
+    model = vit.make("cifar_128", 4, 2, num_layers=4, hidden_size=16, mlp_dim=8)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 1)))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes["params"])
+    dense = vit_training.Problem(model, params, 16)
+    ratio = vit_pruning.ratio_for_budget(method, 0.8, dense)
+    costs = [
+        vit_pruning.prune(method, one, dense).cost.total / dense.cost.total
+        for one in (ratio, ratio - 0.001)
+    ]
+    assert costs[0] <= 0.8 < costs[1]
+    with pytest.raises(ValueError, match=f"{method} cannot save 0.99 of the multip"):
+        vit_pruning.ratio_for_budget(method, 0.01, dense)
+
+
 def test_comparison_interpolates_between_costs():
     rows = [
         {"method": "dense", "ratio": 0, "multiply_adds": 100, "accuracy": 0.9},
@@ -364,6 +381,18 @@ def test_comparison_interpolates_between_costs():
     assert summary["max_0.3_drop"] == pytest.approx(0.05)
     # Halfway between 0.7 and 0.9.
     assert summary["max_0.3_accuracy_over_random"] == pytest.approx(0.05)
+
+
+def test_both_commands_tell_what_a_file_does_not(tmp_path):
+    net = vit_files.network(size=2, channels=1, classes=10)
+    path = vit_files.write(tmp_path, vit_files.timm, net)
+    fields = {"num_heads": 6, "gelu": "tanh", "ln_eps": 0.1, "pool": "mean"}
+    config = train_config(checkpoint=str(path), checkpoint_options=fields)
+    trained = train_vit.make_problem(config, vit_training.load_images(config))
+    config = prune_config(tmp_path, checkpoint=str(path), checkpoint_options=fields)
+    pruned = prune_vit.load_problem(config, vit_training.load_images(config))
+    for problem in (trained, pruned):
+        assert {name: getattr(problem.model, name) for name in fields} == fields
 
 
 @pytest.mark.parametrize(
@@ -379,6 +408,11 @@ def test_comparison_interpolates_between_costs():
         ({"tuning": {"teacher_weight": 1.5}}, r"must be in \[0, 1\], got 1.5"),
         ({"checkpoint": "absent.npz"}, "absent.npz"),
         ({"checkpoint": None}, "must name a file that train_vit wrote"),
+        ({"budget": 1.0}, r"budget must be .* in \(0, 1\), got 1.0"),
+        (
+            {"checkpoint_options": {"heads": 3, "path": "x"}},
+            "among num_heads, gelu, .*; got heads, path",
+        ),
         ({"image_size": 7}, "7"),
     ],
 )

@@ -105,6 +105,17 @@ def test_intermediates_are_those_of_numpy_and_change_nothing():
         np.testing.assert_array_equal(tokens, [range(13)] * 2)
 
 
+def test_rows_far_from_zero_are_normalized():
+    # The mean is 300 deviations: E[x^2] - E[x]^2 in float32 would err by 1 %.
+    x = 300 + np.random.default_rng(0).normal(size=(5, 64))
+    expected = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
+    norm = models.layer_norm(1e-12, "norm")
+    params = {"scale": jnp.ones(64), "bias": jnp.zeros(64)}
+    found = norm.apply({"params": params}, jnp.asarray(x, jnp.float32))
+    # x itself is rounded to 300 * 2**-24 = 2e-5.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
 def test_patches_are_taken_row_by_row():
     # The kernel picks one pixel of a patch; pixels hold their own numbers.
     image = jnp.arange(6 * 8, dtype=jnp.float32).reshape(1, 6, 8, 1)
@@ -318,6 +329,22 @@ def test_training_draws_the_cascades_random_scores_anew():
         ({"mlp_dim": (14, 0)}, r"mlp_dim must be at least 1.* got \(14, 0\)"),
         ({"head_dim": None}, "hidden_size 10 is not divisible by num_heads 3; set"),
         ({"head_dim": None, "num_heads": (1, 2)}, r"num_heads \(1, 2\); set head_dim"),
+        ({"pool": "max"}, "pool must be one of cls, mean, .*; got 'max'"),
+        ({"class_token": False}, "pool 'cls' requires class_token=True"),
+        ({"distilled": True}, "requires class_token=True and num_registers of at lea"),
+        (
+            {"attention_implementation": "fast"},
+            "attention_implementation must be one of None, xla, cudnn, pallas, plain",
+        ),
+        (
+            {"class_token": False, "pool": "mean"}
+            | {"cascade": Cascade(keep=(5, 5), score="cls")},
+            "the score 'cls' requires class_token=True",
+        ),
+        (
+            {"pool": "mean", "cascade": Cascade(keep=(5, 0))},
+            "pool 'mean' requires a patch after the last layer",
+        ),
         ({"gelu": "relu"}, "gelu must be one of tanh, erf; got 'relu'"),
         ({"dropout_rate": 1.0}, r"dropout_rate must lie in \[0, 1\), got 1.0"),
         ({"drop_path_rate": -0.1}, r"drop_path_rate must lie in \[0, 1\), got -0.1"),

@@ -73,27 +73,38 @@ def images_of(net, grid=4, num=2):
     return np.random.default_rng(9).uniform(-1, 1, shape).astype(np.float32)
 
 
-def forward(net, images, gelu, eps):
-    return np.stack([forward_one(net, image, gelu, eps) for image in images])
+def forward(net, images, gelu, eps, pool="cls"):
+    return np.stack([forward_one(net, image, gelu, eps, pool) for image in images])
 
 
-def forward_one(net, image, gelu, eps):
+def forward_one(net, image, gelu, eps, pool="cls"):
     """Dosovitskiy et al. 2021, equations 1 to 4, one image (H, W, C), in float64."""
     kernel, bias = net["patch"]
     size = kernel.shape[-1]
-    tokens = [net["cls"]]
+    tokens = [net["cls"]] if "cls" in net else []
+    tokens += list(net.get("registers", ()))
+    prefix = len(tokens)
     for top in range(0, image.shape[0], size):
         for left in range(0, image.shape[1], size):
             patch = image[top : top + size, left : left + size].transpose(2, 0, 1)
             tokens.append([np.sum(filter_ * patch) for filter_ in kernel] + bias)
     z = np.array(tokens, np.float64) + net["positions"]
     for block in net["blocks"]:
-        z = z + attention(layer_norm(z, block["norm1"], eps), block, net["heads"])
+        y = attention(layer_norm(z, block["norm1"], eps), block, net["heads"])
+        z = z + block.get("scale1", 1) * y
         hidden = affine(layer_norm(z, block["norm2"], eps), block["fc1"])
-        z = z + affine(np.vectorize(GELU[gelu])(hidden), block["fc2"])
-    y = layer_norm(z, net["norm"], eps)[0]
+        y = affine(np.vectorize(GELU[gelu])(hidden), block["fc2"])
+        z = z + block.get("scale2", 1) * y
+    if pool == "mean_before_norm":
+        y = layer_norm(z[prefix:].mean(0), net["norm"], eps)
+    else:
+        z = layer_norm(z, net["norm"], eps)
+        mean = z[prefix:].mean(0)
+        y = {"cls": z[0], "mean": mean, "cls_and_mean": np.append(z[0], mean)}[pool]
     if "pre_logits" in net:
         y = np.tanh(affine(y, net["pre_logits"]))
+    if "head_dist" in net:
+        return (affine(y, net["head"]) + affine(z[1], net["head_dist"])) / 2
     return affine(y, net["head"]) if "head" in net else y
 
 
@@ -249,6 +260,14 @@ def timm(net):
     }
 
 
+def timm_average(net):
+    """With global_pool="avg": the last normalization follows the pooling."""
+    arrays = timm(net)
+    for leaf in ("weight", "bias"):
+        arrays[f"fc_norm.{leaf}"] = arrays.pop(f"norm.{leaf}")
+    return arrays
+
+
 def timm_without_cls_row(net):
     arrays = timm(net)
     arrays["cls_token"] = arrays["cls_token"] + arrays["pos_embed"][:, :1]
@@ -285,7 +304,7 @@ def hugging_face_encoder(net):
     return hugging_face(net, prefix="") | pooler
 
 
-TORCH = (timm, timm_without_cls_row, hugging_face, hugging_face_encoder)
+TORCH = (timm, timm_average, timm_without_cls_row, hugging_face, hugging_face_encoder)
 GOOGLE = (linen, pre_linen, opt_target, big_vision, big_vision_stacked, big_vision_old)
 EPSILON = {hugging_face: 1e-12, hugging_face_encoder: 1e-12}
 

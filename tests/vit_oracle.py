@@ -186,7 +186,7 @@ def choose(trace, cascade, keep, tokens):
     values = [token.score for token in tokens]
     if cascade.score == "norm":
         values = [float(np.sqrt(np.sum(token.x**2))) for token in tokens]
-    count = keep + 1 - cascade.fuse
+    count = keep + 1 - bool(cascade.fuse)
 
     def rank(i):
         return (not (cascade.keep_cls and i == 0), -values[i], i)
@@ -202,14 +202,11 @@ def choose(trace, cascade, keep, tokens):
     if cascade.fuse:
         gone = order[count:]
         total = sum(values[i] for i in gone)
-        shares = [values[i] / total for i in gone]
-        left.append(
-            Token(
-                sum(share * tokens[i].x for share, i in zip(shares, gone, strict=True)),
-                -1,
-                sum(s * tokens[i].score for s, i in zip(shares, gone, strict=True)),
-            )
-        )
+        x = sum(values[i] * tokens[i].x for i in gone)
+        if cascade.fuse == "mean":
+            x = x / total
+        score = sum(values[i] * tokens[i].score for i in gone) / total
+        left.append(Token(x, -1, score))
     return left, list(range(len(left)))
 
 

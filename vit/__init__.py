@@ -1,6 +1,16 @@
 """Vision Transformers with cascade pruning of patches and heads."""
 
-from vit import attention, cascade, cost, importance, schedules, slicing, tokens
+from vit import (
+    attention,
+    budget,
+    cascade,
+    cost,
+    importance,
+    schedules,
+    slicing,
+    tokens,
+)
+from vit.budget import for_budget
 from vit.cascade import Cascade
 from vit.checkpoint import load_checkpoint, save_checkpoint
 from vit.model import ViT, make
@@ -9,8 +19,10 @@ __all__ = [
     "Cascade",
     "ViT",
     "attention",
+    "budget",
     "cascade",
     "cost",
+    "for_budget",
     "importance",
     "load_checkpoint",
     "make",

@@ -8,6 +8,7 @@ Axes: B images, N tokens (CLS first), Q queries, D width, H heads, d width of a 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vit import importance
+from vit.attention_kernels import (
+    attention_probs,
+    blocked_attention,
+    pallas_attention,
+    plain_attention,
+    weights_to_bias,
+)
+from vit.importance import Statistics
 from vit.tokens import mask_to_indices, top_mask
 
 
@@ -39,14 +48,15 @@ class Attended(NamedTuple):
 
     Attributes:
       update: added to the residual path, (B, N, D).
-      probs: attention probabilities, float32: (B, H, N, N) for all queries,
-        (B, H, 1, N) for the CLS query alone, None if they were not requested.
+      statistics: the requested reductions of the attention probabilities.
       keys: mean of the keys over the heads, (B, N, d).
+      probs: attention probabilities, float32, (B, H, N, N), if they were written out.
     """
 
     update: jax.Array
-    probs: jax.Array | None
+    statistics: Statistics
     keys: jax.Array
+    probs: jax.Array | None = None
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -55,17 +65,18 @@ class MultiHeadDotProductAttention(nn.Module):
     Attributes:
       num_heads: H.
       head_dim: d.
-      heads: how many heads to keep and how to choose them; None keeps all.
-      query: queries whose probabilities are returned: "all", "cls" or None. All are
-        returned while Flax collects intermediates.
-      implementation: argument of `jax.nn.dot_product_attention`.
+      heads: how many heads to keep and how to choose them; None keeps all. The choice
+        needs the probabilities, so they are written out.
+      statistics: fields of `importance.Statistics` to return. The probabilities are
+        written out and returned too while Flax collects intermediates.
+      implementation: a key of `IMPLEMENTATIONS`; None is "xla".
       dtype: compute dtype of the matrix products.
     """
 
     num_heads: int
     head_dim: int
     heads: Heads | None
-    query: str | None
+    statistics: tuple[str, ...]
     implementation: str | None
     dtype: Any
 
@@ -80,7 +91,7 @@ class MultiHeadDotProductAttention(nn.Module):
             one each.
 
         Returns:
-          The update (B, N, D), the requested probabilities and the mean keys.
+          The update (B, N, D), the requested statistics and the mean keys.
         """
         shape = (self.num_heads, self.head_dim)
         x = x.astype(self.dtype)
@@ -88,22 +99,15 @@ class MultiHeadDotProductAttention(nn.Module):
         key = ToHeads(shape, self.dtype, name="key")(x)
         to_value = ToHeads(shape, self.dtype, name="value")
         out = FromHeads(x.shape[-1], shape, self.dtype, name="out")
-        bias = None
-        if weights is not None:
-            bias = jnp.where(weights > 0, jnp.log(jnp.maximum(weights, 1e-9)), _HIDDEN)
-            bias = bias[:, None, None, :]  # (B, 1, 1, N)
-        requested = self.query
-        if self.heads is not None or self.is_mutable_collection("intermediates"):
-            requested = "all"
-        probs = None
-        if requested is not None:
-            first = query[:, :1] if requested == "cls" else query
-            probs = attention_probs(first, key, bias)
-        if requested != "all":
-            attended = jax.nn.dot_product_attention(
-                query, key, to_value(x), bias, implementation=self.implementation
+        if self.heads is None and not self.is_mutable_collection("intermediates"):
+            attended, found = attend(
+                *(query, key, to_value(x), weights, self.statistics),
+                implementation=self.implementation,
             )
-            return Attended(out(attended), probs, key.mean(2))
+            return Attended(out(attended), found, key.mean(2))
+        bias = None if weights is None else weights_to_bias(weights)[:, None, None, :]
+        probs = attention_probs(query, key, bias)
+        found = importance.statistics(probs, weights, self.statistics)
         kept = mask = None
         if self.heads is not None:
             scores = importance.head_scores(probs, weights, form=self.heads.score)
@@ -118,7 +122,7 @@ class MultiHeadDotProductAttention(nn.Module):
         )
         if mask is not None:
             attended = attended * mask[:, None, :, None].astype(self.dtype)
-        return Attended(out(attended, kept), probs, key.mean(2))
+        return Attended(out(attended, kept), found, key.mean(2), probs)
 
 
 def choose_heads(heads: Heads, scores: jax.Array) -> jax.Array:
@@ -128,24 +132,66 @@ def choose_heads(heads: Heads, scores: jax.Array) -> jax.Array:
     return top_mask(jax.lax.stop_gradient(scores), heads.keep)
 
 
-def attention_probs(
-    query: jax.Array, key: jax.Array, bias: jax.Array | None = None
-) -> jax.Array:
-    """Attention probabilities, softmax(query . key / sqrt(d) + bias), in float32.
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    weights: jax.Array | None = None,
+    statistics: Sequence[str] = (),
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, Statistics]:
+    """Attention over weighted tokens, with reductions of its probabilities.
 
     Args:
-      query: (B, Q, H, d).
+      query: (B, N, H, d).
       key: (B, N, H, d).
-      bias: added to the logits, broadcastable to (B, H, Q, N); None adds nothing.
+      value: (B, N, H, d).
+      weights: number of tokens that each row represents, (B, N); its logarithm is added
+        to the logit of the row's key, and zero hides the row. None means one each.
+      statistics: fields of `importance.Statistics` to return.
+      implementation: a key of `IMPLEMENTATIONS`; None is "xla".
 
     Returns:
-      (B, H, Q, N), float32; each row over N sums to one.
+      The attended values (B, N, H, d), and the statistics (B, H, N) in float32, which
+      carry no gradient.
+
+    Raises:
+      ValueError: if the implementation is unknown or needs a GPU.
     """
-    logits = jnp.einsum(
-        "bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32
+    implementation = implementation or "xla"
+    if implementation not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(
+            f"implementation must be one of {known}; got {implementation!r}."
+        )
+    if implementation == "pallas" and jax.default_backend() != "gpu":
+        raise ValueError(
+            "attention_implementation 'pallas' needs an NVIDIA GPU; "
+            f"the backend is {jax.default_backend()}."
+        )
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    fused = implementation == "cudnn" or (implementation == "pallas" and half)
+    if not fused or not set(statistics) <= {"cls"}:
+        return IMPLEMENTATIONS[implementation](query, key, value, weights, statistics)
+    bias = None if weights is None else weights_to_bias(weights)[:, None, None, :]
+    attended = jax.nn.dot_product_attention(
+        query, key, value, bias, implementation="cudnn"
     )
-    logits = logits / jnp.sqrt(jnp.float32(query.shape[-1]))
-    return nn.softmax(logits if bias is None else logits + bias)
+    if not statistics:
+        return attended, Statistics()
+    probs = jax.lax.stop_gradient(attention_probs(query[:, :1], key, bias))
+    return attended, Statistics(cls=probs[:, :, 0])
+
+
+# How a layer attends. Where no statistics of all queries are needed, "cudnn" and, in
+# half precision, "pallas" use cuDNN's kernel.
+IMPLEMENTATIONS = {
+    "xla": blocked_attention,
+    "cudnn": blocked_attention,
+    "pallas": pallas_attention,
+    "plain": plain_attention,
+}
 
 
 class ToHeads(nn.Module):
@@ -197,7 +243,3 @@ def _flat_init(num_inputs):
         return nn.initializers.xavier_uniform()(key, flat, dtype).reshape(shape)
 
     return init
-
-
-# A logit this small has probability exactly zero in float32.
-_HIDDEN = -1e9

@@ -33,7 +33,16 @@ import numpy as np
 from vit import importance
 from vit.attention import Attended, Heads
 from vit.attention import choose_heads as choose_heads
-from vit.tokens import Tokens, fuse, gather, mask_to_indices, merge, take, top_mask
+from vit.tokens import (
+    FUSIONS,
+    Tokens,
+    fuse,
+    gather,
+    mask_to_indices,
+    merge,
+    take,
+    top_mask,
+)
 
 SEMANTICS = ("drop", "skip", "zero")
 MODES = ("compact", "masked")
@@ -58,8 +67,9 @@ class Cascade:
       beta: weight of what attends to a token, see `importance.patch_scores`.
       cumulative: whether scores are summed over the layers. The attention of layer l
         uses the scores of the layers before it, its MLP those of layer l too.
-      fuse: whether the mean of the pruned tokens, weighted by their scores, stays as
-        one of the kept tokens (EViT); only with semantics "drop" in mode "compact".
+      fuse: how the pruned tokens stay as one of the kept tokens: "sum", weighted by
+        their scores, as EViT's authors wrote it, or "mean", the sum divided by the sum
+        of the scores; None removes them. Only with semantics "drop" in mode "compact".
       keep_heads: heads used in each layer, (L,); None uses all. They are chosen again
         for every batch or image; `vit.slicing` removes a fixed choice for good.
       head_score: "max" or "confidence", a form of `importance.head_scores`.
@@ -85,7 +95,7 @@ class Cascade:
     alpha: float = 0.0
     beta: float = 1.0
     cumulative: bool = True
-    fuse: bool = False
+    fuse: str | None = None
     keep_heads: tuple[int, ...] | None = None
     head_score: str = "max"
     head_scope: str = "batch"
@@ -95,18 +105,26 @@ class Cascade:
     seed: int = 0
 
     def __post_init__(self):
+        if isinstance(self.fuse, bool):
+            fuse = "mean" if self.fuse else None
+            warnings.warn(
+                f"fuse={self.fuse} is now fuse={fuse!r}; EViT's own is fuse='sum'.",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+            object.__setattr__(self, "fuse", fuse)
         for name, allowed in (
             ("semantics", SEMANTICS),
             ("mode", MODES),
             ("score", SCORES),
             ("head_score", importance.HEAD_FORMS),
             ("head_scope", SCOPES),
+            ("fuse", (None, *FUSIONS)),
         ):
             value = getattr(self, name)
             if value not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}; got {value!r}."
-                )
+                names = ", ".join(map(str, allowed))
+                raise ValueError(f"{name} must be one of {names}; got {value!r}.")
         for name in ("keep", "keep_mlp", "keep_heads"):
             counts = getattr(self, name)
             if counts is None:
@@ -138,7 +156,7 @@ class Cascade:
             if not compact_drop or self.fuse or attention_only != before:
                 raise ValueError(
                     "score 'merge' requires semantics 'drop', mode 'compact' and "
-                    "fuse=False, and merges before the MLP only: each `keep` must "
+                    "fuse=None, and merges before the MLP only: each `keep` must "
                     "equal the `keep_mlp` of the layer before."
                 )
             if any(before - after > before // 2 for before, after in self.counts):
@@ -199,11 +217,11 @@ def initial_tokens(
 
     Args:
       cascade: how the network is pruned, or None.
-      x: embeddings of CLS and patches, (B, 1 + P, D).
+      x: embeddings of prefix and patches, (B, n, D).
       key: PRNG key of the random scores; None uses the cascade's seed.
 
     Returns:
-      1 + P tokens per image.
+      n tokens per image.
     """
     batch, num_tokens, _ = x.shape
     score = jnp.zeros((batch, num_tokens))
@@ -243,8 +261,10 @@ def heads_of(cascade: Cascade | None, layer: int, num_heads: int) -> Heads | Non
     return Heads(keep, cascade.head_score, cascade.head_scope, cascade.mode)
 
 
-def scored_query(cascade: Cascade | None, layer: int, num_patches: int) -> str | None:
-    """The queries whose attention probabilities the scores of a layer need.
+def needed_statistics(
+    cascade: Cascade | None, layer: int, num_patches: int
+) -> tuple[str, ...]:
+    """What the scores of a layer need of its attention.
 
     Args:
       cascade: how the network is pruned, or None.
@@ -253,14 +273,27 @@ def scored_query(cascade: Cascade | None, layer: int, num_patches: int) -> str |
         not matter.
 
     Returns:
-      "all", "cls" or None. None also means that no later selection depends on these
-      scores, so that the layer can use a fused attention kernel.
+      Fields of `importance.Statistics`; none if no later selection depends on these
+      scores.
     """
     if cascade is None or cascade.score in ("norm", "random", "merge"):
-        return None
+        return ()
     if not any(_selects(cascade, layer, num_patches)):
-        return None
-    return "cls" if cascade.score == "cls" else "all"
+        return ()
+    if cascade.score == "cls":
+        return ("cls",)
+    return importance.needed_statistics(cascade.score, cascade.alpha, cascade.beta)
+
+
+def scored_query(cascade: Cascade | None, layer: int, num_patches: int) -> str | None:
+    """Old form of `needed_statistics`, for one version: "all", "cls" or None."""
+    warnings.warn(
+        "vit.cascade.scored_query is now vit.cascade.needed_statistics.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    names = needed_statistics(cascade, layer, num_patches)
+    return None if not names else "cls" if names == ("cls",) else "all"
 
 
 def _selects(cascade, layer, num_patches):
@@ -283,6 +316,8 @@ def attention_layer(
     tokens: Tokens,
     norm: Callable[[jax.Array], jax.Array],
     attend: Callable[[jax.Array, jax.Array | None], Attended],
+    *,
+    num_prefix: int = 1,
 ) -> Tokens:
     """First half of a block: prunes by earlier scores, attends, updates the scores.
 
@@ -293,6 +328,8 @@ def attention_layer(
       norm: normalization before the attention, (B, n, D) -> (B, n, D).
       attend: attention, (normalized tokens (B, n, D), weights (B, n) or None) ->
         `Attended`.
+      num_prefix: number of tokens before the patches, which are always kept: CLS and
+        registers.
 
     Returns:
       The tokens after the attention; with score "merge" also merged.
@@ -302,30 +339,34 @@ def attention_layer(
     if layer in cascade.resets:
         tokens = tokens._replace(score=jnp.zeros_like(tokens.score))
     if cascade.stale_threshold:
-        tokens = tokens._replace(previous=_ranking(cascade, tokens))
-    query = scored_query(cascade, layer, tokens.x.shape[1] - 1)
+        tokens = tokens._replace(previous=_ranking(cascade, tokens, num_prefix))
+    names = needed_statistics(cascade, layer, tokens.x.shape[1] - num_prefix)
     keys = None
 
     def apply(x, weights):
         nonlocal keys
         attended = attend(x, weights)
         keys = attended.keys
-        if query is None:
+        if not names:
             return attended.update, None
-        if query == "cls":
-            return attended.update, importance.cls_scores(attended.probs, weights)
-        scores = importance.patch_scores(
-            attended.probs,
+        found = attended.statistics
+        if cascade.score == "cls":
+            return attended.update, importance.score_by_cls(found, weights)
+        [reduced, *_] = [value for value in found if value is not None]
+        scores = importance.score_patches(
+            found,
             weights,
+            reduced.shape,
             form=cascade.score,
             alpha=cascade.alpha,
             beta=cascade.beta,
         )
         return attended.update, scores
 
-    tokens = _half_layer(cascade, tokens, cascade.counts[layer][0], norm, apply)
+    before, after = cascade.counts[layer]
+    tokens = _half_layer(cascade, tokens, before, norm, apply, num_prefix)
     if cascade.score == "merge":
-        tokens = merge(tokens, keys, cascade.counts[layer][1])
+        tokens = merge(tokens, keys, after, num_prefix=num_prefix)
     return tokens
 
 
@@ -335,6 +376,8 @@ def mlp_layer(
     tokens: Tokens,
     norm: Callable[[jax.Array], jax.Array],
     mlp: Callable[[jax.Array], jax.Array],
+    *,
+    num_prefix: int = 1,
 ) -> Tokens:
     """Second half of a block: prunes by the current scores, applies the MLP.
 
@@ -344,6 +387,7 @@ def mlp_layer(
       tokens: tokens after the attention.
       norm: normalization before the MLP, (B, n, D) -> (B, n, D).
       mlp: (B, n, D) -> (B, n, D).
+      num_prefix: number of tokens before the patches.
 
     Returns:
       The tokens after the block.
@@ -353,35 +397,43 @@ def mlp_layer(
     keep = cascade.counts[layer][1]
     if cascade.stale_threshold:
         threshold = jnp.sort(tokens.previous, axis=1)
-        pruned = tokens.score.shape[1] - 1 - keep
-        selected = _ranking(cascade, tokens) >= threshold[:, pruned, None]
+        pruned = tokens.score.shape[1] - num_prefix - keep
+        selected = _ranking(cascade, tokens, num_prefix)
+        selected = selected >= threshold[:, pruned, None]
         update = mlp(norm(tokens.x) * selected[..., None])
         return tokens._replace(x=tokens.x + update)
-    return _half_layer(cascade, tokens, keep, norm, lambda x, _: (mlp(x), None))
+
+    def apply(x, _):
+        return mlp(x), None
+
+    return _half_layer(cascade, tokens, keep, norm, apply, num_prefix)
 
 
-def _half_layer(cascade, tokens, keep, norm, apply):
-    """Applies half a layer to CLS and the `keep` patches that rank highest.
+def _half_layer(cascade, tokens, keep, norm, apply, num_prefix):
+    """Applies half a layer to the prefix and the `keep` patches that rank highest.
 
     apply(normalized x, weights) returns an update like x, and scores (B, n) or None.
     """
-    ranking = _ranking(cascade, tokens)
-    keeps_all = keep + 1 >= tokens.x.shape[1]
+    ranking = _ranking(cascade, tokens, num_prefix)
+    count = keep + num_prefix
+    keeps_all = count >= tokens.x.shape[1]
     if not keeps_all and (cascade.semantics, cascade.mode) == ("drop", "compact"):
-        shorten = fuse if cascade.fuse else gather
-        tokens = shorten(tokens, ranking, keep + 1)
+        if cascade.fuse:
+            tokens = fuse(tokens, ranking, count, form=cascade.fuse)
+        else:
+            tokens = gather(tokens, ranking, count)
         keeps_all = True
     if keeps_all:
         update, scores = apply(norm(tokens.x), tokens.weights)
         return _advance(cascade, tokens, update, scores)
-    selected = top_mask(ranking, keep + 1)
+    selected = top_mask(ranking, count)
     half_layer = _masked if cascade.mode == "masked" else _compact
-    return half_layer(cascade, tokens, selected, keep, norm, apply)
+    return half_layer(cascade, tokens, selected, count, norm, apply)
 
 
-def _masked(cascade, tokens, selected, keep, norm, apply):
+def _masked(cascade, tokens, selected, count, norm, apply):
     """Half a layer on all tokens: those not selected are hidden or set to zero."""
-    del keep
+    del count
     if cascade.semantics == "zero":
         update, scores = apply(norm(tokens.x) * selected[..., None], None)
         return _advance(cascade, tokens, update, scores)
@@ -393,9 +445,9 @@ def _masked(cascade, tokens, selected, keep, norm, apply):
     return _advance(cascade, tokens, update, scores, selected)
 
 
-def _compact(cascade, tokens, selected, keep, norm, apply):
+def _compact(cascade, tokens, selected, count, norm, apply):
     """Half a layer on the gathered rows, for tokens that may return."""
-    indices = mask_to_indices(selected, keep + 1)
+    indices = mask_to_indices(selected, count)
     x = norm(take(tokens.x, indices))
     weights = None
     if cascade.semantics == "zero":
@@ -403,7 +455,7 @@ def _compact(cascade, tokens, selected, keep, norm, apply):
         batch, _, width = x.shape
         x = jnp.concatenate([x, jnp.zeros((batch, 1, width), x.dtype)], axis=1)
         weights = jnp.ones(x.shape[:2])
-        weights = weights.at[:, -1].set(selected.shape[1] - keep - 1)
+        weights = weights.at[:, -1].set(selected.shape[1] - count)
     update, scores = apply(x, weights)
     # The row of each kept token among the kept ones. The other tokens point at the last
     # row: with "zero" it is the row of the zeroed tokens, with "skip" it is not used.
@@ -432,8 +484,8 @@ def _advance(cascade, tokens, update, new_scores, scored=None):
     return tokens._replace(score=score)
 
 
-def _ranking(cascade, tokens):
-    """Ranks the tokens, (B, n): CLS first if it is always kept, hidden tokens last."""
+def _ranking(cascade, tokens, num_prefix):
+    """Ranks the tokens, (B, n): the prefix first if it is kept, hidden tokens last."""
     score = tokens.score
     if cascade.score == "norm":
         score = jnp.linalg.norm(tokens.x.astype(jnp.float32), axis=-1)
@@ -441,7 +493,7 @@ def _ranking(cascade, tokens):
     if cascade.mode == "masked" and tokens.weights is not None:
         score = jnp.where(tokens.weights > 0, score, -jnp.inf)
     if cascade.keep_cls:
-        score = score.at[:, 0].set(jnp.inf)
+        score = score.at[:, :num_prefix].set(jnp.inf)
     return score
 
 

@@ -75,7 +75,9 @@ def count(model: ViT, image_size: int | tuple[int, int], *, channels: int = 3) -
         embedding += pixels * 9 * inputs * features
         inputs = features
     embedding += pixels * inputs * width
-    tokens = token_counts(model.cascade, num_patches, model.num_layers)
+    tokens = token_counts(
+        model.cascade, num_patches, model.num_layers, num_prefix=model.num_prefix
+    )
     attention, mlp = [], []
     for layer, (queries, rows) in enumerate(tokens):
         attention.append(_attention(model, layer, queries))
@@ -85,9 +87,10 @@ def count(model: ViT, image_size: int | tuple[int, int], *, channels: int = 3) -
             # Similarities, and sums of the merged tokens.
             depth = (model.head_dim or width // model.num_heads) + width
             mlp[-1] += (queries > rows) * side[0] * side[1] * depth
-    features = model.representation_size or width
-    head = (model.representation_size is not None) * width * features
-    head += features * model.num_classes
+    pooled = models.pooled_size(model)
+    features = model.representation_size or pooled
+    head = (model.representation_size is not None) * pooled * features
+    head += features * model.num_classes * (1 + model.distilled)
     return Cost(
         total=embedding + sum(attention) + sum(mlp) + head,
         embedding=embedding,
@@ -100,7 +103,7 @@ def count(model: ViT, image_size: int | tuple[int, int], *, channels: int = 3) -
 
 
 def token_counts(
-    cascade: Cascade | None, num_patches: int, num_layers: int
+    cascade: Cascade | None, num_patches: int, num_layers: int, *, num_prefix: int = 1
 ) -> tuple[tuple[int, int], ...]:
     """Rows that each layer's attention and MLP compute, CLS included.
 
@@ -110,6 +113,7 @@ def token_counts(
       cascade: how the network is pruned, or None.
       num_patches: P.
       num_layers: L.
+      num_prefix: number of tokens before the patches.
 
     Returns:
       Rows in attention and MLP of each layer, (L, 2).
@@ -120,10 +124,10 @@ def token_counts(
     if cascade is not None:
         cascades.check_fits(cascade, num_patches, num_layers)
     if cascade is None or cascade.mode == "masked":
-        return ((num_patches + 1,) * 2,) * num_layers
+        return ((num_patches + num_prefix,) * 2,) * num_layers
     zeroed = cascade.semantics == "zero"
     return tuple(
-        tuple(keep + 1 + (zeroed and keep < num_patches) for keep in pair)
+        tuple(keep + num_prefix + (zeroed and keep < num_patches) for keep in pair)
         for pair in cascade.counts
     )
 
@@ -152,7 +156,8 @@ def count_params(model: ViT, image_size: int, *, channels: int = 3) -> int:
         inputs = features
     side = model.patch_size // 2 ** len(model.stem)
     total += (side**2 * inputs + 1) * width
-    total += width + (num_patches + 1) * width  # CLS and positions
+    # The prefix and the positions.
+    total += (2 * model.num_prefix + num_patches) * width
     for layer in range(model.num_layers):
         heads = models.per_layer(model.num_heads, layer)
         inner = heads * (model.head_dim or width // heads)
@@ -161,11 +166,13 @@ def count_params(model: ViT, image_size: int, *, channels: int = 3) -> int:
         total += 3 * (width + 1) * inner + (inner + 1) * width
         total += (width + 1) * hidden + (hidden + 1) * width
     total += 2 * width
-    features = width
+    features = pooled = models.pooled_size(model)
     if model.representation_size is not None:
         features = model.representation_size
-        total += (width + 1) * features
-    return total + (model.num_classes and (features + 1) * model.num_classes)
+        total += (pooled + 1) * features
+    return total + (1 + model.distilled) * (features + 1) * model.num_classes * (
+        model.num_classes > 0
+    )
 
 
 def _attention(model, layer, tokens):

@@ -6,6 +6,9 @@ represents several tokens (`weights`), A holds the sum of their probabilities.
 Axes: B images, H heads, Q queries, N tokens (CLS first).
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,9 +17,106 @@ PATCH_FORMS = ("max", "sum")
 HEAD_FORMS = ("max", "confidence")
 
 
+class Statistics(NamedTuple):
+    """Reductions of the attention probabilities of one layer; None was not requested.
+
+    Attributes:
+      column_max: max_i A[h, i, j] over the queries of positive weight, (B, H, N).
+      column_sum: sum_i weights[i] A[h, i, j], (B, H, N).
+      row_max: max_j A[h, i, j] / max(weights[j], 1), (B, H, N): the largest probability
+        of one member of a group.
+      cls: A[h, 0, j], (B, H, N).
+    """
+
+    column_max: jax.Array | None = None
+    column_sum: jax.Array | None = None
+    row_max: jax.Array | None = None
+    cls: jax.Array | None = None
+
+
+STATISTICS = Statistics._fields
+
+
+def statistics(
+    probs: jax.Array,
+    weights: jax.Array | None = None,
+    names: Sequence[str] = STATISTICS,
+    *,
+    votes: jax.Array | None = None,
+) -> Statistics:
+    """Reductions of written-out probabilities.
+
+    Args:
+      probs: attention probabilities of queries, CLS first, (B, H, Q, N).
+      weights: number of tokens that each key represents, (B, N); None means one each.
+      names: fields of `Statistics` to compute.
+      votes: weights of the queries, (B, Q); None takes `weights`.
+
+    Returns:
+      The requested fields, float32; `row_max` is (B, H, Q).
+    """
+    chex.assert_rank(probs, 4)
+    probs = probs.astype(jnp.float32)
+    votes = weights if votes is None else votes
+    values = dict.fromkeys(names)
+    if "column_max" in values:
+        voting = probs
+        if votes is not None:
+            voting = jnp.where(votes[:, None, :, None] > 0, probs, 0.0)
+        values["column_max"] = jnp.max(voting, axis=2)
+    if "column_sum" in values:
+        voting = probs if votes is None else probs * votes[:, None, :, None]
+        values["column_sum"] = jnp.sum(voting, axis=2)
+    if "row_max" in values:
+        shares = probs
+        if weights is not None:
+            shares = probs / jnp.maximum(weights, 1.0)[:, None, None, :]
+        values["row_max"] = jnp.max(shares, axis=3)
+    if "cls" in values:
+        values["cls"] = probs[:, :, 0]
+    return Statistics(**values)
+
+
+def needed_statistics(form: str, alpha: float, beta: float) -> tuple[str, ...]:
+    """The fields of `Statistics` that `score_patches` reads, at least one."""
+    _check_form(form, PATCH_FORMS)
+    if form == "sum":
+        return ("column_sum",)
+    return ("column_max",) * bool(beta or not alpha) + ("row_max",) * bool(alpha)
+
+
 def patch_scores(
     probs: jax.Array,
     weights: jax.Array | None = None,
+    *,
+    form: str = "max",
+    alpha: float = 0.0,
+    beta: float = 1.0,
+) -> jax.Array:
+    """Importance of each token in one layer; see `score_patches`.
+
+    Args:
+      probs: attention probabilities, (B, H, N, N).
+      weights: number of tokens that each row represents, (B, N); None means one each.
+      form: "max" or "sum".
+      alpha: weight of the attention that the token pays.
+      beta: weight of the attention that the token receives.
+
+    Returns:
+      (B, N), float32; zero for tokens of weight zero.
+
+    Raises:
+      ValueError: if the form is unknown.
+    """
+    found = statistics(probs, weights, needed_statistics(form, alpha, beta))
+    shape = probs.shape[:2] + probs.shape[3:]
+    return score_patches(found, weights, shape, form=form, alpha=alpha, beta=beta)
+
+
+def score_patches(
+    found: Statistics,
+    weights: jax.Array | None,
+    shape: tuple[int, int, int],
     *,
     form: str = "max",
     alpha: float = 0.0,
@@ -30,10 +130,11 @@ def patch_scores(
     token, because each row of A sums to 1.
 
     Args:
-      probs: attention probabilities, (B, H, N, N).
+      found: the fields that `needed_statistics` names.
       weights: number of tokens that each row represents, (B, N); None means one each.
         Queries of weight zero do not vote; the probability of a group is divided
         equally among its members.
+      shape: (B, H, N).
       form: "max" or "sum".
       alpha: weight of the attention that the token pays.
       beta: weight of the attention that the token receives.
@@ -45,24 +146,13 @@ def patch_scores(
       ValueError: if the form is unknown.
     """
     _check_form(form, PATCH_FORMS)
-    chex.assert_rank(probs, 4)
-    probs = _per_member(probs.astype(jnp.float32), weights)
-    votes = 1.0 if weights is None else weights[:, None, :, None]
-    score = 0.0
+    score = jnp.zeros(shape)
     if beta:
-        if form == "max":
-            column = jnp.max(jnp.where(votes > 0, probs, 0.0), axis=2)
-        else:
-            column = jnp.sum(probs * votes, axis=2)
-        score = score + beta * column  # (B, H, N)
+        column = found.column_max if form == "max" else found.column_sum
+        score = score + beta * _per_member(column, weights)
     if alpha:
-        if form == "max":
-            row = jnp.max(probs, axis=3)
-        else:
-            counts = 1.0 if weights is None else weights[:, None, None, :]
-            row = jnp.sum(probs * counts, axis=3)
-        score = score + alpha * row
-    score = jnp.sum(jnp.broadcast_to(score, probs.shape[:2] + probs.shape[3:]), axis=1)
+        score = score + alpha * (found.row_max if form == "max" else 1.0)
+    score = jnp.sum(score, axis=1)
     return score if weights is None else jnp.where(weights > 0, score, 0.0)
 
 
@@ -76,9 +166,12 @@ def cls_scores(probs: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     Returns:
       (B, N), float32.
     """
-    chex.assert_rank(probs, 4)
-    probs = _per_member(probs[:, :, :1].astype(jnp.float32), weights)
-    return jnp.mean(probs[:, :, 0], axis=1)
+    return score_by_cls(statistics(probs, weights, ("cls",)), weights)
+
+
+def score_by_cls(found: Statistics, weights: jax.Array | None = None) -> jax.Array:
+    """`cls_scores` of `Statistics` with `cls`: (B, N), float32."""
+    return jnp.mean(_per_member(found.cls, weights), axis=1)
 
 
 def head_scores(
@@ -106,19 +199,20 @@ def head_scores(
       ValueError: if the form is unknown.
     """
     _check_form(form, HEAD_FORMS)
-    chex.assert_rank(probs, 4)
-    probs = _per_member(probs.astype(jnp.float32), weights)
-    counts = 1.0 if weights is None else weights[:, None, :]
     if form == "max":
-        votes = 1.0 if weights is None else weights[:, None, :, None]
-        largest = jnp.max(jnp.where(votes > 0, probs, 0.0), axis=2)
+        found = statistics(probs, weights, ("column_max",))
+        largest = _per_member(found.column_max, weights)
     else:
-        largest = jnp.max(probs, axis=3)
-    return jnp.sum(largest * counts, axis=2)
+        largest = statistics(probs, weights, ("row_max",)).row_max
+    return jnp.sum(largest if weights is None else largest * weights[:, None], axis=2)
 
 
 def attention_range(
-    probs: jax.Array, grid: tuple[int, int], *, distance: int = 3
+    probs: jax.Array,
+    grid: tuple[int, int],
+    *,
+    distance: int = 3,
+    num_prefix: int = 1,
 ) -> jax.Array:
     """Share of the patches whose strongest key is at least `distance` patches away.
 
@@ -128,9 +222,10 @@ def attention_range(
 
     Args:
       probs: attention probabilities of the whole network, (B, H, N, N) with
-        N = 1 + grid[0] * grid[1].
+        N = num_prefix + grid[0] * grid[1].
       grid: rows and columns of patches.
       distance: smallest distance that counts as long, in patches.
+      num_prefix: number of tokens before the patches.
 
     Returns:
       A scalar in [0, 1].
@@ -138,23 +233,25 @@ def attention_range(
     Raises:
       ValueError: if the tokens are not CLS and the whole grid.
     """
-    if probs.shape[-2:] != (1 + grid[0] * grid[1],) * 2:
+    num_tokens = num_prefix + grid[0] * grid[1]
+    if probs.shape[-2:] != (num_tokens,) * 2:
         raise ValueError(
-            f"probs must have {1 + grid[0] * grid[1]} queries and keys, CLS and a grid "
+            f"probs must have {num_tokens} queries and keys, CLS and a grid "
             f"of {grid}, got shape {probs.shape}; measure the range on the whole "
             "network, without a cascade."
         )
-    strongest = jnp.argmax(probs[:, :, 1:, 1:], axis=-1)  # (B, H, P)
+    strongest = jnp.argmax(probs[:, :, num_prefix:, num_prefix:], axis=-1)  # (B, H, P)
     patches = jnp.arange(grid[0] * grid[1])
     rows = jnp.abs(strongest // grid[1] - (patches // grid[1])[None, None])
     columns = jnp.abs(strongest % grid[1] - (patches % grid[1])[None, None])
     return jnp.mean((jnp.maximum(rows, columns) >= distance).astype(jnp.float32))
 
 
-def _per_member(probs, weights):
+def _per_member(columns, weights):
+    """The share of one member of each group: (B, H, N) by weights (B, N)."""
     if weights is None:
-        return probs
-    return probs / jnp.maximum(weights, 1.0)[:, None, None, :]
+        return columns
+    return columns / jnp.maximum(weights, 1.0)[:, None, :]
 
 
 def _check_form(form, forms):

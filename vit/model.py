@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vit import cascade as cascades
+from vit.attention import IMPLEMENTATIONS
 from vit.attention import Attended as Attended
 from vit.attention import FromHeads as FromHeads
 from vit.attention import MultiHeadDotProductAttention as MultiHeadDotProductAttention
@@ -27,6 +28,7 @@ from vit.attention import attention_probs as attention_probs
 from vit.cascade import Cascade
 from vit.tokens import Tokens
 
+POOLS = ("cls", "mean", "mean_before_norm", "cls_and_mean")
 _GELU = {"tanh": nn.gelu, "erf": functools.partial(nn.gelu, approximate=False)}
 
 VARIANTS = {
@@ -57,10 +59,10 @@ VARIANTS = {
 
 
 class ViT(nn.Module):
-    """A Vision Transformer that classifies by its CLS token.
+    """A Vision Transformer.
 
     Attributes:
-      num_classes: K; 0 omits the head, and the output is the normalized CLS token.
+      num_classes: K; 0 omits the head, and the output is what the head would get.
       patch_size: side of a patch in pixels.
       stem: channels of the convolutions before the patches, each 3x3 with stride 2
         (Xiao et al. 2021, arXiv 2106.14881); they reduce the epochs that small images
@@ -75,12 +77,22 @@ class ViT(nn.Module):
         have (`pre_logits`); None omits it.
       gelu: "tanh" (Google's files) or "erf" (those of timm and Hugging Face).
       ln_eps: epsilon of the layer normalizations.
+      pool: what the head gets: "cls", the normalized CLS token; "mean", the mean of the
+        normalized patches; "mean_before_norm", the normalized mean of the patches (the
+        `fc_norm` of timm); "cls_and_mean", the first two side by side (DINOv2). A row
+        that represents m merged patches counts m times, a dropped patch does not count.
+      class_token: whether CLS comes before the patches. Without it the pooling must be
+        a mean, and a cascade cannot use the score "cls".
+      num_registers: R, learned tokens after CLS that are not read (Darcet et al. 2024,
+        arXiv 2309.16588). A cascade always keeps CLS and the registers.
+      distilled: whether the first register is DeiT's distillation token (Touvron et al.
+        2021, arXiv 2012.12877): a second head reads it, and the logits are the mean of
+        the two.
       dropout_rate: rate after the position embedding and in the MLPs, in training.
       drop_path_rate: rate of the last layer's residual branches, in training; it grows
         linearly from zero in the first layer.
       cascade: the tokens and heads that each layer works on; None is all.
-      attention_implementation: argument of `jax.nn.dot_product_attention`, which is
-        used where the probabilities are not needed: None, "xla" or "cudnn".
+      attention_implementation: a key of `attention.IMPLEMENTATIONS`; None is "xla".
       dtype: compute dtype of the matrix products. Parameters, softmax, scores,
         normalizations and logits are float32.
     """
@@ -96,11 +108,20 @@ class ViT(nn.Module):
     stem: tuple[int, ...] = ()
     gelu: str = "tanh"
     ln_eps: float = 1e-6
+    pool: str = "cls"
+    class_token: bool = True
+    num_registers: int = 0
+    distilled: bool = False
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
     cascade: Cascade | None = None
     attention_implementation: str | None = None
     dtype: Any = jnp.float32
+
+    @property
+    def num_prefix(self) -> int:
+        """Number of tokens before the patches."""
+        return self.class_token + self.num_registers
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -117,7 +138,8 @@ class ViT(nn.Module):
           train: whether dropout and drop path are active.
 
         Returns:
-          Logits (B, K), or the CLS token (B, D) if `num_classes` is 0.
+          Logits (B, K), or the pooled tokens if `num_classes` is 0: (B, D), or (B, 2 D)
+          for pool "cls_and_mean".
 
         Raises:
           ValueError: if the images do not divide into patches, or the fields of the
@@ -133,8 +155,15 @@ class ViT(nn.Module):
         size = self.patch_size // 2 ** len(self.stem)
         embedding = PatchEmbedding(self.hidden_size, size, self.dtype, name="embedding")
         x = embedding(x)
-        cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size))
-        cls = jnp.broadcast_to(cls, (len(x), 1, self.hidden_size))
+        prefix = []
+        for name, count in (
+            ("cls", self.class_token),
+            ("registers", self.num_registers),
+        ):
+            if count:
+                shape = (1, int(count), self.hidden_size)
+                token = self.param(name, nn.initializers.zeros, shape)
+                prefix.append(jnp.broadcast_to(token, (len(x), *shape[1:])))
 
         def make_block(layer):
             num_heads = per_layer(self.num_heads, layer)
@@ -150,6 +179,7 @@ class ViT(nn.Module):
                 * layer
                 / max(self.num_layers - 1, 1),
                 cascade=self.cascade,
+                num_prefix=self.num_prefix,
                 attention_implementation=self.attention_implementation,
                 dtype=self.dtype,
                 name=f"encoderblock_{layer}",
@@ -161,18 +191,25 @@ class ViT(nn.Module):
             self.cascade,
             dropout_rate=self.dropout_rate,
             ln_eps=self.ln_eps,
+            pool=self.pool,
+            num_prefix=self.num_prefix,
+            distilled=self.distilled,
             name="Transformer",
         )
-        x = encoder(jnp.concatenate([cls, x], axis=1), train=train)
+        x, distillation = encoder(jnp.concatenate([*prefix, x], axis=1), train=train)
         if self.representation_size is not None:
             x = nn.Dense(self.representation_size, name="pre_logits")(x)
             x = nn.tanh(x)
+        outputs = {"head": x}
+        if self.distilled:
+            outputs["head_dist"] = distillation
         if self.num_classes:
-            head = nn.Dense(
-                self.num_classes, kernel_init=nn.initializers.zeros, name="head"
-            )
-            x = head(x)
-        return x
+            for name, x in outputs.items():
+                head = nn.Dense(
+                    self.num_classes, kernel_init=nn.initializers.zeros, name=name
+                )
+                outputs[name] = head(x)
+        return sum(outputs.values()) / len(outputs)
 
 
 class StemBlock(nn.Module):
@@ -196,7 +233,7 @@ class StemBlock(nn.Module):
             [padded[:, i : i + height : 2, j : j + width : 2] for i, j in _OFFSETS], -1
         )
         x = x @ kernel.reshape(-1, self.channels).astype(self.dtype)
-        return nn.gelu(nn.LayerNorm(self.ln_eps, name="LayerNorm_0")(x))
+        return nn.gelu(layer_norm(self.ln_eps, "LayerNorm_0")(x))
 
 
 _OFFSETS = tuple(itertools.product(range(3), repeat=2))
@@ -231,13 +268,19 @@ class PatchEmbedding(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Position embedding, blocks, last normalization: (B, 1 + P, D) -> CLS (B, D)."""
+    """Position embedding, blocks, last normalization and pooling of (B, N, D).
+
+    Returns what the head gets, and the normalized distillation token or None.
+    """
 
     num_layers: int
     make_block: Callable[[int], nn.Module]
     cascade: Cascade | None
     dropout_rate: float
     ln_eps: float
+    pool: str
+    num_prefix: int
+    distilled: bool
 
     @nn.compact
     def __call__(self, x, *, train):
@@ -247,8 +290,29 @@ class Encoder(nn.Module):
         tokens = cascades.initial_tokens(self.cascade, x, key)
         for layer in range(self.num_layers):
             tokens = self.make_block(layer)(tokens, train=train)
-        norm = nn.LayerNorm(self.ln_eps, name="encoder_norm")
-        return norm(tokens.x[:, 0].astype(jnp.float32))
+        norm = layer_norm(self.ln_eps, "encoder_norm")
+        x = tokens.x.astype(jnp.float32)
+        distillation = norm(x[:, 1]) if self.distilled else None
+        if self.pool == "cls":
+            return norm(x[:, 0]), distillation
+        if self.pool == "mean_before_norm":
+            mean = _mean_of_patches(x, tokens.weights, self.num_prefix)
+            return norm(mean), distillation
+        x = norm(x)
+        mean = _mean_of_patches(x, tokens.weights, self.num_prefix)
+        if self.pool == "cls_and_mean":
+            mean = jnp.concatenate([x[:, 0], mean], axis=1)
+        return mean, distillation
+
+
+def _mean_of_patches(x, weights, num_prefix):
+    """Mean (B, D) of the patches, each counted as often as its weight (B, N) says."""
+    x = x[:, num_prefix:]
+    if weights is None:
+        return jnp.mean(x, axis=1)
+    weights = weights[:, num_prefix:]
+    shares = weights / jnp.sum(weights, axis=1, keepdims=True)
+    return jnp.einsum("bn,bnd->bd", shares, x)
 
 
 class PositionEmbedding(nn.Module):
@@ -272,6 +336,7 @@ class EncoderBlock(nn.Module):
     dropout_rate: float
     drop_path_rate: float
     cascade: Cascade | None
+    num_prefix: int
     attention_implementation: str | None
     dtype: Any
 
@@ -281,8 +346,8 @@ class EncoderBlock(nn.Module):
             self.num_heads,
             self.head_dim,
             heads=cascades.heads_of(self.cascade, self.layer, self.num_heads),
-            query=cascades.scored_query(
-                self.cascade, self.layer, tokens.x.shape[1] - 1
+            statistics=cascades.needed_statistics(
+                self.cascade, self.layer, tokens.x.shape[1] - self.num_prefix
             ),
             implementation=self.attention_implementation,
             dtype=self.dtype,
@@ -295,8 +360,8 @@ class EncoderBlock(nn.Module):
             dtype=self.dtype,
             name="MlpBlock_0",
         )
-        norm_0 = nn.LayerNorm(self.ln_eps, name="LayerNorm_0")
-        norm_1 = nn.LayerNorm(self.ln_eps, name="LayerNorm_1")
+        norm_0 = layer_norm(self.ln_eps, "LayerNorm_0")
+        norm_1 = layer_norm(self.ln_eps, "LayerNorm_1")
         drop_path = DropPath(self.drop_path_rate, deterministic=not train)
 
         def attend(x, weights):
@@ -309,10 +374,11 @@ class EncoderBlock(nn.Module):
             return drop_path(mlp(x, train=train))
 
         position = (self.cascade, self.layer)
-        tokens = cascades.attention_layer(*position, tokens, norm_0, attend)
+        prefix = {"num_prefix": self.num_prefix}
+        tokens = cascades.attention_layer(*position, tokens, norm_0, attend, **prefix)
         self.sow("intermediates", "tokens", tokens.position)
         self.sow("intermediates", "score", tokens.score)
-        return cascades.mlp_layer(*position, tokens, norm_1, transform)
+        return cascades.mlp_layer(*position, tokens, norm_1, transform, **prefix)
 
 
 class MlpBlock(nn.Module):
@@ -352,6 +418,15 @@ class DropPath(nn.Module):
         shape = (len(x), *(1,) * (x.ndim - 1))
         kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, shape)
         return jnp.where(kept, x / (1 - self.rate), 0)
+
+
+def layer_norm(epsilon: float, name: str) -> nn.LayerNorm:
+    """Layer normalization in two passes: the mean first, then the squared deviations.
+
+    Flax's default takes the mean of the squares minus the squared mean, which loses six
+    digits where the mean is a hundred deviations.
+    """
+    return nn.LayerNorm(epsilon, use_fast_variance=False, name=name)
 
 
 def make(variant: str, num_classes: int, patch_size: int, **options: Any) -> ViT:
@@ -395,6 +470,11 @@ def make(variant: str, num_classes: int, patch_size: int, **options: Any) -> ViT
 def per_layer(value: int | tuple[int, ...], layer: int) -> int:
     """The value of one layer, for fields that have one value or one per layer."""
     return value if isinstance(value, int) else value[layer]
+
+
+def pooled_size(model: ViT) -> int:
+    """Width of what the head gets: D, or 2 D for pool "cls_and_mean"."""
+    return model.hidden_size * (1 + (model.pool == "cls_and_mean"))
 
 
 def count_patches(image_shape: tuple[int, int], patch_size: int) -> int:
@@ -441,8 +521,32 @@ def check_model(model: ViT) -> None:
                 f"hidden_size {model.hidden_size} is not divisible by num_heads "
                 f"{heads}; set head_dim."
             )
-    if model.gelu not in _GELU:
-        raise ValueError(f"gelu must be one of {', '.join(_GELU)}; got {model.gelu!r}.")
+    for name, allowed in (
+        ("gelu", _GELU),
+        ("pool", POOLS),
+        ("attention_implementation", (None, *IMPLEMENTATIONS)),
+    ):
+        value = getattr(model, name)
+        if value not in allowed:
+            raise ValueError(
+                f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}."
+            )
+    if model.distilled and not (model.class_token and model.num_registers):
+        raise ValueError(
+            "distilled=True requires class_token=True and num_registers of at least 1."
+        )
+    if not model.class_token and "cls" in model.pool:
+        raise ValueError(f"pool {model.pool!r} requires class_token=True.")
+    if not model.class_token and model.cascade is not None:
+        if model.cascade.score == "cls":
+            raise ValueError("the score 'cls' requires class_token=True.")
+    if model.cascade is not None and model.pool != "cls":
+        last = model.cascade.counts[-1][-1]
+        if model.cascade.semantics == "drop" and not last:
+            raise ValueError(
+                f"pool {model.pool!r} requires a patch after the last layer; the "
+                "cascade drops all."
+            )
     for name in ("dropout_rate", "drop_path_rate"):
         if not 0 <= getattr(model, name) < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {getattr(model, name)}.")

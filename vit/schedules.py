@@ -286,7 +286,7 @@ def evit(
     num_layers: int,
     num_patches: int,
     layers: Sequence[int] | None = None,
-    fuse: bool = True,
+    fuse: str | None = "sum",
 ) -> Cascade:
     """EViT: a few layers drop patches between their attention and their MLP.
 
@@ -296,7 +296,9 @@ def evit(
       num_patches: P.
       layers: the layers that drop patches; None means those at a quarter, a half and
         three quarters of the depth (3, 6 and 9 of 12).
-      fuse: whether the weighted mean of the dropped patches stays as an extra token.
+      fuse: how the dropped patches stay as an extra token: "sum", weighted by the
+        attention of CLS, as in the authors' code, or "mean", the sum divided by the sum
+        of these weights; None removes them.
 
     Returns:
       A `Cascade` of L layers with score "cls".
@@ -318,7 +320,7 @@ def evit(
     for layer in range(num_layers):
         keep.append(left)
         if layer in layers and keep_rate < 1:
-            left = min(math.ceil(keep_rate * left - 1e-9) + fuse, left)
+            left = min(math.ceil(keep_rate * left - 1e-9) + bool(fuse), left)
         keep_mlp.append(left)
     return Cascade(
         keep=tuple(keep),

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+FUSIONS = ("sum", "mean")
+
 
 class Tokens(NamedTuple):
     """The tokens between two layers.
@@ -76,24 +78,36 @@ def gather(tokens: Tokens, ranking: jax.Array, count: int) -> Tokens:
     )
 
 
-def fuse(tokens: Tokens, ranking: jax.Array, count: int) -> Tokens:
-    """The `count` - 1 tokens that rank highest and the weighted mean of the others.
+def fuse(
+    tokens: Tokens, ranking: jax.Array, count: int, *, form: str = "sum"
+) -> Tokens:
+    """The `count` - 1 tokens that rank highest and one token fused from the others.
 
-    The fused token comes last and has position -1 (EViT).
+    The fused token comes last and has position -1. In form "sum" it is sum_i a_i x_i
+    over the other tokens, where a_i is the ranking, as in the code of EViT's authors
+    (youweiliang/evit). Form "mean" divides the sum by sum_i a_i.
 
     Args:
       tokens: n tokens per image.
-      ranking: the larger, the more important, (B, n). It is the weight in the mean.
+      ranking: the larger, the more important, (B, n). It is the weight in the sum.
       count: k, the fused token included.
+      form: "sum" or "mean".
 
     Returns:
-      k tokens per image.
+      k tokens per image. The score of the fused token is the weighted mean of the
+      scores in both forms.
+
+    Raises:
+      ValueError: if the form is unknown.
     """
+    if form not in FUSIONS:
+        raise ValueError(f"form must be one of {', '.join(FUSIONS)}; got {form!r}.")
     count -= 1
     selected = top_mask(ranking, count)
-    shares = jnp.where(selected, 0.0, ranking)
-    shares = shares / jnp.maximum(shares.sum(1, keepdims=True), 1e-12)
-    x = jnp.einsum("bn,bnd->bd", shares, tokens.x)[:, None]  # (B, 1, D)
+    sums = jnp.where(selected, 0.0, ranking)
+    shares = sums / jnp.maximum(sums.sum(1, keepdims=True), 1e-12)
+    x = jnp.einsum("bn,bnd->bd", sums if form == "sum" else shares, tokens.x)
+    x = x[:, None]  # (B, 1, D)
     score = jnp.sum(shares * tokens.score, axis=1, keepdims=True)
     kept = gather(tokens, ranking, count)
     no_position = jnp.full_like(kept.position[:, :1], -1)
@@ -104,28 +118,33 @@ def fuse(tokens: Tokens, ranking: jax.Array, count: int) -> Tokens:
     )
 
 
-def merge(tokens: Tokens, keys: jax.Array, keep: int) -> Tokens:
+def merge(tokens: Tokens, keys: jax.Array, keep: int, *, num_prefix: int = 1) -> Tokens:
     """Bipartite soft matching: merges tokens until CLS and `keep` others remain.
 
     Tokens are assigned alternately to a set A (which contains CLS) and a set B. The
     tokens of A whose keys are most similar to a key of B are merged into that token of
-    B, as means weighted by the number of tokens they represent. CLS is never merged.
+    B, as means weighted by the number of tokens they represent. CLS and the other
+    tokens of the prefix are never merged.
 
     Args:
       tokens: n tokens per image, with `weights`.
       keys: what similarity is measured on, (B, n, d).
-      keep: tokens left, CLS not counted; at least half of them.
+      keep: tokens left, the prefix not counted; at least half of them.
+      num_prefix: number of tokens before the patches.
 
     Returns:
-      1 + keep tokens per image: the rest of A first, then B.
+      num_prefix + keep tokens per image: the rest of A first, then B.
     """
-    num_merged = tokens.x.shape[1] - 1 - keep
+    num_merged = tokens.x.shape[1] - num_prefix - keep
     if not num_merged:
         return tokens
     keys = jax.lax.stop_gradient(keys.astype(jnp.float32))
     keys = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
     similarity = jnp.einsum("bid,bjd->bij", keys[:, ::2], keys[:, 1::2])
-    best = jnp.max(similarity, axis=2).at[:, 0].set(-jnp.inf)  # (B, A)
+    # Of the prefix, every second token is in A, from the first on.
+    similarity = similarity.at[:, :, : num_prefix // 2].set(-jnp.inf)
+    best = jnp.max(similarity, axis=2)  # (B, A)
+    best = best.at[:, : (num_prefix + 1) // 2].set(-jnp.inf)
     merged = top_mask(best, num_merged)
     onto = jax.nn.one_hot(jnp.argmax(similarity, axis=2), similarity.shape[2])
     onto = onto * merged[..., None]  # (B, A, B)

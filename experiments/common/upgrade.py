@@ -71,8 +71,10 @@ ADDED: dict[str, dict[str, Any]] = {
         "num_measured": 0,
     },
     "make_functaset": {"padding": 0, "inner.num_steps": None},
-    "train_vit": {"stages": []},
+    "train_vit": {"stages": [], "checkpoint_options": {}},
     "prune_vit": {
+        "budget": None,
+        "checkpoint_options": {},
         "timing.gradient_batch_size": _gradient_batch_size,
         "tuning.teacher_weight": 0.0,
         "tuning.training.stages": [],

@@ -45,11 +45,15 @@ BASE = {
     "normalisation": "dataset",
     # A file that train_vit wrote, or another one that vit.load_checkpoint reads.
     "checkpoint": settings.Optional(str, "runs/train_vit/digits/model.npz"),
+    # What the file does not tell, as keywords of vit.load_checkpoint: num_heads, gelu,
+    # ln_eps, pool, grid.
+    "checkpoint_options": settings.Open(),
     # The model that is timed without a checkpoint and a data set; one of
     # vit.model.VARIANTS.
     "model": settings.Open(variant="B", patch_size=16),
     "dtype": "float32",
-    # Of jax.nn.dot_product_attention; "cudnn" needs a GPU and bfloat16.
+    # A key of vit.attention.IMPLEMENTATIONS; "cudnn" needs a GPU and bfloat16, "pallas"
+    # an NVIDIA GPU.
     "attention_implementation": settings.Optional(str),
     # Methods and their ratios. A ratio is the plateau of the ramp over the layers;
     # "evit", "merge" and "resolution" have the cost of the cascade "max" at that ratio.
@@ -66,6 +70,9 @@ BASE = {
             **dict.fromkeys(("neurons_random", "neurons_lbi"), (0.25, 0.5)),
         }
     ),
+    # Share of the multiply-adds of the dense network. With it every method has the one
+    # ratio that needs at most this share; the ratios above then only name the methods.
+    "budget": settings.Optional(float),
     # Ratio at which the masked and the compact mode are compared on all test images.
     "parity_ratio": 0.4,
     # Training images from which head scores and attention ranges are computed.
@@ -231,8 +238,11 @@ RULES = {
     "image_size": settings.whole(1, 2**16),
     "normalisation": settings.one_of("dataset", "google"),
     "dtype": settings.one_of("float32", "bfloat16"),
-    "attention_implementation": settings.one_of(None, "xla", "cudnn"),
+    "attention_implementation": settings.one_of(
+        *(None, "xla", "cudnn", "pallas", "plain")
+    ),
     "methods.*": settings.each(settings.within("(0, 1)")),
+    "budget": settings.optional(settings.within("(0, 1)")),
     "parity_ratio": settings.within("(0, 1)"),
     "pictured_ratio": settings.within("(0, 1)"),
     "num_calibration": settings.whole(1),

@@ -50,28 +50,11 @@ def thin_model(model: nn.Module, keep: dict[str, np.ndarray]) -> nn.Module:
     return model.clone(stages=tuple(stages), hidden=tuple(hidden))
 
 
-def channel_map(model: nn.Module) -> lbi.channels.ChannelMap:
-    """The axes that belong to a channel of each hidden layer; see `lbi.pruning`.
-
-    Returns:
-      {layer: ((path in the variables, axis), ...)}, the kernel of the layer first, then
-      its bias, batch normalization and the inputs of the next layer.
-    """
-    if isinstance(model, LeNet):
-        num_convs, num_hidden = len(model.features), 1
-    else:
-        num_convs, num_hidden = sum(map(len, model.stages)), len(model.hidden)
-    layers = [f"conv{i + 1}" for i in range(num_convs)]
-    layers += [f"fc{i + 1}" for i in range(num_hidden + 1)]
-    channels = {}
-    for number, (layer, following) in enumerate(itertools.pairwise(layers), start=1):
-        places = [(f"params/{layer}/kernel", -1), (f"params/{layer}/bias", 0)]
-        if number <= num_convs and getattr(model, "batch_norm", False):
-            bn = f"bn{number}"
-            places += [(f"params/{bn}/scale", 0), (f"params/{bn}/bias", 0)]
-            places += [(f"batch_stats/{bn}/mean", 0), (f"batch_stats/{bn}/var", 0)]
-        channels[layer] = (*places, (f"params/{following}/kernel", -2))
-    return channels
+def channel_graph(model: nn.Module, image_shape: tuple[int, ...]) -> lbi.channels.Graph:
+    """The channels of a network for images (H, W, C), found by tracing it."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return lbi.channels.trace(model.apply, variables, images)
 
 
 def count_multiply_adds(

@@ -4,6 +4,7 @@ Axes: B images, H W C of an image, K classes, S steps.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -99,17 +100,35 @@ def load_images(config: ConfigDict) -> Images:
 
 
 def load_problem(
-    path: str, image_size: int, images: Images | None, **fields: Any
+    path: str,
+    image_size: int,
+    images: Images | None,
+    options: Mapping[str, Any],
+    **fields: Any,
 ) -> Problem:
     """The network of a checkpoint file, with other values of some fields of the model.
 
+    Args:
+      path: a file that `vit.load_checkpoint` reads.
+      image_size: side of the images in pixels.
+      images: the data set; None keeps the classes of the file.
+      options: other keywords of `vit.load_checkpoint`.
+      **fields: fields of the model.
+
     Raises:
       FileNotFoundError, ValueError: as `vit.load_checkpoint`, and if the images have
-        another number of channels.
+        another number of channels or there is no such option.
     """
     num_classes = None if images is None else images.num_classes
+    known = inspect.signature(load_checkpoint).parameters
+    known = [name for name, one in known.items() if one.kind is one.KEYWORD_ONLY]
+    if unknown := set(options) - set(known):
+        raise ValueError(
+            f"checkpoint_options must be among {', '.join(known)}; got "
+            f"{', '.join(sorted(unknown))}."
+        )
     model, params = load_checkpoint(
-        path, image_size=image_size, num_classes=num_classes
+        path, image_size=image_size, num_classes=num_classes, **options
     )
     problem = Problem(model.clone(**fields), params, image_size, images)
     channels = problem.input_shape[-1]

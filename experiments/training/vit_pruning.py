@@ -42,6 +42,38 @@ def prune(
     return METHODS[method](problem, ratio, scores, seed) if ratio else problem
 
 
+def ratio_for_budget(
+    method: str,
+    budget: float,
+    problem: Problem,
+    scores: Scores | None = None,
+    seed: int = 0,
+) -> float:
+    """The smallest ratio, in steps of 0.001, whose network needs at most `budget`.
+
+    Args:
+      method: one of METHODS.
+      budget: share of the multiply-adds of the dense network, in (0, 1].
+      problem: the dense network.
+      scores: see `prune`.
+      seed: see `prune`.
+
+    Raises:
+      ValueError: if the method cannot reach the budget.
+    """
+    low, high = 0, 1000
+    while low < high:
+        middle = (low + high) // 2
+        network = prune(method, middle / 1000, problem, scores, seed)
+        if network.cost.total <= budget * problem.cost.total:
+            high = middle
+        else:
+            low = middle + 1
+    if low == 1000:
+        raise ValueError(f"{method} cannot save {1 - budget:.3g} of the multiply-adds.")
+    return low / 1000
+
+
 def with_cascade(
     problem: Problem, make: Callable[..., Cascade], *args: Any, **options: Any
 ) -> Problem:
@@ -102,7 +134,9 @@ def _resolutions(problem):
     encoder = problem.params["Transformer"]
     positions = np.asarray(encoder["posembed_input"]["pos_embedding"])
     for side in range(1, problem.image_size // patch):
-        resized = checkpoint.resize_positions(positions, side)
+        resized = checkpoint.resize_positions(
+            positions, side, num_prefix=problem.model.num_prefix
+        )
         resized = encoder | {"posembed_input": {"pos_embedding": resized}}
         params = problem.params | {"Transformer": resized}
         yield problem._replace(params=params, image_size=side * patch)
@@ -160,7 +194,14 @@ def attention_scores(problem: Problem, num_images: int) -> dict[str, np.ndarray]
         probs = [block["attention"][0] for block in problem.blocks(params, pixels)]
         return {
             "heads": jnp.stack([importance.head_scores(p).mean(0) for p in probs]),
-            "range": jnp.stack([importance.attention_range(p, grid) for p in probs]),
+            "range": jnp.stack(
+                [
+                    importance.attention_range(
+                        p, grid, num_prefix=problem.model.num_prefix
+                    )
+                    for p in probs
+                ]
+            ),
         }
 
     pixels = problem.images.train[0][:num_images]

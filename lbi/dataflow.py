@@ -1,0 +1,1102 @@
+"""Dataflow of channels: which entries of which axes of a network go together.
+
+One pass over the jaxpr of a network. Each index along each axis of each array belongs
+to units, and an entry of the array is removed if any of its units is removed. Every
+index of every axis of every parameter starts with a unit of its own; the equations tie
+units that can only be removed together. A sum of two arrays ties their channels, a
+product with a kernel ties the channels to the rows of the kernel, and a reshape
+(H, W, C) -> (H W C) gives each index the units of its row, column and channel. Where
+an equation does not allow to remove entries, the units are fixed, with the reason.
+
+The pass also records how each parameter is used: as kernel of a convolution or product
+(with the role of each axis), as scale, bias or embedding. `lbi.groups` reads these
+uses, `lbi.channels.trace` reads the units.
+
+Torch-Pruning (Fang et al. 2023, arXiv 2301.12900) builds a dependency graph of the
+layers of torch; here the primitives of JAX take the place of the layers.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+
+from lbi.penalty import named_leaves
+
+# The unit that is never removed.
+_FIXED = 0
+_CONTRIBUTES = "a removed channel would still contribute to a sum"
+_SELECTED = "one of them is selected"
+_OUTPUT = "they are an output of the network"
+
+
+class Column(NamedTuple):
+    """One unit for each index along an axis.
+
+    Attributes:
+      units: unit numbers, (n,), int.
+      origins: the axes of parameters that the indices come from, {(path, axis)}.
+    """
+
+    units: np.ndarray
+    origins: frozenset = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Value:
+    """What is known of one array.
+
+    Attributes:
+      shape: its shape.
+      axes: columns of each axis; an axis without columns has a fixed length.
+      zero: for each axis, whether entries are zero if their index along it is removed.
+      data: whether the array depends on an input.
+      paths: the parameters that it depends on.
+      const: its value if it is a known scalar, or filled with one.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[tuple[Column, ...], ...]
+    zero: tuple[bool, ...]
+    data: bool = False
+    paths: tuple[str, ...] = ()
+    const: float | None = None
+
+    @property
+    def is_param(self):
+        """Whether it depends on parameters, but on no input."""
+        return bool(self.paths) and not self.data
+
+
+class Use(NamedTuple):
+    """One use of a parameter.
+
+    Attributes:
+      path: the parameter.
+      kind: convolution, product, scale, bias, embedding, or stacked (scanned layers).
+      roles: the role of its axes, {axis: output, input, window or stacked}.
+    """
+
+    path: str
+    kind: str
+    roles: dict[int, str]
+
+
+class _Units:
+    """Units, which of them are tied, and which are fixed.
+
+    A class of tied units can have parts: it is then removed if one of them is.
+    """
+
+    def __init__(self):
+        self._parent = np.arange(1024)
+        self._size = 1
+        self._parts = {}
+        self._has_parts = np.zeros(1024, bool)
+        self._fixed = []
+
+    def fresh(self, count: int) -> np.ndarray:
+        """New units, (count,)."""
+        start, self._size = self._size, self._size + count
+        if self._size > len(self._parent):
+            grown = np.arange(2 * self._size)
+            grown[: len(self._parent)] = self._parent
+            self._parent = grown
+            flags = np.zeros(len(grown), bool)
+            flags[: len(self._has_parts)] = self._has_parts
+            self._has_parts = flags
+        return np.arange(start, self._size)
+
+    def find(self, units: np.ndarray) -> np.ndarray:
+        """The number of the class of each unit."""
+        roots = self._parent[units]
+        while not np.array_equal(above := self._parent[roots], roots):
+            roots = above
+        self._parent[units] = roots
+        return roots
+
+    def fix(self, columns: Sequence[Column], reason: str) -> None:
+        """Forbids to remove the units of these columns."""
+        self._fixed += [(column.units, reason) for column in columns]
+
+    def tie(self, first: np.ndarray, second: np.ndarray, reason: str) -> None:
+        """Makes units (n,) and (n,) removable only together."""
+        first, second = self.find(first), self.find(second)
+        differ = first != second
+        first, second = first[differ], second[differ]
+        every = np.concatenate([first, second])
+        simple = len(np.unique(every)) == len(every) and not (every == _FIXED).any()
+        if simple and not self._has_parts[every].any():
+            self._parent[second] = first  # all at once, as the loop below would
+            return
+        for pair in dict.fromkeys(zip(first.tolist(), second.tolist(), strict=True)):
+            self._tie_one(*pair, reason)
+
+    def tie_axes(self, first, second, reason: str) -> None:
+        """Ties all columns of one axis to those of another of the same length."""
+        if len(first) == len(second) == 1:
+            self.tie(first[0].units, second[0].units, reason)
+            return
+        first, second = self.leaves(first), self.leaves(second)
+        if len(first) > len(second):
+            first, second = second, first
+        if len(first) == len(second):
+            pairs, rest = list(zip(first, second, strict=True)), []
+        else:
+            # Columns with the same partition of the indices belong together; the
+            # others, for example the window of a kernel, keep their length.
+            pairs, rest = [], list(second)
+            for column in first:
+                same = [c for c in rest if _same_partition(column.units, c.units)]
+                if same:
+                    pairs.append((column, same[0]))
+                    rest = [c for c in rest if c is not same[0]]
+            if len(pairs) < len(first) == 1:
+                self.expand(first[0].units, [c.units for c in second], reason)
+                return
+            if len(pairs) < len(first):
+                pairs, rest = [], [*first, *second]
+        for a, b in pairs:
+            self.tie(a.units, b.units, reason)
+        self.fix(rest, reason)
+
+    def expand(self, units: np.ndarray, parts: Sequence[np.ndarray], reason) -> None:
+        """Makes unit i removed if and only if one of parts[0][i], ... is."""
+        rows = np.stack([self.find(units), *map(self.find, parts)], axis=1)
+        for root, *row in np.unique(rows, axis=0).tolist():
+            self._expand_one(root, tuple(row), reason)
+
+    def leaves(self, columns: Sequence[Column]) -> list[Column]:
+        """The same columns in terms of classes without parts."""
+        found = []
+        for column in columns:
+            found += [
+                Column(units, column.origins) for units in self._leaves(column.units, 0)
+            ]
+        return found
+
+    def reasons(self) -> dict[int, str]:
+        """{class without parts: why it is fixed}."""
+        found = {}
+
+        def add(root, reason, depth):
+            parts = self._parts.get(root)
+            if parts is None or depth > _MAX_DEPTH:
+                found.setdefault(root, reason)
+                return
+            for part in parts:
+                add(self._root(part), reason, depth + 1)
+
+        for units, reason in self._fixed:
+            for root in np.unique(self.find(units)).tolist():
+                add(root, reason, 0)
+        found.pop(_FIXED, None)
+        return found
+
+    def _root(self, unit):
+        return int(self.find(np.array([unit]))[0])
+
+    def _tie_one(self, first, second, reason):
+        first, second = self._root(first), self._root(second)
+        if first == second:
+            return
+        if _FIXED in (first, second):
+            self.fix([Column(np.array([max(first, second)]))], reason)
+            return
+        self._parent[second] = first
+        parts = self._parts.pop(second, None)
+        if parts is not None:
+            self._expand_one(first, parts, reason)
+
+    def _expand_one(self, root, parts, reason):
+        root = self._root(root)
+        if root == _FIXED:
+            self.fix([Column(np.array(parts))], reason)
+            return
+        known = self._parts.get(root)
+        if known is None:
+            self._parts[root] = parts
+            self._has_parts[root] = True
+        elif len(known) == len(parts):
+            for pair in zip(known, parts, strict=True):
+                self._tie_one(*pair, reason)
+        else:
+            self.fix([Column(np.array(known + parts))], reason)
+
+    def _leaves(self, units, depth):
+        roots = self.find(units)
+        if not self._has_parts[roots].any():
+            return [roots] if (roots != _FIXED).any() else []
+        if depth > _MAX_DEPTH:  # a class that contains itself
+            self.fix([Column(roots)], "they are reshaped in several ways")
+            return []
+        parts = [self._parts.get(root, (root,)) for root in roots.tolist()]
+        width = max(map(len, parts))
+        padded = np.array([row + (_FIXED,) * (width - len(row)) for row in parts])
+        return [leaf for part in padded.T for leaf in self._leaves(part, depth + 1)]
+
+
+_MAX_DEPTH = 8
+
+
+class Flow:
+    """The result of the pass.
+
+    Attributes:
+      shapes: {path of a parameter: its shape}.
+      uses: uses of the parameters, in the order of the equations.
+    """
+
+    def __init__(
+        self, apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]
+    ):
+        jaxpr = _trace(apply_fn, params, inputs)
+        leaves = named_leaves(params)
+        self.shapes = {path: tuple(np.shape(leaf)) for path, leaf in leaves.items()}
+        self.uses = []
+        self._units = _Units()
+        self._heads, self._stacked, self._mixed = [], [], set()
+        self._line = self._reason = "an unknown line"
+        self._constants_are_data = not jax.tree.leaves(inputs)
+        self._columns = {
+            path: tuple(self._fresh(size, {(path, axis)}) for axis, size in shape_of)
+            for path, shape_of in (
+                (path, tuple(enumerate(shape))) for path, shape in self.shapes.items()
+            )
+        }
+        arguments = [
+            _Value(shape, self._columns[path], (True,) * len(shape), paths=(path,))
+            for path, shape in self.shapes.items()
+        ]
+        for var in jaxpr.jaxpr.invars[len(arguments) :]:
+            arguments.append(_constant(var.aval.shape, data=True))
+        for value in self._run(jaxpr, arguments):
+            for columns in value.axes:
+                self._units.fix(columns, _OUTPUT)
+        self._reasons = self._units.reasons()
+        self._heads = self._classes(self._heads)
+        self._stacked = self._classes(self._stacked)
+
+    def leaf_columns(self, path: str) -> list[tuple[int, np.ndarray]]:
+        """(axis, classes of its indices) of a parameter; several for a product axis."""
+        return [
+            (axis, column.units)
+            for axis, columns in enumerate(self._columns[path])
+            for column in self._units.leaves(columns)
+        ]
+
+    def reason(self, unit: int) -> str | None:
+        """Why a class is fixed; None if it is not."""
+        return self._reasons.get(unit)
+
+    def marked(self, path: str, axis: int) -> tuple[bool, bool]:
+        """Whether an axis of a parameter indexes heads, and stacked layers."""
+        columns = self._units.leaves(self._columns[path][axis])
+        units = set(columns[0].units.tolist()) if len(columns) == 1 else {None}
+        return units <= self._heads, units <= self._stacked
+
+    def is_head(self, unit: int) -> bool:
+        """Whether a class is a head of attention."""
+        return unit in self._heads
+
+    def is_mixed(self, path: str) -> bool:
+        """Whether entries of a parameter are added to each other before use."""
+        return path in self._mixed
+
+    def _classes(self, marks):
+        columns = self._units.leaves(marks)
+        return {unit for column in columns for unit in column.units.tolist()}
+
+    # The walk over the equations.
+
+    def _run(self, jaxpr, arguments, needed=None):
+        """Values of the outputs; of those that are not `needed` only the shape."""
+        constants = []
+        if hasattr(jaxpr, "jaxpr"):  # closed
+            constants = [self._known(value) for value in jaxpr.consts]
+            jaxpr = jaxpr.jaxpr
+        places = [*jaxpr.constvars, *jaxpr.invars]
+        values = dict(zip(places, [*constants, *arguments], strict=True))
+
+        def read(var):
+            if isinstance(var, Literal):
+                return self._known(var.val)
+            return values.get(var) or _constant(var.aval.shape)
+
+        line = self._line
+        needed = [True] * len(jaxpr.outvars) if needed is None else needed
+        live = {
+            var
+            for var, need in zip(jaxpr.outvars, needed, strict=True)
+            if need and not isinstance(var, Literal)
+        }
+        eqns = []
+        for eqn in reversed(jaxpr.eqns):
+            if not live.isdisjoint(eqn.outvars):
+                eqns.append(eqn)
+                live.update(v for v in eqn.invars if not isinstance(v, Literal))
+        for eqn in reversed(eqns):
+            name = eqn.primitive.name
+            # A library function that is compiled once has no line of the user.
+            self._line = _line(eqn) or line
+            self._reason = f"{name} at {self._line}"
+            operands = [read(var) for var in eqn.invars]
+            if name in _NESTED:
+                outs = _NESTED[name](
+                    self, eqn, operands, [var in live for var in eqn.outvars]
+                )
+            else:
+                outs = _RULES.get(name, Flow._unknown)(self, eqn, operands)
+                outs = outs or self._unknown(eqn, operands)
+                outs = [_depending(out, operands) for out in outs]
+            values.update(zip(eqn.outvars, outs, strict=True))
+        return [read(var) for var in jaxpr.outvars]
+
+    def _known(self, value):
+        shape = tuple(np.shape(value))
+        const = None
+        if math.prod(shape) == 1 and not jax.dtypes.issubdtype(
+            jnp.result_type(value), jax.dtypes.extended
+        ):
+            item = np.asarray(value).ravel()[0]
+            const = float(item) if np.isrealobj(item) else None
+        data = self._constants_are_data and len(shape) > 0
+        return dataclasses.replace(_constant(shape, data), const=const)
+
+    def _fresh(self, size, origins=()):
+        # The only channel of an axis cannot be removed; its origin is still of use.
+        units = self._units.fresh(size) if size > 1 else np.array([_FIXED])
+        return (Column(units, frozenset(origins)),) if size > 1 or origins else ()
+
+    def _fix(self, columns, why):
+        self._units.fix(columns, f"{why} ({self._reason})")
+
+    def _tie(self, first, second):
+        why = "they are combined with an axis of fixed length"
+        self._units.tie_axes(first, second, f"{why} ({self._reason})")
+
+    def _unknown(self, eqn, operands):
+        """An equation without a rule keeps the lengths of all its axes."""
+        for value in operands:
+            for columns in value.axes:
+                self._fix(columns, "there is no rule for this operation")
+        return [_constant(var.aval.shape) for var in eqn.outvars]
+
+    def _use(self, kind, values, roles=None):
+        for value in values:
+            if not value.is_param:
+                continue
+            for path in value.paths:
+                mine = {a: role for (p, a), role in (roles or {}).items() if p == path}
+                self.uses.append(Use(path, kind, mine))
+
+    # Rules. Each returns the values of the outputs.
+
+    def _elementwise(self, eqn, operands):
+        name = eqn.primitive.name
+        shape = tuple(eqn.outvars[0].aval.shape)
+        if name in ("mul", "div", "add", "sub", "add_any"):
+            kind = "scale" if name in ("mul", "div") else "bias"
+            if any(v.data for v in operands):
+                self._use(kind, operands)
+            elif kind == "bias" and sum(v.is_param for v in operands) > 1:
+                paths = [set(v.paths) for v in operands if v.is_param]
+                self._mixed |= set.intersection(*paths)
+        axes = [None] * len(shape)
+        for value in operands:  # of this rank or scalars; an axis may have length 1
+            for number, columns in enumerate(value.axes):
+                if value.shape[number] != shape[number]:
+                    self._fix(columns, _SELECTED)
+                elif axes[number] is None:
+                    axes[number] = columns
+                else:
+                    self._tie(axes[number], columns)
+                    axes[number] = _with_origins(axes[number], columns)
+        zero = tuple(
+            _is_zero(name, eqn, [_zero_along(v, k, shape) for v in operands], operands)
+            for k in range(len(shape))
+        )
+        self._check_poles(name, eqn, operands)
+        return [_Value(shape, tuple(a or () for a in axes), zero)]
+
+    def _check_poles(self, name, eqn, operands):
+        """A masked channel would be infinite or NaN: 1 / 0, log 0."""
+        poles = {"rsqrt", "log", "div", "pow", "digamma", "lgamma"}
+        inverse = name == "integer_pow" and eqn.params["y"] < 0
+        if name not in poles and not inverse:
+            return
+        value = operands[1] if name == "div" else operands[0]
+        for columns, zero in zip(value.axes, value.zero, strict=True):
+            if zero and value.const is None:
+                self._fix(columns, "a removed channel would be divided by zero")
+
+    def _reshape(self, eqn, operands):
+        value, shape = operands[0], tuple(eqn.outvars[0].aval.shape)
+        if 0 in value.shape:
+            return None
+        if eqn.params["dimensions"] is not None:
+            value = _pick(value, eqn.params["dimensions"])
+        axes, zero = [()] * len(shape), [True] * len(shape)
+        for ins, outs in _blocks(value.shape, shape):
+            sizes, new_sizes = [value.shape[i] for i in ins], [shape[j] for j in outs]
+            flags = all(value.zero[i] for i in ins if value.axes[i])
+            for j in outs:
+                zero[j] = flags
+            for position, i in enumerate(ins):
+                for column in value.axes[i]:
+                    view = [1] * len(ins)
+                    view[position] = sizes[position]
+                    units = np.broadcast_to(column.units.reshape(view), sizes).ravel()
+                    flat = Column(units, column.origins)
+                    if all(size == 1 for size in new_sizes):
+                        self._fix([flat], _SELECTED)
+                    elif sum(size > 1 for size in new_sizes) == 1:
+                        for j in outs:
+                            if shape[j] > 1:
+                                axes[j] += (flat,)
+                    else:
+                        self._split(flat, outs, new_sizes, axes)
+        return [_Value(shape, tuple(axes), tuple(zero), const=value.const)]
+
+    def _split(self, column, outs, sizes, axes):
+        """Distributes a column over the axes `outs` that its axis is split into."""
+        for leaf in self._units.leaves([column]):
+            array = leaf.units.reshape(sizes)
+            varies = [
+                k for k in range(len(sizes)) if (array != array.take([0], k)).any()
+            ]
+            if not varies:
+                self._fix([leaf], "they are reshaped as a whole")
+            elif len(varies) == 1:
+                units = np.moveaxis(array, varies[0], 0).reshape(sizes[varies[0]], -1)
+                axes[outs[varies[0]]] += (Column(units[:, 0], leaf.origins),)
+            else:
+                parts = []
+                for k in varies:
+                    units = self._units.fresh(sizes[k])
+                    axes[outs[k]] += (Column(units, leaf.origins),)
+                    view = [1] * len(sizes)
+                    view[k] = sizes[k]
+                    parts.append(np.broadcast_to(units.reshape(view), sizes).ravel())
+                self._units.expand(leaf.units, parts, f"reshaped ({self._reason})")
+
+    def _broadcast(self, eqn, operands):
+        value, shape = operands[0], tuple(eqn.params["shape"])
+        places = eqn.params["broadcast_dimensions"]
+        axes, zero = [None] * len(shape), [value.const == 0] * len(shape)
+        for i, j in enumerate(places):
+            if value.shape[i] == shape[j]:
+                axes[j], zero[j] = value.axes[i], value.zero[i]
+            else:
+                self._fix(value.axes[i], _SELECTED)
+        axes = [
+            self._fresh(n) if a is None else a for a, n in zip(axes, shape, strict=True)
+        ]
+        return [_Value(shape, tuple(axes), tuple(zero), const=value.const)]
+
+    def _iota(self, eqn, operands):
+        shape, axis = tuple(eqn.params["shape"]), eqn.params["dimension"]
+        axes = [() if k == axis else self._fresh(n) for k, n in enumerate(shape)]
+        return [_Value(shape, tuple(axes), tuple(k == axis for k in range(len(shape))))]
+
+    def _transpose(self, eqn, operands):
+        return [_pick(operands[0], eqn.params["permutation"])]
+
+    def _squeeze(self, eqn, operands):
+        value = operands[0]
+        gone = {d % len(value.shape) for d in eqn.params["dimensions"]}
+        for axis in gone:
+            self._fix(value.axes[axis], _SELECTED)
+        return [_pick(value, [k for k in range(len(value.shape)) if k not in gone])]
+
+    def _rev(self, eqn, operands):
+        flipped = eqn.params["dimensions"]
+        return [_index(operands[0], {axis: slice(None, None, -1) for axis in flipped})]
+
+    def _slice(self, eqn, operands):
+        starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+        strides = eqn.params["strides"] or (1,) * len(starts)
+        bounds = zip(starts, limits, strides, strict=True)
+        return [_index(operands[0], {k: slice(*b) for k, b in enumerate(bounds)})]
+
+    def _split_rule(self, eqn, operands):
+        axis, ends = eqn.params["axis"], np.cumsum(eqn.params["sizes"]).tolist()
+        starts = [0, *ends[:-1]]
+        pieces = zip(starts, ends, strict=True)
+        return [_index(operands[0], {axis: slice(*piece)}) for piece in pieces]
+
+    def _concatenate(self, eqn, operands):
+        axis, shape = eqn.params["dimension"], tuple(eqn.outvars[0].aval.shape)
+        if any(v.data for v in operands):
+            self._use("embedding", operands)
+        axes, zero = list(operands[0].axes), list(operands[0].zero)
+        for value in operands[1:]:
+            for k in range(len(shape)):
+                zero[k] = zero[k] and value.zero[k]
+                if k != axis:
+                    self._tie(axes[k], value.axes[k])
+        pieces = [self._units.leaves(v.axes[axis]) for v in operands]
+        columns = []
+        for number in range(max(map(len, pieces))):
+            parts, origins = [], frozenset()
+            for value, piece in zip(operands, pieces, strict=True):
+                if number < len(piece):
+                    parts.append(piece[number].units)
+                    origins |= piece[number].origins
+                else:
+                    parts.append(np.full(value.shape[axis], _FIXED))
+            columns.append(Column(np.concatenate(parts), origins))
+        axes[axis] = tuple(columns)
+        return [_Value(shape, tuple(axes), tuple(zero))]
+
+    def _stack(self, eqn, operands):
+        first, axis = operands[0], eqn.params["axis"]
+        out = first
+        for value in operands[1:]:
+            out = self._merge(out, value)
+        shape, axes, zero = list(out.shape), list(out.axes), list(out.zero)
+        shape.insert(axis, len(operands))
+        axes.insert(axis, ())
+        zero.insert(axis, True)
+        return [_Value(tuple(shape), tuple(axes), tuple(zero))]
+
+    def _unstack(self, eqn, operands):
+        axis = eqn.params["axis"] % len(operands[0].shape)
+        self._fix(operands[0].axes[axis], _SELECTED)
+        kept = [k for k in range(len(operands[0].shape)) if k != axis]
+        return [_pick(operands[0], kept) for _ in eqn.outvars]
+
+    def _tile(self, eqn, operands):
+        value, axes = operands[0], []
+        for size, reps, columns in zip(
+            value.shape, eqn.params["reps"], value.axes, strict=True
+        ):
+            if size == 1 < reps:
+                self._fix(columns, _SELECTED)
+                axes.append(self._fresh(reps))
+            else:
+                axes.append(
+                    tuple(c._replace(units=np.tile(c.units, reps)) for c in columns)
+                )
+        shape = tuple(eqn.outvars[0].aval.shape)
+        zero = tuple(
+            flag and size > 1
+            for flag, size in zip(value.zero, value.shape, strict=True)
+        )
+        return [_Value(shape, tuple(axes), zero)]
+
+    def _pad(self, eqn, operands):
+        value, filling = operands
+        shape = tuple(eqn.outvars[0].aval.shape)
+        axes, zero = list(value.axes), list(value.zero)
+        for k, (low, high, interior) in enumerate(eqn.params["padding_config"]):
+            if (low, high, interior) == (0, 0, 0):
+                continue
+            if value.axes[k] and (interior or min(low, high) < 0):
+                self._fix(value.axes[k], "they are dilated or cropped")
+                axes[k] = ()
+            elif value.axes[k]:
+                zero[k] = zero[k] and filling.const == 0
+                first, *others = value.axes[k]
+                before, after = self._units.fresh(low), self._units.fresh(high)
+                axes[k] = (
+                    Column(np.r_[before, first.units, after], first.origins),
+                    *(Column(np.pad(c.units, (low, high)), c.origins) for c in others),
+                )
+        return [_Value(shape, tuple(axes), tuple(zero))]
+
+    def _reduce(self, eqn, operands):
+        gone = set(eqn.params["axes"])
+        for value in operands:
+            for axis in gone:
+                self._fix(value.axes[axis], "an operation over all of them")
+        kept = [k for k in range(len(operands[0].shape)) if k not in gone]
+        for value in operands[1:]:
+            if value.shape == operands[0].shape:
+                for k in kept:
+                    self._tie(operands[0].axes[k], value.axes[k])
+        out = _pick(operands[0], kept)
+        if eqn.primitive.name not in ("reduce_sum", "reduce_max", "reduce_min"):
+            out = dataclasses.replace(out, zero=tuple(not c for c in out.axes))
+        return [dataclasses.replace(out, const=None) for _ in eqn.outvars]
+
+    def _along(self, eqn, operands):
+        """Sorts and cumulative sums: one axis mixes, the others pass."""
+        key = "dimension" if "dimension" in eqn.params else "axis"
+        rank = len(operands[0].shape)
+        axis = eqn.params.get(key, rank - 1) % rank
+        for value in operands:
+            self._fix(value.axes[axis], "an operation over all of them")
+            for k in range(rank):
+                if value is not operands[0] and k != axis:
+                    self._tie(operands[0].axes[k], value.axes[k])
+        axes = [() if k == axis else c for k, c in enumerate(operands[0].axes)]
+        zero = tuple(not columns for columns in axes)
+        return [_Value(tuple(var.aval.shape), tuple(axes), zero) for var in eqn.outvars]
+
+    def _window(self, eqn, operands):
+        shape = tuple(eqn.outvars[0].aval.shape)
+        params = eqn.params
+        plain = [
+            window == 1 and stride == 1 and tuple(pads) == (0, 0)
+            for window, stride, pads in zip(
+                params["window_dimensions"],
+                params["window_strides"],
+                params["padding"],
+                strict=True,
+            )
+        ]
+        value = operands[0]
+        for columns, same in zip(value.axes, plain, strict=True):
+            if not same:
+                self._fix(columns, "an operation over windows of them")
+        axes = tuple(c if s else () for c, s in zip(value.axes, plain, strict=True))
+        return [_Value(shape, axes, value.zero) for _ in eqn.outvars]
+
+    def _dynamic_slice(self, eqn, operands):
+        value, shape = operands[0], tuple(eqn.params["slice_sizes"])
+        axes = list(value.axes)
+        for k, (size, full) in enumerate(zip(shape, value.shape, strict=True)):
+            if size != full:
+                self._fix(axes[k], "a part of them is selected")
+                axes[k] = ()
+        return [_Value(shape, tuple(axes), value.zero)]
+
+    def _dynamic_update_slice(self, eqn, operands):
+        value, update = operands[:2]
+        axes = list(value.axes)
+        for k, (size, full) in enumerate(zip(update.shape, value.shape, strict=True)):
+            if size == full:
+                self._tie(axes[k], update.axes[k])
+            else:
+                self._fix([*axes[k], *update.axes[k]], "a part of them is replaced")
+        zero = tuple(a and b for a, b in zip(value.zero, update.zero, strict=True))
+        return [_Value(value.shape, tuple(axes), zero)]
+
+    def _gather(self, eqn, operands):
+        value, indices = operands
+        numbers = eqn.params["dimension_numbers"]
+        sizes = eqn.params["slice_sizes"]
+        shape = tuple(eqn.outvars[0].aval.shape)
+        if value.is_param and indices.data:
+            self._use(
+                "embedding", [value], _roles({"output": self._gathered(eqn, value)})
+            )
+        dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+        passed = [k for k in range(len(value.shape)) if k not in dropped]
+        axes, zero = [()] * len(shape), [True] * len(shape)
+        for k in dropped:
+            self._fix(value.axes[k], "some of them are selected")
+        for k, j in zip(passed, numbers.offset_dims, strict=True):
+            if sizes[k] == value.shape[k]:
+                axes[j], zero[j] = value.axes[k], value.zero[k]
+            else:
+                self._fix(value.axes[k], "some of them are selected")
+        for columns in indices.axes[:-1]:
+            self._fix(columns, "they are indices")
+        return [_Value(shape, tuple(axes), tuple(zero))]
+
+    def _gathered(self, eqn, value):
+        """Columns of the axes that a lookup passes on."""
+        sizes = eqn.params["slice_sizes"]
+        return [
+            column
+            for size, full, columns in zip(sizes, value.shape, value.axes, strict=True)
+            for column in columns
+            if size == full
+        ]
+
+    def _dot(self, eqn, operands):
+        (contract, batch) = eqn.params["dimension_numbers"]
+        lhs, rhs = operands
+        shape = tuple(eqn.outvars[0].aval.shape)
+        for i, j in zip(*contract, strict=True):
+            self._contract(lhs, i, rhs, j)
+        free = [
+            [k for k in range(len(v.shape)) if k not in {*c, *b}]
+            for v, c, b in zip(operands, contract, batch, strict=True)
+        ]
+        for i, j in zip(*batch, strict=True):
+            self._tie(lhs.axes[i], rhs.axes[j])
+            if lhs.data and rhs.data:
+                self._heads += [*lhs.axes[i], *rhs.axes[j]]
+            else:
+                self._stacked += [*lhs.axes[i], *rhs.axes[j]]
+        parts = [_pick(lhs, batch[0]), _pick(lhs, free[0]), _pick(rhs, free[1])]
+        for number, value in enumerate(operands):
+            other = operands[1 - number]
+            if value.is_param and other.data:
+                windows, inputs = _windows([value.axes[k] for k in contract[number]])
+                roles = _roles(
+                    {
+                        "input": inputs,
+                        "window": windows,
+                        "output": [c for k in free[number] for c in value.axes[k]],
+                        "stacked": [c for k in batch[number] for c in value.axes[k]],
+                    }
+                )
+                self._use("product", [value], roles)
+            elif value.is_param and not other.is_param:
+                self._mixed |= set(value.paths)
+        zero = [
+            a or b
+            for a, b in zip(parts[0].zero, _pick(rhs, batch[1]).zero, strict=True)
+        ]
+        axes = [
+            _with_origins(a, b)
+            for a, b in zip(parts[0].axes, _pick(rhs, batch[1]).axes, strict=True)
+        ]
+        return [
+            _Value(
+                shape,
+                (*axes, *parts[1].axes, *parts[2].axes),
+                (*zero, *parts[1].zero, *parts[2].zero),
+            )
+        ]
+
+    def _contract(self, lhs, i, rhs, j):
+        self._tie(lhs.axes[i], rhs.axes[j])
+        columns = (*lhs.axes[i], *rhs.axes[j])
+        if lhs.data and rhs.data:
+            why = "a product of activations sums over them, and its scale may depend "
+            self._fix(columns, why + "on their number")
+        elif not any(v.is_param and v.zero[k] for v, k in ((lhs, i), (rhs, j))) and (
+            lhs.paths or rhs.paths
+        ):
+            self._fix(columns, _CONTRIBUTES)
+
+    def _conv(self, eqn, operands):
+        params, (lhs, rhs) = eqn.params, operands
+        if params["batch_group_count"] != 1 or rhs.data:
+            return None
+        numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+        lhs_batch, lhs_feature, *lhs_space = numbers.lhs_spec
+        rhs_out, rhs_in, *rhs_space = numbers.rhs_spec
+        out_batch, out_feature, *_ = numbers.out_spec
+        for value, places in ((lhs, lhs_space), (rhs, rhs_space)):
+            for k in places:
+                self._fix(value.axes[k], "they are positions of a convolution")
+        outputs, stacked = rhs.axes[rhs_out], ()
+        if groups == 1:
+            self._contract(lhs, lhs_feature, rhs, rhs_in)
+        else:
+            group_in, within = self._in_groups(lhs.axes[lhs_feature], groups)
+            group_out, last = self._in_groups(outputs, groups)
+            self._tie(group_in, group_out)
+            if rhs.shape[rhs_in] > 1:
+                self._tie(within, rhs.axes[rhs_in])
+                if not rhs.zero[rhs_in]:
+                    self._fix(within, _CONTRIBUTES)
+            count = rhs.shape[rhs_out] // groups
+            outputs = tuple(
+                [Column(np.repeat(c.units, count), c.origins) for c in group_out]
+                + [Column(np.tile(c.units, groups), c.origins) for c in last]
+            )
+            own = frozenset().union(*(c.origins for c in last))
+            if own:
+                stacked = [
+                    c._replace(origins=c.origins - own)
+                    for c in group_out
+                    if not c.origins <= own
+                ]
+                self._stacked += stacked
+        if rhs.is_param:
+            roles = {
+                "input": rhs.axes[rhs_in],
+                "window": [c for k in rhs_space for c in rhs.axes[k]],
+                "output": outputs,
+                "stacked": stacked,
+            }
+            self._use("convolution", [rhs], _roles(roles))
+        shape = tuple(eqn.outvars[0].aval.shape)
+        axes, zero = [()] * len(shape), [True] * len(shape)
+        axes[out_batch], zero[out_batch] = lhs.axes[lhs_batch], lhs.zero[lhs_batch]
+        axes[out_feature], zero[out_feature] = outputs, rhs.zero[rhs_out]
+        return [_Value(shape, tuple(axes), tuple(zero))]
+
+    def _in_groups(self, columns, groups):
+        """Columns of an axis of n = groups * m channels as those of (groups, m)."""
+        axes = [(), ()]
+        for column in columns:
+            sizes = [groups, len(column.units) // groups]
+            self._split(column, [0, 1], sizes, axes)
+        return axes
+
+    def _call(self, eqn, operands, needed):
+        """A function that is called once: jit, remat, custom derivatives."""
+        keys = [key for key in ("jaxpr", "call_jaxpr") if key in eqn.params]
+        return self._run(eqn.params[keys[0]], operands, needed)
+
+    def _scan(self, eqn, operands, needed):
+        params = eqn.params
+        first = params["num_consts"]
+        second = first + params["num_carry"]
+        constants, carry, xs = (
+            operands[:first],
+            operands[first:second],
+            operands[second:],
+        )
+        rows = []
+        for value in xs:
+            self._fix(value.axes[0], "they are layers of a scan")
+            roles = _roles({"stacked": value.axes[0]})
+            self._use("stacked", [value], roles)
+            rows.append(_pick(value, range(1, len(value.shape))))
+        outs = self._loop(
+            lambda carry: self._run(
+                params["jaxpr"],
+                [*constants, *carry, *rows],
+                [True] * len(carry) + needed[len(carry) :],
+            ),
+            carry,
+        )
+        ys = [
+            dataclasses.replace(
+                y,
+                shape=(params["length"], *y.shape),
+                axes=((), *y.axes),
+                zero=(True, *y.zero),
+                const=None,
+            )
+            for y in outs[len(carry) :]
+        ]
+        return [*outs[: len(carry)], *ys]
+
+    def _while(self, eqn, operands):
+        params = eqn.params
+        first = params["cond_nconsts"]
+        second = first + params["body_nconsts"]
+        constants, carry = operands[first:second], operands[second:]
+        outs = self._loop(
+            lambda carry: self._run(params["body_jaxpr"], [*constants, *carry]), carry
+        )
+        self._run(params["cond_jaxpr"], [*operands[:first], *outs])
+        return outs
+
+    def _loop(self, body, carry):
+        """Runs the body until what is known of the carry does not change."""
+        carry = [dataclasses.replace(value, const=None) for value in carry]
+        while True:
+            outs = body(carry)
+            merged = [self._merge(c, out) for c, out in zip(carry, outs, strict=False)]
+            if all(
+                (a.zero, a.data, a.paths) == (b.zero, b.data, b.paths)
+                for a, b in zip(carry, merged, strict=True)
+            ):
+                return [*merged, *outs[len(carry) :]]
+            carry = merged
+
+    def _cond(self, eqn, operands):
+        results = [self._run(branch, operands[1:]) for branch in eqn.params["branches"]]
+        merged = results[0]
+        for result in results[1:]:
+            merged = [self._merge(a, b) for a, b in zip(merged, result, strict=True)]
+        return merged
+
+    def _merge(self, first, second):
+        """What is known of an array that is one of two."""
+        for a, b in zip(first.axes, second.axes, strict=True):
+            self._tie(a, b)
+        return dataclasses.replace(
+            first,
+            zero=tuple(a and b for a, b in zip(first.zero, second.zero, strict=True)),
+            data=first.data or second.data,
+            paths=tuple(dict.fromkeys(first.paths + second.paths)),
+            const=None,
+        )
+
+
+# Operations on each entry, by where they are zero.
+_LINEAR = (
+    "add sub add_any neg sign abs floor ceil round tanh sin tan asin atan sinh asinh "
+    "atanh expm1 log1p sqrt cbrt square erf erf_inv real imag conj select_n max min "
+    "convert_element_type reduce_precision copy copy_p stop_gradient integer_pow "
+    "sharding_constraint reshard layout_constraint device_put pvary name"
+).split()
+_OTHER = (
+    "mul div rem pow exp exp2 log rsqrt logistic cos acos cosh acosh erfc lgamma "
+    "digamma is_finite clamp eq ne lt le gt ge and or xor not atan2 complex nextafter "
+    "shift_left shift_right_logical shift_right_arithmetic population_count clz"
+).split()
+_RULES = {
+    **dict.fromkeys([*_LINEAR, *_OTHER], Flow._elementwise),
+    "reshape": Flow._reshape,
+    "broadcast_in_dim": Flow._broadcast,
+    "iota": Flow._iota,
+    "transpose": Flow._transpose,
+    "squeeze": Flow._squeeze,
+    "rev": Flow._rev,
+    "slice": Flow._slice,
+    "split": Flow._split_rule,
+    "concatenate": Flow._concatenate,
+    "stack": Flow._stack,
+    "unstack": Flow._unstack,
+    "tile": Flow._tile,
+    "pad": Flow._pad,
+    "gather": Flow._gather,
+    "dynamic_slice": Flow._dynamic_slice,
+    "dynamic_update_slice": Flow._dynamic_update_slice,
+    "dot_general": Flow._dot,
+    "conv_general_dilated": Flow._conv,
+    "while": Flow._while,
+    "cond": Flow._cond,
+    **dict.fromkeys(
+        "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor "
+        "argmax argmin".split(),
+        Flow._reduce,
+    ),
+    **dict.fromkeys(
+        "sort top_k cumsum cumprod cummax cummin cumlogsumexp".split(), Flow._along
+    ),
+    **dict.fromkeys(
+        "reduce_window_sum reduce_window_max reduce_window_min".split(), Flow._window
+    ),
+}
+# Functions of functions, which say themselves what their outputs depend on.
+_NESTED = {
+    "scan": Flow._scan,
+    **dict.fromkeys(
+        "jit pjit closed_call call core_call remat remat2 checkpoint custom_jvp_call "
+        "custom_vjp_call custom_vjp_call_jaxpr composite".split(),
+        Flow._call,
+    ),
+}
+
+
+def _depending(value, operands):
+    """The value with the inputs and parameters that its operands depend on."""
+    paths = value.paths + tuple(path for v in operands for path in v.paths)
+    return dataclasses.replace(
+        value,
+        data=value.data or any(v.data for v in operands),
+        paths=tuple(dict.fromkeys(paths)),
+    )
+
+
+def _trace(apply_fn, params, inputs):
+    try:
+        return jax.make_jaxpr(apply_fn)(params, *inputs)
+    except (jax.errors.JAXTypeError, TypeError) as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"the function cannot be traced: {line}") from error
+
+
+def _line(eqn):
+    """file:line of the code outside of JAX that made an equation, or None."""
+    traceback = eqn.source_info.traceback
+    frames = [] if traceback is None else traceback.frames
+    library = os.path.dirname(jax.__file__)
+    outside = [f for f in frames if not f.file_name.startswith(library)]
+    own = [f for f in outside if "site-packages" not in f.file_name]
+    for frame in own + outside:
+        return f"{os.path.basename(frame.file_name)}:{frame.line_num}"
+    return None
+
+
+def _constant(shape, data=False):
+    return _Value(tuple(shape), ((),) * len(shape), (True,) * len(shape), data=data)
+
+
+def _pick(value, axes):
+    axes = list(axes)
+    return dataclasses.replace(
+        value,
+        shape=tuple(value.shape[k] for k in axes),
+        axes=tuple(value.axes[k] for k in axes),
+        zero=tuple(value.zero[k] for k in axes),
+    )
+
+
+def _index(value, slices):
+    axes, shape = list(value.axes), list(value.shape)
+    for k, chosen in slices.items():
+        axes[k] = tuple(c._replace(units=c.units[chosen]) for c in axes[k])
+        shape[k] = len(range(shape[k])[chosen])
+    return dataclasses.replace(value, shape=tuple(shape), axes=tuple(axes))
+
+
+def _with_origins(first, second):
+    """The columns of an axis that is also known as `second`."""
+    if len(first) != len(second):
+        return first or second
+    return tuple(
+        a._replace(origins=a.origins | b.origins)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def _zero_along(value, axis, shape):
+    if len(value.shape) != len(shape) or value.shape[axis] != shape[axis]:
+        return value.const == 0
+    # An axis without columns loses no entries.
+    return value.zero[axis]
+
+
+def _is_zero(name, eqn, flags, operands):
+    if name == "select_n":
+        return all(flags[1:])
+    if name in ("mul", "and"):
+        return any(flags)
+    if name in ("div", "rem"):
+        return flags[0] and not flags[1]
+    if name in ("max", "min"):
+        sign = 1 if name == "max" else -1
+        low = [v.const is not None and sign * v.const <= 0 for v in operands]
+        return all(f or b for f, b in zip(flags, low, strict=True)) and any(flags)
+    if name == "integer_pow":
+        return flags[0] and eqn.params["y"] > 0
+    return name in _LINEAR and all(flags)
+
+
+def _roles(columns):
+    return {
+        origin: role
+        for role, found in columns.items()
+        for column in found
+        for origin in column.origins
+    }
+
+
+def _windows(axes):
+    """Divides contracted columns in those of a window and those of channels.
+
+    A window that is merged with the channels stands before them.
+    """
+    windows = [column for columns in axes for column in columns[:-1]]
+    return windows, [column for columns in axes for column in columns[-1:]]
+
+
+def _same_partition(first, second):
+    numbers = [np.unique(units, return_inverse=True)[1] for units in (first, second)]
+    pairs = len(np.unique(np.stack(numbers), axis=1).T)
+    return all(pairs == n.max() + 1 for n in numbers)
+
+
+def _blocks(old, new):
+    """Smallest runs of axes of two shapes that have equal products: [(ins, outs)]."""
+    blocks, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        start, a, b = (i, j), 1, 1
+        if i < len(old):
+            a, i = old[i], i + 1
+        if j < len(new):
+            b, j = new[j], j + 1
+        while a != b:
+            if a < b:
+                a, i = a * old[i], i + 1
+            else:
+                b, j = b * new[j], j + 1
+        # An axis of length 1 stays with the axes before it, unless both have one.
+        while [*old[i : i + 1], *new[j : j + 1]].count(1) == 1:
+            if old[i : i + 1] == (1,):
+                i += 1
+            elif new[j : j + 1] == (1,):
+                j += 1
+        blocks.append((list(range(start[0], i)), list(range(start[1], j))))
+    return blocks

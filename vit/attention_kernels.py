@@ -1,0 +1,296 @@
+"""Attention that returns reductions of its probabilities without writing them.
+
+The scores of CP-ViT are column maxima of the attention probabilities
+A = softmax(Q K^T / sqrt(d) + bias). Fused attention kernels never form A, so a layer
+that needs the maxima would have to write (B, H, N, N) numbers. The functions here
+compute the attended values and the fields of `importance.Statistics` together, with the
+same numbers:
+
+  plain_attention    writes A; the oracle of the others.
+  blocked_attention  one block of queries after the other, for XLA on any backend. A
+                     block has all its keys, so its softmax is exact; the maxima and
+                     sums run over the blocks.
+  pallas_attention   one kernel for NVIDIA GPUs (Pallas, lowered to Triton). Each
+                     program has a block of queries and passes twice over the keys:
+                     first for the maximum and the sum of the softmax (Milakov and
+                     Gimelshein 2018, arXiv 1805.02867), then for the values and the
+                     reductions.
+
+A row may represent several tokens: the logarithm of its weight is added to the logit of
+its key, and weight zero hides it. The statistics carry no gradient.
+
+Axes: B images, N tokens (CLS first), H heads, d width of a head, Q queries of a block.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from vit.importance import Statistics, statistics
+
+Output = tuple[jax.Array, Statistics]
+
+
+def attention_probs(
+    query: jax.Array, key: jax.Array, bias: jax.Array | None = None
+) -> jax.Array:
+    """Attention probabilities, softmax(query . key / sqrt(d) + bias), in float32.
+
+    Args:
+      query: (B, Q, H, d).
+      key: (B, N, H, d).
+      bias: added to the logits, broadcastable to (B, H, Q, N); None adds nothing.
+
+    Returns:
+      (B, H, Q, N), float32; each row over N sums to one.
+    """
+    logits = jnp.einsum(
+        "bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32
+    )
+    logits = logits / jnp.sqrt(jnp.float32(query.shape[-1]))
+    return jax.nn.softmax(logits if bias is None else logits + bias)
+
+
+def weights_to_bias(weights: jax.Array) -> jax.Array:
+    """Logarithm of the weights, very negative for weight zero; any shape."""
+    return jnp.where(weights > 0, jnp.log(jnp.maximum(weights, 1e-9)), _HIDDEN)
+
+
+# A logit this small has probability exactly zero in float32.
+_HIDDEN = -1e9
+
+
+def plain_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    weights: jax.Array | None = None,
+    names: Sequence[str] = (),
+) -> Output:
+    """Attention that writes its probabilities; see `blocked_attention`."""
+    size = query.shape[1]
+    return blocked_attention(query, key, value, weights, names, block_size=size)
+
+
+def blocked_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    weights: jax.Array | None = None,
+    names: Sequence[str] = (),
+    *,
+    block_size: int = 128,
+) -> Output:
+    """Attention by blocks of queries, with reductions of its probabilities.
+
+    Args:
+      query: (B, N, H, d).
+      key: (B, N, H, d).
+      value: (B, N, H, d).
+      weights: number of tokens that each row represents, (B, N); None means one each.
+      names: fields of `importance.Statistics` to return.
+      block_size: largest number of queries in a block; the blocks are of equal size, up
+        to one.
+
+    Returns:
+      The attended values (B, N, H, d) in the dtype of `value`, and the statistics
+      (B, H, N) in float32.
+    """
+    num_tokens = query.shape[1]
+    num_blocks = -(-num_tokens // block_size)
+    bias = None if weights is None else weights_to_bias(weights)[:, None, None, :]
+    outputs, parts = [], []
+    for block in range(num_blocks):
+        rows = slice(
+            num_tokens * block // num_blocks, num_tokens * (block + 1) // num_blocks
+        )
+        probs = attention_probs(query[:, rows], key, bias)  # (B, H, Q, N)
+        used = probs.astype(value.dtype)
+        outputs.append(jnp.einsum("bhqk,bkhd->bqhd", used, value))
+        votes = None if weights is None else weights[:, rows]
+        probs = jax.lax.stop_gradient(probs)
+        parts.append(statistics(probs, weights, names, votes=votes))
+    return jnp.concatenate(outputs, axis=1), _combine(parts)
+
+
+def _combine(parts):
+    """Statistics of all queries from those of the blocks."""
+    if len(parts) == 1:
+        return parts[0]
+    combine = Statistics(
+        column_max=lambda values: functools.reduce(jnp.maximum, values),
+        column_sum=sum,
+        row_max=lambda values: jnp.concatenate(values, axis=2),
+        cls=lambda values: values[0],
+    )
+    fields = zip(combine, zip(*parts, strict=True), strict=True)
+    return Statistics(
+        *(None if values[0] is None else join(values) for join, values in fields)
+    )
+
+
+def pallas_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    weights: jax.Array | None = None,
+    names: Sequence[str] = (),
+    *,
+    block_size: int = 64,
+    interpret: bool = False,
+) -> Output:
+    """Attention in one kernel for NVIDIA GPUs, with reductions of its probabilities.
+
+    Rows are padded to whole blocks and heads to a power of two. The gradient is that of
+    `blocked_attention`, which computes the probabilities again. Products of float32 run
+    in the precision of `jax.default_matmul_precision`, on GPUs TF32 by default.
+
+    Args:
+      query: (B, N, H, d), float32 or bfloat16; meant for N up to 1,024 and d from 16 to
+        128.
+      key: (B, N, H, d).
+      value: (B, N, H, d).
+      weights: number of tokens that each row represents, (B, N); None means one each.
+      names: fields of `importance.Statistics` to return.
+      block_size: queries of a program and keys of a step, a power of two, at least 16.
+      interpret: whether to emulate the kernel, on any backend and slowly.
+
+    Returns:
+      As `blocked_attention`.
+    """
+    names = tuple(names)
+    if weights is None:
+        weights = jnp.ones(query.shape[:2])
+    return _pallas_attention(names, block_size, interpret, query, key, value, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _pallas_attention(names, block_size, interpret, query, key, value, weights):
+    # Slow to import, and only this kernel needs it.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    batch, num_tokens, num_heads, width = query.shape
+    num_blocks = pl.cdiv(num_tokens, block_size)
+    rows = num_blocks * block_size
+    depth = max(pl.next_power_of_2(width), 16)  # What a tensor core takes.
+    padding = ((0, 0), (0, rows - num_tokens), (0, 0), (0, depth - width))
+    arrays = [jnp.pad(x, padding) for x in (query, key, value)]
+    # Padded rows are hidden keys and queries without a vote.
+    votes = jnp.pad(weights.astype(jnp.float32), padding[:2])
+    block = pl.BlockSpec((None, block_size, None, depth), lambda i, b, h: (b, i, h, 0))
+    every = pl.BlockSpec((None, rows, None, depth), lambda i, b, h: (b, 0, h, 0))
+    # Of each block of queries there is one row of partial reductions.
+    column = pl.BlockSpec((None, None, None, rows), lambda i, b, h: (b, h, i, 0))
+    row = pl.BlockSpec((None, None, block_size), lambda i, b, h: (b, h, i))
+    columns = jax.ShapeDtypeStruct((batch, num_heads, num_blocks, rows), jnp.float32)
+    whole_rows = jax.ShapeDtypeStruct((batch, num_heads, rows), jnp.float32)
+    reduced = [name for name in names if name != "cls"]
+    output, *found = pl.pallas_call(
+        functools.partial(
+            _kernel, names=reduced, scale=width**-0.5, block_size=block_size
+        ),
+        grid=(num_blocks, batch, num_heads),
+        in_specs=[
+            block,
+            every,
+            every,
+            pl.BlockSpec((None, rows), lambda i, b, h: (b, 0)),
+        ],
+        out_specs=[block, *(row if name == "row_max" else column for name in reduced)],
+        out_shape=[
+            jax.ShapeDtypeStruct(arrays[2].shape, value.dtype),
+            *(whole_rows if name == "row_max" else columns for name in reduced),
+        ],
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="attention_with_statistics",
+    )(*arrays, votes)
+    reduce = {
+        "column_max": lambda x: jnp.max(x, axis=2),
+        "column_sum": lambda x: jnp.sum(x, axis=2),
+        "row_max": lambda x: x,
+    }
+    values = {
+        name: reduce[name](x)[..., :num_tokens]
+        for name, x in zip(reduced, found, strict=True)
+    }
+    if "cls" in names:
+        bias = weights_to_bias(weights)[:, None, None, :]
+        values["cls"] = attention_probs(query[:, :1], key, bias)[:, :, 0]
+    return output[:, :num_tokens, :, :width], Statistics(**values)
+
+
+def _kernel(
+    query_ref, key_ref, value_ref, weights_ref, out_ref, *refs, names, scale, block_size
+):
+    """A block of queries (Q, d) against all keys (N, d) of one head."""
+    from jax.experimental import pallas as pl
+
+    query = query_ref[...]
+    votes = weights_ref[pl.ds(pl.program_id(0) * block_size, block_size)]
+    num_steps = key_ref.shape[0] // block_size
+    refs = dict(zip(names, refs, strict=True))
+
+    def logits_of(step):
+        keys = pl.ds(step * block_size, block_size)
+        logits = _product(query, key_ref[keys, :].T) * scale  # (Q, block)
+        weights = weights_ref[keys]
+        return keys, weights, logits + weights_to_bias(weights)[None, :]
+
+    def normalize(step, carry):
+        largest, total = carry
+        _, _, logits = logits_of(step)
+        new = jnp.maximum(largest, jnp.max(logits, axis=1))
+        total = total * jnp.exp(largest - new)
+        return new, total + jnp.sum(jnp.exp(logits - new[:, None]), axis=1)
+
+    start = jnp.full(block_size, _LOWEST, jnp.float32), jnp.zeros(block_size)
+    largest, total = jax.lax.fori_loop(0, num_steps, normalize, start)
+
+    def attend(step, carry):
+        attended, row_max = carry
+        keys, weights, logits = logits_of(step)
+        probs = jnp.exp(logits - largest[:, None]) / total[:, None]
+        if "column_max" in refs:
+            voting = jnp.where(votes[:, None] > 0, probs, 0.0)
+            refs["column_max"][keys] = jnp.max(voting, axis=0)
+        if "column_sum" in refs:
+            refs["column_sum"][keys] = jnp.sum(probs * votes[:, None], axis=0)
+        if "row_max" in refs:
+            shares = probs / jnp.maximum(weights, 1.0)[None, :]
+            row_max = jnp.maximum(row_max, jnp.max(shares, axis=1))
+        used = probs.astype(value_ref.dtype)
+        return attended + _product(used, value_ref[keys, :]), row_max
+
+    start = jnp.zeros(query.shape, jnp.float32), jnp.zeros(block_size)
+    attended, row_max = jax.lax.fori_loop(0, num_steps, attend, start)
+    out_ref[...] = attended.astype(out_ref.dtype)
+    if "row_max" in refs:
+        refs["row_max"][...] = row_max
+
+
+# Below every logit, that of a hidden key included.
+_LOWEST = -2e9
+
+
+def _product(left, right):
+    dimensions = (((1,), (0,)), ((), ()))
+    return jax.lax.dot_general(
+        left, right, dimensions, preferred_element_type=jnp.float32
+    )
+
+
+def _forward(names, block_size, interpret, *arrays):
+    return _pallas_attention(names, block_size, interpret, *arrays), arrays
+
+
+def _backward(names, block_size, interpret, arrays, cotangents):
+    *inputs, weights = arrays
+    _, pull_back = jax.vjp(lambda *x: blocked_attention(*x, weights)[0], *inputs)
+    return *pull_back(cotangents[0]), jnp.zeros_like(weights)
+
+
+_pallas_attention.defvjp(_forward, _backward)
