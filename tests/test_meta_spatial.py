@@ -181,7 +181,7 @@ def test_a_run_recovers_and_counts_it(tmp_path, capsys):
         ({"model__interpolation": "bilinear", "cell": None}, "by_cells needs"),
         ({"coarse_steps": 5}, "set coarse_steps and num_pixels to 0"),
         ({"model__kernel_size": 3}, "by_cells needs model.kernel_size 1, got 3"),
-        ({"model__kernel_size": 2}, "model.kernel_size must be an odd number"),
+        ({"model__kernel_size": 2, "by_cells": False}, "kernel_size must be odd"),
         ({"model__channels": 0}, "model.channels must be at least 1"),
         ({"inner__calibration": 2.0}, "inner.calibration must be"),
     ],

@@ -356,7 +356,6 @@ def pair(rule: Rule, *, equal: bool = False) -> Rule:
 
 
 FINITE = Rule("finite", math.isfinite)
-ODD = Rule("an odd number of at least 1", lambda v: type(v) is int and v > 0 and v % 2)
 SEED = Rule(
     "an integer from 0 to 2**32 - 1", lambda v: type(v) is int and 0 <= v < 2**32
 )

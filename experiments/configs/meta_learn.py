@@ -275,7 +275,6 @@ RULES = {
     "model.depth": settings.whole(2),
     "model.latent_dim?": settings.whole(1),
     "model.omega_0?": settings.above(0),
-    "model.kernel_size?": settings.ODD,
     "model.layer_sizes?": settings.each(settings.whole(1), empty=True),
     "model.derivative_dtype?": settings.one_of("float32", "bfloat16"),
     "inner.num_steps": settings.whole(1),
