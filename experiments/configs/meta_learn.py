@@ -175,6 +175,8 @@ VARIANTS = {
     "digits_spatial": {
         **_SPATIAL,
         "batch_size": 128,
+        "eval.more_images": 16,
+        "eval.more_steps": 17,
         "model.grid": (2, 2),
         "num_steps": 1200,
         "warm_start_steps": 200,
