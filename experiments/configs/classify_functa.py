@@ -20,9 +20,11 @@ Variants:
   report_mlp1_decay: report_mlp1 with weight decay 1e-4 in the gradient, 500 epochs;
     54 % in 4 minutes on two cores (results/classify_functa_report_mlp1_decay).
 
-  digits_spatial: a Vision Transformer of 4 layers on the grids of latents of
-    meta_learn's digits_spatial variant; seconds.
-  smoke_spatial: the digits_spatial variant for 2 epochs, to check that it runs.
+  digits_spatial: the MLP of digits on the grids of latents of meta_learn's
+    digits_spatial variant, as one vector (results/classify_functa_digits_spatial).
+  digits_spatial_vit: a Vision Transformer of 4 layers on the same grids
+    (results/classify_functa_digits_spatial_vit).
+  smoke_spatial: the digits_spatial_vit variant for 2 epochs, to check that it runs.
   cifar10_spatial: a ConvNeXt of 6 blocks on the grids of latents of make_functaset's
     cifar10_spatial_cpu variant; about 40 minutes on two cores.
   cifar10_spatial_vit: a Vision Transformer of 6 layers on the same grids; about as
@@ -110,7 +112,7 @@ BASE = {
     "log_every": 5,
     "checkpoint_every": 50,
 }
-_DIGITS_SPATIAL = {
+_DIGITS_VIT = {
     "batch_size": 128,
     "candidates.dropout_rate": (0.0,),
     "candidates.learning_rate": (2e-3,),
@@ -196,8 +198,9 @@ VARIANTS = {
     "report_mlp2": _REPORT | {"model.hidden_sizes": (256, 128, 64)},
     "report_mlp1_decay": _REPORT
     | {"candidates.weight_decay": (0.0001,), "num_epochs": 500},
-    "digits_spatial": _DIGITS_SPATIAL,
-    "smoke_spatial": _DIGITS_SPATIAL
+    "digits_spatial": {"functaset": "runs/meta_learn/digits_spatial/functaset.npz"},
+    "digits_spatial_vit": _DIGITS_VIT,
+    "smoke_spatial": _DIGITS_VIT
     | {
         "checkpoint_every": 1,
         "functaset": "runs/meta_learn/smoke_spatial/functaset.npz",
