@@ -835,8 +835,11 @@ class Flow:
 
     def _scan(self, eqn, operands, needed):
         params = eqn.params
-        first = params["num_consts"]
-        second = first + params["num_carry"]
+        # Constants, carry and rows are known by their shapes, because the names of the
+        # parameters with their numbers differ between versions of JAX.
+        body = params["jaxpr"].jaxpr
+        second = sum(map(_same_rank, eqn.invars, body.invars))
+        first = second - sum(map(_same_rank, eqn.outvars, body.outvars))
         constants, carry, xs = (
             operands[:first],
             operands[first:second],
@@ -977,6 +980,10 @@ def _depending(value, operands):
         data=value.data or any(v.data for v in operands),
         paths=tuple(dict.fromkeys(paths)),
     )
+
+
+def _same_rank(outer, inner):
+    return len(outer.aval.shape) == len(inner.aval.shape)
 
 
 def _trace(apply_fn, params, inputs):

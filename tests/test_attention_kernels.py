@@ -133,6 +133,8 @@ def test_gradients_are_those_of_plain(name, weighted):
         assert np.max(np.abs(other)) > 0.1
 
 
+# Newer versions of JAX warn that this backend will be removed.
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 @pytest.mark.parametrize(
     ("num_tokens", "width", "dtype"),
     [(197, 64, jnp.bfloat16), (1024, 128, jnp.float32), (50, 80, jnp.bfloat16)],
@@ -145,7 +147,12 @@ def test_kernel_lowers_to_triton(num_tokens, width, dtype):
     traced = jax.jit(functools.partial(pallas_attention, names=names)).trace(
         shape, shape, shape, weights
     )
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    try:
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    except RuntimeError as error:
+        if "No supported GPU devices" not in str(error):
+            raise
+        pytest.skip("this version of JAX lowers Pallas kernels only where a GPU is")
     assert "attention_with_statistics" in text and "triton" in text
 
 
