@@ -103,7 +103,8 @@ def trace(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
       >>> def network(params, x):
       ...     return jax.nn.relu(x @ params["a"] + params["bias"]) @ params["b"]
       >>> params = {"a": jnp.ones((2, 3)), "bias": jnp.ones(3), "b": jnp.ones((3, 4))}
-      >>> graph = channels.trace(network, params, jax.ShapeDtypeStruct((2,), "float"))
+      >>> x = jax.ShapeDtypeStruct((2,), jnp.float32)
+      >>> graph = channels.trace(network, params, x)
       >>> graph.removable()
       {'a': 3}
       >>> smaller = channels.thin(params, {"a": np.array([True, False, True])}, graph)
