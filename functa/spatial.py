@@ -10,8 +10,7 @@ influence each other. The network of one cell is a `LatentModulatedSiren`, and a
 set of signals is a data set of cells (`SpatialSiren.cell`, `split_cells`). Cells can
 therefore be trained and fitted as separate signals, and a signal may have any number of
 them. A map of several neighboring latents (`kernel_size`) gives up this independence
-for a better code: neighboring cells are similar, and the code of a cell need not repeat
-what its neighbors say.
+for a better code, because neighboring cells are similar.
 
 Axes: B batch, N points, d coordinates of a point, (*grid) cells along each axis,
 (*cell) points of a cell along each axis, C channels of a latent, M modulations, k size
@@ -237,9 +236,9 @@ def layout(
         the cells depend on each other.
     """
     _check_division(shape, model.grid)
+    cell = tuple(n // g for n, g in zip(shape, model.grid, strict=True))
     if model.separable if separate is None else separate:
         network = model.cell()
-        cell = tuple(n // g for n, g in zip(shape, model.grid, strict=True))
 
         def split(signals):
             cells = split_cells(signals, model.grid)
@@ -251,7 +250,6 @@ def layout(
     if model.interpolation != "nearest":
         coords = siren.coordinate_grid(shape)
         return Layout(model.apply, latent, coords, model.num_cells, lambda x: x)
-    cell = tuple(n // g for n, g in zip(shape, model.grid, strict=True))
     return Layout(
         _apply_to_cells(model),
         latent,

@@ -50,7 +50,7 @@ class Column(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-    """What is known of one array.
+    """The axes, the dependencies and the constant value of one array.
 
     Attributes:
       shape: its shape.
@@ -883,7 +883,7 @@ class Flow:
         return outs
 
     def _loop(self, body, carry):
-        """Runs the body until what is known of the carry does not change."""
+        """Runs the body until the values of the carry no longer change."""
         carry = [dataclasses.replace(value, const=None) for value in carry]
         while True:
             outs = body(carry)
@@ -903,7 +903,7 @@ class Flow:
         return merged
 
     def _merge(self, first, second):
-        """What is known of an array that is one of two."""
+        """The value of an array that equals one of two others."""
         for a, b in zip(first.axes, second.axes, strict=True):
             self._tie(a, b)
         return dataclasses.replace(

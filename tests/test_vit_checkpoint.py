@@ -372,9 +372,10 @@ def test_folders_shards_and_prefixes_are_read(tmp_path):
     with pytest.raises(ValueError, match="the file holds several networks"):
         load_checkpoint(write(tmp_path, timm, net, twice))
     (tmp_path / "model.safetensors").unlink()
-    index.write_text(json.dumps({"weight_map": {"x": "../a.safetensors"}}))
-    with pytest.raises(ValueError, match="must map parameters to files beside it"):
-        load_checkpoint(tmp_path)
+    for entry in ("../a.safetensors", ["a.safetensors"]):
+        index.write_text(json.dumps({"weight_map": {"x": entry}}))
+        with pytest.raises(ValueError, match="weight_map must map each parameter to"):
+            load_checkpoint(tmp_path)
     index.write_text(json.dumps({"weight_map": {"x": "absent.safetensors"}}))
     with pytest.raises(FileNotFoundError, match="absent.safetensors"):
         load_checkpoint(tmp_path)

@@ -1170,12 +1170,14 @@ def find_files(path: str | Path) -> tuple[Path, ...]:
     if not path.name.endswith(_INDEX):
         return (path,)
     names = _json_object(path.name, path.read_bytes()).get("weight_map")
-    names = set(names.values()) if isinstance(names, dict) else set()
+    names = list(names.values()) if isinstance(names, dict) else []
     if not names or not all(
         isinstance(name, str) and Path(name).name == name for name in names
     ):
-        raise ValueError(f"{path} must map parameters to files beside it (weight_map).")
-    return tuple(path.with_name(name) for name in sorted(names))
+        raise ValueError(
+            f"{path}: weight_map must map each parameter to a file in the same folder."
+        )
+    return tuple(path.with_name(name) for name in sorted(set(names)))
 
 
 _INDEX = ".safetensors.index.json"
