@@ -23,13 +23,11 @@ Axes: p side of a patch, C channels, D width, H heads, d width of a head, P patc
 g rows of the grid of patches.
 """
 
-import io
 import json
 import math
 import os
 import re
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +37,8 @@ import numpy as np
 from flax import traverse_util
 
 from vit.model import POOLS, ViT, pooled_size
-
-Arrays = dict[str, np.ndarray]
+from vit.weight_files import Arrays, json_object, read_arrays, some_names
+from vit.weight_files import find_files as find_files
 
 
 def load_checkpoint(
@@ -108,7 +106,7 @@ def load_checkpoint(
       (1, 65, 128)
     """
     path = Path(path)
-    arrays = _read(path)
+    arrays = read_arrays(path)
     try:
         for argument, value, least in (
             ("image_size", image_size, 1),
@@ -502,12 +500,12 @@ def _from_foreign(arrays: Arrays, path: Path, num_heads: int | None, grid):
     bare = {name: re.sub(f"^{_PREFIXES}", "", name) for name in arrays}
     if len(set(bare.values())) < len(bare):
         raise ValueError(
-            f"the file holds several networks, {_first(arrays)}; leave one in it."
+            f"the file holds several networks, {some_names(arrays)}; leave one in it."
         )
     arrays = {bare[name]: value for name, value in arrays.items()}
     for pattern, what in _UNSUPPORTED.items():
         if found := [name for name in arrays if re.search(pattern, name)]:
-            raise ValueError(f"not supported: {what}, {_first(found)}.")
+            raise ValueError(f"not supported: {what}, {some_names(found)}.")
 
     parts = [part for item in arrays.items() for part in _split(*item)]
     known = {
@@ -518,7 +516,7 @@ def _from_foreign(arrays: Arrays, path: Path, num_heads: int | None, grid):
     if not known[home]:
         raise ValueError(
             "the file must contain a Vision Transformer with the parameter names of "
-            f"Google, timm or Hugging Face, got {_first(arrays)}."
+            f"Google, timm or Hugging Face, got {some_names(arrays)}."
         )
     layout = _LAYOUTS[home]
     ours, sources = {}, {}
@@ -676,7 +674,7 @@ def _complete_positions(arrays, sources, home, grid, told):
 
 def _torch_settings(path, home, sources):
     """The fields of `ViT` and the grid that a config.json and the names tell."""
-    config = _json_object(path, path.read_bytes()) if path.is_file() else {}
+    config = json_object(path, path.read_bytes()) if path.is_file() else {}
     read = _timm_config if home == "timm" else _hugging_face_config
     settings = read(config, set(sources.values()))
     return _check_settings(path.name, settings)
@@ -761,21 +759,11 @@ def _own_settings(entry):
     """The fields stored by `save_checkpoint`; None for other files."""
     if entry is None:
         return None
-    settings = _json_object(_SETTINGS, str(entry))
+    settings = json_object(_SETTINGS, str(entry))
     settings = {name: settings.get(name) for name in ("gelu", "ln_eps")} | {
         name: settings[name] for name in ("pool", "distilled") if name in settings
     }
     return _check_settings(_SETTINGS, settings)
-
-
-def _json_object(name, text):
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} must hold a JSON object, got {value!r}.")
-    return value
 
 
 def _check_settings(source, settings):
@@ -1023,7 +1011,7 @@ def _architecture(arrays: Arrays) -> dict[str, Any]:
 def _shape(arrays, name, axes):
     if name not in arrays:
         raise ValueError(
-            f"{name} {axes} is missing; the file contains {_first(arrays)}."
+            f"{name} {axes} is missing; the file contains {some_names(arrays)}."
         )
     shape = arrays[name].shape
     if len(shape) != axes.count(",") + 1:
@@ -1089,17 +1077,11 @@ def _check_fits(model, arrays):
     }
     if any(problems.values()):
         counts = [
-            f"{len(names)} {problem}: {_first(names)}"
+            f"{len(names)} {problem}: {some_names(names)}"
             for problem, names in problems.items()
             if names
         ]
         raise ValueError(f"the parameters do not fit a ViT: {'; '.join(counts)}.")
-
-
-def _first(names: Iterable[str], limit: int = 5) -> str:
-    """The first names, for error messages."""
-    names = list(names)
-    return ", ".join(names[:limit] + ["..."] * (len(names) > limit))
 
 
 def _grid_of(positions, grid, num_prefix):
@@ -1133,163 +1115,3 @@ def _float32(name: str, value: np.ndarray) -> np.ndarray:
         raise ValueError(f"{name} must have a floating-point dtype, got {value.dtype}.")
     with np.errstate(over="ignore"):  # It gives infinity, which is refused.
         return np.asarray(value, np.float32)
-
-
-# Files.
-
-
-def find_files(path: str | Path) -> tuple[Path, ...]:
-    """The files that hold the arrays of a checkpoint.
-
-    Args:
-      path: a file; a model.safetensors.index.json, which names several; or a folder
-        with one of model.safetensors, such an index, or a single file.
-
-    Returns:
-      Their paths.
-
-    Raises:
-      FileNotFoundError: if the path does not exist.
-      ValueError: if a folder holds no or several checkpoints, or an index is damaged.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"checkpoint {path} does not exist.")
-    if path.is_dir():
-        names = "model.safetensors", f"model{_INDEX}"
-        files = [path / name for name in names if (path / name).is_file()]
-        if not files:
-            files = [one for one in path.iterdir() if one.suffix in _READERS]
-            files = sorted(one for one in files if one.is_file())
-        if not files or (len(files) > 1 and files[0].name != names[0]):
-            raise ValueError(
-                f"the folder {path} must hold {', '.join(names)} or one file that ends "
-                f"in {' or '.join(_READERS)}, got {_first(one.name for one in files)}."
-            )
-        path = files[0]
-    if not path.name.endswith(_INDEX):
-        return (path,)
-    names = _json_object(path.name, path.read_bytes()).get("weight_map")
-    names = list(names.values()) if isinstance(names, dict) else []
-    if not names or not all(
-        isinstance(name, str) and Path(name).name == name for name in names
-    ):
-        raise ValueError(
-            f"{path}: weight_map must map each parameter to a file in the same folder."
-        )
-    return tuple(path.with_name(name) for name in sorted(set(names)))
-
-
-_INDEX = ".safetensors.index.json"
-
-
-def _read(path: Path) -> Arrays:
-    """Every array of a checkpoint, by its name in the file."""
-    arrays = {}
-    for file in find_files(path):
-        arrays |= _read_file(file)
-    return arrays
-
-
-def _read_file(path):
-    if not path.exists():
-        raise FileNotFoundError(f"checkpoint {path} does not exist.")
-    kind = path.suffix.lower()
-    if kind not in _READERS:
-        raise ValueError(
-            f"a checkpoint must be a file that ends in {' or '.join(_READERS)}, got "
-            f"{path}."
-        )
-    if not path.is_file():  # A pipe would block, and a device may never end.
-        raise ValueError(f"{path} is not a regular file.")
-    with path.open("rb") as file:
-        try:
-            return _READERS[kind](file)
-        # zipfile, NumPy and json may raise any exception on damaged bytes.
-        except Exception as error:
-            raise ValueError(
-                f"{path} is damaged or is not a {kind} file of arrays "
-                f"({type(error).__name__}: {error})."
-            ) from error
-
-
-def _read_npz(file):
-    if not zipfile.is_zipfile(file):
-        raise ValueError("it is truncated or is not a zip archive")
-    file_size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    with np.load(file, allow_pickle=False) as npz:
-        members = [(info.filename, info.file_size) for info in npz.zip.infolist()]
-        if sum(size for _, size in members) > _LARGEST_RATIO * file_size + 2**20:
-            raise ValueError("its arrays would be far larger than the file")
-        for name, size in members:
-            if name.endswith(".npy"):
-                _check_size(npz.zip, name, size)
-        arrays = {name: npz[name] for name in npz.files}
-    for name, value in arrays.items():
-        if not isinstance(value, np.ndarray):
-            raise ValueError(f"{name} is not an array")
-    return arrays
-
-
-# Weights hardly compress, unless most of them are zero.
-_LARGEST_RATIO = 32
-
-
-def _check_size(archive, name, size):
-    """Raises if the header of a member demands more than it has; NumPy would allocate.
-
-    `functa.npz` does the same for other files.
-    """
-    with archive.open(name) as member:
-        start = io.BytesIO(member.read(10_000))  # NumPy's limit of a header
-    version = np.lib.format.read_magic(start)
-    readers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    shape, _, dtype = readers[version](start)
-    if start.tell() + math.prod(shape) * dtype.itemsize != size:
-        raise ValueError(f"{name} has {size} bytes, not an array {dtype} {shape}")
-
-
-def _read_safetensors(file):
-    """Reads the length of the header (uint64), the header (JSON) and the arrays.
-
-    The header is {name: {"dtype", "shape", "data_offsets": [begin, end]}}, with offsets
-    from its end, and may have a text under "__metadata__". Arrays are in C order, all
-    numbers are little-endian.
-    """
-    length = int.from_bytes(file.read(8), "little")
-    if length > _MAX_HEADER:
-        raise ValueError(f"its header would have {length} bytes")
-    if length > os.fstat(file.fileno()).st_size:
-        raise ValueError(f"its header of {length} bytes would exceed it")
-    header = json.loads(file.read(length))
-    buffer = file.read()
-    header.pop("__metadata__", None)
-    arrays = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(
-                f"the dtype of {name} must be one of {', '.join(_DTYPES)}; got "
-                f"{entry['dtype']}"
-            )
-        dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), entry["shape"]
-        begin, end = entry["data_offsets"]
-        size = math.prod(shape)
-        if not 0 <= begin <= end <= len(buffer) or end - begin != size * dtype.itemsize:
-            raise ValueError(
-                f"{name} of shape {shape} does not fit bytes {begin} to {end} of "
-                f"{len(buffer)}"
-            )
-        array = np.frombuffer(buffer, dtype, count=size, offset=begin)
-        arrays[name] = array.reshape(shape)
-    if sum(array.nbytes for array in arrays.values()) > len(buffer):
-        raise ValueError("its arrays overlap")
-    return arrays
-
-
-_MAX_HEADER = 100_000_000  # The format's own limit.
-_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": jnp.bfloat16, "F64": "<f8"}
-_READERS = {".npz": _read_npz, ".safetensors": _read_safetensors}

@@ -1,0 +1,192 @@
+"""Files of weights, .npz and .safetensors, as dictionaries of arrays.
+
+Names, shapes and sizes are checked before memory is allocated. Nothing in a file is
+executed: neither format needs pickle, and pickled content is rejected.
+"""
+
+import io
+import json
+import math
+import os
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+def find_files(path: str | Path) -> tuple[Path, ...]:
+    """The files that hold the arrays of a checkpoint.
+
+    Args:
+      path: a file; a model.safetensors.index.json, which names several; or a folder
+        with one of model.safetensors, such an index, or a single file.
+
+    Returns:
+      Their paths.
+
+    Raises:
+      FileNotFoundError: if the path does not exist.
+      ValueError: if a folder holds no or several checkpoints, or an index is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {path} does not exist.")
+    if path.is_dir():
+        names = "model.safetensors", f"model{_INDEX}"
+        files = [path / name for name in names if (path / name).is_file()]
+        if not files:
+            files = [one for one in path.iterdir() if one.suffix in _READERS]
+            files = sorted(one for one in files if one.is_file())
+        if not files or (len(files) > 1 and files[0].name != names[0]):
+            found = some_names(one.name for one in files)
+            raise ValueError(
+                f"the folder {path} must hold {', '.join(names)} or one file that ends "
+                f"in {' or '.join(_READERS)}, got {found}."
+            )
+        path = files[0]
+    if not path.name.endswith(_INDEX):
+        return (path,)
+    names = json_object(path.name, path.read_bytes()).get("weight_map")
+    names = list(names.values()) if isinstance(names, dict) else []
+    if not names or not all(
+        isinstance(name, str) and Path(name).name == name for name in names
+    ):
+        raise ValueError(
+            f"{path}: weight_map must map each parameter to a file in the same folder."
+        )
+    return tuple(path.with_name(name) for name in sorted(set(names)))
+
+
+_INDEX = ".safetensors.index.json"
+
+
+def read_arrays(path: Path) -> Arrays:
+    """Every array of a checkpoint, by its name in the file."""
+    arrays = {}
+    for file in find_files(path):
+        arrays |= _read_file(file)
+    return arrays
+
+
+def _read_file(path):
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {path} does not exist.")
+    kind = path.suffix.lower()
+    if kind not in _READERS:
+        raise ValueError(
+            f"a checkpoint must be a file that ends in {' or '.join(_READERS)}, got "
+            f"{path}."
+        )
+    if not path.is_file():  # A pipe would block, and a device may never end.
+        raise ValueError(f"{path} is not a regular file.")
+    with path.open("rb") as file:
+        try:
+            return _READERS[kind](file)
+        # zipfile, NumPy and json may raise any exception on damaged bytes.
+        except Exception as error:
+            raise ValueError(
+                f"{path} is damaged or is not a {kind} file of arrays "
+                f"({type(error).__name__}: {error})."
+            ) from error
+
+
+def _read_npz(file):
+    if not zipfile.is_zipfile(file):
+        raise ValueError("it is truncated or is not a zip archive")
+    file_size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    with np.load(file, allow_pickle=False) as npz:
+        members = [(info.filename, info.file_size) for info in npz.zip.infolist()]
+        if sum(size for _, size in members) > _LARGEST_RATIO * file_size + 2**20:
+            raise ValueError("its arrays would be far larger than the file")
+        for name, size in members:
+            if name.endswith(".npy"):
+                _check_size(npz.zip, name, size)
+        arrays = {name: npz[name] for name in npz.files}
+    for name, value in arrays.items():
+        if not isinstance(value, np.ndarray):
+            raise ValueError(f"{name} is not an array")
+    return arrays
+
+
+# Weights hardly compress, unless most of them are zero.
+_LARGEST_RATIO = 32
+
+
+def _check_size(archive, name, size):
+    """Raises if the header of a member demands more than it has; NumPy would allocate.
+
+    `functa.npz` does the same for other files.
+    """
+    with archive.open(name) as member:
+        start = io.BytesIO(member.read(10_000))  # NumPy's limit of a header
+    version = np.lib.format.read_magic(start)
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    shape, _, dtype = readers[version](start)
+    if start.tell() + math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"{name} has {size} bytes, not an array {dtype} {shape}")
+
+
+def _read_safetensors(file):
+    """Reads the length of the header (uint64), the header (JSON) and the arrays.
+
+    The header is {name: {"dtype", "shape", "data_offsets": [begin, end]}}, with offsets
+    from its end, and may have a text under "__metadata__". Arrays are in C order, all
+    numbers are little-endian.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if length > _MAX_HEADER:
+        raise ValueError(f"its header would have {length} bytes")
+    if length > os.fstat(file.fileno()).st_size:
+        raise ValueError(f"its header of {length} bytes would exceed it")
+    header = json.loads(file.read(length))
+    buffer = file.read()
+    header.pop("__metadata__", None)
+    arrays = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(
+                f"the dtype of {name} must be one of {', '.join(_DTYPES)}; got "
+                f"{entry['dtype']}"
+            )
+        dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), entry["shape"]
+        begin, end = entry["data_offsets"]
+        size = math.prod(shape)
+        if not 0 <= begin <= end <= len(buffer) or end - begin != size * dtype.itemsize:
+            raise ValueError(
+                f"{name} of shape {shape} does not fit bytes {begin} to {end} of "
+                f"{len(buffer)}"
+            )
+        array = np.frombuffer(buffer, dtype, count=size, offset=begin)
+        arrays[name] = array.reshape(shape)
+    if sum(array.nbytes for array in arrays.values()) > len(buffer):
+        raise ValueError("its arrays overlap")
+    return arrays
+
+
+_MAX_HEADER = 100_000_000  # The format's own limit.
+_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": jnp.bfloat16, "F64": "<f8"}
+_READERS = {".npz": _read_npz, ".safetensors": _read_safetensors}
+
+
+def json_object(name, text):
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must hold a JSON object, got {value!r}.")
+    return value
+
+
+def some_names(names: Iterable[str], limit: int = 5) -> str:
+    """The first names, for error messages."""
+    names = list(names)
+    return ", ".join(names[:limit] + ["..."] * (len(names) > limit))
