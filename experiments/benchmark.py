@@ -322,20 +322,24 @@ def _train(*, variant, method, batch_size, num_steps):
     )
 
 
-def _vit_forward(*, variant, batch_size, ratio, **model):
+def _vit_forward(
+    *, variant, batch_size, ratio, score="max", attention=None, image_size=None, **model
+):
     config = train_vit_configs.get_config(variant)
     options = config.model.to_dict() | model
     dtype = options.pop("dtype")
     model = vit.make(num_classes=_NUM_CLASSES, dtype=jnp.dtype(dtype), **options)
-    side = config.image_size
+    side = image_size or config.image_size
     images = np.float32(_random_images(batch_size, side, 3)) / 255
     params = _init(model, images.shape[1:])["params"]
+    model = model.clone(attention_implementation=attention)
     if ratio:
         chosen = vit.schedules.cp_vit(
             ratio,
             num_layers=model.num_layers,
             num_patches=(side // model.patch_size) ** 2,
             mode="compact",
+            score=score,
         )
         model = model.clone(cascade=chosen)
     return HotPath(

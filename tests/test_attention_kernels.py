@@ -13,6 +13,7 @@ from vit_oracle import run
 
 from vit import attention, importance, schedules
 from vit.attention_kernels import (
+    Tiles,
     blocked_attention,
     pallas_attention,
     plain_attention,
@@ -22,7 +23,10 @@ from vit.model import ViT
 IMPLEMENTATIONS = {
     "plain": plain_attention,
     "blocked": functools.partial(blocked_attention, block_size=7),
-    "pallas": functools.partial(pallas_attention, block_size=16, interpret=True),
+    "pallas": functools.partial(pallas_attention, tiles=Tiles(16, 16), interpret=True),
+    "pallas_one_step": functools.partial(
+        pallas_attention, tiles=Tiles(16, 32), interpret=True
+    ),
 }
 
 

@@ -24,6 +24,7 @@ Axes: B images, N tokens (CLS first), H heads, d width of a head, Q queries of a
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +132,25 @@ def _combine(parts):
     )
 
 
+class Tiles(NamedTuple):
+    """Sizes of the programs of `pallas_attention`.
+
+    Attributes:
+      queries: queries of a program, a power of two, at least 16.
+      keys: keys of a step, a power of two, at least 16.
+      num_warps: warps of a program.
+      num_stages: loads in flight.
+    """
+
+    queries: int = 64
+    keys: int = 64
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+_TILES = Tiles()
+
+
 def pallas_attention(
     query: jax.Array,
     key: jax.Array,
@@ -138,14 +158,14 @@ def pallas_attention(
     weights: jax.Array | None = None,
     names: Sequence[str] = (),
     *,
-    block_size: int = 64,
+    tiles: Tiles = _TILES,
     interpret: bool = False,
 ) -> Output:
     """Attention in one kernel for NVIDIA GPUs, with reductions of its probabilities.
 
-    Rows are padded to whole blocks and heads to a power of two. The gradient is that of
-    `blocked_attention`, which computes the probabilities again. Products of float32 run
-    in the precision of `jax.default_matmul_precision`, on GPUs TF32 by default.
+    Heads are padded to a power of two. The gradient is that of `blocked_attention`,
+    which computes the probabilities again. Products of float32 run in the precision of
+    `jax.default_matmul_precision`, on GPUs TF32 by default.
 
     Args:
       query: (B, N, H, d), float32 or bfloat16; meant for N up to 1,024 and d from 16 to
@@ -154,7 +174,7 @@ def pallas_attention(
       value: (B, N, H, d).
       weights: number of tokens that each row represents, (B, N); None means one each.
       names: fields of `importance.Statistics` to return.
-      block_size: queries of a program and keys of a step, a power of two, at least 16.
+      tiles: sizes of the programs.
       interpret: whether to emulate the kernel, on any backend and slowly.
 
     Returns:
@@ -163,113 +183,131 @@ def pallas_attention(
     names = tuple(names)
     if weights is None:
         weights = jnp.ones(query.shape[:2])
-    return _pallas_attention(names, block_size, interpret, query, key, value, weights)
+    return _pallas_attention(names, tiles, interpret, query, key, value, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _pallas_attention(names, block_size, interpret, query, key, value, weights):
+def _pallas_attention(names, tiles, interpret, query, key, value, weights):
     # Slow to import, and only this kernel needs it.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
     batch, num_tokens, num_heads, width = query.shape
-    num_blocks = pl.cdiv(num_tokens, block_size)
-    rows = num_blocks * block_size
+    num_blocks = pl.cdiv(num_tokens, tiles.queries)
     depth = max(pl.next_power_of_2(width), 16)  # What a tensor core takes.
-    padding = ((0, 0), (0, rows - num_tokens), (0, 0), (0, depth - width))
-    arrays = [jnp.pad(x, padding) for x in (query, key, value)]
-    # Padded rows are hidden keys and queries without a vote.
-    votes = jnp.pad(weights.astype(jnp.float32), padding[:2])
-    block = pl.BlockSpec((None, block_size, None, depth), lambda i, b, h: (b, i, h, 0))
-    every = pl.BlockSpec((None, rows, None, depth), lambda i, b, h: (b, 0, h, 0))
+    arrays = query, key, value
+    if depth > width:
+        padding = ((0, 0), (0, 0), (0, 0), (0, depth - width))
+        arrays = [jnp.pad(x, padding) for x in arrays]
     # Of each block of queries there is one row of partial reductions.
-    column = pl.BlockSpec((None, None, None, rows), lambda i, b, h: (b, h, i, 0))
-    row = pl.BlockSpec((None, None, block_size), lambda i, b, h: (b, h, i))
-    columns = jax.ShapeDtypeStruct((batch, num_heads, num_blocks, rows), jnp.float32)
-    whole_rows = jax.ShapeDtypeStruct((batch, num_heads, rows), jnp.float32)
+    columns = jax.ShapeDtypeStruct(
+        (batch, num_heads, num_blocks, num_tokens), jnp.float32
+    )
+    whole_rows = jax.ShapeDtypeStruct((batch, num_heads, num_tokens), jnp.float32)
     reduced = [name for name in names if name != "cls"]
     output, *found = pl.pallas_call(
-        functools.partial(
-            _kernel, names=reduced, scale=width**-0.5, block_size=block_size
-        ),
+        functools.partial(_kernel, names=reduced, scale=width**-0.5, tiles=tiles),
         grid=(num_blocks, batch, num_heads),
-        in_specs=[
-            block,
-            every,
-            every,
-            pl.BlockSpec((None, rows), lambda i, b, h: (b, 0)),
-        ],
-        out_specs=[block, *(row if name == "row_max" else column for name in reduced)],
         out_shape=[
             jax.ShapeDtypeStruct(arrays[2].shape, value.dtype),
             *(whole_rows if name == "row_max" else columns for name in reduced),
         ],
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=triton.CompilerParams(
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages
+        ),
         interpret=interpret,
         name="attention_with_statistics",
-    )(*arrays, votes)
+    )(*arrays, weights.astype(jnp.float32))
     reduce = {
         "column_max": lambda x: jnp.max(x, axis=2),
         "column_sum": lambda x: jnp.sum(x, axis=2),
         "row_max": lambda x: x,
     }
-    values = {
-        name: reduce[name](x)[..., :num_tokens]
-        for name, x in zip(reduced, found, strict=True)
-    }
+    values = {name: reduce[name](x) for name, x in zip(reduced, found, strict=True)}
     if "cls" in names:
         bias = weights_to_bias(weights)[:, None, None, :]
         values["cls"] = attention_probs(query[:, :1], key, bias)[:, :, 0]
-    return output[:, :num_tokens, :, :width], Statistics(**values)
+    return output[..., :width], Statistics(**values)
 
 
-def _kernel(
-    query_ref, key_ref, value_ref, weights_ref, out_ref, *refs, names, scale, block_size
-):
+def _kernel(query_ref, key_ref, value_ref, weights_ref, *refs, names, scale, tiles):
     """A block of queries (Q, d) against all keys (N, d) of one head."""
     from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
 
-    query = query_ref[...]
-    votes = weights_ref[pl.ds(pl.program_id(0) * block_size, block_size)]
-    num_steps = key_ref.shape[0] // block_size
+    block, image, head = (pl.program_id(axis) for axis in range(3))
+    num_tokens = key_ref.shape[1]
+    num_steps = pl.cdiv(num_tokens, tiles.keys)
+    out_ref, *refs = refs
     refs = dict(zip(names, refs, strict=True))
 
+    def rows(start, size):
+        """A block of rows, and which of them exist."""
+        return pl.ds(start, size), start + jnp.arange(size) < num_tokens
+
+    def load(ref, rows):
+        rows, exist = rows
+        at = ref.at[image, rows, head, :]
+        return triton.load(at, mask=exist[:, None], other=0.0)
+
+    queries = rows(block * tiles.queries, tiles.queries)
+    query = load(query_ref, queries)
+    # Rows beyond the last one are queries without a vote and hidden keys.
+    votes = triton.load(weights_ref.at[image, queries[0]], mask=queries[1], other=0.0)
+
     def logits_of(step):
-        keys = pl.ds(step * block_size, block_size)
-        logits = _product(query, key_ref[keys, :].T) * scale  # (Q, block)
-        weights = weights_ref[keys]
+        keys = rows(step * tiles.keys, tiles.keys)
+        logits = _product(query, load(key_ref, keys).T) * scale  # (Q, block)
+        weights = triton.load(weights_ref.at[image, keys[0]], mask=keys[1], other=0.0)
         return keys, weights, logits + weights_to_bias(weights)[None, :]
+
+    # With one step both passes have the same logits.
+    only = logits_of(jnp.int32(0)) if num_steps == 1 else None
 
     def normalize(step, carry):
         largest, total = carry
-        _, _, logits = logits_of(step)
+        _, _, logits = only or logits_of(step)
         new = jnp.maximum(largest, jnp.max(logits, axis=1))
         total = total * jnp.exp(largest - new)
         return new, total + jnp.sum(jnp.exp(logits - new[:, None]), axis=1)
 
-    start = jnp.full(block_size, _LOWEST, jnp.float32), jnp.zeros(block_size)
-    largest, total = jax.lax.fori_loop(0, num_steps, normalize, start)
+    start = jnp.full(tiles.queries, _LOWEST, jnp.float32), jnp.zeros(tiles.queries)
+    largest, total = _repeat(num_steps, normalize, start)
+    log_total = largest + jnp.log(total)
 
     def attend(step, carry):
         attended, row_max = carry
-        keys, weights, logits = logits_of(step)
-        probs = jnp.exp(logits - largest[:, None]) / total[:, None]
+        keys, weights, logits = only or logits_of(step)
+        probs = jnp.exp(logits - log_total[:, None])
+
+        def write(name, values):
+            at = refs[name].at[image, head, block, keys[0]]
+            triton.store(at, values, mask=keys[1])
+
         if "column_max" in refs:
             voting = jnp.where(votes[:, None] > 0, probs, 0.0)
-            refs["column_max"][keys] = jnp.max(voting, axis=0)
+            write("column_max", jnp.max(voting, axis=0))
         if "column_sum" in refs:
-            refs["column_sum"][keys] = jnp.sum(probs * votes[:, None], axis=0)
+            write("column_sum", jnp.sum(probs * votes[:, None], axis=0))
         if "row_max" in refs:
             shares = probs / jnp.maximum(weights, 1.0)[None, :]
             row_max = jnp.maximum(row_max, jnp.max(shares, axis=1))
         used = probs.astype(value_ref.dtype)
-        return attended + _product(used, value_ref[keys, :]), row_max
+        return attended + _product(used, load(value_ref, keys)), row_max
 
-    start = jnp.zeros(query.shape, jnp.float32), jnp.zeros(block_size)
-    attended, row_max = jax.lax.fori_loop(0, num_steps, attend, start)
-    out_ref[...] = attended.astype(out_ref.dtype)
+    start = jnp.zeros(query.shape, jnp.float32), jnp.zeros(tiles.queries)
+    attended, row_max = _repeat(num_steps, attend, start)
+    at = out_ref.at[image, queries[0], head, :]
+    triton.store(at, attended.astype(out_ref.dtype), mask=queries[1][:, None])
     if "row_max" in refs:
-        refs["row_max"][...] = row_max
+        at = refs["row_max"].at[image, head, queries[0]]
+        triton.store(at, row_max, mask=queries[1])
+
+
+def _repeat(num_steps, step, carry):
+    if num_steps == 1:
+        return step(0, carry)
+    return jax.lax.fori_loop(0, num_steps, step, carry)
 
 
 # Below every logit, that of a hidden key included.
@@ -283,11 +321,11 @@ def _product(left, right):
     )
 
 
-def _forward(names, block_size, interpret, *arrays):
-    return _pallas_attention(names, block_size, interpret, *arrays), arrays
+def _forward(names, tiles, interpret, *arrays):
+    return _pallas_attention(names, tiles, interpret, *arrays), arrays
 
 
-def _backward(names, block_size, interpret, arrays, cotangents):
+def _backward(names, tiles, interpret, arrays, cotangents):
     *inputs, weights = arrays
     _, pull_back = jax.vjp(lambda *x: blocked_attention(*x, weights)[0], *inputs)
     return *pull_back(cotangents[0]), jnp.zeros_like(weights)

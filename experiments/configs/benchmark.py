@@ -16,6 +16,8 @@ Variants:
     under a minute on two cores.
   paper: the meta-step at the size of the paper, with each sine and dtype. It needs a
     GPU; results/ has no run of it.
+  vit_b16: ViT-B/16 at 224 pixels in bfloat16, dense and with CP-ViT's cascade at 0.3
+    and 0.6, by score and implementation of the attention. It needs a GPU.
   smoke: a few paths at tiny sizes, to check that the command runs.
 """
 
@@ -176,6 +178,35 @@ def _paper():
     )
 
 
+def _vit_b16():
+    """Each score with the fastest attention; the maxima also with the others."""
+    model = dict(
+        kind="vit_forward",
+        variant="cifar10",
+        batch_size=128,
+        image_size=224,
+        hidden_size=768,
+        num_layers=12,
+        num_heads=12,
+        mlp_dim=3072,
+        patch_size=16,
+        dtype="bfloat16",
+        drop_path_rate=0.0,
+    )
+    sizes = {
+        "dense": model | {"ratio": 0.0, "attention": "cudnn"},
+        "dense_xla": model | {"ratio": 0.0, "attention": "xla", "reference": "dense"},
+    }
+    for percent in (30, 60):
+        pruned = model | {"ratio": percent / 100, "reference": "dense"}
+        fastest = pruned | {"attention": "pallas"}
+        for score in ("max", "sum", "cls", "norm"):
+            sizes[f"{score}_{percent}"] = fastest | {"score": score}
+        for name in ("xla", "plain"):
+            sizes[f"max_{percent}_{name}"] = pruned | {"attention": name}
+    return {"seconds_per_turn": 0.3} | _measured(_products(8192, 8) | sizes)
+
+
 def _measured(sizes, *prefixes):
     """Settings that measure the paths whose names have one of these prefixes.
 
@@ -219,6 +250,7 @@ VARIANTS = {
     "scaling": _scaling(),
     "patches": _patches(),
     "paper": _paper(),
+    "vit_b16": _vit_b16(),
     "smoke": {
         "num_rounds": 3,
         "seconds_per_turn": 0.0,
