@@ -25,11 +25,13 @@ Variants:
   digits_spatial_vit: a Vision Transformer of 4 layers on the same grids
     (results/classify_functa_digits_spatial_vit).
   smoke_spatial: the digits_spatial_vit variant for 2 epochs, to check that it runs.
-  cifar10_spatial: a ConvNeXt of 6 blocks on the grids of latents of make_functaset's
-    cifar10_spatial_cpu variant; about 40 minutes on two cores.
-  cifar10_spatial_vit: a Vision Transformer of 6 layers on the same grids; about as
+  cifar10_spatial_cpu: a ConvNeXt of 6 blocks on the grids of latents of
+    make_functaset's cifar10_spatial_cpu variant; about 40 minutes on two cores.
+  cifar10_spatial_cpu_vit: a Vision Transformer of 6 layers on the same grids; about as
     long.
-  cifar10_spatial_mlp: an MLP on the same grids, as one vector.
+  cifar10_spatial_cpu_mlp: an MLP on the same grids, as one vector.
+  cifar10_spatial: a larger ConvNeXt, of 8 blocks, on the grids of make_functaset's
+    cifar10_spatial variant. It needs a GPU.
 
 The controls of a grid of latents use the same head on the same images:
 
@@ -211,7 +213,7 @@ VARIANTS = {
         "num_epochs": 2,
         "warmup_epochs": 1.0,
     },
-    "cifar10_spatial_vit": _CIFAR10_GRID
+    "cifar10_spatial_cpu_vit": _CIFAR10_GRID
     | {
         "model": {
             "type": "vit",
@@ -226,7 +228,7 @@ VARIANTS = {
         # Half of the cells cost half the time. The last epochs see all of them.
         "stages": ((0.85, {"model.token_drop": 0.0, "cutmix": 0.0}),),
     },
-    "cifar10_spatial": _CIFAR10_GRID
+    "cifar10_spatial_cpu": _CIFAR10_GRID
     | {
         "model": {
             "type": "convnext",
@@ -238,7 +240,24 @@ VARIANTS = {
         },
         "stages": ((0.85, {"model.token_drop": 0.0, "cutmix": 0.0}),),
     },
-    "cifar10_spatial_mlp": _CIFAR10_SPATIAL
+    "cifar10_spatial": _CIFAR10_GRID
+    | {
+        "batch_size": 512,
+        "checkpoint_every": 20,
+        "functaset": "runs/make_functaset/cifar10_spatial/functaset.npz",
+        "log_every": 5,
+        "model": {
+            "type": "convnext",
+            "widths": (192, 384),
+            "depths": (4, 4),
+            "drop_path_rate": 0.2,
+            "layer_scale": 1e-6,
+            "token_drop": 0.1,
+        },
+        "num_epochs": 80,
+        "warmup_epochs": 2.0,
+    },
+    "cifar10_spatial_cpu_mlp": _CIFAR10_SPATIAL
     | {
         "batch_size": 256,
         "candidates.dropout_rate": (0.2, 0.4),

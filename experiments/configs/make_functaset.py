@@ -18,6 +18,8 @@ Variants:
   cifar10_spatial_cpu: CIFAR-10 with the weights of meta_learn's cifar10_spatial_cpu
     run, padded by 4 pixels, and each training image also mirrored; results/ has no run
     of it.
+  cifar10_spatial: the same with the weights of meta_learn's cifar10_spatial run, and
+    four copies of each training image. It needs a GPU.
   cifar10_flip: as cifar10_cpu, with one more copy of the training split that is
     cropped and mirrored at random.
 """
@@ -61,6 +63,13 @@ VARIANTS = {
         "flip": True,
         "padding": 4,
         "run": "runs/meta_learn/cifar10_spatial_cpu",
+    },
+    "cifar10_spatial": {
+        "batch_size": 500,
+        "copies": 4,
+        "flip": True,
+        "padding": 4,
+        "run": "runs/meta_learn/cifar10_spatial",
     },
     "cifar10_flip": {"copies": 2, "flip": True, "run": "runs/meta_learn/cifar10_cpu"},
 }
