@@ -92,7 +92,7 @@ class ViT(nn.Module):
       drop_path_rate: rate of the last layer's residual branches, in training; it grows
         linearly from zero in the first layer.
       cascade: the tokens and heads that each layer works on; None is all.
-      attention_implementation: a key of `attention.IMPLEMENTATIONS`; None is "xla".
+      attention_implementation: see `attention.attend`.
       dtype: compute dtype of the matrix products. Parameters, softmax, scores,
         normalizations and logits are float32.
     """

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -502,7 +503,7 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
     module = Path(sys.argv[0]).stem
     return {
-        "command": " ".join(["python -m", f"experiments.{module}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"experiments.{module}", *sys.argv[1:]]),
         "commit": _git_commit(),
         "python": platform.python_version(),
         "machine": platform.machine(),
