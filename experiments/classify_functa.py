@@ -194,6 +194,11 @@ def load_signals(config: ConfigDict, path: str) -> Signals:
             f"batch_size must be between 1 and the {len(kept)} training images, got "
             f"{config.batch_size}."
         )
+    if config.images_per_group and config.batch_size % config.images_per_group:
+        raise ValueError(
+            f"images_per_group must divide batch_size {config.batch_size}, got "
+            f"{config.images_per_group}."
+        )
     values, mean, std = features.load_features(
         config.features, whole, data_dir=config.data_dir
     )
@@ -316,6 +321,7 @@ def make_epoch(
     """
     num_steps = num_images // config.batch_size
     num_candidates = len(candidates["learning_rate"])
+    num_groups = config.batch_size // (config.images_per_group or config.batch_size)
     used = {name for name, values in candidates.items() if values.any()}
 
     def mix(key, latents, targets, largest):
@@ -358,9 +364,20 @@ def make_epoch(
         ).mean()
 
     def update(state, settings, latents, labels, key):
-        loss, grads = jax.value_and_grad(loss_fn)(
-            state.params, settings, latents, labels, key
-        )
+        grad_fn = jax.value_and_grad(loss_fn)
+        if num_groups == 1:
+            loss, grads = grad_fn(state.params, settings, latents, labels, key)
+        else:
+            groups = jax.tree.map(
+                lambda x: x.reshape(num_groups, -1, *x.shape[1:]), (latents, labels)
+            )
+            parts = jax.lax.map(
+                lambda group: grad_fn(
+                    state.params, settings, *group[1], jax.random.fold_in(key, group[0])
+                ),
+                (jnp.arange(num_groups), groups),
+            )
+            loss, grads = jax.tree.map(lambda x: x.mean(0), parts)
         optimizer = _make_optimizer(
             config, settings, num_steps=num_steps * config.num_epochs
         )

@@ -205,6 +205,19 @@ def test_candidates_do_not_touch_each_other():
     chex.assert_trees_all_equal(both.average, both.params)
 
 
+def test_groups_have_the_gradient_of_the_batch():
+    config = make_config("none", batch_size=12)
+    config.candidates.update({name: (0.0,) for name in config.candidates})
+    config.candidates.update(learning_rate=(1e-2,), label_smoothing=(0.1,))
+    latents = np.float32(np.random.default_rng(0).normal(size=(24, 4)))
+    labels = np.arange(24) % 3
+    *_, whole, loss = one_epoch(config, latents, labels)
+    config.images_per_group = 4
+    *_, grouped, grouped_loss = one_epoch(config, latents, labels)
+    chex.assert_trees_all_close(grouped.params, whole.params, atol=1e-6)
+    chex.assert_trees_all_close(grouped_loss, loss, atol=1e-6)
+
+
 def test_keep_best_chooses_for_each_candidate():
     params = {"w": jnp.array([[1.0], [2.0]])}
     best = {

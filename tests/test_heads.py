@@ -225,6 +225,7 @@ def test_controls_that_can_not_be_had(change, message):
     [
         ({"crop": (5, 4)}, "crop \\(5, 4\\) does not fit into the grid \\(4, 4\\)"),
         ({"crop": (4,)}, "does not fit"),
+        ({"images_per_group": 5}, "images_per_group must divide batch_size"),
         ({"candidates.dropout_rate": (0.1,)}, "set model.dropout_rate"),
         ({"stages": ((0.5, {"batch_size": 4}),)}, "stages can change cutmix, model"),
         ({"stages": ((0.5, {"model.token_drop": 1.0}),)}, "token_drop must be in"),

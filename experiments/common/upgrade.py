@@ -64,6 +64,7 @@ ADDED: dict[str, dict[str, Any]] = {
         "data_dir": None,
         "crop": [],
         "cutmix": 0.0,
+        "images_per_group": 0,
         "optimizer": "adam",
         "clip_norm": 0.0,
         "warmup_epochs": 0.0,

@@ -111,6 +111,10 @@ BASE = {
     # An epoch takes each image once, in one of its copies.
     "num_epochs": 150,
     "batch_size": 64,
+    # The gradient is the mean over groups of this many images, which are mixed among
+    # themselves; 0 makes the whole batch one group. On a CPU a group should fit the
+    # cache.
+    "images_per_group": 0,
     "log_every": 5,
     "checkpoint_every": 50,
 }
@@ -237,7 +241,9 @@ VARIANTS = {
             "drop_path_rate": 0.1,
             "layer_scale": 1e-6,
             "token_drop": 0.1,
+            "activation": "relu",
         },
+        "images_per_group": 32,
         "stages": ((0.85, {"model.token_drop": 0.0, "cutmix": 0.0}),),
     },
     "cifar10_spatial": _CIFAR10_GRID
@@ -253,6 +259,7 @@ VARIANTS = {
             "drop_path_rate": 0.2,
             "layer_scale": 1e-6,
             "token_drop": 0.1,
+            "activation": "gelu",
         },
         "num_epochs": 80,
         "warmup_epochs": 2.0,
@@ -272,6 +279,7 @@ RULES = {
     "seeds": settings.SEEDS,
     "num_epochs": settings.whole(1),
     "batch_size": settings.whole(1),
+    "images_per_group": settings.whole(0),
     "log_every": settings.whole(1),
     "checkpoint_every": settings.whole(1),
     "features": settings.one_of("latents", "patches", "patch_pca"),

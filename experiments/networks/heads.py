@@ -130,6 +130,11 @@ def _convnext(fields, num_classes, latent_shape):
             f"config.model.widths {model.widths} and depths {model.depths} must have "
             "one positive integer per stage."
         )
+    if model.activation not in ("gelu", "relu", "silu"):
+        raise ValueError(
+            "config.model.activation must be one of gelu, relu, silu; got "
+            f"{model.activation!r}."
+        )
     if not 0 <= model.drop_path_rate < 1:
         raise ValueError(
             f"config.model.drop_path_rate must be in [0, 1), got "
