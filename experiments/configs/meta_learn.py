@@ -23,6 +23,9 @@ Variants:
   cifar10_spatial: the grid of cifar10_spatial_cpu at the size of Spatial Functa, width
     256 and depth 6; 38.7 dB in 3 minutes on one H200
     (results/meta_learn_cifar10_spatial).
+  folder: photographs of --config.dataset.data_dir at 64x64 pixels, with a 16x16 grid of
+    latents of 16 numbers. For another size set dataset.image_size and model.grid; the
+    time of the training depends on neither.
   cifar10: CIFAR-10 at the size of the paper. It needs a GPU; results/ has no run of it.
 """
 
@@ -234,6 +237,17 @@ VARIANTS = {
         "optimizer.warmup_steps": 200,
         "points_per_group": 0,
         "write_functaset": False,
+    },
+    "folder": {
+        **_SPATIAL,
+        "batch_size": 1024,
+        "checkpoint_every": 500,
+        "dataset.image_size": 64,
+        "dataset.name": "folder",
+        "eval.more_steps": 0,
+        "log_every": 100,
+        "model.grid": (16, 16),
+        "num_steps": 4000,
     },
     "cifar10_cpu": {
         "batch_size": 16,
