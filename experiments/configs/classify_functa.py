@@ -243,7 +243,9 @@ VARIANTS = {
             "token_drop": 0.1,
             "activation": "relu",
         },
+        "batch_size": 256,
         "images_per_group": 32,
+        "num_epochs": 18,
         "stages": ((0.85, {"model.token_drop": 0.0, "cutmix": 0.0}),),
     },
     "cifar10_spatial": _CIFAR10_GRID
