@@ -29,7 +29,7 @@ from experiments.training import vit as vit_training
 from experiments.training.classifier import Images
 from experiments.training.vit import Problem
 from experiments.training.vit_pruning import METHODS, prune
-from vit import cascade, importance, schedules
+from vit import Cascade, cascade, importance, predict_latency, schedules
 from vit.checkpoint import find_files
 
 Row = dict[str, Any]
@@ -73,6 +73,16 @@ def _check_methods(config):
     implementation = config.attention_implementation
     if implementation in ("cudnn", "pallas") and jax.default_backend() != "gpu":
         raise ValueError(f"attention_implementation={implementation} needs a GPU.")
+    if config.latency is not None and config.budget is not None:
+        raise ValueError("set budget or latency, not both.")
+    if config.latency is not None and not config.timing.batch_sizes:
+        raise ValueError("latency needs a batch size in timing.batch_sizes.")
+    whole = [name for name in config.methods if name.startswith(("heads", "neurons"))]
+    if config.latency is not None and whole:
+        raise ValueError(
+            "latency is predicted from the numbers of tokens, which the methods "
+            f"{', '.join(whole)} leave as they are; remove them from methods."
+        )
     needy = [name for name in config.methods if name in vit_pruning.NEED_IMAGES]
     if not config.dataset.name:
         data.refuse_unread("a run without dataset.name", **config.dataset)
@@ -120,11 +130,12 @@ def _measure_all(run, dense):
     scores = _scores(run, dense)
     rows, seen = {}, set()
     methods = {"dense": (0.0,), **config.methods}
-    if config.budget is not None:
-        with settings.blamed_on("budget"):
+    limits = _limits(run, dense)
+    for name, fits in limits.items():
+        with settings.blamed_on(name):
             for method in config.methods:
                 ratio = vit_pruning.ratio_for_budget(
-                    *(method, config.budget, dense, scores, config.seeds[0])
+                    method, fits, dense, scores, config.seeds[0]
                 )
                 methods[method] = (ratio,)
     for method, ratios in methods.items():
@@ -139,8 +150,10 @@ def _measure_all(run, dense):
                 started = time.monotonic()
                 row = {"method": method, "ratio": ratio}
                 row |= measure(network, dense, **(timing if method in timed else {}))
+                if config.latency is not None:
+                    row["predicted_milliseconds"] = _predict(run, network)
                 tuned = config.tuning.methods.get(method, ())
-                if ratio in tuned or (tuned and config.budget is not None):
+                if ratio in tuned or (tuned and limits):
                     row |= _fine_tune(run, name, network, dense)
                 row["seconds"] = time.monotonic() - started
                 files.write_json(path, row)
@@ -159,6 +172,47 @@ def _measure_all(run, dense):
     files.write_atomic(run.workdir / "table.md", lambda file: file.write(text))
     figures.draw(run.workdir, summary)
     return summary
+
+
+def _limits(run, dense):
+    """{name of the budget: whether a pruned network is within it}; one or none."""
+    config = run.config
+    if config.budget is not None:
+        most = config.budget * dense.cost.total
+        return {"budget": lambda network: network.cost.total <= most}
+    if config.latency is not None:
+        _measure_layers(run, dense)
+        longest = config.latency * _predict(run, dense)
+        return {"latency": lambda network: _predict(run, network) <= longest}
+    return {}
+
+
+# Numbers of tokens at which the time is measured; between them it is interpolated.
+_NUM_TIMES = 6
+
+
+def _measure_layers(run, dense):
+    """Writes {tokens: milliseconds} of the network with so many tokens everywhere."""
+    path = run.workdir / "latency.json"
+    if path.exists():
+        return
+    timing = run.config.timing
+    run.say(f"measuring the time of {_NUM_TIMES} numbers of tokens ...")
+    model, table = dense.model, {}
+    for patches in np.linspace(1, dense.num_patches, _NUM_TIMES).round().astype(int):
+        kept = (int(patches),) * model.num_layers
+        network = dense._replace(model=model.clone(cascade=Cascade(keep=kept)))
+        (milliseconds, _), _ = time_in_turns(
+            _forward, network, dense, timing.batch_sizes[-1], timing.num_rounds
+        )
+        table[network.cost.mlp_tokens[0]] = milliseconds
+    files.write_json(path, table)
+
+
+def _predict(run, network):
+    table = files.read_json(run.workdir / "latency.json")
+    table = {int(tokens): milliseconds for tokens, milliseconds in table.items()}
+    return predict_latency(network.model, network.image_size, table)
 
 
 def _scores(run, dense):

@@ -361,14 +361,38 @@ def test_ratio_for_a_budget_is_the_smallest_that_fits(method):
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 1)))
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes["params"])
     dense = vit_training.Problem(model, params, 16)
-    ratio = vit_pruning.ratio_for_budget(method, 0.8, dense)
+
+    def fits(share):
+        return lambda network: network.cost.total <= share * dense.cost.total
+
+    ratio = vit_pruning.ratio_for_budget(method, fits(0.8), dense)
     costs = [
         vit_pruning.prune(method, one, dense).cost.total / dense.cost.total
         for one in (ratio, ratio - 0.001)
     ]
     assert costs[0] <= 0.8 < costs[1]
-    with pytest.raises(ValueError, match=f"{method} cannot save 0.99 of the multip"):
-        vit_pruning.ratio_for_budget(method, 0.01, dense)
+    with pytest.raises(ValueError, match=f"no ratio of the method {method} is"):
+        vit_pruning.ratio_for_budget(method, fits(0.01), dense)
+
+
+def test_latency_is_measured_and_predicted(tmp_path):
+    config = prune_config(tmp_path, latency=0.9)
+    config.checkpoint = None
+    config.dataset.name = None  # random weights
+    config.image_size = 64
+    config.model.update({"variant": "cifar_128", "num_layers": 4})
+    config.methods = ConfigDict({"max": (0.5,)})
+    config.tuning.methods = ConfigDict({})
+    config.timing.gradient_batch_size = 0
+    config.timing.num_rounds = 1
+    # A table of the test's own: measured times differ from run to run.
+    table = {str(tokens): float(tokens) for tokens in (2, 9, 17)}
+    files.write_json(tmp_path / "latency.json", table)
+    rows = prune_vit.train_and_evaluate(config, tmp_path)["rows"]
+    (row,) = (row for row in rows.values() if row["method"] == "max")
+    tokens = [*row["attention_tokens"], *row["mlp_tokens"]]
+    assert row["predicted_milliseconds"] == pytest.approx(np.mean(tokens))
+    assert 0.8 * 17 < row["predicted_milliseconds"] <= 0.9 * 17
 
 
 def test_comparison_interpolates_between_costs():
@@ -408,6 +432,9 @@ def test_both_commands_tell_what_a_file_does_not(tmp_path):
         ({"tuning": {"teacher_weight": 1.5}}, r"must be in \[0, 1\], got 1.5"),
         ({"checkpoint": "absent.npz"}, "absent.npz"),
         ({"checkpoint": None}, "must name a file that train_vit wrote"),
+        ({"latency": 0.5}, "methods heads, .* leave as they are"),
+        ({"latency": 0.5, "budget": 0.5}, "budget or latency, not both"),
+        ({"latency": 0.5, "timing": {"batch_sizes": ()}}, "latency needs a batch size"),
         ({"budget": 1.0}, r"budget must be .* in \(0, 1\), got 1.0"),
         (
             {"checkpoint_options": {"heads": 3, "path": "x"}},

@@ -10,7 +10,7 @@ from vit import (
     slicing,
     tokens,
 )
-from vit.budget import for_budget
+from vit.budget import for_budget, for_latency, predict_latency
 from vit.cascade import Cascade
 from vit.checkpoint import load_checkpoint, save_checkpoint
 from vit.model import ViT, make
@@ -23,9 +23,11 @@ __all__ = [
     "cascade",
     "cost",
     "for_budget",
+    "for_latency",
     "importance",
     "load_checkpoint",
     "make",
+    "predict_latency",
     "save_checkpoint",
     "schedules",
     "slicing",

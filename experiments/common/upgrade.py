@@ -75,6 +75,7 @@ ADDED: dict[str, dict[str, Any]] = {
     "train_vit": {"stages": [], "checkpoint_options": {}},
     "prune_vit": {
         "budget": None,
+        "latency": None,
         "checkpoint_options": {},
         "timing.gradient_batch_size": _gradient_batch_size,
         "tuning.teacher_weight": 0.0,

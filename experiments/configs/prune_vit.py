@@ -73,6 +73,9 @@ BASE = {
     # Share of the multiply-adds of the dense network. With it every method has the one
     # ratio that needs at most this share; the ratios above then only name the methods.
     "budget": settings.Optional(float),
+    # The same for the time of a batch, the last of timing.batch_sizes. It is predicted
+    # from the times of the dense network on fewer tokens (latency.json).
+    "latency": settings.Optional(float),
     # Ratio at which the masked and the compact mode are compared on all test images.
     "parity_ratio": 0.4,
     # Training images from which head scores and attention ranges are computed.
@@ -243,6 +246,7 @@ RULES = {
     ),
     "methods.*": settings.each(settings.within("(0, 1)")),
     "budget": settings.optional(settings.within("(0, 1)")),
+    "latency": settings.optional(settings.within("(0, 1)")),
     "parity_ratio": settings.within("(0, 1)"),
     "pictured_ratio": settings.within("(0, 1)"),
     "num_calibration": settings.whole(1),

@@ -44,33 +44,32 @@ def prune(
 
 def ratio_for_budget(
     method: str,
-    budget: float,
+    fits: Callable[[Problem], bool],
     problem: Problem,
     scores: Scores | None = None,
     seed: int = 0,
 ) -> float:
-    """The smallest ratio, in steps of 0.001, whose network needs at most `budget`.
+    """The smallest ratio, in steps of 0.001, whose network fits a budget.
 
     Args:
       method: one of METHODS.
-      budget: share of the multiply-adds of the dense network, in (0, 1].
+      fits: whether a pruned network is within the budget.
       problem: the dense network.
       scores: see `prune`.
       seed: see `prune`.
 
     Raises:
-      ValueError: if the method cannot reach the budget.
+      ValueError: if no network of the method fits.
     """
     low, high = 0, 1000
     while low < high:
         middle = (low + high) // 2
-        network = prune(method, middle / 1000, problem, scores, seed)
-        if network.cost.total <= budget * problem.cost.total:
+        if fits(prune(method, middle / 1000, problem, scores, seed)):
             high = middle
         else:
             low = middle + 1
     if low == 1000:
-        raise ValueError(f"{method} cannot save {1 - budget:.3g} of the multiply-adds.")
+        raise ValueError(f"no ratio of the method {method} is within it.")
     return low / 1000
 
 
