@@ -510,7 +510,8 @@ def train(
 
     return loop.train(
         run,
-        init_state(config, head, candidates),
+        # As the epoch returns it; otherwise the second epoch would be compiled again.
+        devices.replicate(init_state(config, head, candidates)),
         advance,
         stops=loop.every(config.num_epochs, config.log_every),
         saves=loop.every(config.num_epochs, config.checkpoint_every),

@@ -77,7 +77,7 @@ def _check_methods(config):
         raise ValueError("set budget or latency, not both.")
     if config.latency is not None and not config.timing.batch_sizes:
         raise ValueError("latency needs a batch size in timing.batch_sizes.")
-    whole = [name for name in config.methods if name.startswith(("heads", "neurons"))]
+    whole = [name for name in config.methods if name.startswith(_EVERY_TOKEN)]
     if config.latency is not None and whole:
         raise ValueError(
             "latency is predicted from the numbers of tokens, which the methods "
@@ -95,6 +95,10 @@ def _check_methods(config):
         )
     with settings.blamed_on("tuning.training"):
         vit_training.check_stages(config.tuning.training, TRAINING_RULES)
+
+
+# Methods that begin so work on all tokens.
+_EVERY_TOKEN = ("heads", "neurons", "segment")
 
 
 def load_problem(config: ConfigDict, images: Images | None) -> Problem:
@@ -449,6 +453,10 @@ def make_pictures(
         "attention": np.stack([np.asarray(a[0].mean(0)) for a in attention]),
         "patch_scores": np.stack(
             [np.asarray(importance.patch_scores(a)[:, num_prefix:]) for a in attention]
+        ),
+        # First image and layer: (H, P).
+        "segments": np.asarray(
+            importance.segments(attention[0][:1], num_prefix=num_prefix)[0]
         ),
         "head_scores": scores["heads"],
         "attention_ranges": scores["range"],

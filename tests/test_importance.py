@@ -1,11 +1,14 @@
 """Scores of patches and heads and the attention range against loops."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import vit_oracle
+from vit_oracle import run
 
-from vit import importance
+from vit import attention, importance
+from vit.model import check_model, make
 
 # 2 images, 4 heads, 6 tokens.
 SIZES = np.array([[1, 3, 1, 2, 1, 1], [1, 1, 4, 1, 2, 1]])
@@ -194,3 +197,65 @@ def test_scores_have_float32_whatever_the_attention():
         importance.attention_range(probs, (1, 5)),
     ):
         assert scores.dtype == jnp.float32
+
+
+def test_segments_are_thirds_of_the_ranked_regions():
+    probs = random_probs(7)[:, :3]
+    found = np.asarray(run(importance.segments, probs))
+    assert found.shape == (2, 3, 6)
+    for image in range(2):
+        means = [
+            (np.mean(probs[image, head, :, 1 + patch]), head, patch)
+            for head in range(3)
+            for patch in range(6)
+        ]
+        for rank, (_, head, patch) in enumerate(sorted(means)):
+            assert found[image, head, patch] == rank // 6
+    heads = run(importance.head_segments, probs)
+    scores = importance.head_scores(probs)
+    np.testing.assert_array_equal(heads, np.argsort(np.argsort(scores, 1), 1))
+
+
+@pytest.mark.parametrize("of", ["regions", "heads"])
+def test_attention_without_a_segment_is_a_sum_over_the_others(of):
+    layer = attention.MultiHeadDotProductAttention(
+        num_heads=3,
+        head_dim=4,
+        heads=None,
+        segment=attention.Segment(1, of),
+        num_prefix=2,
+        statistics=(),
+        implementation=None,
+        dtype=jnp.float32,
+    )
+    x = np.float32(np.random.default_rng(0).normal(size=(2, 7, 12)))
+    params = jax.jit(layer.init)(jax.random.key(0), x, None)["params"]
+    found = run(lambda p: layer.apply({"params": p}, x, None).update, params)
+    query, key, value = (
+        np.einsum("bnd,dhk->bnhk", x, params[name]["kernel"])
+        for name in ("query", "key", "value")
+    )
+    probs = attention.attention_probs(query, key)
+    if of == "heads":
+        pruned = np.asarray(importance.head_segments(probs) == 1)[:, :, None]
+    else:
+        pruned = np.zeros((2, 3, 7), bool)
+        pruned[:, :, 2:] = importance.segments(probs, num_prefix=2) == 1
+    assert 0 < pruned.mean() < 0.5
+    left = np.where(np.broadcast_to(pruned, (2, 3, 7))[:, :, None], 0, probs)
+    attended = np.einsum("bhqk,bkhd->bqhd", left, value)
+    expected = np.einsum("bqhd,hdo->bqo", attended, params["out"]["kernel"])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("segment", "message"),
+    [
+        (attention.Segment(3), "a number from 0 to 2"),
+        (attention.Segment(0, "rows"), "of regions or heads"),
+    ],
+)
+def test_segments_that_do_not_exist_are_refused(segment, message):
+    model = make("cifar_128", 4, 2, segment=segment)
+    with pytest.raises(ValueError, match=message):
+        check_model(model)

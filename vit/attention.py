@@ -43,6 +43,21 @@ class Heads(NamedTuple):
     mode: str
 
 
+class Segment(NamedTuple):
+    """Attention without one of the segments of `importance.segments`, in all layers.
+
+    The probabilities in the segment are set to zero, and the others stay as they are.
+    This shows what the regions contribute; no work is saved.
+
+    Attributes:
+      number: the segment, from 0, the least attended.
+      of: "regions" (patches in heads) or "heads" (`importance.head_segments`).
+    """
+
+    number: int
+    of: str = "regions"
+
+
 class Attended(NamedTuple):
     """Output of an attention layer.
 
@@ -67,6 +82,8 @@ class MultiHeadDotProductAttention(nn.Module):
       head_dim: d.
       heads: how many heads to keep and how to choose them; None keeps all. The choice
         needs the probabilities, so they are written out.
+      segment: the segment to leave out; None leaves out nothing.
+      num_prefix: number of tokens before the patches.
       statistics: fields of `importance.Statistics` to return. The probabilities are
         written out and returned too while Flax collects intermediates.
       implementation: see `attend`.
@@ -76,6 +93,8 @@ class MultiHeadDotProductAttention(nn.Module):
     num_heads: int
     head_dim: int
     heads: Heads | None
+    segment: Segment | None
+    num_prefix: int
     statistics: tuple[str, ...]
     implementation: str | None
     dtype: Any
@@ -99,7 +118,8 @@ class MultiHeadDotProductAttention(nn.Module):
         key = ToHeads(shape, self.dtype, name="key")(x)
         to_value = ToHeads(shape, self.dtype, name="value")
         out = FromHeads(x.shape[-1], shape, self.dtype, name="out")
-        if self.heads is None and not self.is_mutable_collection("intermediates"):
+        writes = self.is_mutable_collection("intermediates") or self.segment
+        if self.heads is None and not writes:
             attended, found = attend(
                 *(query, key, to_value(x), weights, self.statistics),
                 implementation=self.implementation,
@@ -117,12 +137,27 @@ class MultiHeadDotProductAttention(nn.Module):
                 kept = mask_to_indices(mask[:1], self.heads.keep)[0]
                 mask = None
         used = probs if kept is None else probs[:, kept]
+        if self.segment is not None:
+            used = without_segment(probs, self.segment, self.num_prefix)
         attended = jnp.einsum(
             "bhqk,bkhd->bqhd", used.astype(self.dtype), to_value(x, kept)
         )
         if mask is not None:
             attended = attended * mask[:, None, :, None].astype(self.dtype)
         return Attended(out(attended, kept), found, key.mean(2), probs)
+
+
+def without_segment(probs: jax.Array, segment: Segment, num_prefix: int) -> jax.Array:
+    """Attention probabilities (B, H, N, N) with those of a segment set to zero."""
+    if segment.of == "heads":
+        pruned = importance.head_segments(probs) == segment.number  # (B, H)
+        pruned = pruned[:, :, None]
+    else:
+        regions = importance.segments(probs, num_prefix=num_prefix)
+        pruned = jnp.pad(
+            regions == segment.number, ((0, 0), (0, 0), (num_prefix, 0))
+        )  # (B, H, N)
+    return jnp.where(pruned[:, :, None], 0.0, probs)
 
 
 def choose_heads(heads: Heads, scores: jax.Array) -> jax.Array:

@@ -207,6 +207,35 @@ def head_scores(
     return jnp.sum(largest if weights is None else largest * weights[:, None], axis=2)
 
 
+def segments(
+    probs: jax.Array, *, num_segments: int = 3, num_prefix: int = 1
+) -> jax.Array:
+    """Divides the patch-and-head regions of a layer into segments of equal size.
+
+    A region is one patch, as a key, in one head. The regions of an image are ranked by
+    their average attention probability over the queries (section 2.3.1 of the report).
+    Segment 0 has the smallest averages.
+
+    Args:
+      probs: attention probabilities, (B, H, N, N), queries first.
+      num_segments: number of segments; their sizes differ by at most one.
+      num_prefix: number of tokens before the patches, which belong to no segment.
+
+    Returns:
+      The segment of each region, int32 (B, H, P) with P = N - num_prefix.
+    """
+    means = probs.mean(2)[:, :, num_prefix:]  # (B, H, P)
+    flat = means.reshape(len(means), -1)
+    ranks = jnp.argsort(jnp.argsort(flat, axis=1), axis=1)
+    return (ranks * num_segments // flat.shape[1]).reshape(means.shape)
+
+
+def head_segments(probs: jax.Array, *, num_segments: int = 3) -> jax.Array:
+    """Divides the heads of a layer into segments by `head_scores`: int32 (B, H)."""
+    ranks = jnp.argsort(jnp.argsort(head_scores(probs), axis=1), axis=1)
+    return ranks * num_segments // probs.shape[1]
+
+
 def attention_range(
     probs: jax.Array,
     grid: tuple[int, int],

@@ -23,6 +23,7 @@ from vit.attention import IMPLEMENTATIONS
 from vit.attention import Attended as Attended
 from vit.attention import FromHeads as FromHeads
 from vit.attention import MultiHeadDotProductAttention as MultiHeadDotProductAttention
+from vit.attention import Segment as Segment
 from vit.attention import ToHeads as ToHeads
 from vit.attention import attention_probs as attention_probs
 from vit.cascade import Cascade
@@ -92,6 +93,8 @@ class ViT(nn.Module):
       drop_path_rate: rate of the last layer's residual branches, in training; it grows
         linearly from zero in the first layer.
       cascade: the tokens and heads that each layer works on; None is all.
+      segment: a segment of the attention to leave out, to see what it is worth; None
+        leaves out nothing. Not with a cascade.
       attention_implementation: see `attention.attend`.
       dtype: compute dtype of the matrix products. Parameters, softmax, scores,
         normalizations and logits are float32.
@@ -115,6 +118,7 @@ class ViT(nn.Module):
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
     cascade: Cascade | None = None
+    segment: Segment | None = None
     attention_implementation: str | None = None
     dtype: Any = jnp.float32
 
@@ -179,6 +183,7 @@ class ViT(nn.Module):
                 * layer
                 / max(self.num_layers - 1, 1),
                 cascade=self.cascade,
+                segment=self.segment,
                 num_prefix=self.num_prefix,
                 attention_implementation=self.attention_implementation,
                 dtype=self.dtype,
@@ -336,6 +341,7 @@ class EncoderBlock(nn.Module):
     dropout_rate: float
     drop_path_rate: float
     cascade: Cascade | None
+    segment: Segment | None
     num_prefix: int
     attention_implementation: str | None
     dtype: Any
@@ -346,6 +352,8 @@ class EncoderBlock(nn.Module):
             self.num_heads,
             self.head_dim,
             heads=cascades.heads_of(self.cascade, self.layer, self.num_heads),
+            segment=self.segment,
+            num_prefix=self.num_prefix,
             statistics=cascades.needed_statistics(
                 self.cascade, self.layer, tokens.x.shape[1] - self.num_prefix
             ),
@@ -547,6 +555,14 @@ def check_model(model: ViT) -> None:
                 f"pool {model.pool!r} requires a patch after the last layer; the "
                 "cascade drops all."
             )
+    if (segment := model.segment) is not None:
+        if segment.of not in ("regions", "heads") or segment.number not in range(3):
+            raise ValueError(
+                "segment must have a number from 0 to 2 and be of regions or heads, "
+                f"got {segment}."
+            )
+        if model.cascade is not None:
+            raise ValueError("segment does not go with a cascade.")
     for name in ("dropout_rate", "drop_path_rate"):
         if not 0 <= getattr(model, name) < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {getattr(model, name)}.")

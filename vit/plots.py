@@ -213,6 +213,48 @@ def kept_patches(
     return figure
 
 
+def segments(image: np.ndarray, segments: np.ndarray) -> Any:
+    """Segments of the attention over an image: the brighter, the more attended.
+
+    Args:
+      image: (H, W, C) in [0, 1], C of 1 or 3.
+      segments: segment of each patch in each head, from 0, (heads, N), as
+        `vit.importance.segments` returns for one image. Patches lie in rows; N must be
+        a square.
+
+    Returns:
+      The Figure, a panel for the image and for each head.
+    """
+    import matplotlib.pyplot as plt
+
+    num_heads, num_patches = segments.shape
+    grid = round(num_patches**0.5)
+    if grid**2 != num_patches:
+        raise ValueError(
+            f"segments must hold a square number of patches, got {segments.shape}."
+        )
+    num_columns = min(num_heads + 1, 7)
+    num_rows = -(-(num_heads + 1) // num_columns)
+    figure, axes = plt.subplots(
+        num_rows,
+        num_columns,
+        figsize=(1.5 * num_columns, 1.7 * num_rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax in axes.flat:
+        ax.set_axis_off()
+    _show(axes.flat[0], image)
+    axes.flat[0].set_title("image", fontsize=8)
+    rows, columns = (np.arange(side) * grid // side for side in image.shape[:2])
+    for head in range(num_heads):
+        segment = segments[head].reshape(grid, grid)[rows][:, columns, None]
+        luminance = np.array([0.15, 0.5, 1.0])[segment]
+        _show(axes.flat[head + 1], luminance * image)
+        axes.flat[head + 1].set_title(f"head {head}", fontsize=8)
+    return figure
+
+
 def attention_maps(
     attention: np.ndarray,
     *,

@@ -557,6 +557,9 @@ _ATTENTION_FIGURES = {
         run.need("attention"), ranges=run.need("attention_ranges")
     ),
     "informativeness": lambda run: vit_plots.informativeness(run.need("patch_scores")),
+    "segments": lambda run: vit_plots.segments(
+        run.need("pictured")[0] / 255, run.need("segments")
+    ),
     "heads": _heads,
 }
 

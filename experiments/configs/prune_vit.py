@@ -16,6 +16,9 @@ Variants:
   cifar10_cpu_tuned: the same network at ratio 0.4, fine-tuned for 4 epochs with
     RandAugment and with the dense network as a teacher; 88.3 % fine-tuned in 14 minutes
     on two cores (results/prune_vit_cifar10_cpu_tuned).
+  cifar10_cpu_segments: the same network without one segment of its attention, the
+    least, the second and the most attended third of the patches in heads, and of the
+    heads; section 2.3.1 of the report.
   cifar10: the network of train_vit's cifar10 variant. Fine-tuning needs a GPU; results/
     has no run of it.
   b16: a ViT-B/16 that train_vit's finetune_b16 variant has fine-tuned (Tables 6 and 7
@@ -169,6 +172,19 @@ VARIANTS = {
         "tuning.training.log_every": 11,
     },
     "cifar10_cpu": {"checkpoint": "runs/train_vit/cifar10_cpu/model.npz"},
+    "cifar10_cpu_segments": {
+        "checkpoint": "runs/train_vit/cifar10_cpu/model.npz",
+        "methods": settings.Open(
+            {
+                f"{prefix}segment_{number}": (1 / 3,)
+                for prefix in ("", "heads_")
+                for number in (1, 2, 3)
+            }
+        ),
+        "timing.batch_sizes": (),
+        "timing.gradient_batch_size": 0,
+        "tuning.num_epochs": 0,
+    },
     "cifar10_cpu_tuned": {
         "checkpoint": "runs/train_vit/cifar10_cpu/model.npz",
         "methods": {"max": (0.4,), "random": (0.4,), "resolution": (0.4,)},

@@ -18,6 +18,7 @@ import lbi
 from experiments.training import optimizers
 from experiments.training.vit import Problem
 from vit import Cascade, checkpoint, importance, schedules, slicing
+from vit.attention import Segment
 
 Scores = Mapping[str, np.ndarray]
 
@@ -30,7 +31,8 @@ def prune(
     Args:
       method: its name.
       ratio: plateau of the ramp over the layers; for "constant" and "range" the mean
-        over all layers except the first; for heads and neurons the share per layer. The
+        over all layers except the first; for heads and neurons the share per layer; for
+        segments always a third. The
         cost of "evit", "merge" and "resolution" is as close as possible to that of
         "max". Ratio 0 is the network itself.
       problem: the dense network.
@@ -162,7 +164,23 @@ def _slices(cut, name):
 
 _HEADS = ("heads", "heads_random", "heads_lbi")
 _NEURONS = ("neurons_random", "neurons_lbi")
+
+
 # name -> (problem, ratio, scores, seed) -> the pruned network.
+def _without_segment(problem, ratio, scores, seed, *, number, of):
+    model = problem.model.clone(segment=Segment(number, of))
+    return problem._replace(model=model)
+
+
+# The ratio of a segment is fixed: a third. They are numbered as in the report.
+_SEGMENTS = {
+    f"{prefix}segment_{number + 1}": functools.partial(
+        _without_segment, number=number, of=of
+    )
+    for of, prefix in (("regions", ""), ("heads", "heads_"))
+    for number in range(3)
+}
+
 METHODS = {
     "max": _by_score,
     "sum": functools.partial(_by_score, score="sum"),
@@ -177,6 +195,7 @@ METHODS = {
     "evit": _at_equal_cost(_keep_rates),
     "merge": _at_equal_cost(_merged_tokens),
     "resolution": _at_equal_cost(_resolutions),
+    **_SEGMENTS,
     **{name: _slices(slicing.keep_heads, name) for name in _HEADS},
     **{name: _slices(slicing.keep_neurons, name) for name in _NEURONS},
 }
