@@ -176,7 +176,7 @@ VARIANTS = {
         "checkpoint": "runs/train_vit/cifar10_cpu/model.npz",
         "methods": settings.Open(
             {
-                f"{prefix}segment_{number}": (1 / 3,)
+                f"{prefix}segment_{number}": (0.333,)
                 for prefix in ("", "heads_")
                 for number in (1, 2, 3)
             }
