@@ -256,17 +256,18 @@ def _gradients(config, problem, state):
     batches = pixels[:used].reshape(num_batches, size, *pixels.shape[1:])
     loss_fn = classifier.make_loss(problem.model, "frozen")
 
-    def gradient(batch):
-        inputs = classifier.normalise(problem.images, batch[0])
-        data = {"inputs": inputs, "labels": batch[1]}
-        data["batch_stats"] = state.batch_stats
-        return jax.grad(loss_fn)(state.params, data)
+    @jax.jit
+    def gradients(variables, batches):
+        def gradient(batch):
+            inputs = classifier.normalise(problem.images, batch[0])
+            data = {"inputs": inputs, "labels": batch[1]}
+            data["batch_stats"] = variables["batch_stats"]
+            return jax.grad(loss_fn)(variables["params"], data)
 
-    stacked = (
-        jnp.asarray(batches),
-        jnp.asarray(labels[:used].reshape(num_batches, size)),
-    )
-    return jax.jit(lambda batches: jax.lax.map(gradient, batches))(stacked)
+        return jax.lax.map(gradient, batches)
+
+    labels = labels[:used].reshape(num_batches, size)
+    return gradients(state.variables, (batches, labels))
 
 
 def _prune(

@@ -234,22 +234,23 @@ def forecast_entries(
       {layer: fraction in [0, 1]}.
 
     Raises:
-      ValueError: if a number is out of range or `penalty` is of an unknown kind.
+      ValueError: if a number is out of range, `penalty` is of an unknown kind, or a
+        parameter contains NaN.
     """
     total = final_clock(learning_rate, nu, num_steps)
     if decaying:
         check_positive(kappa=kappa)
         total = -math.expm1(-kappa * total) / kappa
     leaves = penalties.named_leaves(params)
-    return {
-        path: float(
-            np.mean(
-                total * np.asarray(chosen.norms(leaves[path]))
-                > chosen.thresholds(leaves[path].shape)
-            )
+    shares = {}
+    for path, chosen in FrozenSpec.make(penalty).assign(params).items():
+        leaf = leaves[path]
+        penalties.check_not_nan(path, leaf)
+        entering = total * np.asarray(chosen.norms(leaf)) > chosen.thresholds(
+            leaf.shape
         )
-        for path, chosen in FrozenSpec.make(penalty).assign(params).items()
-    }
+        shares[path] = float(np.mean(entering))
+    return shares
 
 
 def open_groups(params: Any, opt_state: Any, total_clock: float) -> dict[str, Array]:
@@ -277,7 +278,7 @@ def open_groups(params: Any, opt_state: Any, total_clock: float) -> dict[str, Ar
       {layer: (), int32}, also inside `jax.jit`.
 
     Raises:
-      ValueError: as `sparse_params`.
+      ValueError: as `sparse_params`, or if a parameter contains NaN.
     """
     left = total_clock - clock(opt_state)
     penalized = list(_penalized(opt_state))
@@ -285,6 +286,7 @@ def open_groups(params: Any, opt_state: Any, total_clock: float) -> dict[str, Ar
     leaves = penalties.named_leaves(params)
     found = {}
     for path, dual, _, chosen in penalized:
+        penalties.check_not_nan(path, leaves[path])
         threshold = chosen.thresholds(dual.shape)
         at_end = chosen.norms(dual + left.astype(dual.dtype) * leaves[path])
         found[path] = jnp.sum((chosen.norms(dual) <= threshold) & (at_end > threshold))

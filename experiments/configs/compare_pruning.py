@@ -130,6 +130,9 @@ VARIANTS = {
         "seeds": (0,),
         "batch_size": 64,
         "num_validation": 238,
+        # 18 steps an epoch.
+        "num_epochs": 20,
+        "finetune.epochs": 5,
     },
     "lenet": {"num_train": 20000, "num_epochs": 8},
     "vgg_small": _CIFAR10
