@@ -100,7 +100,7 @@ def _compare(run, images, validation):
         for method in config.methods if sparsities else ():
             name = _training(method, grain)
             paths = [
-                run.workdir / "pruned" / f"{grain}_{method}_{sparsity:g}.json"
+                run.workdir / "pruned" / f"{grain}_{method}_{sparsity}.json"
                 for sparsity in sparsities
             ]
             if not all(path.exists() for path in paths):

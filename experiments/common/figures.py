@@ -714,8 +714,7 @@ def _compared(run):
                 x_label=f"{grain} removed (%)",
                 ax=ax,
             )
-        row[0].get_legend().remove()
-        row[1].set_ylabel("")
+    _share_labels(axes)
     return figure
 
 

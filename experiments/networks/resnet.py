@@ -1,4 +1,4 @@
-"""Residual network for small images, with batch normalization.
+"""Residual network for small images, with and without batch normalization.
 
 He et al. 2015 (arXiv 1512.03385), section 4.2: a convolution, three stages of blocks of
 two convolutions, the mean over the image, one dense layer; 6 blocks + 2 layers. Where a
@@ -21,6 +21,7 @@ class ResNet(nn.Module):
       widths: channels of the stages; each stage after the first halves the image.
       blocks: blocks of a stage.
       num_classes: number of logits.
+      batch_norm: whether batch normalization follows each convolution.
       bn_momentum: share of the old value in the running statistics; 0 replaces them.
       conv: replaces `jax.lax.conv_general_dilated`; None chooses by backend.
     """
@@ -28,6 +29,7 @@ class ResNet(nn.Module):
     widths: tuple[int, ...] = (16, 32, 64)
     blocks: int = 1
     num_classes: int = 10
+    batch_norm: bool = True
     bn_momentum: float = 0.9
     conv: Callable[..., Array] | None = None
 
@@ -47,11 +49,13 @@ class ResNet(nn.Module):
                 (size, size),
                 strides=stride,
                 padding=size // 2,
-                use_bias=False,
+                use_bias=not self.batch_norm,
                 kernel_init=nn.initializers.he_normal(),
                 conv_general_dilated=self.conv or convolution.fastest(),
                 name=name,
             )(x)
+            if not self.batch_norm:
+                return x
             return nn.BatchNorm(
                 use_running_average=not train,
                 momentum=self.bn_momentum,

@@ -127,8 +127,8 @@ def masked(
 ) -> optax.GradientTransformation:
     """The optimizer with updates only where a mask is True.
 
-    Its state is (state of `optimizer`, masks). The masks are True at first; to prune,
-    replace them and set the weights to zero, see `prune`.
+    Its state is (state of `optimizer`, masks). The masks are True at first; `prune`
+    replaces them.
     """
 
     def init_fn(params):
@@ -197,7 +197,7 @@ def proximal_sgd(
     weight_decay: float = 0.0,
     penalty: lbi.penalty.PenaltySpec = None,
 ) -> optax.GradientTransformation:
-    """Group lasso by proximal steps: W <- prox of alpha Omega at the step of SGD.
+    """Group lasso by proximal steps: each step of SGD, then the prox of alpha Omega.
 
     Args:
       learning_rate: alpha.
@@ -217,9 +217,13 @@ def proximal_sgd(
 def proximal_step(
     learning_rate: optax.Schedule, penalty: lbi.penalty.PenaltySpec
 ) -> optax.GradientTransformation:
-    """The last link of a chain: parameters after the update lie on prox_{alpha Omega}.
+    """Applies the proximal map of alpha Omega after the step; the last link of a chain.
 
-    prox_{alpha Omega}(V) = alpha prox_Omega(V / alpha), since Omega is a norm.
+    As Omega is a norm, prox of alpha Omega (V) = alpha prox of Omega (V / alpha).
+
+    Args:
+      learning_rate: alpha.
+      penalty: Omega; None changes nothing.
     """
 
     def update_fn(updates, count, params):
@@ -249,10 +253,20 @@ def lasso_penalty(
     groups: lbi.penalty.PenaltySpec,
     strength: float,
 ) -> lbi.penalty.PenaltySpec:
-    """Penalties that shrink the median group of each layer by `strength` of its norm.
+    """Penalties whose proximal steps take a share of the median group of each layer.
 
-    This is what the proximal steps of a whole training take from a group without
-    gradient: lambda = strength * median ||W_g|| / sum of alpha.
+    lambda = strength * median ||W_g|| / sum of alpha. Over the whole training the steps
+    then take `strength * median ||W_g||` from a group without gradient.
+
+    Args:
+      params: the initial parameters.
+      learning_rate: alpha.
+      num_steps: steps of the training.
+      groups: defines the groups; only its lambda is replaced.
+      strength: the share.
+
+    Returns:
+      {pattern of a path: penalty}.
     """
     # With a clock of 1 at its end, the suggested lambda is the median norm.
     medians = lbi.suggest_lambda(params, 1.0, 1.0, 1, groups, enter_at=1.0)
