@@ -120,8 +120,6 @@ _CIFAR10 = {
     # As in train_lbi.
     "optimizer.dessilbi.options.nu": 50.0,
     "enter_at": 0.1,
-    "num_epochs": 20,
-    "finetune.epochs": 4,
     "augment": True,
 }
 VARIANTS = {
