@@ -14,6 +14,7 @@ from lbi.path import (
     gamma,
     in_support,
     metrics,
+    open_groups,
     sparse_params,
     suggest_lambda,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "groups",
     "in_support",
     "metrics",
+    "open_groups",
     "path",
     "penalty",
     "pruning",

@@ -234,22 +234,63 @@ def forecast_entries(
       {layer: fraction in [0, 1]}.
 
     Raises:
-      ValueError: if a number is out of range or `penalty` is of an unknown kind.
+      ValueError: if a number is out of range, `penalty` is of an unknown kind, or a
+        parameter contains NaN.
     """
     total = final_clock(learning_rate, nu, num_steps)
     if decaying:
         check_positive(kappa=kappa)
         total = -math.expm1(-kappa * total) / kappa
     leaves = penalties.named_leaves(params)
-    return {
-        path: float(
-            np.mean(
-                total * np.asarray(chosen.norms(leaves[path]))
-                > chosen.thresholds(leaves[path].shape)
-            )
+    shares = {}
+    for path, chosen in FrozenSpec.make(penalty).assign(params).items():
+        leaf = leaves[path]
+        penalties.check_not_nan(path, leaf)
+        entering = total * np.asarray(chosen.norms(leaf)) > chosen.thresholds(
+            leaf.shape
         )
-        for path, chosen in FrozenSpec.make(penalty).assign(params).items()
-    }
+        shares[path] = float(np.mean(entering))
+    return shares
+
+
+def open_groups(params: Any, opt_state: Any, total_clock: float) -> dict[str, Array]:
+    """Number of groups of each layer that are out and would still enter.
+
+    The forecast assumes that the weights stay as they are: the dual of a group that is
+    out then ends at V + (total_clock - T) W. If all numbers are zero, nothing enters
+    any more, and the rest of the training only decays what is out.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import lbi
+      >>> params = {"kernel": jnp.array([[2.0, 0.5, -0.1]])}
+      >>> optimizer = lbi.dessilbi(1.0, nu=1.0)  # lambda = 1
+      >>> _, state = optimizer.update(params, optimizer.init(params), params)
+      >>> int(lbi.open_groups(params, state, total_clock=3.0)["kernel"])
+      1
+
+    Args:
+      params: the weights now.
+      opt_state: state of a chain that contains `structural_coupling`.
+      total_clock: the clock at the end of the training, from `final_clock`.
+
+    Returns:
+      {layer: (), int32}, also inside `jax.jit`.
+
+    Raises:
+      ValueError: as `sparse_params`, or if a parameter contains NaN.
+    """
+    left = total_clock - clock(opt_state)
+    penalized = list(_penalized(opt_state))
+    require_leaves(params, {path: dual.shape for path, dual, _, _ in penalized})
+    leaves = penalties.named_leaves(params)
+    found = {}
+    for path, dual, _, chosen in penalized:
+        penalties.check_not_nan(path, leaves[path])
+        threshold = chosen.thresholds(dual.shape)
+        at_end = chosen.norms(dual + left.astype(dual.dtype) * leaves[path])
+        found[path] = jnp.sum((chosen.norms(dual) <= threshold) & (at_end > threshold))
+    return found
 
 
 def suggest_lambda(

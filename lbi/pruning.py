@@ -1,9 +1,9 @@
 """Pruning to exact counts: importance of groups, masks of groups, masked training.
 
-A function `..._importance` scores every group (by order of entry, by magnitude, at
-random). `keep_masks` turns the scores into masks that keep an exact number of groups,
-and `spread_masks` expands them to the shapes of the parameters. To remove whole
-channels and to shrink the network, see `lbi.channels`.
+A function `..._importance` scores every group (by order of entry, by magnitude, by
+first-order effect on the loss, at random). `keep_masks` turns the scores into masks
+that keep an exact number of groups, and `spread_masks` expands them to the shapes of
+the parameters. To remove whole channels and to shrink the network, see `lbi.channels`.
 """
 
 import warnings
@@ -78,6 +78,38 @@ def random_importance(
     norms = magnitude_importance(params, penalty)
     total = _flatten(norms).size
     return _unflatten(np.asarray(jax.random.permutation(key, total), float), norms)
+
+
+def taylor_importance(
+    params: Any, grads: Any, penalty: penalties.PenaltySpec = "auto"
+) -> Importance:
+    """First-order importance: how much the loss changes if a group becomes zero.
+
+    I_g^2 = sum over the weights w of g of the mean over batches of (w dL/dw)^2, the
+    Taylor-FO score of Molchanov et al. 2019 (arXiv 1906.10771). They sum it over the
+    group, as here, or square the sum.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lbi import pruning
+      >>> params = {"kernel": jnp.array([[3.0, 1.0]])}
+      >>> grads = {"kernel": jnp.array([[[0.1, 1.0]], [[-0.1, -1.0]]])}  # two batches
+      >>> print(pruning.taylor_importance(params, grads)["kernel"].round(2))
+      [[0.3 1. ]]
+
+    Args:
+      params: the weights.
+      grads: gradients of the loss of several batches, a tree like `params` with the
+        batches as an additional first axis.
+      penalty: defines the groups.
+
+    Returns:
+      {layer: float64, one per group}.
+    """
+    scores = jax.tree.map(
+        lambda w, g: jnp.sqrt(jnp.mean(jnp.square(w[None] * g), axis=0)), params, grads
+    )
+    return magnitude_importance(scores, penalty)
 
 
 def released_code_importance(

@@ -346,6 +346,32 @@ def test_forecast_of_decaying_weights_is_what_they_do(kappa, scale):
     assert all(forecasts[0][path] > share for path, share in observed.items())
 
 
+def test_open_groups_are_those_that_enter_later():
+    """After 2 of 12 steps at frozen weights, against the steps of entry."""
+    params, num_steps, half = tensors(2), 12, 2
+    optimizer = coupled(record_entry=True)
+    total = lbi.final_clock(RATE, NU, num_steps)
+    count = jax.jit(lbi.open_groups)
+    expected = {
+        path: int(np.sum(first > half))
+        for path, first in lbi.entry_steps(freeze(optimizer, params, num_steps)).items()
+    }
+    assert all(number > 0 for number in expected.values()), expected
+    left = count(params, freeze(optimizer, params, half), total)
+    chex.assert_trees_all_equal(jax.tree.map(int, left), expected)
+    # The clock has stopped: what is out stays out.
+    state = freeze(optimizer, params, half)
+    assert not any(count(params, state, lbi.clock(state)).values())
+    with pytest.raises(ValueError, match="lack fc/kernel"):
+        lbi.open_groups({"conv": params["conv"]}, state, total)
+
+
+def test_nan_is_refused_by_forecasts():
+    params = tensors() | {"fc": {"kernel": jnp.full((4, 6), jnp.nan)}}
+    with pytest.raises(ValueError, match="fc/kernel contains NaN"):
+        lbi.forecast_entries(params, RATE, NU, 5, PENALTY)
+
+
 def test_forecast_knows_when_nothing_enters():
     shares = [
         lbi.forecast_entries(tensors(), rate, 20.0, 100, "auto") for rate in (1e-3, 1e3)

@@ -402,7 +402,7 @@ def test_modes_agree_where_they_must():
         ({"bn_mode": "eval"}, "bn_mode must be one of batch, frozen"),
         ({"optimizer": {"name": "adamant", "options": {}}}, "no optimizer 'adamant'"),
         ({"optimizer": {"name": "adam", "options": {"b9": 1.0}}}, "optimizer.options"),
-        ({"model": {"type": "ResNet"}}, "must be one of LeNet, VGG"),
+        ({"model": {"type": "MLP"}}, "must be one of LeNet, VGG, ResNet"),
         ({"last_layer": "^head$"}, "no parameter matches"),
         ({"surface": {"chunk_size": 0}}, "surface.chunk_size must be at least 1"),
         ({"surface": {"learning_rate": 0.5}}, "must be one of learning_rates .*0.5"),

@@ -230,6 +230,25 @@ def test_magnitude_is_the_norm_of_each_group():
     np.testing.assert_allclose(columns["dense/kernel"], expected, rtol=1e-6)
 
 
+def test_first_order_importance_by_hand():
+    params, rng = random_params(), np.random.default_rng(1)
+    grads = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=(3, *leaf.shape)), jnp.float32), params
+    )
+    importance = pruning.taylor_importance(params, grads)
+    assert list(importance) == ["conv/kernel", "dense/kernel"]
+    effects = {
+        name: np.float64(params[name]["kernel"]) * np.float64(grads[name]["kernel"])
+        for name in params
+    }
+    for i in range(5):
+        squares = [np.sum(batch[..., i] ** 2) for batch in effects["conv"]]
+        expected = math.sqrt(sum(squares) / 3)
+        assert importance["conv/kernel"][i] == pytest.approx(expected, rel=1e-5)
+    expected = np.sqrt(np.mean(effects["dense"] ** 2, axis=0))
+    np.testing.assert_allclose(importance["dense/kernel"], expected, rtol=1e-5)
+
+
 def is_list(node):
     return isinstance(node, list)
 

@@ -24,7 +24,7 @@ from experiments.common import settings
 COMMANDS = (
     *("meta_learn", "make_functaset", "classify_functa", "fit_image", "train_lbi"),
     *("prune_lbi", "probe_landscape", "train_vit", "prune_vit", "scaling"),
-    "latent_controls",
+    *("latent_controls", "compare_pruning"),
 )
 # Runs that cases and kills start from: command and the options beyond `smoke`.
 RUNS = {
@@ -315,6 +315,24 @@ _VALUES = {
         "finetune.options.momentum=2": "finetune.options.momentum",
         "finetune.options.nosuch=2": "finetune.options",
     },
+    "compare_pruning": {
+        "methods=('snip',)": "methods",
+        "methods=()": "methods",
+        "sparsities.weights=(1.0,)": "sparsities.weights",
+        "sparsities.weights=() sparsities.filters=()": "sparsities",
+        "scopes.filters=('row',)": "scopes.filters",
+        "num_validation=320": "num_validation",
+        "num_validation=0": "num_validation",
+        "gradual.until=1": "gradual.until",
+        "model.type=MLP": "model.type",
+        "model.hidden=0": "model",
+        "optimizer.sgd.options.nosuch=1": "optimizer.sgd.options",
+        "optimizer.dessilbi.options.nu=0": "optimizer.dessilbi.options.nu",
+        "optimizer.group_lasso.learning_rate=0": "optimizer.group_lasso.learning_rate",
+        "finetune.name=nosuch": "finetune.name",
+        "batch_size=257": "batch_size",
+        "dataset.name=nosuch": "nosuch",
+    },
     "probe_landscape": {
         "last_layer=^fc9/kernel$": "last_layer",
         "last_layer=(": "last_layer",
@@ -330,7 +348,7 @@ _VALUES = {
         "optimizer.name=chain": "optimizer.name",
         "optimizer.options.b2=1": "optimizer.options.b2",
         "optimizer.options.nosuch=1": "optimizer.options",
-        "model.type=ResNet": "model.type",
+        "model.type=MLP": "model.type",
         "model.stages=3": "model",
         "model.nosuch=1": "model",
         "image_size=4": "8x8",
@@ -428,6 +446,7 @@ _GOOD = {
         "dataset.name=folder dataset.data_dir={two_classes} batch_size=8",
     ),
     "prune_lbi": ("", "method=dessilbi_adam"),
+    "compare_pruning": ("", "methods=random"),
     "probe_landscape": ("", "networks=bn", "optimizer.name=sgd"),
     "train_vit": (
         "",

@@ -684,6 +684,43 @@ def _sparsity(config, curves):
     return figure
 
 
+_PRUNING_METHODS = {
+    "dessilbi": "DessiLBI, order of entry",
+    "dessilbi_adam": "DessiLBI+Adam, order of entry",
+    "magnitude": "magnitude",
+    "taylor": "Taylor, first order",
+    "group_lasso": "group lasso, magnitude",
+    "random": "random",
+    # Last: it has no accuracy before fine-tuning, and the others keep their styles.
+    "gradual": "gradual magnitude",
+}
+
+
+def _compare_pruning(run):
+    return _bind({"accuracy_against_sparsity": _compared}, run)
+
+
+def _compared(run):
+    seeds = list(run.summary["runs"].values())
+    sparsities = {g: s for g, s in run.config["sparsities"].items() if s}
+    titles = ("before fine-tuning", "after fine-tuning")
+    figure, axes = _panels(2, rows=len(sparsities), sharey="row", titles=titles)
+    for row, (grain, shares) in zip(axes, sparsities.items(), strict=True):
+        for ax, measure in zip(row, ("before", "after"), strict=True):
+            lbi_plots.accuracy_against_sparsity(
+                100 * np.array(shares),
+                {
+                    label: 100 * np.array([s[grain][method][measure] for s in seeds])
+                    for method, label in _PRUNING_METHODS.items()
+                    if measure in seeds[0][grain].get(method, ())
+                },
+                x_label=f"{grain} removed (%)",
+                ax=ax,
+            )
+    _share_labels(axes)
+    return figure
+
+
 # --- landscape ---
 
 _NETWORKS = {"plain": "without BN", "bn": "with BN"}
@@ -1037,6 +1074,7 @@ _FIGURES: dict[str, Callable[[Run], dict[str, Callable[[], Any]]]] = {
     "prune_vit": _prune_vit,
     "train_lbi": _train_lbi,
     "prune_lbi": _prune_lbi,
+    "compare_pruning": _compare_pruning,
     "probe_landscape": _probe_landscape,
     "benchmark": _benchmark,
     "scaling": functools.partial(_bind, {"scaling": _scaling}),

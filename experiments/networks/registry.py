@@ -12,9 +12,10 @@ from flax import linen as nn
 import lbi
 from experiments.networks.deep_linear import DeepLinear
 from experiments.networks.lenet import LeNet
+from experiments.networks.resnet import ResNet
 from experiments.networks.vgg import VGG
 
-_MODELS = {"LeNet": LeNet, "VGG": VGG, "DeepLinear": DeepLinear}
+_MODELS = {"LeNet": LeNet, "VGG": VGG, "ResNet": ResNet, "DeepLinear": DeepLinear}
 
 
 def make_model(settings: dict[str, Any], num_classes: int) -> nn.Module:
@@ -26,15 +27,19 @@ def make_model(settings: dict[str, Any], num_classes: int) -> nn.Module:
             f"config.model.type must be one of {', '.join(_MODELS)}; got {kind!r}."
         )
     try:
-        if "stages" in settings:
-            settings["stages"] = tuple(map(tuple, settings["stages"]))
-        return _MODELS[kind](num_classes=num_classes, **settings)
+        fields = {name: _as_tuples(value) for name, value in settings.items()}
+        return _MODELS[kind](num_classes=num_classes, **fields)
     except TypeError as error:
         raise ValueError(f"config.model: {error}") from None
 
 
+def _as_tuples(value):
+    """Lists of a stored config as tuples: a module must be hashable."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
 def thin_model(model: nn.Module, keep: dict[str, np.ndarray]) -> nn.Module:
-    """The same kind of network with only the channels of `keep` in each layer."""
+    """A LeNet or VGG with only the channels of `keep` in each layer."""
 
     def width(layer, full):
         return int(np.sum(keep[layer])) if layer in keep else full

@@ -411,24 +411,23 @@ def recalibrate(
     if not jax.tree.leaves(variables["batch_stats"]):
         return variables
     fresh = model.clone(bn_momentum=0.0)
-
-    @jax.jit
-    def statistics(variables, batch):
-        _, updated = fresh.apply(
-            variables, normalise(images, batch), train=True, mutable=["batch_stats"]
-        )
-        return updated["batch_stats"]
-
     pixels = images.train[0]
     batch_size = min(batch_size, len(pixels))
     num_batches = min(num_batches, len(pixels) // batch_size)
     total = None
     for i in range(num_batches):
         batch = pixels[i * batch_size : (i + 1) * batch_size]
-        stats = statistics(variables, batch)
+        stats = _statistics(fresh, variables, normalise(images, batch))
         total = stats if total is None else jax.tree.map(jnp.add, total, stats)
     mean = jax.tree.map(lambda x: x / num_batches, total)
     return variables | {"batch_stats": mean}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _statistics(model, variables, inputs):
+    """The running statistics after one batch; compiled once for each network."""
+    _, updated = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
+    return updated["batch_stats"]
 
 
 def make_loss(model: nn.Module, bn_mode: str) -> Callable[[Any, Any], jax.Array]:

@@ -1,6 +1,7 @@
 """Training with DessiLBI and other optimizers: penalties, path, measurements."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def train(run: runs.Run, problem: Problem) -> TrainState:
     """Trains with the single method of config.methods; resumes from a checkpoint."""
     config = run.config
     optimizer = make_optimizer(config, problem.variables["params"], problem.num_steps)
-    _forecast(run, problem)
+    total_clock = _forecast(run, problem)
     update = classifier.make_update(
         problem.model,
         problem.images,
@@ -35,7 +36,18 @@ def train(run: runs.Run, problem: Problem) -> TrainState:
     steps_per_epoch = problem.steps_per_epoch
 
     def measure_epoch(state, step):
-        return {} if step % steps_per_epoch else measure(problem, state)
+        if step % steps_per_epoch:
+            return {}
+        metrics = measure(problem, state)
+        if total_clock is None:
+            return metrics
+        left = lbi.open_groups(state.params, state.opt_state, total_clock)
+        metrics["open_groups"] = sum(map(int, left.values()))
+        before = [m["open_groups"] for m in run.metrics() if "open_groups" in m]
+        is_new = not before or before[-1]
+        if not metrics["open_groups"] and is_new and step < problem.num_steps:
+            run.say(f"step {step}: no further group enters if the weights stay.")
+        return metrics
 
     run.say(f"compiling the step of {config.methods[0]} ...")
     return classifier.train(
@@ -79,6 +91,28 @@ def make_optimizer(
     settings, entry = config.optimizer[method], f"optimizer.{method}"
     if settings.name == "adam":
         return optimizers.make_optimizer(settings, num_steps, entry=entry)
+    penalty = functools.partial(make_penalty, config, params, num_steps)
+    return make_coupled(settings, num_steps, penalty, entry=entry)
+
+
+def make_coupled(
+    settings: ConfigDict,
+    num_steps: int,
+    make_penalty: Callable[[], lbi.penalty.PenaltySpec],
+    *,
+    entry: str,
+) -> optax.GradientTransformation:
+    """Makes an optimizer with a structure parameter, which records the entries.
+
+    Args:
+      settings: with name, options and the fields of a schedule.
+      num_steps: steps of the training.
+      make_penalty: makes the penalty, after the options have been checked.
+      entry: name of `settings` in the config, for errors.
+
+    Raises:
+      ValueError: if the optimizer, one of its options or the schedule is unknown.
+    """
     makers = {
         "dessilbi": lbi.dessilbi,
         "dessilbi_adam": lbi.dessilbi_adam,
@@ -94,10 +128,9 @@ def make_optimizer(
         raise ValueError(f"{entry}.options lacks {', '.join(sorted(missing))}.")
     optimizers.check_options(settings.options, entry)
     schedule = optimizers.make_schedule(settings, num_steps)
-    penalty = make_penalty(config, params, num_steps)
     make = functools.partial(makers[settings.name], schedule, record_entry=True)
     optimizers.check(make, settings.options, entry)
-    return make(penalty=penalty, **settings.options)
+    return make(penalty=make_penalty(), **settings.options)
 
 
 def check(config: ConfigDict, images: Images) -> None:
@@ -158,11 +191,11 @@ def adam_then_dessilbi(
 
 
 def _forecast(run, problem):
-    """Prints a forecast of the path before the training."""
+    """Prints a forecast of the path; returns the clock at its end, None without."""
     config = run.config
     settings = config.optimizer[config.methods[0]]
     if settings.name == "adam":
-        return
+        return None
     params, num_steps = problem.variables["params"], problem.num_steps
     schedule = optimizers.make_schedule(settings, num_steps)
     clocked = schedule, settings.options.nu, num_steps
@@ -171,8 +204,9 @@ def _forecast(run, problem):
     decaying = lbi.forecast_entries(
         params, *clocked, penalty, decaying=True, kappa=settings.options.kappa
     )
+    total_clock = lbi.final_clock(*clocked)
     run.say(
-        f"clock at the end {lbi.final_clock(*clocked):.3g}; groups that enter if "
+        f"clock at the end {total_clock:.3g}; groups that enter if "
         "their norms stay (if the coupling alone moves them): "
         + ", ".join(
             f"{name} {100 * share:.0f} % ({100 * decaying[name]:.0f} %)"
@@ -184,6 +218,7 @@ def _forecast(run, problem):
             "warning: no group can enter; the run would only decay its weights. Use "
             "--config.penalty=suggested, a smaller nu or a higher rate."
         )
+    return total_clock
 
 
 def measure(problem: Problem, state: TrainState) -> dict[str, Any]:
