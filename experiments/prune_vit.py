@@ -70,6 +70,8 @@ def _check_methods(config):
                 f"{entry} must be among {', '.join(allowed)}; got "
                 f"{', '.join(map(str, unknown))}."
             )
+    if config.tuning.num_epochs:
+        _check_tuned(config)
     implementation = config.attention_implementation
     if implementation in ("cudnn", "pallas") and jax.default_backend() != "gpu":
         raise ValueError(f"attention_implementation={implementation} needs a GPU.")
@@ -99,6 +101,21 @@ def _check_methods(config):
 
 # Methods that begin so work on all tokens.
 _EVERY_TOKEN = ("heads", "neurons", "segment")
+
+
+def _check_tuned(config):
+    if not config.dataset.name:
+        raise ValueError("tuning.num_epochs must be 0 without a data set.")
+    measured = {"dense": (0.0,), **config.methods}
+    for method, ratios in config.tuning.methods.items():
+        allowed = measured.get(method, ())
+        # With a budget the ratios only name the methods.
+        is_named = config.budget is not None and allowed
+        if lacking := [] if is_named else [r for r in ratios if r not in allowed]:
+            raise ValueError(
+                f"tuning.methods.{method} must be among methods.{method}, which is "
+                f"{allowed}; got {', '.join(map(str, lacking))}."
+            )
 
 
 def load_problem(config: ConfigDict, images: Images | None) -> Problem:

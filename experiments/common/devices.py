@@ -29,6 +29,9 @@ def initialize(
       num_processes: number of processes of the run.
       process_id: index of this process, from 0.
     """
+    # Nothing uses this service, which prints lines when process 0 ends.
+    if hasattr(jax.config, "jax_enable_preemption_service"):
+        jax.config.update("jax_enable_preemption_service", False)
     # What it lacks or cannot reach, only the user can give.
     with settings.blamed_on("--multihost"):
         jax.distributed.initialize(coordinator, num_processes, process_id)

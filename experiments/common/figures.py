@@ -89,9 +89,11 @@ def draw(workdir: Path, summary: Mapping[str, Any] | None = None) -> None:
         try:
             figure = make()
             figure.suptitle(describe(run), fontsize=9)
-            path = run.workdir / "figures" / f"{name}.png"
-            path.parent.mkdir(exist_ok=True)
-            figure.savefig(path, dpi=130, bbox_inches="tight")
+            files.write_atomic(
+                run.workdir / "figures" / f"{name}.png",
+                functools.partial(figure.savefig, dpi=130, bbox_inches="tight"),
+                mode="wb",
+            )
         except _MissingError as error:
             missing.append(f"{name} ({error})")
         # An error in one figure must not stop the run or the other figures.
