@@ -82,7 +82,7 @@ def draw(workdir: Path, summary: Mapping[str, Any] | None = None) -> None:
         makers = _FIGURES[experiment](run)
     # Arrays of another program, for example.
     except Exception as error:  # noqa: BLE001
-        print(f"warning: the figures are not drawn: {error!r}", flush=True)
+        devices.say(f"warning: the figures are not drawn: {error!r}")
         return
     missing = []
     for name, make in makers.items():
@@ -98,14 +98,13 @@ def draw(workdir: Path, summary: Mapping[str, Any] | None = None) -> None:
             missing.append(f"{name} ({error})")
         # An error in one figure must not stop the run or the other figures.
         except Exception as error:  # noqa: BLE001
-            print(f"warning: figure {name} is not drawn: {error!r}", flush=True)
+            devices.say(f"warning: figure {name} is not drawn: {error!r}")
         finally:
             plt.close("all")
     if missing:
-        print(
+        devices.say(
             f"{workdir}: not drawn, because the array in parentheses is missing: "
-            f"{', '.join(missing)}",
-            flush=True,
+            f"{', '.join(missing)}"
         )
 
 

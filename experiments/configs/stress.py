@@ -26,7 +26,7 @@ BASE = {
         "every": 1,
         "num_processes": 2,
         # Seconds after which an input counts as a hang.
-        "timeout": 120,
+        "timeout": 600,
     },
     "kills": {
         # Killed runs of each command, and kills of each run before it may finish.
