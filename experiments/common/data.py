@@ -122,7 +122,7 @@ def load_dataset(
             arrays["image"] = np.stack(
                 [resize_and_crop(image, image_size) for image in arrays["image"]]
             )
-    _check_shapes(loaded)
+    _check_shapes(source, loaded)
     return Dataset(loaded, class_names, _describe(source, loaded, class_names, notes))
 
 
@@ -502,13 +502,13 @@ def check_memory(num: int, shape: Sequence[int], where: str) -> None:
         )
 
 
-def _check_shapes(loaded):
+def _check_shapes(source, loaded):
     """Raises ValueError unless all splits have one shape that the networks take."""
     shapes = {split: arrays["image"].shape[1:] for split, arrays in loaded.items()}
     for split, shape in shapes.items():
         if shape[-1] not in (1, 3):
             raise ValueError(
-                f"the {split} images have {shape[-1]} channels; they must have 1 "
+                f"the {split} images of {source} have {shape[-1]} channels, not 1 "
                 "(gray) or 3 (RGB)."
             )
     if len(set(shapes.values())) > 1:
@@ -519,7 +519,8 @@ def _check_shapes(loaded):
         if len({shape[:2] for shape in shapes.values()}) == 1:
             hint = " Convert the images of one split."
         raise ValueError(
-            f"the splits differ in (height x width x channels): {sizes}.{hint}"
+            f"the splits of {source} differ in (height x width x channels): "
+            f"{sizes}.{hint}"
         )
 
 

@@ -118,7 +118,8 @@ def load_learner(workdir: str | Path) -> Learner:
         does not describe its weights or they are not finite.
     """
     config, state = runs.load_checkpoint(Path(workdir))
-    if not {"weights", "latent"} <= state.keys():
+    is_of_command = config.get("experiment") in ("meta_learn", "import_functa")
+    if not is_of_command or not {"weights", "latent"} <= state.keys():
         raise ValueError(f"{workdir} is not a run of meta_learn or import_functa.")
     with settings.blamed_on(f"{workdir}/config.json"):
         learner = make_learner(config, state)

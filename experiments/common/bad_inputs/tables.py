@@ -341,6 +341,7 @@ GOOD = {
         "dataset.name=folder dataset.data_dir={flat}",
         "dataset.name=folder dataset.data_dir={two_classes}",
         "dataset.name=folder dataset.data_dir={links}",
+        "dataset.name=folder dataset.data_dir={broken_link} batch_size=8",
         "dataset.name=folder dataset.data_dir={two_images} batch_size=1",
         "dataset.name=npz dataset.data_dir={npz_good}",
         "dataset.image_size=6",
@@ -382,7 +383,7 @@ GOOD = {
 
 BAD_FOLDERS = (
     *("empty_folder", "one_image", "text_only", "mixed_sizes", "zero_bytes"),
-    *("truncated", "not_images", "broken_link", "a_file.txt", "fifo"),
+    *("truncated", "not_images", "a_file.txt", "fifo"),
     *("mixed_levels", "gray16", "links_only", "split_in_class", "two_tests"),
     "no_common_class",
 )
