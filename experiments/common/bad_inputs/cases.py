@@ -209,10 +209,10 @@ def _of_files() -> Iterator[Case]:
 
 def _of_folders() -> Iterator[Case]:
     """Run folders with which a run cannot go on."""
-    for name, word in tables.BAD_STATES.items():
-        yield Case(
-            f"meta_learn {name}", "meta_learn", _smoke("meta_learn"), (word,), name
-        )
+    for text, word in tables.BAD_STATES.items():
+        name, *options = text.split(" ")
+        arguments = _smoke("meta_learn", *_options(" ".join(options)))
+        yield Case(f"meta_learn {text}", "meta_learn", arguments, (word,), name)
     for command in COMMANDS:
         for name in ("rgb.png", "rgb.png/below"):
             yield Case(

@@ -240,11 +240,12 @@ def make_files(folder: Path, marker: Path, references: Mapping[str, Path]) -> No
     path("hf_escapes/model.safetensors.index.json").write_text(json.dumps(index))
     # Runs.
     for name in (*tables.BAD_RUNS, *tables.BAD_LBI_RUNS, *tables.BAD_STATES):
-        kind, _, damage = name.partition("_")
+        kind, _, damage = name.partition(" ")[0].partition("_")
         command = {"run": "meta_learn", "state": "meta_learn", "lbi": "train_lbi"}
         if command.get(kind) in references:
-            shutil.copytree(references[command[kind]], folder / name)
-            _damage(folder / name, damage)
+            copy = folder / f"{kind}_{damage}"
+            shutil.copytree(references[command[kind]], copy)
+            _damage(copy, damage)
     if "train_vit" in references:
         _make_weights(folder, references["train_vit"] / "model.npz")
 
