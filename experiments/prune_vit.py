@@ -109,9 +109,10 @@ def _check_tuned(config):
     measured = {"dense": (0.0,), **config.methods}
     for method, ratios in config.tuning.methods.items():
         allowed = measured.get(method, ())
-        # With a budget the ratios only name the methods.
-        is_named = config.budget is not None and allowed
-        if lacking := [] if is_named else [r for r in ratios if r not in allowed]:
+        # With a budget or a latency the ratios only name the methods.
+        if allowed and (config.budget, config.latency) != (None, None):
+            continue
+        if lacking := [ratio for ratio in ratios if ratio not in allowed]:
             raise ValueError(
                 f"tuning.methods.{method} must be among methods.{method}, which is "
                 f"{allowed}; got {', '.join(map(str, lacking))}."

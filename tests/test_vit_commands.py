@@ -434,7 +434,6 @@ def test_both_commands_tell_what_a_file_does_not(tmp_path):
             {"tuning": {"methods": {"max": (0.5, 0.25)}}},
             r"tuning.methods.max must be among methods.max, .* \(0.5,\); got 0.25",
         ),
-        ({"methods": {"zero": (0.5,)}}, "tuning.methods.max must be among"),
         ({"checkpoint": "absent.npz"}, "absent.npz"),
         ({"checkpoint": None}, "must name a file that train_vit wrote"),
         ({"latency": 0.5}, "methods heads, .* leave as they are"),
