@@ -1,5 +1,8 @@
 """Configurations as data: variants, optional fields, rules."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 
 from experiments.common import settings
@@ -145,6 +148,13 @@ def test_no_field_is_within_a_value():
     for name in ("options.x.y", "options.a.b"):
         with pytest.raises(ValueError, match=f"no field {name}: .* is no entry"):
             settings.set_field(config, name, "1", base)
+
+
+def test_variants_have_fields_of_the_right_kinds():
+    for path in (Path(__file__).parents[1] / "experiments/configs").glob("[!_]*.py"):
+        module = importlib.import_module(f"experiments.configs.{path.stem}")
+        for variant in module.VARIANTS:
+            settings.check_fields(module.get_config(variant), module.BASE)
 
 
 def test_errors_of_a_library_name_the_field():

@@ -40,7 +40,7 @@ _EVERY, _SOME = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6), (0.2, 0.3, 0.4, 0.6)
 BASE = {
     "seeds": (0,),
     # The next five fields are those of train_vit.
-    "dataset": settings.dataset("cifar10"),
+    "dataset": settings.dataset(settings.Optional(str, "cifar10")),
     "num_train": 0,
     "num_test": 0,
     "image_size": 32,
