@@ -596,6 +596,8 @@ def _check_paths(config):
         raise ValueError(
             f"paths {tuple(config.paths)} must be some of {', '.join(config.sizes)}."
         )
+    if config.peers is not None and not Path(config.peers).is_dir():
+        raise ValueError(f"peers must be a folder, got {config.peers}.")
     names = list(dict.fromkeys((*_CEILINGS.values(), *config.paths)))
     for name in names:
         sizes = config.sizes[name]

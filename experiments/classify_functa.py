@@ -170,6 +170,15 @@ def load_signals(config: ConfigDict, path: str) -> Signals:
     train_rows = of_split["train"]
     if len(np.unique(whole.label[train_rows])) < 2:
         raise ValueError(f"{path} has signals of one class only.")
+    num_classes = 1 + int(whole.label.max())
+    class_names = whole.config.get("class_names")
+    if class_names is not None and not (
+        isinstance(class_names, list) and len(class_names) >= num_classes
+    ):
+        raise ValueError(
+            f"{path}: class_names must be a list of at least {num_classes} names, got "
+            f"{class_names!r:.80}."
+        )
     copies = whole.config.get("copies", 1)
     if type(copies) is not int or copies < 1:
         raise ValueError(f"{path}: copies must be a positive integer, got {copies!r}.")
@@ -217,8 +226,8 @@ def load_signals(config: ConfigDict, path: str) -> Signals:
             name: (inputs(index), whole.label[index]) for name, index in rows.items()
         },
         num_images=len(kept),
-        num_classes=1 + int(whole.label.max()),
-        class_names=whole.config.get("class_names"),
+        num_classes=num_classes,
+        class_names=class_names,
         params_sha256=whole.params_sha256,
     )
 

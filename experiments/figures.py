@@ -12,6 +12,9 @@ from experiments.common import figures, launch
 
 def main() -> None:
     with launch.one_line_errors():
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(__doc__)
+            return
         launch.expand_home()
         if len(sys.argv) != 2:
             raise ValueError("usage: python -m experiments.figures WORKDIR")

@@ -87,6 +87,8 @@ def make_tasks(config: ConfigDict) -> list[Task]:
                 f"num_images {num_images} and mosaic {mosaic} need {used} images; "
                 f"there {'is' if len(images) == 1 else 'are'} {len(images)}."
             )
+        shape = _resized_shape(images[0], resolution)
+        data.check_memory(used, (*shape, 3), f"a task of resolution {resolution}")
         sized = np.stack([resize(image, resolution) for image in images[:used]])
         name = "x".join(str(mosaic * n) for n in sized.shape[1:3])
         if mosaic > 1:
@@ -111,14 +113,18 @@ def resize(image: np.ndarray, resolution: int) -> np.ndarray:
     """Resizes uint8 (H, W, C) so that its longer side is `resolution` pixels."""
     from PIL import Image
 
-    height, width = image.shape[:2]
-    scale = resolution / max(height, width)
-    shape = max(1, round(height * scale)), max(1, round(width * scale))
-    if shape == (height, width):
+    shape = _resized_shape(image, resolution)
+    if shape == image.shape[:2]:
         return image
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     resized = picture.resize(shape[::-1], Image.Resampling.BICUBIC)
     return np.asarray(resized).reshape(*shape, -1)
+
+
+def _resized_shape(image, resolution):
+    scale = resolution / max(image.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    return height, width
 
 
 def _load_images(config):

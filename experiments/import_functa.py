@@ -72,7 +72,9 @@ def main() -> None:
             raise ValueError("usage: python -m experiments.import_functa PATH")
         launch.silence_libraries()
         path = Path(paths[0])
-        workdir = options.workdir or f"runs/import_functa/{path.stem}"
+        workdir = options.workdir
+        if workdir is None:
+            workdir = f"runs/import_functa/{path.stem}"
         import_checkpoint(path, launch.find_workdir(workdir))
 
 

@@ -26,6 +26,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         learner = learner.with_steps(config.inner.num_steps)
     dataset = load_dataset(config, learner.model_config["out_channels"])
     devices.say(dataset.found)
+    shape = next(iter(dataset.splits.values()))["image"].shape[1:3]
+    learner.for_padded(shape, config.padding)
 
     def experiment(run):
         run.say("compiling the inner loop ...")

@@ -53,12 +53,13 @@ class Trained(NamedTuple):
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
     settings.check(config, configs.RULES)
-    folders = find_runs(config)
-    images = classifier.load_images(runs.load_config(folders[0]))
+    optimizers.make_optimizer(config.finetune, 1, entry="finetune")
+    with settings.blamed_on(f"{config.run}/config.json"):
+        folders = find_runs(config)
+        images = classifier.load_images(runs.load_config(folders[0]))
     all_trained = [load_trained(folder, images) for folder in folders]
     for trained in all_trained:
         _check_layers(config, trained.graph)
-    optimizers.make_optimizer(config.finetune, 1, entry="finetune")
 
     def experiment(run):
         rows = []

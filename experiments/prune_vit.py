@@ -70,6 +70,8 @@ def _check_methods(config):
                 f"{entry} must be among {', '.join(allowed)}; got "
                 f"{', '.join(map(str, unknown))}."
             )
+    if config.tuning.num_epochs:
+        _check_tuned(config)
     implementation = config.attention_implementation
     if implementation in ("cudnn", "pallas") and jax.default_backend() != "gpu":
         raise ValueError(f"attention_implementation={implementation} needs a GPU.")
@@ -99,6 +101,22 @@ def _check_methods(config):
 
 # Methods that begin so work on all tokens.
 _EVERY_TOKEN = ("heads", "neurons", "segment")
+
+
+def _check_tuned(config):
+    if not config.dataset.name:
+        raise ValueError("tuning.num_epochs must be 0 without a data set.")
+    measured = {"dense": (0.0,), **config.methods}
+    for method, ratios in config.tuning.methods.items():
+        allowed = measured.get(method, ())
+        # With a budget or a latency the ratios only name the methods.
+        if allowed and (config.budget, config.latency) != (None, None):
+            continue
+        if lacking := [ratio for ratio in ratios if ratio not in allowed]:
+            raise ValueError(
+                f"tuning.methods.{method} must be among methods.{method}, which is "
+                f"{allowed}; got {', '.join(map(str, lacking))}."
+            )
 
 
 def load_problem(config: ConfigDict, images: Images | None) -> Problem:

@@ -133,7 +133,7 @@ def _fill(argument, references, made):
 # Inputs.
 
 # Commands whose inputs are always tried, because they start from no run.
-_UNTRAINED = ("scaling", "latent_controls", "import_functa", "figures")
+_UNTRAINED = ("scaling", "latent_controls", "benchmark", "import_functa", "figures")
 
 
 def _try_inputs(run, references):
@@ -150,9 +150,7 @@ def _try_inputs(run, references):
     left = [case for case in cases if case.name not in answers]
     if left:
         run.say("writing the inputs ...")
-        bad_inputs.make_files(made, marker.absolute(), references["meta_learn"])
-        if "train_vit" in references:
-            bad_inputs.make_weights(made, references["train_vit"] / "model.npz")
+        bad_inputs.make_files(made, marker.absolute(), references)
     queue, lock = collections.deque(left), threading.Lock()
 
     def serve():
@@ -280,7 +278,7 @@ def _execute(case, arguments, made):
     else:
         config, options = launch.parse(case.command, arguments)
         workdir = made / case.workdir if case.workdir else unmade
-        if options.workdir:
+        if options.workdir is not None:
             workdir = launch.find_workdir(options.workdir)
         module.train_and_evaluate(config, workdir)
 

@@ -17,6 +17,11 @@ import jax
 import numpy as np
 
 
+def read_names(path: str | Path) -> list[str]:
+    """Names of the arrays of a file, sorted; errors are those of `read_headers`."""
+    return sorted(_read(path, None, lambda archive, info: None))
+
+
 def read_headers(
     path: str | Path, names: Collection[str] | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:

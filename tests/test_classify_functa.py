@@ -294,6 +294,10 @@ def test_report_variant_logs_the_reports_table(path, tmp_path):
         (lambda f: f.select("test"), "has no train split"),
         (lambda f: f._replace(config={"copies": 7}), "are not 7 copies"),
         (lambda f: f._replace(config={"copies": 0}), "copies must be a positive int"),
+        (
+            lambda f: f._replace(config={"class_names": ["a", "b"]}),
+            "class_names must be a list of at least 3 names, got .'a', 'b'.",
+        ),
     ],
 )
 def test_functaset_that_can_not_be_classified(tmp_path, changes, message):
@@ -311,6 +315,8 @@ def test_functaset_that_can_not_be_classified(tmp_path, changes, message):
         ("candidates.noise_std", (), "candidates.noise_std must be"),
         ("validation_fraction", 0.0, "one of 2 candidates needs a validation part"),
         ("validation_fraction", 1.0, "validation_fraction must be"),
+        ("data_dir", "x", "data_dir=x is not read"),
+        ("model.type", "cnn", "model.type must be one of mlp, vit, convnext"),
         ("schedule", "linear", "schedule must be one of constant, cosine"),
         ("model.activation", "rellu", "no activation 'rellu'"),
         ("batch_size", 55, "between 1 and the 54 training images"),

@@ -1,6 +1,5 @@
 """experiments.common.data: arrays of all sources, and one error for each mistake."""
 
-import math
 import os
 import zipfile
 
@@ -154,6 +153,9 @@ def test_more_images_than_memory_are_refused_before_they_are_read(
         data.load_dataset("folder", data_dir=str(tmp_path))
     loaded = data.load_dataset("folder", data_dir=str(tmp_path), image_size=4)
     assert loaded.splits["train"]["image"].shape == (2, 4, 4, 1)
+    # Enlarged images are refused before the first of them is made.
+    with pytest.raises(ValueError, match="images of 999999x999999 pixels in digits"):
+        data.load_dataset("digits", image_size=999_999)
 
 
 def test_home_directory_is_expanded(tmp_path, monkeypatch):
@@ -220,7 +222,7 @@ def test_npz_of_booleans_is_black_and_white(tmp_path):
         ({"image": IMAGE[..., :2]}, r"C = 1 or 3, found uint8 \(6, 4, 5, 2\)"),
         ({"image": IMAGE[..., 0]}, r"image\[\.\.\., None\]"),
         ({"image": IMAGE[:0]}, r"found uint8 \(0, 4, 5, 3\)"),
-        ({"image": IMAGE.astype(object)}, "found object"),
+        ({"image": IMAGE.astype(object)}, "holds Python objects"),
         ({"image": IMAGE.astype(str)}, "found <U3"),
         ({"image": np.uint16(IMAGE) * 257}, "whole numbers are from 0 to 65535"),
         ({"image": IMAGE / 127.5 - 1}, "numbers are from -1 to 1"),
@@ -287,7 +289,9 @@ def test_npz_whose_header_lies_allocates_nothing(tmp_path, shape):
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
             member.write(bytes(64))
-    with pytest.raises(ValueError, match=rf"instead of {math.prod(shape) + 128}"):
+    with pytest.raises(
+        ValueError, match=r"192 bytes, which do not hold an array .*\(1"
+    ):
         load_npz(tmp_path)
 
 

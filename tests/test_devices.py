@@ -127,6 +127,11 @@ def test_batch_that_devices_do_not_divide_is_refused(tmp_path):
         meta_learn.train_and_evaluate(config, tmp_path)
 
 
+def test_number_of_a_process_is_checked_before_connecting():
+    with pytest.raises(ValueError, match="--process_id must be from 0 to 1, .*got 2"):
+        devices.initialize("localhost:1", 2, 2)
+
+
 def test_arrays_lie_where_they_should():
     x = np.arange(12.0).reshape(4, 3)
     parts = devices.divide({"x": x})["x"]

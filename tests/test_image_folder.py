@@ -185,11 +185,12 @@ def test_links_are_followed_and_each_folder_is_read_once(tmp_path):
     (root / "dog" / "loop").symlink_to(root)
     (root / "dog" / "c.png").symlink_to(tmp_path / "store" / "a.png")
     (root / "dog" / "broken.png").symlink_to(tmp_path / "absent.png")
+    (root / "dog" / "self.png").symlink_to(root / "dog" / "self.png")
     os.mkfifo(root / "dog" / "pipe.png")
     splits, notes = layout(root)
     assert splits["all"] == {"cat/a.png": "cat", "dog/b.png": "dog", "dog/c.png": "dog"}
     for words in (
-        "dog/broken.png (a broken link)",
+        "dog/broken.png, dog/self.png (a broken link)",
         "dog/pipe.png (not a regular file)",
         "again -> dog/, dog/loop -> ./ (the same folder, read already)",
     ):

@@ -1,5 +1,7 @@
 """The command line: options, errors of a user and errors of ours, --help."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,8 @@ FILE = str(ROOT / "experiments/configs/meta_learn.py")
         (f"--config={FILE}:digit", "'digit' must be one of digits, smoke"),
         ("--config=cifar10_cpu", "cifar10_cpu does not exist.* variants are digits, "),
         ("--config=/dev/zero", "/dev/zero is not a file"),
+        ("--config=", "--config=:  is not a file"),
+        ("--config.init_from=", "init_from must be a string that is not empty"),
         (f"--config={ROOT}/experiments/configs/fit_image.py", "got one of fit_image"),
         (f"--config={ROOT}/README.md", "README.md: SyntaxError"),
         ("--confg=x", "Unknown command line flag 'confg'. Did you mean: config"),
@@ -78,6 +82,8 @@ def test_workdir_is_a_folder(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match="file is a file, not a folder"):
             launch.find_workdir(path)
+    with pytest.raises(ValueError, match="--workdir must name a folder"):
+        launch.find_workdir("")
 
 
 @pytest.mark.parametrize(
@@ -107,6 +113,27 @@ def test_interrupt_during_imports_is_one_line():
         assert ended.returncode != 0
         assert len(ended.stderr.splitlines()) <= lines
         assert ("interrupted" in ended.stderr) == (lines == 1)
+
+
+@pytest.mark.slow
+def test_closed_output_and_devices_that_are_not_there_are_one_line():
+    script = (
+        "from experiments.common import launch\n"
+        "launch.launch('scaling', lambda config, workdir: print('x' * 2**20))"
+    )
+    for head, changes, message in (
+        ("| true", {}, "nobody reads the output"),
+        ("", {"JAX_PLATFORMS": "nosuch"}, "JAX_PLATFORMS or the devices: .*nosuch"),
+    ):
+        ended = subprocess.run(
+            ["bash", "-c", f'{sys.executable} -c "$SCRIPT" {head}'],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"SCRIPT": script} | changes,
+        )
+        [line] = ended.stderr.splitlines()
+        assert re.match(f"error: {message}", line)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -387,6 +388,45 @@ def test_command_writes_the_functaset_of_a_run(meta_run, tmp_path):
     assert functa.reconstruct(written, params, 12).shape == (18, 12, 12, 1)
     again = make_functaset.train_and_evaluate(smoke_config(meta_run), tmp_path)
     assert again == summary
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"experiment": "nosuch"},
+        {"model": 3},
+        {"model.width": 17},
+        {"model.nosuch": 1},
+        {"inner": None},
+        {"inner.num_steps": 99},
+        {"inner.num_steps": "x"},
+    ],
+)
+def test_stored_configuration_must_describe_the_weights(meta_run, tmp_path, changes):
+    run = shutil.copytree(meta_run, tmp_path / "run")
+    config = runs.load_config(run)
+    with config.ignore_type():
+        config.update_from_flattened_dict(changes)
+    (run / "config.json").write_text(config.to_json_best_effort())
+    with pytest.raises(ValueError, match=r"run/config\.json|run is not a run of"):
+        encoding.load_learner(run)
+
+
+def test_more_latents_than_the_disk_are_not_begun(
+    tmp_path, monkeypatch, learner, dataset
+):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=400))
+    # 4 * 8 + 4 latents of 5 numbers.
+    with pytest.raises(OSError, match=r"needs .* for 36 latents"):
+        write(tmp_path / "a.npz", learner, dataset, copies=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_batch_is_not_padded_beyond_a_shard(learner, dataset):
+    images = dataset["train"]["image"]
+    [(latents, _)] = encoding.encode(learner, images, batch_size=2**31 - 1)
+    assert latents.shape == (8, 5)
 
 
 def test_only_fields_that_are_not_set_come_from_the_run(tmp_path):

@@ -1,5 +1,8 @@
 """Configurations as data: variants, optional fields, rules."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 
 from experiments.common import settings
@@ -107,6 +110,51 @@ def test_missing_fields_are_named():
         settings.check_fields({"a": {"b": 3}, "options": {}}, base)
     with pytest.raises(ValueError, match="no field a.d"):
         settings.check_fields({"a": {"b": 3, "c": 4, "d": 5}, "options": {}}, base)
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("count", (2,), (2.0, True, "2", None)),
+        ("rate", (2, 0.5), ("2", None)),
+        ("flag", (True,), (1, "yes", None)),
+        ("name", ("x",), ("", 3, None)),
+        ("path", ("x", None), ("", 3)),
+        ("sizes", ((3,), [3], ()), (3, (3.5,), ("a",), None)),
+        ("model.width", (3,), ({"a": 1}, "3")),
+        ("options.x", (None, (1,), "a"), ("",)),
+    ],
+)
+def test_fields_have_the_kind_of_their_default(name, good, bad):
+    base = {
+        **{"count": 1, "rate": 0.1, "flag": False, "name": "a", "sizes": (1, 2)},
+        **{"path": settings.Optional(str), "model": {"width": 1}},
+        "options": settings.Open(),
+    }
+    for value, is_good in [(v, True) for v in good] + [(v, False) for v in bad]:
+        config = settings.build("none", base, {"first": {}})
+        with config.ignore_type():
+            config.update_from_flattened_dict({name: value})
+        if is_good:
+            settings.check_fields(config, base)
+        else:
+            with pytest.raises(ValueError, match=name):
+                settings.check_fields(config, base)
+
+
+def test_no_field_is_within_a_value():
+    base = {"options": settings.Open(x=1)}
+    config = settings.build("none", base, {"first": {}})
+    for name in ("options.x.y", "options.a.b"):
+        with pytest.raises(ValueError, match=f"no field {name}: .* is no entry"):
+            settings.set_field(config, name, "1", base)
+
+
+def test_variants_have_fields_of_the_right_kinds():
+    for path in (Path(__file__).parents[1] / "experiments/configs").glob("[!_]*.py"):
+        module = importlib.import_module(f"experiments.configs.{path.stem}")
+        for variant in module.VARIANTS:
+            settings.check_fields(module.get_config(variant), module.BASE)
 
 
 def test_errors_of_a_library_name_the_field():

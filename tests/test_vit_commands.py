@@ -430,6 +430,10 @@ def test_both_commands_tell_what_a_file_does_not(tmp_path):
             "gradient_batch_size must be at least 0 .*, got -1",
         ),
         ({"tuning": {"teacher_weight": 1.5}}, r"must be in \[0, 1\], got 1.5"),
+        (
+            {"tuning": {"methods": {"max": (0.5, 0.25)}}},
+            r"tuning.methods.max must be among methods.max, .* \(0.5,\); got 0.25",
+        ),
         ({"checkpoint": "absent.npz"}, "absent.npz"),
         ({"checkpoint": None}, "must name a file that train_vit wrote"),
         ({"latency": 0.5}, "methods heads, .* leave as they are"),

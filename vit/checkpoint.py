@@ -259,6 +259,8 @@ def _write(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
 

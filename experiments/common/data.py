@@ -12,7 +12,6 @@ import functools
 import math
 import os
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 
 from experiments.common import image_folder
 from experiments.common.image_folder import read_image, resize_and_crop, some
+from functa import npz
 
 __all__ = ["read_image"]
 
@@ -116,10 +116,13 @@ def load_dataset(
         )
     if image_size is not None:
         for arrays in loaded.values():
+            *_, channels = arrays["image"].shape
+            resized = image_size, image_size, channels
+            check_memory(len(arrays["image"]), resized, source)
             arrays["image"] = np.stack(
                 [resize_and_crop(image, image_size) for image in arrays["image"]]
             )
-    _check_shapes(loaded)
+    _check_shapes(source, loaded)
     return Dataset(loaded, class_names, _describe(source, loaded, class_names, notes))
 
 
@@ -239,7 +242,7 @@ def _read_files(files, image_size, seen):
         if image_size is not None:
             image = resize_and_crop(image, image_size)
         if not images:
-            _check_memory(len(files), image.shape, str(files[0].parent))
+            check_memory(len(files), image.shape, str(files[0].parent))
         elif image.shape[:2] != images[0].shape[:2]:
             raise ValueError(
                 f"images differ in size: {files[0]} is {_size(images[0].shape)}, "
@@ -302,57 +305,21 @@ def _load_npz(root, splits, image_size, names):
 
 def _read_npz(path):
     """The arrays `image` and `label` of a file, and the names of the others."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not a regular file.")
-    try:
-        with open(path, "rb") as opened, zipfile.ZipFile(opened) as archive:
-            members = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
-            # What is wrong in the headers is said before anything is allocated.
-            headers = {
-                name: _npy_header(archive, members[name])
-                for name in ("image", "label")
-                if name in members
-            }
-            _check_headers(path, headers, members)
-            arrays = {}
-            for name in headers:
-                with archive.open(members[name]) as member:
-                    arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
-    except _WrongContentError as error:
-        raise ValueError(str(error)) from None
-    # A damaged archive raises errors of many types.
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable .npz file: {error}") from None
-    return arrays, sorted(members.keys() - headers.keys())
-
-
-class _WrongContentError(Exception):
-    """A readable file that is not an image data set."""
-
-
-def _npy_header(archive, member):
-    with archive.open(member) as opened:
-        version = np.lib.format.read_magic(opened)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, _, dtype = read(opened)
-        expected = opened.tell() + math.prod(shape) * dtype.itemsize
-    if not dtype.hasobject and expected != member.file_size:
-        raise ValueError(
-            f"{member.filename} of {dtype} {shape} has {member.file_size} bytes "
-            f"instead of {expected}."
-        )
-    return shape, dtype
+    members = npz.read_names(path)
+    headers = npz.read_headers(path, ("image", "label"))
+    # What is wrong in the headers is said before anything is allocated.
+    _check_headers(path, headers, members)
+    return npz.read_arrays(path, headers), sorted(set(members) - headers.keys())
 
 
 def _check_headers(path, headers, members):
-    shape, dtype = headers.get("image", ((), np.dtype(object)))
-    found = f"found {dtype} {shape}"
     if "image" not in headers:
-        found = f"found {some(sorted(members)) or 'nothing'}"
-    elif len(shape) == 4 and shape[1] in (1, 3) and shape[3] not in (1, 3):
+        raise ValueError(
+            f"{path} needs `image` (N, H, W, C), found {some(members) or 'nothing'}."
+        )
+    shape, dtype = headers["image"].shape, headers["image"].dtype
+    found = f"found {dtype} {shape}"
+    if len(shape) == 4 and shape[1] in (1, 3) and shape[3] not in (1, 3):
         found += "; transpose (N, C, H, W) to (N, H, W, C)"
     elif len(shape) == 3:
         found += "; gray images need a last axis of 1: image[..., None]"
@@ -362,22 +329,22 @@ def _check_headers(path, headers, members):
         or 0 in shape
         or dtype.kind not in "buif"
     ):
-        raise _WrongContentError(
+        raise ValueError(
             f"{path} needs `image` (N, H, W, C) of numbers with C = 1 or 3, {found}."
         )
-    _check_memory(shape[0], shape[1:], str(path))
+    check_memory(shape[0], shape[1:], str(path))
     likely = [n for n in members if n.lower() in ("labels", "y", "target", "targets")]
     if "label" not in headers:
         if likely:
-            raise _WrongContentError(
+            raise ValueError(
                 f"{path} has no `label`; rename `{likely[0]}` if these are the labels."
             )
         return
-    label_shape, label_dtype = headers["label"]
-    if label_shape not in (shape[:1], (*shape[:1], 1)) or label_dtype.kind not in "iu":
-        raise _WrongContentError(
+    label = headers["label"]
+    if label.shape not in (shape[:1], (*shape[:1], 1)) or label.dtype.kind not in "iu":
+        raise ValueError(
             f"{path}: `label` must be integers ({shape[0]},), one per image, found "
-            f"{label_dtype} {label_shape}."
+            f"{label.dtype} {label.shape}."
         )
 
 
@@ -503,7 +470,7 @@ def _read_tfds(name, builder, spec, image_size):
             if image_size is not None and image.shape[-1] in (1, 3):
                 image = resize_and_crop(image, image_size)
             if not images:
-                _check_memory(len(source), image.shape, name)
+                check_memory(len(source), image.shape, name)
             images.append(image)
             labels.append(example.get("label", -1))
     shapes = {image.shape for image in images}
@@ -521,8 +488,8 @@ def _read_tfds(name, builder, spec, image_size):
     return np.stack(images), labels
 
 
-def _check_memory(num, shape, where):
-    """Raises ValueError if images do not fit into the memory of the machine."""
+def check_memory(num: int, shape: Sequence[int], where: str) -> None:
+    """Raises ValueError if uint8 images of one shape do not fit into the memory."""
     if not hasattr(os, "sysconf"):
         return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -531,17 +498,17 @@ def _check_memory(num, shape, where):
         raise ValueError(
             f"{num} images of {_size(shape)} pixels in {where} need "
             f"{needed / 2**30:.0f} GiB, and the machine has {memory / 2**30:.0f} GiB. "
-            "Set --config.dataset.image_size=N to read smaller ones."
+            "Choose a smaller size, such as --config.dataset.image_size=N."
         )
 
 
-def _check_shapes(loaded):
+def _check_shapes(source, loaded):
     """Raises ValueError unless all splits have one shape that the networks take."""
     shapes = {split: arrays["image"].shape[1:] for split, arrays in loaded.items()}
     for split, shape in shapes.items():
         if shape[-1] not in (1, 3):
             raise ValueError(
-                f"the {split} images have {shape[-1]} channels; they must have 1 "
+                f"the {split} images of {source} have {shape[-1]} channels, not 1 "
                 "(gray) or 3 (RGB)."
             )
     if len(set(shapes.values())) > 1:
@@ -552,7 +519,8 @@ def _check_shapes(loaded):
         if len({shape[:2] for shape in shapes.values()}) == 1:
             hint = " Convert the images of one split."
         raise ValueError(
-            f"the splits differ in (height x width x channels): {sizes}.{hint}"
+            f"the splits of {source} differ in (height x width x channels): "
+            f"{sizes}.{hint}"
         )
 
 

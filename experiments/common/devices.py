@@ -29,6 +29,16 @@ def initialize(
       num_processes: number of processes of the run.
       process_id: index of this process, from 0.
     """
+    if None not in (num_processes, process_id) and not (
+        0 <= process_id < num_processes
+    ):
+        raise ValueError(
+            f"--process_id must be from 0 to {num_processes - 1}, below "
+            f"--num_processes, got {process_id}."
+        )
+    # Nothing uses this service, which prints lines when process 0 ends.
+    if hasattr(jax.config, "jax_enable_preemption_service"):
+        jax.config.update("jax_enable_preemption_service", False)
     # What it lacks or cannot reach, only the user can give.
     with settings.blamed_on("--multihost"):
         jax.distributed.initialize(coordinator, num_processes, process_id)

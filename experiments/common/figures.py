@@ -82,28 +82,29 @@ def draw(workdir: Path, summary: Mapping[str, Any] | None = None) -> None:
         makers = _FIGURES[experiment](run)
     # Arrays of another program, for example.
     except Exception as error:  # noqa: BLE001
-        print(f"warning: the figures are not drawn: {error!r}", flush=True)
+        devices.say(f"warning: the figures are not drawn: {error!r}")
         return
     missing = []
     for name, make in makers.items():
         try:
             figure = make()
             figure.suptitle(describe(run), fontsize=9)
-            path = run.workdir / "figures" / f"{name}.png"
-            path.parent.mkdir(exist_ok=True)
-            figure.savefig(path, dpi=130, bbox_inches="tight")
+            files.write_atomic(
+                run.workdir / "figures" / f"{name}.png",
+                functools.partial(figure.savefig, dpi=130, bbox_inches="tight"),
+                mode="wb",
+            )
         except _MissingError as error:
             missing.append(f"{name} ({error})")
         # An error in one figure must not stop the run or the other figures.
         except Exception as error:  # noqa: BLE001
-            print(f"warning: figure {name} is not drawn: {error!r}", flush=True)
+            devices.say(f"warning: figure {name} is not drawn: {error!r}")
         finally:
             plt.close("all")
     if missing:
-        print(
+        devices.say(
             f"{workdir}: not drawn, because the array in parentheses is missing: "
-            f"{', '.join(missing)}",
-            flush=True,
+            f"{', '.join(missing)}"
         )
 
 

@@ -173,9 +173,9 @@ def _walk(root):
             path = (*parts, entry.name)
             if is_hidden(entry.name):
                 skipped[path] = "hidden or made by a program"
-            elif entry.is_dir():
+            elif os.path.isdir(entry.path):  # false for a link to itself
                 (links if entry.is_symlink() else pending).append(path)
-            elif not entry.is_file():
+            elif not os.path.isfile(entry.path):
                 link = entry.is_symlink() and not os.path.exists(entry.path)
                 skipped[path] = "a broken link" if link else "not a regular file"
             elif Path(entry.name).suffix.lower() not in formats:

@@ -51,7 +51,12 @@ def launch(
             raise ValueError(
                 "--coordinator, --num_processes and --process_id need --multihost."
             )
-        workdir = find_workdir(options.workdir or f"runs/{name}/{config.variant}")
+        # What JAX cannot start, such as a GPU, the user asked for.
+        with settings.blamed_on("JAX_PLATFORMS or the devices"):
+            jax.devices()
+        if options.workdir is None:
+            options.workdir = f"runs/{name}/{config.variant}"
+        workdir = find_workdir(options.workdir)
         keep_compiled(workdir)
         train_and_evaluate(config, workdir)
 
@@ -135,7 +140,9 @@ def load_config(name: str, chosen: str | None) -> ConfigDict:
         another command.
     """
     module = importlib.import_module(f"experiments.configs.{name}")
-    path, _, variant = (chosen or module.__file__).partition(":")
+    if chosen is None:
+        return module.get_config()
+    path, _, variant = chosen.partition(":")
     if not Path(path).is_file():
         example = (
             f"--config=experiments/configs/{name}.py:{next(iter(module.VARIANTS))}"
@@ -145,8 +152,6 @@ def load_config(name: str, chosen: str | None) -> ConfigDict:
             f"--config={chosen}: {path} {what}. To choose a variant write "
             f"{example}; the variants are {', '.join(module.VARIANTS)}."
         )
-    if chosen is None:
-        return module.get_config()
     try:
         make = runpy.run_path(path)["get_config"]
         config = make(variant) if variant else make()
@@ -163,7 +168,9 @@ def load_config(name: str, chosen: str | None) -> ConfigDict:
 
 
 def find_workdir(path: str | Path) -> Path:
-    """The run folder; raises ValueError if the path or a parent is a file."""
+    """The run folder; raises ValueError if it is empty, or in or at a file."""
+    if not path:
+        raise ValueError("--workdir must name a folder, got an empty string.")
     workdir = Path(path)
     for folder in (workdir, *workdir.parents):
         if folder.exists() and not folder.is_dir():
@@ -232,6 +239,9 @@ def one_line_errors(*, debug: bool = False) -> Iterator[None]:
     """Ends the process with one line and status 1 on an error that a user can fix."""
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _fail("nobody reads the output; rerun the command to resume.")
     except KeyboardInterrupt:
         _fail("interrupted; the same command resumes from the last checkpoint.")
     except Exception as error:
@@ -280,6 +290,7 @@ def one_line(error: BaseException) -> str:
 
 def _fail(message):
     print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # a closed pipe, a full disk
+        sys.stdout.flush()
     # Not sys.exit: Orbax's threads, if its writers failed, would print tracebacks.
     os._exit(1)

@@ -96,7 +96,7 @@ class Run:
 
     def say(self, message: str) -> None:
         """Prints one line of progress, from the main process."""
-        _say(message)
+        devices.say(message)
 
     def restore(self, state: Any) -> tuple[int, Any]:
         """Restores the newest checkpoint: (step, state), or (0, `state`) without one.
@@ -397,11 +397,6 @@ def load_checkpoint(workdir: Path, state: Any = None) -> tuple[ConfigDict, Any]:
     return config, jax.device_get(_load(newest, state))
 
 
-def _say(message):
-    if devices.is_main():
-        print(message, flush=True)
-
-
 def _find_checkpoint(folder):
     """The newest checkpoint whose files have their checksums, and damaged newer ones.
 
@@ -417,7 +412,7 @@ def _find_checkpoint(folder):
         damage = files.find_damage(path)
         if damage is None:
             for reason in reasons:
-                _say(f"{reason}; using that of step {path.name}.")
+                devices.say(f"{reason}; using that of step {path.name}.")
             return path, damaged
         damaged.append(path)
         reasons.append(f"the checkpoint {path} is damaged ({damage} has changed)")

@@ -121,40 +121,73 @@ def set_field(
     *parents, last = name.split(".")
     entry = config
     for parent in parents:
-        entry = entry[parent]
+        entry = entry.get(parent) if isinstance(entry, ConfigDict) else None
+    if not isinstance(entry, ConfigDict):
+        raise ValueError(f"there is no field {name}: {'.'.join(parents)} is no entry.")
     if isinstance(default, Optional) and text in ("None", "none"):
         entry[last] = None
         return
-    kind = default.kind if isinstance(default, Optional) else type(entry.get(last))
-    # The default says what the values of a tuple are, unless it is empty or mixed.
-    inner = {type(v) for v in default} if isinstance(default, tuple) else set()
-    inner = inner.pop() if len(inner) == 1 else None
+    if default is None:  # in an open entry
+        default = entry.get(last)
     try:
-        value = _read(text, kind)
-        if inner in _VALUES and not all(type(v) in _VALUES[inner][1] for v in value):
+        value = _read(text, _kind_of(default))
+        if not _is_of_kind(value, default):
             raise ValueError
     except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
-        of = f" of {_VALUES[inner][0]}" if inner in _VALUES else ""
-        words = _KINDS.get(kind, "a Python literal")
-        raise ValueError(f"{name} must be {words}{of}, got {text!r}.") from None
+        raise ValueError(
+            f"{name} must be {_describe(default)}, got {text!r}."
+        ) from None
     with entry.ignore_type():
         entry[last] = value
 
 
+class _Kind(NamedTuple):
+    """How a type of fields is called, and the types that its values may have."""
+
+    one: str
+    many: str
+    types: tuple[type, ...]
+
+
 _KINDS = {
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    tuple: "a tuple",
-    ConfigDict: "a dict",
+    int: _Kind("an integer", "integers", (int,)),
+    float: _Kind("a number", "numbers", (int, float)),
+    str: _Kind("a string that is not empty", "strings", (str,)),
+    bool: _Kind("true or false", "", (bool,)),
+    tuple: _Kind("a tuple", "", (tuple, list)),
+    dict: _Kind("a dict", "", (dict, ConfigDict)),
 }
 
 
-_VALUES = {
-    int: ("integers", (int,)),
-    float: ("numbers", (int, float)),
-    str: ("strings", (str,)),
-}
+def _kind_of(default):
+    kind = default.kind if isinstance(default, Optional) else type(default)
+    return dict if kind in (Open, ConfigDict) else kind
+
+
+def _values_of(default):
+    """The kind of the values of a tuple, or None if the default does not tell it."""
+    kinds = {type(v) for v in default} if type(default) is tuple else set()
+    kind = kinds.pop() if len(kinds) == 1 else None
+    return _KINDS[kind] if kind in (int, float, str) else None
+
+
+def _is_of_kind(value, default):
+    if default is None:  # a new field of an open entry
+        return value != ""
+    if value is None:
+        return isinstance(default, Optional)
+    kind, inner = _KINDS.get(_kind_of(default)), _values_of(default)
+    return (
+        (kind is None or type(value) in kind.types)
+        and (inner is None or all(type(v) in inner.types for v in value))
+        and value != ""
+    )
+
+
+def _describe(default):
+    kind, inner = _KINDS.get(_kind_of(default)), _values_of(default)
+    words = kind.one if kind else "a Python literal"
+    return f"{words} of {inner.many}" if inner else words
 
 
 def _read(text, kind):
@@ -172,17 +205,25 @@ def _read(text, kind):
         value = text  # a string without quotes
     if kind is tuple:
         return tuple(value) if isinstance(value, list | tuple) else (value,)
-    if kind is ConfigDict:
+    if kind is dict:
         return ConfigDict(dict(value))
     return value
 
 
 def check_fields(config: ConfigDict, base: Mapping[str, Any]) -> None:
-    """Raises ValueError if `config` lacks a field of `base` or has an unknown one."""
+    """Compares a configuration with a base: names of fields and kinds of values.
+
+    Raises:
+      ValueError: if `config` lacks a field of `base`, has an unknown one, or has a
+        value of another kind.
+    """
     given = flatten(config)
-    for name in given:
-        if name not in ("experiment", "variant"):
-            find_field(name, base)
+    for name, value in given.items():
+        if name in ("experiment", "variant"):
+            continue
+        default = find_field(name, base)
+        if not _is_of_kind(value, default):
+            raise ValueError(f"{name} must be {_describe(default)}, got {value!r}.")
     for name in flatten(base):
         if not any(f"{field}.".startswith(f"{name}.") for field in given):
             raise ValueError(f"the configuration has no field {name}.")
@@ -329,13 +370,6 @@ def dataset(name: Any) -> dict[str, Any]:
     }
 
 
-DATASET_RULES = {
-    "dataset.image_size": optional(
-        Rule("an integer of at least 1", lambda v: type(v) is int and v >= 1)
-    )
-}
-
-
 def whole(low: int, high: int = 2**31 - 1) -> Rule:
     """An integer of at least `low` that a counter of 32 bits can hold."""
     above = "below 2**31" if high == 2**31 - 1 else f"at most {high}"
@@ -355,6 +389,9 @@ def pair(rule: Rule, *, equal: bool = False) -> Rule:
     )
 
 
+DATASET_RULES = {
+    "dataset.image_size": optional(whole(1, 2**14)),
+}
 FINITE = Rule("finite", math.isfinite)
 SEED = Rule(
     "an integer from 0 to 2**32 - 1", lambda v: type(v) is int and 0 <= v < 2**32

@@ -87,7 +87,14 @@ ADDED: dict[str, dict[str, Any]] = {
 ADDED_TO_DATASET = ("image_size", "train_split", "test_split")
 
 # command: {field: the value with which a run means the same without the field}.
-REMOVED: dict[str, dict[str, Any]] = {"meta_learn": {"exact_steps": 0}}
+REMOVED: dict[str, dict[str, Any]] = {
+    "meta_learn": {"exact_steps": 0},
+    # Nothing read it in commands that train nothing, or only in inner runs.
+    **dict.fromkeys(
+        ("benchmark", "latent_controls", "prune_vit", "scaling", "stress"),
+        {"tensorboard": False},
+    ),
+}
 
 # Fields that a run filled from its data; they are not settings.
 FILLED = ("model.out_channels", "cell", "params_sha256")

@@ -220,7 +220,6 @@ def _measured(sizes, *prefixes):
 
 
 BASE = {
-    "tensorboard": False,
     # The paths take turns in each round. A turn lasts at least this many seconds and
     # ends after a complete call.
     "num_rounds": 7,

@@ -287,6 +287,7 @@ RULES = {
     "images_per_group": settings.whole(0),
     "log_every": settings.whole(1),
     "checkpoint_every": settings.whole(1),
+    "model.type": settings.one_of("mlp", "vit", "convnext"),
     "features": settings.one_of("latents", "patches", "patch_pca"),
     "crop": settings.each(settings.whole(1), empty=True),
     "cutmix": settings.within("[0, 1]"),

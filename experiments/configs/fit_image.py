@@ -116,7 +116,7 @@ VARIANTS = {
 RULES = {
     **settings.DATASET_RULES,
     "seeds": settings.SEEDS,
-    "resolution": settings.each(settings.whole(1, 2**16)),
+    "resolution": settings.each(settings.whole(1, 2**14)),
     "num_images": settings.each(settings.whole(1)),
     "mosaic": settings.each(settings.whole(1)),
     "num_steps": settings.each(settings.whole(1)),

@@ -14,7 +14,6 @@ import functools
 from experiments.common import settings
 
 BASE = {
-    "tensorboard": False,
     # As in meta_learn. Images may have at most 4,096 values.
     "dataset": settings.dataset("digits"),
     # Number of images of each split, from the first on; 0 uses all.

@@ -38,10 +38,9 @@ from experiments.configs.train_vit import TRAINING_RULES
 
 _EVERY, _SOME = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6), (0.2, 0.3, 0.4, 0.6)
 BASE = {
-    "tensorboard": False,
     "seeds": (0,),
     # The next five fields are those of train_vit.
-    "dataset": settings.dataset("cifar10"),
+    "dataset": settings.dataset(settings.Optional(str, "cifar10")),
     "num_train": 0,
     "num_test": 0,
     "image_size": 32,

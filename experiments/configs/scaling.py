@@ -15,7 +15,6 @@ from experiments.common import settings
 
 BASE = {
     "seed": 0,
-    "tensorboard": False,
     # Repetitions of each start; the median is reported.
     "num_starts": 3,
     # Numbers of virtual devices, and 32x32 images per device in a meta-learning step.

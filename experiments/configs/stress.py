@@ -17,7 +17,6 @@ from experiments.common import settings
 BASE = {
     # Seed of the moments of the kills and the places of the bits.
     "seed": 0,
-    "tensorboard": False,
     "commands": (
         *("meta_learn", "make_functaset", "classify_functa", "fit_image"),
         *("train_lbi", "prune_lbi", "probe_landscape", "train_vit", "prune_vit"),
@@ -27,7 +26,7 @@ BASE = {
         "every": 1,
         "num_processes": 2,
         # Seconds after which an input counts as a hang.
-        "timeout": 120,
+        "timeout": 600,
     },
     "kills": {
         # Killed runs of each command, and kills of each run before it may finish.

@@ -22,7 +22,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 import functa
-from experiments.common import data, devices, files, runs
+from experiments.common import data, devices, files, runs, settings
 from functa import functaset
 
 SHARD_SIZE = 1000
@@ -71,6 +71,23 @@ class Learner(NamedTuple):
             model_config=self.model_config | {"grid": grid}, latent=latent
         )
 
+    def for_padded(self, shape: Sequence[int], padding: int) -> "Learner":
+        """The learner of images (H, W) with reflected pixels on each side.
+
+        Raises:
+          ValueError: if the padding does not fit the cells or the images.
+        """
+        if padding and (self.cell is None or max(self.cell) > padding + 1):
+            raise ValueError(
+                f"padding {padding} needs cells of at most {padding + 1} pixels, and "
+                f"the cells are {'None' if self.cell is None else _by(self.cell)}."
+            )
+        if padding >= min(shape):
+            raise ValueError(
+                f"padding must be below the image sides {_by(shape)}, got {padding}."
+            )
+        return self.for_shape([side + 2 * padding for side in shape])
+
     def with_steps(self, num_steps: int) -> "Learner":
         """The learner with another number of inner steps.
 
@@ -97,12 +114,22 @@ def load_learner(workdir: str | Path) -> Learner:
     """The learner of a run of meta_learn or import_functa.
 
     Raises:
-      FileNotFoundError, ValueError: as `runs.load_checkpoint`.
+      FileNotFoundError, ValueError: as `runs.load_checkpoint`, and if its config.json
+        does not describe its weights or they are not finite.
     """
     config, state = runs.load_checkpoint(Path(workdir))
-    if not {"weights", "latent"} <= state.keys():
+    is_of_command = config.get("experiment") in ("meta_learn", "import_functa")
+    if not is_of_command or not {"weights", "latent"} <= state.keys():
         raise ValueError(f"{workdir} is not a run of meta_learn or import_functa.")
-    return make_learner(config, state)
+    with settings.blamed_on(f"{workdir}/config.json"):
+        learner = make_learner(config, state)
+        learner = learner.with_steps(learner.inner["num_steps"])
+        variables, coords = {"params": learner.params}, jnp.zeros((1, 2))
+        jax.eval_shape(learner.model.apply, variables, coords, learner.latent)
+    for leaf in jax.tree.leaves(learner[1:4]):
+        if not np.isfinite(leaf).all():
+            raise ValueError(f"the weights of {workdir} are not finite.")
+    return learner
 
 
 def make_learner(config: ConfigDict, state: dict[str, Any]) -> Learner:
@@ -143,11 +170,13 @@ def encode(
       learner: weights and inner loop.
       images: uint8 (N, H, W, C).
       batch_size: B, number of images fitted at once, rounded up to a multiple of the
-        number of devices of this process. The last batch is padded.
+        number of devices of this process. The last batch is padded, to SHARD_SIZE or
+        the number of images at most.
 
     Yields:
       latents (B, *Z) and mean squared errors (B, S + 1), fewer in the last batch.
     """
+    batch_size = min(batch_size, max(len(images), SHARD_SIZE))
     batch_size += -batch_size % jax.local_device_count()
     learner = learner.for_shape(images.shape[1:3])
     fixed = devices.replicate(learner[1:4], local=True)
@@ -231,14 +260,7 @@ def write_functaset(
       {"num_signals", "images_per_second" of this process, "<split>_psnr" mean in dB}.
     """
     shape = next(iter(dataset.values()))["image"].shape[1:3]
-    if padding and (learner.cell is None or max(learner.cell) > padding + 1):
-        raise ValueError(
-            f"padding {padding} needs cells of at most {padding + 1} pixels, and the "
-            f"cells are {'None' if learner.cell is None else _by(learner.cell)}."
-        )
-    if padding >= min(shape):
-        raise ValueError(f"padding must be below the image sides {_by(shape)}.")
-    learner = learner.for_shape([side + 2 * padding for side in shape])
+    learner = learner.for_padded(shape, padding)
     config = {
         "model": learner.model_config,
         "inner": learner.inner,
@@ -249,6 +271,17 @@ def write_functaset(
         **config,
     }
     params_sha256 = functaset.hash_params(learner.params)
+    total = sum(
+        len(arrays["image"]) * (copies if split == "train" else 1)
+        for split, arrays in dataset.items()
+    )
+    needed = total * learner.latent.nbytes
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(
+            f"{path} needs {needed / 2**30:.1f} GiB for {total} latents, and "
+            f"{free / 2**30:.1f} GiB are free."
+        )
     parts = path.with_name(path.name + ".parts")
     identity = {
         "config": config,
@@ -264,10 +297,6 @@ def write_functaset(
         for copy in range(copies if split == "train" else 1)
         for start in range(0, len(arrays["image"]), SHARD_SIZE)
     ]
-    total = sum(
-        len(arrays["image"]) * (copies if split == "train" else 1)
-        for split, arrays in dataset.items()
-    )
     done = encoded = 0
     started = last = time.monotonic()
     shards = []

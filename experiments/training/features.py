@@ -40,6 +40,11 @@ def load_features(
         those of the functaset.
     """
     if name == "latents":
+        if data_dir is not None:
+            raise ValueError(
+                f"data_dir={data_dir} is not read, because features=latents needs no "
+                "images."
+            )
         return functaset.latent, functaset.mean, functaset.std
     grid, num_channels = functaset.latent.shape[1:-1], functaset.latent.shape[-1]
     if len(grid) != 2:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 import lbi
 from experiments.common import runs
+from experiments.common import settings as rules
 from experiments.training import classifier, loop, optimizers
 from experiments.training.classifier import Images, Problem, TrainState
 
@@ -67,9 +68,11 @@ def load(folder: Path, images: Images) -> tuple[ConfigDict, Problem, TrainState]
       FileNotFoundError, ValueError: as `runs.load_checkpoint`.
     """
     config = runs.load_config(folder)
-    problem = classifier.make_problem(config, images)
-    optimizer = make_optimizer(config, problem.variables["params"], problem.num_steps)
-    state = classifier.init_state(problem.variables, optimizer, problem.num_steps)
+    with rules.blamed_on(f"{folder}/config.json"):
+        problem = classifier.make_problem(config, images)
+        params, num_steps = problem.variables["params"], problem.num_steps
+        optimizer = make_optimizer(config, params, num_steps)
+        state = classifier.init_state(problem.variables, optimizer, num_steps)
     _, state = runs.load_checkpoint(folder, state)
     return config, problem, state
 
