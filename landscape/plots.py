@@ -197,36 +197,62 @@ def stability(
     measured: Mapping[str, tuple[np.ndarray, np.ndarray]],
     *,
     x_label: str = "epoch",
+    y_label: str = "learning rate x\nlargest eigenvalue",
+    bound: float = 2.0,
+    optimizer: str = "gradient descent",
     ax: Any = None,
 ) -> Any:
-    """Learning rate times largest eigenvalue, with gradient descent's bound of 2.
+    """Learning rate times largest eigenvalue, with the bound of stable training.
 
     Args:
       measured: {label: (x (E,), products (E,) or (R, E))}. Of R seeds the mean is
         drawn, and a band from the smallest to the largest.
       x_label: name and unit of the x axis.
+      y_label: name and unit of the y axis.
+      bound: 2 for gradient descent. For Adam give products with the preconditioned
+        sharpness and `landscape.curvature.adam_bound(b1)`.
+      optimizer: what the bound belongs to.
       ax: Axes to draw into; None makes a figure.
 
     Returns:
       The Axes; its y axis is linear below 0.001 and logarithmic above.
     """
     ax = _axes(ax)
-    curves(
-        measured,
-        y_label="learning rate x\nlargest eigenvalue",
-        x_label=x_label,
-        ax=ax,
-    )
-    ax.axhline(2, color="0.3", linewidth=0.9, linestyle=":")
+    curves(measured, y_label=y_label, x_label=x_label, ax=ax)
+    ax.axhline(bound, color="0.3", linewidth=0.9, linestyle=":")
     ax.text(
         0.02,
-        2,
-        "bound of gradient descent, 2",
+        bound,
+        f"bound of {optimizer}, {bound:g}",
         transform=ax.get_yaxis_transform(),
         fontsize=7,
         va="bottom",
     )
     ax.set_yscale("symlog", linthresh=1e-3)
+    return ax
+
+
+def spectral_density(
+    densities: Mapping[str, tuple[np.ndarray, np.ndarray]], *, ax: Any = None
+) -> Any:
+    """The density of all eigenvalues of the Hessian.
+
+    Args:
+      densities: {label: (eigenvalues (G,), density (G,))}, for example of
+        `landscape.curvature.spectral_density`.
+      ax: Axes to draw into; None makes a figure.
+
+    Returns:
+      The Axes; its y axis is logarithmic and covers five decades.
+    """
+    ax = _axes(ax)
+    for number, (label, (x, values)) in enumerate(densities.items()):
+        color, _, line, _ = _STYLES[number % len(_STYLES)]
+        ax.plot(x, values, color=color, linestyle=line, linewidth=1.2, label=label)
+    highest = max(float(np.max(values)) for _, values in densities.values())
+    ax.set_yscale("log")
+    ax.set_ylim(1e-5 * highest, 2 * highest)
+    _finish(ax, "eigenvalue of the Hessian", "density")
     return ax
 
 

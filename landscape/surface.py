@@ -27,32 +27,40 @@ import numpy as np
 from jax import Array, lax
 
 from landscape.checks import LossFn, check_floating, check_like, scalar_loss
+from landscape.filters import Filters, entry_axes, filter_size
 
 
 def filter_normalized_direction(
-    key: Array, params: Any, *, orthogonal_to: Any = None
+    key: Array,
+    params: Any,
+    *,
+    orthogonal_to: Any = None,
+    filters: Filters | None = None,
 ) -> Any:
     """A random direction in which each filter has the norm of the filter in `params`.
 
     d_f <- d_f / |d_f| |w_f| for a Gaussian d (Li et al. 2018, section 4). The surface
     is then invariant to the scale of a filter before a normalization. A filter is the
-    set of weights of one output: leaf[..., f]. The direction is zero for biases and
-    normalizations (leaves with fewer than two axes).
+    set of weights of one output. The direction is zero for parameters without filters:
+    biases, normalizations, embeddings.
 
     Args:
       key: draws the direction.
-      params: the weights, with output channels last.
+      params: the weights.
       orthogonal_to: a direction, a tree like `params`. Each filter is made orthogonal
         to its counterpart and then scaled, so that both its norm and the orthogonality
         are exact. A filter with a single entry has no orthogonal direction and gets
         zero.
+      filters: {path: axes that index the filters}, for example
+        `lbi.groups(...).filters()`. None decides by name and rank, see
+        `landscape.filters`.
 
     Returns:
       A tree like `params`.
 
     Raises:
-      ValueError: if a parameter is not floating point, or `orthogonal_to` is not a tree
-        like `params`.
+      ValueError: if a parameter is not floating point, `orthogonal_to` is not a tree
+        like `params`, or the filters of a parameter are not known.
     """
     check_floating(params)
     leaves, structure = jax.tree.flatten(params)
@@ -62,7 +70,13 @@ def filter_normalized_direction(
         others = jax.tree.leaves(orthogonal_to)
     directions = [
         _direction_of_leaf(*each)
-        for each in zip(jax.random.split(key, len(leaves)), leaves, others, strict=True)
+        for each in zip(
+            jax.random.split(key, len(leaves)),
+            leaves,
+            others,
+            entry_axes(params, filters),
+            strict=True,
+        )
     ]
     return jax.tree.unflatten(structure, directions)
 
@@ -254,31 +268,26 @@ def trajectory_pca(trajectory: Any, origin: Any) -> TrajectoryPlane:
     )
 
 
-def _direction_of_leaf(key, param, other):
-    if param.ndim < 2 or (other is not None and param[..., 0].size == 1):
+def _direction_of_leaf(key, param, other, axes):
+    if axes is None or (other is not None and filter_size(param.shape, axes) == 1):
         return jnp.zeros_like(param)
     direction = jax.random.normal(key, param.shape, param.dtype)
     if other is not None:
-        other = _unit_filters(jnp.asarray(other, param.dtype))
+        other = _unit_filters(jnp.asarray(other, param.dtype), axes)
         # The second pass removes the rounding error of the first.
         for _ in range(2):
-            along = jnp.sum(direction * other, axis=_filter_axes(param), keepdims=True)
+            along = jnp.sum(direction * other, axis=axes, keepdims=True)
             direction = direction - along * other
-    return _unit_filters(direction) * _filter_norms(param)
+    return _unit_filters(direction, axes) * _filter_norms(param, axes)
 
 
-def _unit_filters(leaf):
-    norms = _filter_norms(leaf)
+def _unit_filters(leaf, axes):
+    norms = _filter_norms(leaf, axes)
     return leaf / jnp.where(norms > 0, norms, 1)
 
 
-def _filter_norms(leaf):
-    squares = jnp.sum(jnp.square(leaf), axis=_filter_axes(leaf), keepdims=True)
-    return jnp.sqrt(squares)
-
-
-def _filter_axes(leaf):
-    return tuple(range(leaf.ndim - 1))
+def _filter_norms(leaf, axes):
+    return jnp.sqrt(jnp.sum(jnp.square(leaf), axis=axes, keepdims=True))
 
 
 def __getattr__(name):

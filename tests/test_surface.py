@@ -79,6 +79,61 @@ def test_filters_are_as_long_as_those_of_the_weights():
     assert not direction["bias"].any() and not direction["gain"].any()
 
 
+def test_filters_of_given_axes_are_as_long_as_those_of_the_weights():
+    # (D, H, d) of an attention projection, (out, in, w) of Equinox, and a bias (H, d).
+    shapes = {"query": (5, 2, 3), "weight": (4, 3, 2), "bias": (2, 3)}
+    params = random_tree(shapes=shapes)
+    direction = filter_normalized_direction(
+        jax.random.key(0), params, filters={"query": (1, 2), "weight": (0,)}
+    )
+    for name, entries in ("query", 0), ("weight", (1, 2)):
+        lengths, expected = (
+            np.sum(np.square(np.float64(tree[name])), entries)
+            for tree in (direction, params)
+        )
+        assert lengths.shape == ((2, 3) if name == "query" else (4,))
+        np.testing.assert_allclose(lengths, expected, rtol=1e-5)
+    assert not direction["bias"].any()
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"query": {"kernel": (4, 2, 3)}},  # attention
+        {"kernel": (3, 4, 5)},  # a convolution in time, or scanned layers
+        {"conv": {"weight": (2, 3, 4, 4)}},  # PyTorch and Equinox
+        {"weight": (2, 3)},
+        {"out": {"kernel": (2, 2, 3, 4)}},  # scanned attention
+    ],
+)
+def test_filters_that_rank_and_name_do_not_tell_are_refused(shapes):
+    params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    with pytest.raises(ValueError, match="do not tell which axes"):
+        filter_normalized_direction(jax.random.key(0), params)
+    # The axes given for one parameter leave the others without filters.
+    direction = filter_normalized_direction(jax.random.key(0), params, filters={})
+    assert not any(x.any() for x in jax.tree.leaves(direction))
+
+
+def test_biases_and_embeddings_of_any_rank_have_no_filters():
+    shapes = {"bias": (2, 3), "pos_embedding": (1, 4, 3), "token": (1, 1, 3)}
+    direction = direction_of(random_tree(shapes=shapes))
+    assert not any(x.any() for x in jax.tree.leaves(direction))
+
+
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        ({"fd": (0,)}, "filters name fd, but the parameters are bias, conv"),
+        ({"fc": (2,)}, r"filters\['fc'\] must be different axes"),
+        ({"fc": (0, -2)}, "must be different axes"),
+    ],
+)
+def test_filters_that_do_not_fit_are_refused(filters, message):
+    with pytest.raises(ValueError, match=message):
+        filter_normalized_direction(jax.random.key(0), random_tree(), filters=filters)
+
+
 def test_orthogonal_direction_keeps_the_lengths():
     params = random_tree()
     first = random_tree(1)
