@@ -129,9 +129,7 @@ def preconditioned(matvec: Matvec, preconditioner: Any) -> Matvec:
     def product(vector):
         check_like("preconditioner", preconditioner, vector)
         scaled = jax.tree.map(lambda v, s: v * s.astype(v.dtype), vector, scale)
-        return jax.tree.map(
-            lambda x, s: x * s.astype(x.dtype), matvec(scaled), scale
-        )
+        return jax.tree.map(lambda x, s: x * s.astype(x.dtype), matvec(scaled), scale)
 
     return product
 

@@ -551,9 +551,10 @@ def test_preconditioned_eigenvalues_are_those_of_the_quotient():
         num_steps=size,
     )
     # An eigenvalue of P^-1 H, which is not symmetric.
-    quotient = explicit_hessian(mlp_loss, params, batch) / np.asarray(
-        ravel_pytree(diagonal)[0], np.float64
-    )[:, None]
+    quotient = (
+        explicit_hessian(mlp_loss, params, batch)
+        / np.asarray(ravel_pytree(diagonal)[0], np.float64)[:, None]
+    )
     expected = np.sort(np.linalg.eigvals(quotient).real)[::-1]
     np.testing.assert_allclose(
         found.values, [*expected[:3], expected[-1]], rtol=2e-4, atol=2e-4

@@ -332,7 +332,7 @@ def test_epoch_takes_each_image_once_in_a_random_copy():
         jax.debug.callback(lambda x: seen.append(np.asarray(x)), latents)
         return latents[:, 0, 0, :2] + params["bias"][None]
 
-    head = heads.Head(2, lambda key: {"bias": jnp.zeros(2)}, apply)
+    head = heads.Head(2, None, lambda key: {"bias": jnp.zeros(2)}, apply)
     settings = classify_functa.make_candidates(config)
     state = classify_functa.init_state(config, head, settings)
     epoch = classify_functa.make_epoch(config, head, settings, num_images=6)

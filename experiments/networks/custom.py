@@ -2,7 +2,7 @@
 
     PATH.py:make_network
 
-names a function that is called with the number of classes and with config.network_options
+names a function. It is called with the number of classes, with config.network_options
 as keywords, and with `seed` if it has such an argument. It returns one of
 
 * a module of Flax Linen, called with images (B, H, W, C), and with train=True or False
@@ -118,7 +118,9 @@ def load_network(
         create, run = _adapt(make(num_classes, **options))
         shapes = jax.eval_shape(create, jax.random.key(0), images)
         check_floating(shapes[0])
-        outputs, _ = jax.eval_shape(lambda p, s, x: run(p, s, x, False), *shapes, images)
+        outputs, _ = jax.eval_shape(
+            lambda p, s, x: run(p, s, x, False), *shapes, images
+        )
         found = getattr(outputs, "shape", type(outputs).__name__)
         if found != (images.shape[0], num_classes):
             raise ValueError(
@@ -171,7 +173,7 @@ def _adapt(made):
     if isinstance(made, Sequence) and len(made) == 2 and all(map(callable, made)):
         return _functions(*made)
     raise ValueError(
-        "the function must return a module of Flax, a transformed function of Haiku, or "
+        "the function must return a module of Flax, a transformed function of Haiku or "
         f"a pair (init, apply), got {type(made).__name__}."
     )
 

@@ -473,9 +473,7 @@ def recalibrate(
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean cross-entropy of logits (B, K) and labels (B,), ()."""
-    return optax.losses.softmax_cross_entropy_with_integer_labels(
-        logits, labels
-    ).mean()
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def make_loss(
