@@ -40,10 +40,10 @@ _MEASURES = {
     "effective beta": ("effective_beta", "{:.4g}"),
 }
 _FIGURES = {
-    "functa": ("best_and_worst",),
-    "classify": ("accuracy",),
-    "landscape_before": ("surfaces", "spectral_density"),
-    "landscape_after": ("surfaces", "spectral_density"),
+    "functa": "best_and_worst",
+    "classify": "accuracy",
+    "landscape_before": "surfaces",
+    "landscape_after": "surfaces",
 }
 
 
@@ -55,11 +55,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def plan(config: ConfigDict, workdir: Path) -> dict[str, tuple[str, ConfigDict]]:
-    """{step: (command, configuration)} in the order of the story.
-
-    Raises:
-      ValueError: if a field of a step does not exist or breaks its rule.
-    """
+    """{step: (command, configuration)}; raises ValueError if a field is wrong."""
     functaset = str(workdir / "functa" / "functaset.npz")
     dense = str(workdir / "classify" / "model.npz")
     cascade = str(workdir / "cascade" / "networks" / "max.npz")
@@ -86,9 +82,7 @@ def plan(config: ConfigDict, workdir: Path) -> dict[str, tuple[str, ConfigDict]]
     functa = step("meta_learn", images)
     side, *others = functa[1].model.grid
     if others != [side]:
-        raise ValueError(
-            f"meta_learn.model.grid must be square, got {(side, *others)}."
-        )
+        raise ValueError("meta_learn.model.grid must be square.")
     return {
         "functa": functa,
         "classify": step("classify_functa", {"functaset": functaset}),
@@ -145,11 +139,8 @@ def describe(run: runs.Run, summary: Mapping[str, Any]) -> list[page.Part]:
         page.table("On training latents.", summary, moments, _MEASURES),
         page.table("Time.", summary, times, {"seconds": ("seconds", "{:.0f}")}),
         *(
-            page.Figure(
-                run.workdir / step / "figures" / f"{name}.png", f"{step}: {name}"
-            )
-            for step, names in _FIGURES.items()
-            for name in names
+            page.Figure(run.workdir / step / "figures" / f"{name}.png", step)
+            for step, name in _FIGURES.items()
         ),
     ]
 

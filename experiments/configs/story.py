@@ -73,13 +73,13 @@ RULES = {
 
 # The first paragraph of the page.
 TEXT = (
-    "A spatial functa stores every image of the data set {config.dataset.name} as a grid of "
-    "latents, from which it is drawn at {test_psnr:.1f} dB (test images). A Vision "
-    "Transformer classifies the grids. A cascade prunes its tokens to "
-    "{config.cascade_budget:.0%} of the multiply-adds, and the network is fine-tuned. DessiLBI "
-    "then ranks heads and neurons by their entry. Those that enter last are cut from "
-    "the weights until {config.structure_budget:.0%} of the remaining multiply-adds are left, "
-    "and the network is fine-tuned again."
+    "A spatial functa stores every image of the data set {config.dataset.name} as a "
+    "grid of latents, from which it is drawn at {test_psnr:.1f} dB (test images). A "
+    "Vision Transformer classifies the grids. A cascade prunes its tokens to "
+    "{config.cascade_budget:.0%} of the multiply-adds, and the network is fine-tuned. "
+    "DessiLBI then ranks heads and neurons by their entry. Those that enter last are "
+    "cut from the weights until {config.structure_budget:.0%} of the remaining "
+    "multiply-adds are left, and the network is fine-tuned again."
 )
 
 get_config = functools.partial(settings.build, "story", BASE, VARIANTS)

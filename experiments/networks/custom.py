@@ -204,7 +204,7 @@ def _linen(module):
 
 def _nnx(module):
     graph, params, stats, other = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
-    _refuse_state(dict(nnx.to_flat_state(other)))
+    _refuse_state(_names(other))
 
     def run(params, stats, images, train):
         merged = nnx.merge(graph, params, stats)
@@ -225,8 +225,7 @@ def _haiku(init, apply):
         if not has_state:
             return init(key, images), {}
         params, state = init(key, images, False)
-        names = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(state)]
-        _refuse_state([name for name in names if not _AVERAGES.search(name)])
+        _refuse_state([name for name in _names(state) if not _AVERAGES.search(name)])
         return params, state
 
     def run(params, state, images, train):
@@ -244,8 +243,11 @@ def _functions(init, apply):
     )
 
 
+def _names(tree):
+    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
 def _refuse_state(names):
-    names = ["/".join(map(str, n)) if isinstance(n, tuple) else n for n in names]
     if names:
         raise ValueError(
             "the network has state other than that of batch normalization: "
