@@ -159,7 +159,7 @@ def test_every_framework_gives_what_a_direct_call_gives(path, name):
         made.train()
         expected, stats = made(IMAGES), nnx.state(made, nnx.BatchStat)
     elif name == "haiku_with_norm":
-        params, state = made.init(key, IMAGES, False)
+        params, state = made.init(key, IMAGES, True)
         expected, stats = made.apply(params, state, None, IMAGES, True)
     elif name == "haiku":
         expected = made.apply(made.init(key, IMAGES), None, IMAGES)

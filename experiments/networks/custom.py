@@ -224,7 +224,7 @@ def _haiku(init, apply):
     def create(key, images):
         if not has_state:
             return init(key, images), {}
-        params, state = init(key, images, False)
+        params, state = init(key, images, True)
         _refuse_state([name for name in _names(state) if not _AVERAGES.search(name)])
         return params, state
 
