@@ -262,6 +262,11 @@ def surface_contours(
     second: np.ndarray | None = None,
     *,
     limits: tuple[float, float] | None = None,
+    path: np.ndarray | None = None,
+    labels: tuple[str, str] = (
+        "first direction (filter norms)",
+        "second direction (filter norms)",
+    ),
     ax: Any = None,
 ) -> Any:
     """Contours of a loss over two directions (Li et al. 2018, arXiv 1712.09913).
@@ -272,6 +277,9 @@ def surface_contours(
       second: coordinates along the second, (B,); None takes `first`.
       limits: smallest and largest loss of the colors, both positive; None takes those
         of `robust_limits`. Give the same to figures that are compared.
+      path: coordinates of a trajectory, (T, 2), for example of
+        `landscape.surface.trajectory_pca`.
+      labels: names and units of the two axes.
       ax: Axes to draw into; None makes a figure.
 
     Returns:
@@ -291,9 +299,11 @@ def surface_contours(
         norm=matplotlib.colors.LogNorm(low, high),
     )
     ax.plot(0, 0, "w+", markersize=10, markeredgewidth=2)
+    if path is not None:
+        ax.plot(*np.transpose(path), color="w", linewidth=1, marker=".", markersize=4)
     ax.set_aspect("equal")
-    ax.set_xlabel("first direction (filter norms)")
-    ax.set_ylabel("second direction (filter norms)")
+    ax.set_xlabel(labels[0])
+    ax.set_ylabel(labels[1])
     ax.figure.colorbar(
         filled,
         ax=ax,

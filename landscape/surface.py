@@ -1,4 +1,4 @@
-"""Loss along a line or over a plane through the parameters, and their directions.
+"""Loss along a path or over a plane through the parameters, and their directions.
 
 Li et al. 2018 (arXiv 1712.09913). A plane of two filter-normalized directions:
 
@@ -9,12 +9,12 @@ Li et al. 2018 (arXiv 1712.09913). A plane of two filter-normalized directions:
     scan = jax.jit(functools.partial(loss_surface, loss_fn))
     losses = scan(params, batch, [first, second], points).reshape(51, 51)
 
-To interpolate from one network (0) to another (1), use their difference
-`jax.tree.map(jnp.subtract, other, params)` as the direction and `grid(fractions)` as
-the points. To draw the path of a training run, use the directions of `trajectory_pca`
-and its `origin` as `params`.
+`losses_along(loss_fn, line(start, end), batch, fractions)` goes from one network to
+another, and `fit_bezier` finds a curve between them along which the loss stays low. To
+draw the path of a training run, use the directions of `trajectory_pca` and its `origin`
+as `params`.
 
-Axes: N points, D directions, T steps of a trajectory, K batches.
+Axes: N points, D directions, T steps of a trajectory, K batches, S steps of a fit.
 """
 
 import warnings
@@ -24,10 +24,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array, lax
 
 from landscape.checks import LossFn, check_floating, check_like, scalar_loss
 from landscape.filters import Filters, entry_axes, filter_size
+
+Path = Callable[[Array], Any]
 
 
 def filter_normalized_direction(
@@ -203,6 +206,141 @@ def fill_missing(
         found = np.asarray(evaluate(coordinates[padded]))[: len(places)]
         losses[places] = np.where(np.isnan(found), np.inf, found)
         yield losses.copy()
+
+
+def line(start: Any, end: Any) -> Path:
+    """The straight path: a fraction t, () -> (1 - t) start + t end."""
+    check_like("end", end, start)
+
+    def point(t):
+        t = jnp.asarray(t, float)
+        return jax.tree.map(
+            lambda a, b: (1 - t).astype(a.dtype) * a + t.astype(a.dtype) * b, start, end
+        )
+
+    return point
+
+
+def bezier(start: Any, middle: Any, end: Any) -> Path:
+    """The path (1 - t)^2 start + 2 t (1 - t) middle + t^2 end (Garipov et al. 2018).
+
+    arXiv 1802.10026, section 3.2. Unless it lies on the curve, `middle` itself is not
+    a good network.
+    """
+    first, second = line(start, middle), line(middle, end)
+    return lambda t: line(first(t), second(t))(t)
+
+
+def losses_along(loss_fn: LossFn, path: Path, batch: Any, fractions: Any) -> Array:
+    """Losses at path(t) for every t.
+
+    Args:
+      loss_fn: maps (params, batch) to a scalar. With batch normalization it should
+        measure the statistics at each point.
+      path: maps t, (), to parameters: `line`, `bezier`, or a function of your own.
+      batch: passed to `loss_fn`.
+      fractions: t, (N,), usually from 0 to 1.
+
+    Returns:
+      (N,).
+
+    Raises:
+      ValueError: if the loss is not a scalar, or `fractions` are not (N,).
+    """
+    fractions = jnp.asarray(fractions, float)
+    if fractions.ndim != 1:
+        raise ValueError(f"fractions must be (N,), got shape {fractions.shape}.")
+    with jax.default_matmul_precision("highest"):
+        return lax.map(lambda t: scalar_loss(loss_fn, path(t), batch), fractions)
+
+
+def barrier(losses: Array, fractions: Any) -> Array:
+    """Largest loss above the line between the losses of both ends, ().
+
+    The error barrier of Frankle et al. 2020 (arXiv 1912.05671): near zero if the two
+    networks are connected.
+
+    Args:
+      losses: of `losses_along`, (N,).
+      fractions: t of each loss, (N,), from 0 to 1.
+    """
+    fractions = jnp.asarray(fractions, losses.dtype)
+    ends = (1 - fractions) * losses[0] + fractions * losses[-1]
+    return jnp.max(losses - ends)
+
+
+def fit_bezier(
+    key: Array,
+    loss_fn: LossFn,
+    start: Any,
+    end: Any,
+    batch_of: Callable[[Array], Any],
+    *,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    noise: float = 1e-3,
+) -> tuple[Any, Array]:
+    """The middle of a `bezier` path between two networks with a low mean loss.
+
+    Each step takes one t, uniform in [0, 1], and one batch (Garipov et al. 2018, arXiv
+    1802.10026, eq. 4 to 6). The middle starts halfway on the line.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from landscape import surface
+      >>> ring = lambda w, batch: (jnp.sum(w**2) - 1) ** 2  # minima on a circle
+      >>> start, end = jnp.array([-1.0, 0.0]), jnp.array([1.0, 0.0])
+      >>> middle, _ = surface.fit_bezier(
+      ...     jax.random.key(0), ring, start, end, lambda key: None,
+      ...     optimizer=optax.adam(0.05), num_steps=300,
+      ... )
+      >>> ts = jnp.linspace(0, 1, 11)
+      >>> straight = surface.losses_along(ring, surface.line(start, end), None, ts)
+      >>> curve = surface.bezier(start, middle, end)
+      >>> curved = surface.losses_along(ring, curve, None, ts)
+      >>> print(f"{surface.barrier(straight, ts):.2f}", curved.max() < 0.1)
+      1.00 True
+
+    Args:
+      key: draws the noise, the fractions and the keys of the batches.
+      loss_fn: maps (params, batch) to a scalar.
+      start: parameters of one network.
+      end: parameters of the other.
+      batch_of: maps a key to a batch.
+      optimizer: of the middle.
+      num_steps: S.
+      noise: deviation of what is added to the first middle. On a symmetric landscape
+        the gradient at exactly halfway would be zero.
+
+    Returns:
+      The middle, and the loss before each step, (S,).
+    """
+    check_floating(start)
+    noise_key, key = jax.random.split(key)
+    halfway = line(start, end)(jnp.asarray(0.5))
+    leaves, structure = jax.tree.flatten(halfway)
+    keys = jax.random.split(noise_key, len(leaves))
+    middle = jax.tree.unflatten(
+        structure,
+        [
+            leaf + noise * jax.random.normal(k, leaf.shape, leaf.dtype)
+            for k, leaf in zip(keys, leaves, strict=True)
+        ],
+    )
+
+    def step(carry, number):
+        middle, opt_state = carry
+        t_key, batch_key = jax.random.split(jax.random.fold_in(key, number))
+        t, batch = jax.random.uniform(t_key), batch_of(batch_key)
+        loss, grads = jax.value_and_grad(
+            lambda m: scalar_loss(loss_fn, bezier(start, m, end)(t), batch)
+        )(middle)
+        updates, opt_state = optimizer.update(grads, opt_state, middle)
+        return (optax.apply_updates(middle, updates), opt_state), loss
+
+    carry = middle, optimizer.init(middle)
+    (middle, _), losses = lax.scan(step, carry, jnp.arange(num_steps))
+    return middle, losses
 
 
 class TrajectoryPlane(NamedTuple):

@@ -72,7 +72,7 @@ def plain(num_classes, scale=0.1):
         return [scale * jax.random.normal(key, shape), jnp.zeros(num_classes)]
 
     def apply(params, x):
-        return x.reshape(len(x), -1) @ params[0] + params[1]
+        return x.reshape(len(x), -1) @ params[0] + params[1][None]
 
     return init, apply
 
@@ -144,8 +144,8 @@ def load(path, name, **options):
 )
 def test_every_framework_gives_what_a_direct_call_gives(path, name):
     network = load(path, name)
-    key = jax.random.key(3)
-    variables = network.init(key, IMAGES)
+    variables = network.init(jax.random.key(3), IMAGES)
+    key = jax.random.key(3)  # the same again
     made = custom.load_functions(f"{path}:{name}", "network")[name]
     made = made(3, 0) if name == "of_nnx" else made(3)
     train, stats = True, {}
