@@ -9,7 +9,7 @@ cut along the channel graph), probe_landscape (before and after). story.md and
 story.html say what each step costs in accuracy and saves in time.
 
 Variants:
-  digits: the digits of scikit-learn with a 4x4 grid of latents; no download; under ten
+  digits: the digits of scikit-learn with a 4x4 grid of latents; no download; some
     minutes on two cores (results/story_digits).
   smoke: the same with tiny networks and few steps, to check that the command runs; no
     download; under a minute on two cores.
