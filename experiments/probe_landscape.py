@@ -466,7 +466,8 @@ def _measure(config, tools, state, step):
         metrics["residuals"] = found.residuals
         metrics["sharpness"] = float(found.values[0])
         if tools.preconditioned and step:  # before the first step P is zero
-            found = tools.preconditioned(key, state)
+            key = jax.random.fold_in(jax.random.key(config.seeds[0]), step)
+            found = tools.preconditioned(jax.random.fold_in(key, 1), state)
             metrics["preconditioned_eigenvalues"] = found.values
             metrics["preconditioned_sharpness"] = float(found.values[0])
     return metrics
