@@ -15,7 +15,7 @@ CORES = [
 ]
 CORE_DEPENDENCIES = {"jax", "flax", "optax", "chex", "numpy"}
 # What the commands share: they never import each other.
-SHARED_BY_EXPERIMENTS = {"common", "configs", "networks", "training"}
+SHARED_BY_EXPERIMENTS = {"common", "configs", "networks", "peers", "training"}
 # The command that runs other commands one after the other.
 COMPOSES_COMMANDS = "experiments/story.py"
 # Old names that warn and lead elsewhere, for one version.
