@@ -418,6 +418,7 @@ _WEIGHTS = {
     "heads_random": "heads, random",
     "neurons_lbi": "neurons, by DessiLBI",
     "neurons_random": "neurons, random",
+    "structure_lbi": "heads and neurons, by DessiLBI",
 }
 _METHODS = _TOKENS | _CASCADES | _WEIGHTS
 _WHOLE = {"whole network": 62}  # style: a black star
