@@ -812,7 +812,7 @@ def _consecutive_steps(run, networks):
         "grad_distance": "gradient distance",
         "beta": "gradient distance / step length",
     }
-    if run.config["last_layer"] is None:
+    if run.config.get("last_layer", "") is None:
         del layers["last_layer"]
     titles = 2 * [f"between consecutive steps, {layer}" for layer in layers.values()]
     figure, axes = _panels(len(layers), rows=2, height=3, sharex=True, titles=titles)
@@ -897,7 +897,6 @@ def _eigenvalues(run, networks):
     figure, axes = _rate_panels(
         run, rows=2 + with_adam, width=3, height=2.6, sharex=True
     )
-    b1 = run.config["optimizer"]["options"].get("b1", 0.9)
     for i, rate in enumerate(run.config["learning_rates"]):
         largest, products, preconditioned = {}, {}, {}
         for network, label in networks.items():
@@ -917,10 +916,11 @@ def _eigenvalues(run, networks):
             products, x_label="" if with_adam else "epoch", ax=axes[1, i]
         )
         if with_adam:
+            b1 = run.config["optimizer"]["options"].get("b1", 0.9)
             landscape_plots.stability(
                 preconditioned,
                 y_label="learning rate x\npreconditioned sharpness",
-                bound=2 * (1 + b1) / (1 - b1),
+                bound=curvature.adam_bound(b1),
                 optimizer="Adam",
                 ax=axes[2, i],
             )
