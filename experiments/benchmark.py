@@ -40,9 +40,10 @@ from experiments.configs import probe_landscape as probe_landscape_configs
 from experiments.configs import train_lbi as train_lbi_configs
 from experiments.configs import train_vit as train_vit_configs
 from experiments.networks import registry
+from experiments.peers import pyhessian_eigenvalues
 from experiments.training import classifier, encoding, meta, siren
 from experiments.training import lbi as lbi_training
-from landscape import probes
+from landscape import curvature, probes
 
 _NUM_CLASSES = 10
 # The paths whose best rate is the ceiling of all paths of the same dtype.
@@ -386,6 +387,52 @@ def _probe(*, variant, batch_size, num_step_sizes, **model):
     )
 
 
+def _eigenvalues(*, width, depth, batch_size, num, tolerance, num_steps):
+    """The largest eigenvalues of the Hessian of an MLP, with their residual."""
+    weights, inputs, labels = pyhessian_eigenvalues.make_problem(
+        width=width, depth=depth, batch_size=batch_size
+    )
+
+    def loss_fn(weights, batch):
+        x = batch["inputs"]
+        for kernel in weights[:-1]:
+            x = jnp.tanh(x @ kernel)
+        return classifier.cross_entropy(x @ weights[-1], batch["labels"])
+
+    def step(state, weights, batch):
+        matvec = functools.partial(
+            curvature.hessian_vector_product, loss_fn, weights, batch
+        )
+        key = jax.random.key(0)
+        found = curvature.leading_eigenvalues(
+            key, matvec, weights, num=num, num_steps=num_steps
+        )
+        return state, (found.values, found.residuals)
+
+    batch = {"inputs": inputs, "labels": labels}
+    _, (values, residuals) = jax.jit(step)((), weights, batch)
+    worst = float(jnp.max(residuals) / values[0])
+    if worst > tolerance:
+        raise ValueError(
+            f"num_steps must be larger: the residual is {worst:.1e}, above {tolerance}."
+        )
+    products = 2 * batch_size * sum(kernel.size for kernel in weights)
+    return HotPath(
+        step,
+        (),
+        devices.replicate((weights, batch)),
+        unit="images",
+        units=batch_size,
+        # A gradient is three forward passes, a Hessian product two gradients.
+        flops=num_steps * 6 * products,
+        peer=(
+            "pyhessian_eigenvalues.py",
+            f"width={width} depth={depth} B={batch_size}",
+        ),
+        further={"residual": worst},
+    )
+
+
 _KINDS = {
     "product": _product,
     "meta_step": _meta_step,
@@ -394,6 +441,7 @@ _KINDS = {
     "train": _train,
     "vit_forward": _vit_forward,
     "probe": _probe,
+    "eigenvalues": _eigenvalues,
 }
 
 
@@ -582,7 +630,15 @@ def read_torch_spatial(text: str) -> dict[str, float]:
     return {name: int(n) / float(s) for name, n, s in found if float(s)}
 
 
+def read_pyhessian(text: str) -> dict[str, float]:
+    """Parses lines "torch width=128 depth=3 B=512: eigenvalues 0.5s, ..."."""
+    pattern = r"torch (width=\d+ depth=\d+ B=(\d+)): eigenvalues (\d+\.\d+)s"
+    found = re.findall(pattern, text)
+    return {name: int(b) / float(s) for name, b, s in found if float(s)}
+
+
 PEERS = {
+    "pyhessian_eigenvalues.py": read_pyhessian,
     "torch_functa.py": read_torch_functa,
     "torch_spatial.py": read_torch_spatial,
     "torch_vgg.py": read_torch_vgg,

@@ -22,6 +22,7 @@ from flax import linen as nn
 from flax import struct
 from ml_collections import ConfigDict
 
+import vit
 from experiments.common import (
     augmentation,
     devices,
@@ -559,6 +560,9 @@ def _evaluate(run, candidates, state, signals):
     if signals.class_names is not None:
         arrays["class_names"] = np.array(signals.class_names)
     files.write_npz(run.workdir / "arrays.npz", arrays)
+    if config.model.type == "vit":
+        # Its images are the grids of latents, its patches their cells.
+        vit.save_checkpoint(run.workdir / "model.npz", head.model, params)
     figures.draw(run.workdir)
     summary = {"test_accuracy": np.mean(predicted == labels)}
     if "validation" in signals.splits:

@@ -3,15 +3,20 @@
     python -m experiments.probe_landscape \
         --config=experiments/configs/probe_landscape.py:digits
 
-A network with and without batch normalization is trained at several learning rates.
-During the training the command measures loss and gradient along the gradient (Santurkar
+A network with and without batch normalization, or networks of your own
+(--config.network=PATH.py:make_network), are trained at several learning rates. During
+the training the command measures loss and gradient along the gradient (Santurkar
 et al. 2018), differences of gradients between consecutive steps (the report's curves),
-and the largest eigenvalues of the Hessian. After the training it measures a surface
-around the network. Each training has its own run folder `NETWORK_rateR_seedN` inside
-that of the run. The outer folder has the table and the figures.
+and the largest eigenvalues of the Hessian, which for Adam can be preconditioned. After
+the training it measures a surface around the network and the spectral density. With
+num_epochs=0 the networks are measured as they are made. Each training has its own run
+folder `NETWORK_rateR_seedN` inside that of the run. The outer folder has the table and
+the figures.
 """
 
 import functools
+import hashlib
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +28,16 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+import lbi
 from experiments.common import data, figures, files, launch, settings
 from experiments.common.sweep import sweep
 from experiments.configs import probe_landscape as configs
+from experiments.networks import custom
 from experiments.training import classifier, loop, optimizers
 from experiments.training.classifier import Images, TrainState
 from landscape import curvature, probes, surface
 
+# Networks of config.model; the other names are functions of config.network.
 _NETWORKS = ("bn", "plain")
 # Widths of the envelope: over all steps, over the last epoch, and of runs that learn.
 _WIDTHS = ("", "_at_the_end", "_without_dead")
@@ -103,6 +111,10 @@ class Tools(NamedTuple):
       update: see `classifier.make_update`.
       probe: (state, indices of training images) -> `probes.GradientProbe`.
       eigenvalues: (key, state) -> `curvature.Eigenpairs`.
+      preconditioned: the same for the preconditioned Hessian of Adam; None if it is not
+        measured.
+      spectrum: (key, state) -> `curvature.Quadrature`.
+      filters: {path: axes of the filters} of the network.
       surface_losses: (state, directions, points) -> losses.
     """
 
@@ -111,14 +123,26 @@ class Tools(NamedTuple):
     update: Callable[..., TrainState]
     probe: Callable[..., probes.GradientProbe]
     eigenvalues: Callable[..., curvature.Eigenpairs]
+    preconditioned: Callable[..., curvature.Eigenpairs] | None
+    spectrum: Callable[..., curvature.Quadrature]
+    filters: dict[str, tuple[int, ...]]
     surface_losses: Callable[..., jax.Array]
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
     settings.check(config, configs.RULES)
+    if config.network:
+        config.networks = custom.split_names(config.network)
+        if config.last_layer == configs.BASE["last_layer"].value:
+            config.last_layer = None
     images = classifier.load_images(config)
     _check(config, images)
+    code = {
+        field: hashlib.sha256(Path(chosen.rpartition(":")[0]).read_bytes()).hexdigest()
+        for field, chosen in (("network", config.network), ("loss", config.loss))
+        if chosen
+    }
 
     @functools.cache  # compiled once for all learning rates
     def tools_of(network, seed):
@@ -145,6 +169,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         experiment,
         axes={"networks": "{}", "learning_rates": "rate{:g}", "seeds": "seed{}"},
         nested=True,
+        inputs=lambda config: code,
         finish=finish,
     )
 
@@ -153,12 +178,14 @@ def make_tools(config: ConfigDict, images: Images, network: str, seed: int) -> T
     """Makes the functions of a network and seed; the learning rate is in the state."""
     single = ConfigDict(config)
     single.seeds = (seed,)
-    problem = classifier.make_problem(single, images, batch_norm=network == "bn")
+    problem = classifier.make_problem(
+        single, images, _load_network(config, images, network, seed), **_fields(network)
+    )
     model, num_steps = problem.model, problem.num_steps
+    loss = _load_loss(config, images)
+    filters = _find_filters(problem)
     optimizer = optax.chain(
-        record_changes(
-            num_steps, {"last_layer": config.last_layer, "all_layers": None}
-        ),
+        record_changes(num_steps, _recorded_layers(config)),
         _make_optimizer(config.optimizer),
     )
 
@@ -176,15 +203,67 @@ def make_tools(config: ConfigDict, images: Images, network: str, seed: int) -> T
         batch_size=config.batch_size,
         augmented=False,
         seed=seed,
+        loss=loss,
     )
+    loss_fn = classifier.make_loss(model, config.bn_mode, loss)
+    # The running statistics are valid only at the trained weights.
+    batch_loss_fn = classifier.make_loss(model, "batch", loss)
+    eigenvalues, preconditioned, spectrum = _make_eigenvalues(config, loss_fn, images)
     return Tools(
         problem=problem,
         init=init,
         update=update,
-        probe=_make_probe(config, model, images),
-        eigenvalues=_make_eigenvalues(config, model, images),
-        surface_losses=_make_surface(config, model, images),
+        probe=_make_probe(config, loss_fn, images, filters),
+        eigenvalues=eigenvalues,
+        preconditioned=preconditioned if config.sharpness.preconditioned else None,
+        spectrum=spectrum,
+        filters=filters,
+        surface_losses=_make_surface(config, batch_loss_fn, images),
     )
+
+
+def _fields(network):
+    """The fields of config.model that one of _NETWORKS replaces."""
+    return {"batch_norm": network == "bn"} if network in _NETWORKS else {}
+
+
+def _load_network(config, images, network, seed):
+    """A network of config.network; None if it is that of config.model."""
+    if not config.network:
+        return None
+    shape = (config.batch_size, *images.train[0].shape[1:])
+    return custom.load_network(
+        config.network,
+        network,
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+        num_classes=images.num_classes,
+        options=config.network_options.to_dict(),
+        seed=seed,
+    )
+
+
+def _load_loss(config, images):
+    if config.loss is None:
+        return classifier.cross_entropy
+    return custom.load_loss(config.loss, images.num_classes)
+
+
+def _find_filters(problem):
+    """The filters of the network, read from its trace."""
+    images = jax.ShapeDtypeStruct((1, *problem.images.train[0].shape[1:]), jnp.float32)
+
+    def apply(params, images):
+        return problem.model.apply(problem.variables | {"params": params}, images)
+
+    params = problem.variables["params"]
+    with settings.blamed_on("network"):
+        return lbi.groups(apply, params, images).filters()
+
+
+def _recorded_layers(config):
+    """The layers whose changes are recorded, and the patterns of their paths."""
+    last = {} if config.last_layer is None else {"last_layer": config.last_layer}
+    return {**last, "all_layers": None}
 
 
 def _make_optimizer(config):
@@ -203,8 +282,7 @@ def _as_batch(images, pixels, labels, batch_stats, calibration):
     }
 
 
-def _make_probe(config, model, images):
-    loss_fn = classifier.make_loss(model, config.bn_mode)
+def _make_probe(config, loss_fn, images, filters):
     pixels, labels = images.train
     calibration = pixels[: config.sharpness.num_images]
 
@@ -212,24 +290,27 @@ def _make_probe(config, model, images):
     def probe(params, batch_stats, pixels, labels, calibration):
         batch = _as_batch(images, pixels, labels, batch_stats, calibration)
         step_sizes = jnp.array(config.step_sizes)
-        return probes.probe_gradient(loss_fn, params, batch, step_sizes)
+        return probes.probe_gradient(
+            loss_fn, params, batch, step_sizes, filters=filters
+        )
 
     return lambda state, indices: probe(
         state.params, state.batch_stats, pixels[indices], labels[indices], calibration
     )
 
 
-def _make_eigenvalues(config, model, images):
-    loss_fn = classifier.make_loss(model, config.bn_mode)
-    sizes = config.sharpness
+def _make_eigenvalues(config, loss_fn, images):
+    """Eigenvalues, those of the preconditioned Hessian, and the spectrum."""
+    sizes, spectrum_sizes = config.sharpness, config.spectrum
     pixels, labels = (x[: sizes.num_images] for x in images.train)
 
-    @jax.jit
-    def eigenvalues(key, params, batch_stats, pixels, labels):
+    def matvec_of(params, batch_stats, pixels, labels):
         batch = _as_batch(images, pixels, labels, batch_stats, pixels)
-        matvec = functools.partial(
+        return functools.partial(
             curvature.hessian_vector_product, loss_fn, params, batch
         )
+
+    def leading(key, matvec, params):
         return curvature.leading_eigenvalues(
             key,
             matvec,
@@ -239,14 +320,56 @@ def _make_eigenvalues(config, model, images):
             num_steps=sizes.num_steps,
         )
 
-    return lambda key, state: eigenvalues(
-        key, state.params, state.batch_stats, pixels, labels
+    @jax.jit
+    def eigenvalues(key, params, *data):
+        return leading(key, matvec_of(params, *data), params)
+
+    @jax.jit
+    def preconditioned(key, params, adam, *data):
+        matvec = curvature.preconditioned(
+            matvec_of(params, *data), curvature.adam_preconditioner(**adam)
+        )
+        return leading(key, matvec, params)
+
+    @jax.jit
+    def spectrum(key, params, *data):
+        return curvature.lanczos_quadrature(
+            key,
+            matvec_of(params, *data),
+            params,
+            num_samples=spectrum_sizes.num_samples,
+            num_steps=spectrum_sizes.num_steps,
+        )
+
+    def data_of(state):
+        return state.batch_stats, pixels, labels
+
+    return (
+        lambda key, state: eigenvalues(key, state.params, *data_of(state)),
+        lambda key, state: preconditioned(
+            key, state.params, _adam_state(state.opt_state), *data_of(state)
+        ),
+        lambda key, state: spectrum(key, state.params, *data_of(state)),
     )
 
 
-def _make_surface(config, model, images):
-    # The running statistics are valid only at the trained weights.
-    loss_fn = classifier.make_loss(model, "batch")
+def _adam_state(opt_state):
+    """The arguments of `curvature.adam_preconditioner`."""
+    [adam] = _find_adam(opt_state)
+    hyperparams = {
+        name: optax.tree.get(opt_state, name) for name in ("b1", "b2", "eps")
+    }
+    return {"nu": adam.nu, "count": adam.count, **hyperparams}
+
+
+def _find_adam(opt_state):
+    leaves = jax.tree.leaves(
+        opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)
+    )
+    return [leaf for leaf in leaves if isinstance(leaf, optax.ScaleByAdamState)]
+
+
+def _make_surface(config, loss_fn, images):
     settings = config.surface
     chunk_size = min(settings.chunk_size, len(images.train[0]))
     num_chunks = min(settings.num_images, len(images.train[0])) // chunk_size
@@ -297,9 +420,19 @@ def _train_one(run, tools, *, with_surface):
             arrays[f"{name}_{key}"] = np.asarray(values[1:])
     summary = {
         "test_accuracy": run.metrics()[-1]["test_accuracy"],
-        "is_dead": bool(probes.is_dead(state.loss, problem.images.num_classes)),
         "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
     }
+    if num_steps:
+        dead = _is_dead(config, state.loss, problem.images.num_classes)
+        summary["is_dead"] = bool(dead)
+    if config.spectrum.num_samples:
+        key = jax.random.fold_in(jax.random.key(config.seeds[0]), num_steps + 2)
+        spectrum = tools.spectrum(key, state)
+        for name, values in spectrum._asdict().items():
+            arrays[f"spectrum_{name}"] = np.asarray(values)
+        # The mean of the eigenvalues times their number.
+        mean = float(jnp.sum(spectrum.nodes * spectrum.weights))
+        summary["hessian_trace"] = mean * summary["num_params"]
     if with_surface:
         started = time.monotonic()
         key = jax.random.fold_in(jax.random.key(config.seeds[0]), num_steps + 1)
@@ -332,13 +465,27 @@ def _measure(config, tools, state, step):
         metrics["eigenvalues"] = found.values
         metrics["residuals"] = found.residuals
         metrics["sharpness"] = float(found.values[0])
+        if tools.preconditioned and step:  # before the first step P is zero
+            key = jax.random.fold_in(jax.random.key(config.seeds[0]), step)
+            found = tools.preconditioned(jax.random.fold_in(key, 1), state)
+            metrics["preconditioned_eigenvalues"] = found.values
+            metrics["preconditioned_sharpness"] = float(found.values[0])
     return metrics
+
+
+def _is_dead(config, losses, num_classes):
+    """Which runs are dead; with a loss of the user, those that diverged."""
+    if config.loss is None:
+        return probes.is_dead(losses, num_classes)
+    return ~jnp.all(jnp.isfinite(losses), axis=-1)
 
 
 def _measure_surface(run, tools, state, key):
     """Losses (size, size), written in pieces: a kill loses at most one piece."""
     settings = run.config.surface
-    draw = jax.jit(surface.filter_normalized_direction)
+    draw = jax.jit(
+        functools.partial(surface.filter_normalized_direction, filters=tools.filters)
+    )
     keys = jax.random.split(key)
     first = draw(keys[0], state.params)
     second = draw(keys[1], state.params, orthogonal_to=first)
@@ -389,21 +536,11 @@ def make_table(
             for key, values in arrays.items()
             if key.startswith(f"{network}/")
         }
-        losses = curves["loss"]  # (rates, seeds, S)
-        dead = np.asarray(probes.is_dead(losses, num_classes))
-        finite = np.where(np.isfinite(losses), losses, np.log(num_classes))
-        widths = {suffix: [] for suffix in _WIDTHS}
-        for number in range(len(config.seeds)):
-            low, high = probes.envelope(finite[:, number])
-            widths[""].append(np.mean(high - low))
-            widths["_at_the_end"].append(np.mean((high - low)[-steps_per_epoch:]))
-            if not dead[:, number].all():
-                low, high = probes.envelope(finite[:, number], dead[:, number])
-                widths["_without_dead"].append(np.mean(high - low))
-        for suffix, values in widths.items():
-            table |= _mean_and_std(f"{network}.envelope_width{suffix}", values)
-        table[f"{network}.dead_runs"] = int(dead.sum())
-        later = curves["probe_step"][0, 0] >= steps_per_epoch
+        if config.num_epochs:
+            table |= _envelope_rows(
+                config, network, curves["loss"], steps_per_epoch, num_classes
+            )
+        later = curves["probe_step"][0, 0] >= steps_per_epoch * (config.num_epochs > 0)
         distances, relative, betas = (
             curves[f"probe_{key}"].max(-1)
             for key in ("grad_distances", "relative_grad_distances", "betas")
@@ -415,25 +552,46 @@ def make_table(
             "effective_beta": betas[..., later],
             "grad_norm": curves["probe_grad_norm"][..., later],
         }
-        for layers in ("last_layer", "all_layers"):
+        for layers in _recorded_layers(config) if config.num_epochs else ():
             for key in ("grad_distance", "beta"):
                 changes = curves[f"{layers}_{key}"]
                 # With a single epoch, the last change.
                 first = min(steps_per_epoch, changes.shape[-1] - 1)
                 measures[f"consecutive_{key}_{layers}"] = changes[..., first:]
-        if "eigenvalues" in curves:
-            largest = curves["eigenvalues"][..., -1:, 0]
-            measures["largest_eigenvalue_at_the_end"] = largest
+        for key, name in (
+            ("eigenvalues", "largest_eigenvalue_at_the_end"),
+            ("preconditioned_eigenvalues", "preconditioned_sharpness_at_the_end"),
+        ):
+            if key in curves:
+                measures[name] = curves[key][..., -1:, 0]
         for i, rate in enumerate(config.learning_rates):
             for key, values in measures.items():
                 name = f"{network}.rate{rate:g}.{key}"
                 table |= _mean_and_std(name, values[i].mean(-1))
-    if set(config.networks) == set(_NETWORKS):
+    if set(config.networks) == set(_NETWORKS) and config.num_epochs:
         for suffix in _WIDTHS:
             plain, bn = (table[f"{n}.envelope_width{suffix}"] for n in ("plain", "bn"))
             # The envelope of a single run has no width.
             is_known = plain is not None and bn
             table[f"envelope_width_ratio{suffix}"] = plain / bn if is_known else None
+    return table
+
+
+def _envelope_rows(config, network, losses, steps_per_epoch, num_classes):
+    """Widths of the band of the losses (rates, seeds, S), and dead runs."""
+    dead = np.asarray(_is_dead(config, losses, num_classes))
+    finite = np.where(np.isfinite(losses), losses, np.log(num_classes))
+    widths = {suffix: [] for suffix in _WIDTHS}
+    for number in range(len(config.seeds)):
+        low, high = probes.envelope(finite[:, number])
+        widths[""].append(np.mean(high - low))
+        widths["_at_the_end"].append(np.mean((high - low)[-steps_per_epoch:]))
+        if not dead[:, number].all():
+            low, high = probes.envelope(finite[:, number], dead[:, number])
+            widths["_without_dead"].append(np.mean(high - low))
+    table = {f"{network}.dead_runs": int(dead.sum())}
+    for suffix, values in widths.items():
+        table |= _mean_and_std(f"{network}.envelope_width{suffix}", values)
     return table
 
 
@@ -447,9 +605,37 @@ def _mean_and_std(name, values):
 
 def _check(config, images):
     """Checks what depends on the images or on several fields, before any training."""
-    _make_optimizer(config.optimizer)
+    optimizer = _make_optimizer(config.optimizer)
+    if config.network is None and len(config.network_options):
+        raise ValueError("network_options are those of a network; set network.")
+    if config.network and config.bn_mode == "recalibrated":
+        raise ValueError(
+            "bn_mode=recalibrated is not available for config.network; use batch or "
+            "frozen."
+        )
+    _load_loss(config, images)
     for network in config.networks:
-        shapes = classifier.check(config, images, batch_norm=network == "bn")["params"]
+        model = _load_network(config, images, network, config.seeds[0])
+        shapes = classifier.check(config, images, model, **_fields(network))["params"]
+        if config.sharpness.preconditioned and not _find_adam(
+            jax.eval_shape(optimizer.init, shapes)
+        ):
+            raise ValueError(
+                "sharpness.preconditioned needs an optimizer with the state of Adam, "
+                f"got {config.optimizer.name!r}."
+            )
+        size = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+        for name, is_used in (
+            ("sharpness", config.sharpness.every),
+            ("spectrum", config.spectrum.num_samples),
+        ):
+            if is_used and config[name].num_steps > size:
+                raise ValueError(
+                    f"{name}.num_steps must be at most {size}, the number of "
+                    f"parameters of {network}, got {config[name].num_steps}."
+                )
+        if config.last_layer is None:
+            continue
         with settings.blamed_on("last_layer"):
             jax.eval_shape(
                 lambda p: probes.consecutive_change(

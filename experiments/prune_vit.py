@@ -30,7 +30,7 @@ from experiments.training.classifier import Images
 from experiments.training.vit import Problem
 from experiments.training.vit_pruning import METHODS, prune
 from vit import Cascade, cascade, importance, predict_latency, schedules
-from vit.checkpoint import find_files
+from vit.checkpoint import find_files, save_checkpoint
 
 Row = dict[str, Any]
 
@@ -176,7 +176,14 @@ def _measure_all(run, dense):
                     row["predicted_milliseconds"] = _predict(run, network)
                 tuned = config.tuning.methods.get(method, ())
                 if ratio in tuned or (tuned and limits):
-                    row |= _fine_tune(run, name, network, dense)
+                    found, params = _fine_tune(run, name, network, dense)
+                    row |= found
+                    network = network._replace(params=params)
+                if config.save_networks:
+                    folder = run.workdir / "networks"
+                    folder.mkdir(exist_ok=True)
+                    file = folder / f"{method if limits else name}.npz"
+                    save_checkpoint(file, network.model, network.params)
                 row["seconds"] = time.monotonic() - started
                 files.write_json(path, row)
                 _say_row(run, row)
@@ -185,10 +192,12 @@ def _measure_all(run, dense):
     # The seconds include rows of earlier sessions.
     summary = {"rows": rows, "rows_seconds": sum(row["seconds"] for row in table)}
     if dense.images is not None:
-        pictures = make_pictures(
-            dense, scores, config.pictured_ratio, num_images=config.num_pictured
-        )
-        files.write_npz(run.workdir / "arrays.npz", pictures)
+        # Latents cannot be pictured.
+        if dense.images.test[0].dtype == np.uint8:
+            pictures = make_pictures(
+                dense, scores, config.pictured_ratio, num_images=config.num_pictured
+            )
+            files.write_npz(run.workdir / "arrays.npz", pictures)
         summary |= {"parity": _parity(run, dense)} | compare(table)
     text = _format_table(table, config.timing.batch_sizes)
     files.write_atomic(run.workdir / "table.md", lambda file: file.write(text))
@@ -257,10 +266,10 @@ def _scores(run, dense):
 
 
 def _fine_tune(run, name, network, dense):
-    """Accuracy of the pruned network after fine-tuning by config.tuning."""
+    """Accuracy and parameters after fine-tuning of a network by config.tuning."""
     tuning = run.config.tuning
     if not tuning.num_epochs:
-        return {}
+        return {}, network.params
     state = _train(
         run,
         f"tuned_{name}",
@@ -270,7 +279,7 @@ def _fine_tune(run, name, network, dense):
         teacher=dense if tuning.teacher_weight else None,
         teacher_weight=tuning.teacher_weight,
     )
-    return {"tuned_accuracy": network.test_accuracy(state.average)}
+    return {"tuned_accuracy": network.test_accuracy(state.average)}, state.average
 
 
 def _train(run, name, network, dense, num_epochs, **options):

@@ -2,9 +2,9 @@
 
 import importlib
 
-from landscape import checks, curvature, probes, surface
+from landscape import checks, curvature, filters, probes, surface
 
-__all__ = ["checks", "curvature", "probes", "surface"]
+__all__ = ["checks", "curvature", "filters", "probes", "surface"]
 
 __version__ = "0.1.0"
 

@@ -13,7 +13,8 @@ sharpness during training:
         return found.values[0], jax.tree.map(lambda x: x[0], found.vectors)
 
 Pass the second result as `vector` in the next call. Gradient descent is stable if the
-learning rate times the sharpness is below 2. Make the parameters an argument of the
+learning rate times the sharpness is below 2. This bound does not apply to Adam: see
+`preconditioned`. Make the parameters an argument of the
 jitted function: XLA would treat captured parameters as constants and spend minutes on
 folding them. For data too large for one batch use `mean_over_batches`:
 
@@ -95,6 +96,76 @@ def gauss_newton_vector_product(
         gradient = jax.grad(lambda o: scalar_loss(loss_of_outputs, o, batch))
         curved = jax.jvp(gradient, (outputs,), (forward(vector),))[1]
         return jax.linear_transpose(forward, params)(curved)[0]
+
+
+def preconditioned(matvec: Matvec, preconditioner: Any) -> Matvec:
+    """Products with P^(-1/2) A P^(-1/2) for a diagonal P > 0.
+
+    This symmetric matrix has the eigenvalues of P^-1 A, which decide the stability of
+    the steps eta P^-1 g of an adaptive optimizer (Cohen et al. 2022, arXiv 2207.14484,
+    section 3). Its largest eigenvalue is the preconditioned sharpness.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from landscape import curvature
+      >>> hessian, preconditioner = jnp.array([8.0, 3.0]), jnp.array([4.0, 1.0])
+      >>> matvec = curvature.preconditioned(lambda v: hessian * v, preconditioner)
+      >>> found = curvature.leading_eigenvalues(
+      ...     jax.random.key(0), matvec, jnp.ones(2), num_steps=2
+      ... )
+      >>> print(f"{found.values[0]:.3f}")  # 3 / 1, not 8 / 4
+      3.000
+
+    Args:
+      matvec: product with a symmetric matrix A.
+      preconditioner: the diagonal of P, a tree like the parameters, for example of
+        `adam_preconditioner`.
+
+    Returns:
+      A function like `matvec`.
+    """
+    scale = jax.tree.map(lax.rsqrt, preconditioner)
+
+    def product(vector):
+        check_like("preconditioner", preconditioner, vector)
+        scaled = jax.tree.map(lambda v, s: v * s.astype(v.dtype), vector, scale)
+        return jax.tree.map(lambda x, s: x * s.astype(x.dtype), matvec(scaled), scale)
+
+    return product
+
+
+def adam_preconditioner(
+    nu: Any, count: Any, *, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8
+) -> Any:
+    """P of Adam, whose update is -eta P^-1 m with the mean m of the gradients.
+
+    P = (1 - b1^t) (sqrt(nu / (1 - b2^t)) + eps); the first factor is the correction of
+    m (Cohen et al. 2022, arXiv 2207.14484, section 2).
+
+    Args:
+      nu: mean of the squared gradients, a tree like the parameters; with optax
+        `optax.tree.get(opt_state, "nu")`.
+      count: t >= 1, the number of updates that are in `nu`.
+      b1: decay of m.
+      b2: decay of `nu`.
+      eps: epsilon of Adam, outside of the root.
+
+    Returns:
+      The diagonal of P, a tree like `nu`.
+    """
+    count = jnp.asarray(count, jnp.float32)
+    first, second = 1 - b1**count, 1 - b2**count
+    return jax.tree.map(lambda x: first * (jnp.sqrt(x / second) + eps), nu)
+
+
+def adam_bound(b1: Any = 0.9) -> Any:
+    """Learning rate times preconditioned sharpness at which Adam becomes unstable.
+
+    2 (1 + b1) / (1 - b1): 38 for b1 = 0.9, and 2, gradient descent's bound, for b1 = 0.
+    It holds for a preconditioner that changes slowly (Cohen et al. 2022, arXiv
+    2207.14484, section 3). Full-batch training stays near it.
+    """
+    return 2 * (1 + b1) / (1 - b1)
 
 
 class Eigenpairs(NamedTuple):

@@ -197,36 +197,62 @@ def stability(
     measured: Mapping[str, tuple[np.ndarray, np.ndarray]],
     *,
     x_label: str = "epoch",
+    y_label: str = "learning rate x\nlargest eigenvalue",
+    bound: float = 2.0,
+    optimizer: str = "gradient descent",
     ax: Any = None,
 ) -> Any:
-    """Learning rate times largest eigenvalue, with gradient descent's bound of 2.
+    """Learning rate times largest eigenvalue, with the bound of stable training.
 
     Args:
       measured: {label: (x (E,), products (E,) or (R, E))}. Of R seeds the mean is
         drawn, and a band from the smallest to the largest.
       x_label: name and unit of the x axis.
+      y_label: name and unit of the y axis.
+      bound: 2 for gradient descent. For Adam give products with the preconditioned
+        sharpness and `landscape.curvature.adam_bound(b1)`.
+      optimizer: what the bound belongs to.
       ax: Axes to draw into; None makes a figure.
 
     Returns:
       The Axes; its y axis is linear below 0.001 and logarithmic above.
     """
     ax = _axes(ax)
-    curves(
-        measured,
-        y_label="learning rate x\nlargest eigenvalue",
-        x_label=x_label,
-        ax=ax,
-    )
-    ax.axhline(2, color="0.3", linewidth=0.9, linestyle=":")
+    curves(measured, y_label=y_label, x_label=x_label, ax=ax)
+    ax.axhline(bound, color="0.3", linewidth=0.9, linestyle=":")
     ax.text(
         0.02,
-        2,
-        "bound of gradient descent, 2",
+        bound,
+        f"bound of {optimizer}, {bound:g}",
         transform=ax.get_yaxis_transform(),
         fontsize=7,
         va="bottom",
     )
     ax.set_yscale("symlog", linthresh=1e-3)
+    return ax
+
+
+def spectral_density(
+    densities: Mapping[str, tuple[np.ndarray, np.ndarray]], *, ax: Any = None
+) -> Any:
+    """The density of all eigenvalues of the Hessian.
+
+    Args:
+      densities: {label: (eigenvalues (G,), density (G,))}, for example of
+        `landscape.curvature.spectral_density`.
+      ax: Axes to draw into; None makes a figure.
+
+    Returns:
+      The Axes; its y axis is logarithmic and covers five decades.
+    """
+    ax = _axes(ax)
+    for number, (label, (x, values)) in enumerate(densities.items()):
+        color, _, line, _ = _STYLES[number % len(_STYLES)]
+        ax.plot(x, values, color=color, linestyle=line, linewidth=1.2, label=label)
+    highest = max(float(np.max(values)) for _, values in densities.values())
+    ax.set_yscale("log")
+    ax.set_ylim(1e-5 * highest, 2 * highest)
+    _finish(ax, "eigenvalue of the Hessian", "density")
     return ax
 
 
@@ -236,6 +262,11 @@ def surface_contours(
     second: np.ndarray | None = None,
     *,
     limits: tuple[float, float] | None = None,
+    path: np.ndarray | None = None,
+    labels: tuple[str, str] = (
+        "first direction (filter norms)",
+        "second direction (filter norms)",
+    ),
     ax: Any = None,
 ) -> Any:
     """Contours of a loss over two directions (Li et al. 2018, arXiv 1712.09913).
@@ -246,6 +277,9 @@ def surface_contours(
       second: coordinates along the second, (B,); None takes `first`.
       limits: smallest and largest loss of the colors, both positive; None takes those
         of `robust_limits`. Give the same to figures that are compared.
+      path: coordinates of a trajectory, (T, 2), for example of
+        `landscape.surface.trajectory_pca`.
+      labels: names and units of the two axes.
       ax: Axes to draw into; None makes a figure.
 
     Returns:
@@ -265,9 +299,11 @@ def surface_contours(
         norm=matplotlib.colors.LogNorm(low, high),
     )
     ax.plot(0, 0, "w+", markersize=10, markeredgewidth=2)
+    if path is not None:
+        ax.plot(*np.transpose(path), color="w", linewidth=1, marker=".", markersize=4)
     ax.set_aspect("equal")
-    ax.set_xlabel("first direction (filter norms)")
-    ax.set_ylabel("second direction (filter norms)")
+    ax.set_xlabel(labels[0])
+    ax.set_ylabel(labels[1])
     ax.figure.colorbar(
         filled,
         ax=ax,

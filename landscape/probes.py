@@ -53,6 +53,7 @@ import numpy as np
 from jax import Array
 
 from landscape.checks import check_floating, check_scalar, path_name
+from landscape.filters import Filters, entry_axes
 
 
 class GradientProbe(NamedTuple):
@@ -75,8 +76,7 @@ class GradientProbe(NamedTuple):
       betas: ||g' - g|| / (eta ||g||), (S,). Tends to ||H g|| / ||g|| with the Hessian H
         as eta tends to 0.
       filter_distances: size of the step relative to the weights, (S,): the root mean
-        square over the filters f of ||eta g_f|| / ||w_f||. Filters are the indices of
-        the last axis of every parameter of rank 2 or more. Filters with zero norm are
+        square over the filters f of ||eta g_f|| / ||w_f||. Filters with zero norm are
         excluded; the distance is 0 if none remains.
     """
 
@@ -111,6 +111,8 @@ def probe_gradient(
     params: Any,
     batch: Any,
     step_sizes: Array,
+    *,
+    filters: Filters | None = None,
 ) -> GradientProbe:
     """Measures loss and gradient at w - eta g for every step size eta.
 
@@ -143,6 +145,9 @@ def probe_gradient(
         `loss_fn` as float32.
       batch: passed to `loss_fn`, the same at every point.
       step_sizes: eta > 0, (S,). Values are checked unless they are traced.
+      filters: {path: axes that index the filters}, for example
+        `lbi.groups(...).filters()`; they only affect `filter_distances`. None decides
+        by name and rank, see `landscape.filters`.
 
     Returns:
       The profile over the step sizes. Under a transformation it can contain values that
@@ -150,9 +155,11 @@ def probe_gradient(
 
     Raises:
       ValueError: if the loss is not a scalar, a step size is not positive, a parameter
-        is not floating point, or, outside of transformations, a result is not finite.
+        is not floating point, its filters are not known, or, outside of
+        transformations, a result is not finite.
     """
     check_floating(params)
+    axes = entry_axes(params, filters)
     step_sizes = _checked_step_sizes(step_sizes)
     params = jax.tree.map(_widen, params)
 
@@ -190,7 +197,7 @@ def probe_gradient(
             relative_grad_distances=relative,
             cosines=cosines,
             betas=relative / step_sizes,
-            filter_distances=step_sizes * _filter_ratio(grads, params),
+            filter_distances=step_sizes * _filter_ratio(grads, params, axes),
         )
     if _is_known(probe):
         check_finite(probe)
@@ -432,17 +439,16 @@ def _divide(numerator, denominator, *, otherwise):
     return jnp.where(is_zero, otherwise, numerator / jnp.where(is_zero, 1, denominator))
 
 
-def _filter_ratio(grads, params):
+def _filter_ratio(grads, params, axes):
     """Root mean square over the filters of ||g_f|| / ||w_f||, ()."""
     total, count = 0.0, 0
-    for grad, param in zip(
-        jax.tree.leaves(grads), jax.tree.leaves(params), strict=True
+    for grad, param, inside in zip(
+        jax.tree.leaves(grads), jax.tree.leaves(params), axes, strict=True
     ):
-        if param.ndim < 2:
+        if inside is None:
             continue
-        axes = tuple(range(param.ndim - 1))
-        weights = jnp.sum(jnp.square(param), axis=axes)
-        ratios = _divide(jnp.sum(jnp.square(grad), axis=axes), weights, otherwise=0)
+        weights = jnp.sum(jnp.square(param), axis=inside)
+        ratios = _divide(jnp.sum(jnp.square(grad), axis=inside), weights, otherwise=0)
         total += jnp.sum(ratios)
         count += jnp.sum(weights != 0)
     return jnp.sqrt(total / jnp.maximum(count, 1))

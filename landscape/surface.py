@@ -1,4 +1,4 @@
-"""Loss along a line or over a plane through the parameters, and their directions.
+"""Loss along a path or over a plane through the parameters, and their directions.
 
 Li et al. 2018 (arXiv 1712.09913). A plane of two filter-normalized directions:
 
@@ -9,12 +9,12 @@ Li et al. 2018 (arXiv 1712.09913). A plane of two filter-normalized directions:
     scan = jax.jit(functools.partial(loss_surface, loss_fn))
     losses = scan(params, batch, [first, second], points).reshape(51, 51)
 
-To interpolate from one network (0) to another (1), use their difference
-`jax.tree.map(jnp.subtract, other, params)` as the direction and `grid(fractions)` as
-the points. To draw the path of a training run, use the directions of `trajectory_pca`
-and its `origin` as `params`.
+`losses_along(loss_fn, line(start, end), batch, fractions)` goes from one network to
+another, and `fit_bezier` finds a curve between them along which the loss stays low. To
+draw the path of a training run, use the directions of `trajectory_pca` and its `origin`
+as `params`.
 
-Axes: N points, D directions, T steps of a trajectory, K batches.
+Axes: N points, D directions, T steps of a trajectory, K batches, S steps of a fit.
 """
 
 import warnings
@@ -24,35 +24,46 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array, lax
 
 from landscape.checks import LossFn, check_floating, check_like, scalar_loss
+from landscape.filters import Filters, entry_axes, filter_size
+
+Path = Callable[[Array], Any]
 
 
 def filter_normalized_direction(
-    key: Array, params: Any, *, orthogonal_to: Any = None
+    key: Array,
+    params: Any,
+    *,
+    orthogonal_to: Any = None,
+    filters: Filters | None = None,
 ) -> Any:
     """A random direction in which each filter has the norm of the filter in `params`.
 
     d_f <- d_f / |d_f| |w_f| for a Gaussian d (Li et al. 2018, section 4). The surface
     is then invariant to the scale of a filter before a normalization. A filter is the
-    set of weights of one output: leaf[..., f]. The direction is zero for biases and
-    normalizations (leaves with fewer than two axes).
+    set of weights of one output. The direction is zero for parameters without filters:
+    biases, normalizations, embeddings.
 
     Args:
       key: draws the direction.
-      params: the weights, with output channels last.
+      params: the weights.
       orthogonal_to: a direction, a tree like `params`. Each filter is made orthogonal
         to its counterpart and then scaled, so that both its norm and the orthogonality
         are exact. A filter with a single entry has no orthogonal direction and gets
         zero.
+      filters: {path: axes that index the filters}, for example
+        `lbi.groups(...).filters()`. None decides by name and rank, see
+        `landscape.filters`.
 
     Returns:
       A tree like `params`.
 
     Raises:
-      ValueError: if a parameter is not floating point, or `orthogonal_to` is not a tree
-        like `params`.
+      ValueError: if a parameter is not floating point, `orthogonal_to` is not a tree
+        like `params`, or the filters of a parameter are not known.
     """
     check_floating(params)
     leaves, structure = jax.tree.flatten(params)
@@ -62,7 +73,13 @@ def filter_normalized_direction(
         others = jax.tree.leaves(orthogonal_to)
     directions = [
         _direction_of_leaf(*each)
-        for each in zip(jax.random.split(key, len(leaves)), leaves, others, strict=True)
+        for each in zip(
+            jax.random.split(key, len(leaves)),
+            leaves,
+            others,
+            entry_axes(params, filters),
+            strict=True,
+        )
     ]
     return jax.tree.unflatten(structure, directions)
 
@@ -191,6 +208,141 @@ def fill_missing(
         yield losses.copy()
 
 
+def line(start: Any, end: Any) -> Path:
+    """The straight path: a fraction t, () -> (1 - t) start + t end."""
+    check_like("end", end, start)
+
+    def point(t):
+        t = jnp.asarray(t, float)
+        return jax.tree.map(
+            lambda a, b: (1 - t).astype(a.dtype) * a + t.astype(a.dtype) * b, start, end
+        )
+
+    return point
+
+
+def bezier(start: Any, middle: Any, end: Any) -> Path:
+    """The path (1 - t)^2 start + 2 t (1 - t) middle + t^2 end (Garipov et al. 2018).
+
+    arXiv 1802.10026, section 3.2. Unless it lies on the curve, `middle` itself is not
+    a good network.
+    """
+    first, second = line(start, middle), line(middle, end)
+    return lambda t: line(first(t), second(t))(t)
+
+
+def losses_along(loss_fn: LossFn, path: Path, batch: Any, fractions: Any) -> Array:
+    """Losses at path(t) for every t.
+
+    Args:
+      loss_fn: maps (params, batch) to a scalar. With batch normalization it should
+        measure the statistics at each point.
+      path: maps t, (), to parameters: `line`, `bezier`, or a function of your own.
+      batch: passed to `loss_fn`.
+      fractions: t, (N,), usually from 0 to 1.
+
+    Returns:
+      (N,).
+
+    Raises:
+      ValueError: if the loss is not a scalar, or `fractions` are not (N,).
+    """
+    fractions = jnp.asarray(fractions, float)
+    if fractions.ndim != 1:
+        raise ValueError(f"fractions must be (N,), got shape {fractions.shape}.")
+    with jax.default_matmul_precision("highest"):
+        return lax.map(lambda t: scalar_loss(loss_fn, path(t), batch), fractions)
+
+
+def barrier(losses: Array, fractions: Any) -> Array:
+    """Largest loss above the line between the losses of both ends, ().
+
+    The error barrier of Frankle et al. 2020 (arXiv 1912.05671): near zero if the two
+    networks are connected.
+
+    Args:
+      losses: of `losses_along`, (N,).
+      fractions: t of each loss, (N,), from 0 to 1.
+    """
+    fractions = jnp.asarray(fractions, losses.dtype)
+    ends = (1 - fractions) * losses[0] + fractions * losses[-1]
+    return jnp.max(losses - ends)
+
+
+def fit_bezier(
+    key: Array,
+    loss_fn: LossFn,
+    start: Any,
+    end: Any,
+    batch_of: Callable[[Array], Any],
+    *,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    noise: float = 1e-3,
+) -> tuple[Any, Array]:
+    """The middle of a `bezier` path between two networks with a low mean loss.
+
+    Each step takes one t, uniform in [0, 1], and one batch (Garipov et al. 2018, arXiv
+    1802.10026, eq. 4 to 6). The middle starts halfway on the line.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from landscape import surface
+      >>> ring = lambda w, batch: (jnp.sum(w**2) - 1) ** 2  # minima on a circle
+      >>> start, end = jnp.array([-1.0, 0.0]), jnp.array([1.0, 0.0])
+      >>> middle, _ = surface.fit_bezier(
+      ...     jax.random.key(0), ring, start, end, lambda key: None,
+      ...     optimizer=optax.adam(0.05), num_steps=300,
+      ... )
+      >>> ts = jnp.linspace(0, 1, 11)
+      >>> straight = surface.losses_along(ring, surface.line(start, end), None, ts)
+      >>> curve = surface.bezier(start, middle, end)
+      >>> curved = surface.losses_along(ring, curve, None, ts)
+      >>> print(f"{surface.barrier(straight, ts):.2f}", curved.max() < 0.1)
+      1.00 True
+
+    Args:
+      key: draws the noise, the fractions and the keys of the batches.
+      loss_fn: maps (params, batch) to a scalar.
+      start: parameters of one network.
+      end: parameters of the other.
+      batch_of: maps a key to a batch.
+      optimizer: of the middle.
+      num_steps: S.
+      noise: deviation of what is added to the first middle. On a symmetric landscape
+        the gradient at exactly halfway would be zero.
+
+    Returns:
+      The middle, and the loss before each step, (S,).
+    """
+    check_floating(start)
+    noise_key, key = jax.random.split(key)
+    halfway = line(start, end)(jnp.asarray(0.5))
+    leaves, structure = jax.tree.flatten(halfway)
+    keys = jax.random.split(noise_key, len(leaves))
+    middle = jax.tree.unflatten(
+        structure,
+        [
+            leaf + noise * jax.random.normal(k, leaf.shape, leaf.dtype)
+            for k, leaf in zip(keys, leaves, strict=True)
+        ],
+    )
+
+    def step(carry, number):
+        middle, opt_state = carry
+        t_key, batch_key = jax.random.split(jax.random.fold_in(key, number))
+        t, batch = jax.random.uniform(t_key), batch_of(batch_key)
+        loss, grads = jax.value_and_grad(
+            lambda m: scalar_loss(loss_fn, bezier(start, m, end)(t), batch)
+        )(middle)
+        updates, opt_state = optimizer.update(grads, opt_state, middle)
+        return (optax.apply_updates(middle, updates), opt_state), loss
+
+    carry = middle, optimizer.init(middle)
+    (middle, _), losses = lax.scan(step, carry, jnp.arange(num_steps))
+    return middle, losses
+
+
 class TrajectoryPlane(NamedTuple):
     """The plane found by `trajectory_pca`.
 
@@ -254,31 +406,26 @@ def trajectory_pca(trajectory: Any, origin: Any) -> TrajectoryPlane:
     )
 
 
-def _direction_of_leaf(key, param, other):
-    if param.ndim < 2 or (other is not None and param[..., 0].size == 1):
+def _direction_of_leaf(key, param, other, axes):
+    if axes is None or (other is not None and filter_size(param.shape, axes) == 1):
         return jnp.zeros_like(param)
     direction = jax.random.normal(key, param.shape, param.dtype)
     if other is not None:
-        other = _unit_filters(jnp.asarray(other, param.dtype))
+        other = _unit_filters(jnp.asarray(other, param.dtype), axes)
         # The second pass removes the rounding error of the first.
         for _ in range(2):
-            along = jnp.sum(direction * other, axis=_filter_axes(param), keepdims=True)
+            along = jnp.sum(direction * other, axis=axes, keepdims=True)
             direction = direction - along * other
-    return _unit_filters(direction) * _filter_norms(param)
+    return _unit_filters(direction, axes) * _filter_norms(param, axes)
 
 
-def _unit_filters(leaf):
-    norms = _filter_norms(leaf)
+def _unit_filters(leaf, axes):
+    norms = _filter_norms(leaf, axes)
     return leaf / jnp.where(norms > 0, norms, 1)
 
 
-def _filter_norms(leaf):
-    squares = jnp.sum(jnp.square(leaf), axis=_filter_axes(leaf), keepdims=True)
-    return jnp.sqrt(squares)
-
-
-def _filter_axes(leaf):
-    return tuple(range(leaf.ndim - 1))
+def _filter_norms(leaf, axes):
+    return jnp.sqrt(jnp.sum(jnp.square(leaf), axis=axes, keepdims=True))
 
 
 def __getattr__(name):

@@ -180,6 +180,17 @@ class Layers(Mapping):
     def __repr__(self):
         return f"Layers({self._layers})"
 
+    def filters(self) -> dict[str, tuple[int, ...]]:
+        """{path: axes that index the outputs} of each kernel of a layer.
+
+        `landscape.surface.filter_normalized_direction` takes it.
+        """
+        return {
+            path: tuple(sorted(layer.stacked + layer.output))
+            for path, layer in self._layers.items()
+            if layer.kind in ("convolution", "product")
+        }
+
 
 Penalty = L1 | GroupL2
 # What an argument `penalty` accepts; see `assign`.

@@ -7,16 +7,20 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
 from landscape.curvature import (
     Quadrature,
+    adam_bound,
+    adam_preconditioner,
     gauss_newton_vector_product,
     hessian_vector_product,
     lanczos_quadrature,
     leading_eigenvalues,
     mean_over_batches,
+    preconditioned,
     sam_sharpness,
     spectral_density,
     trace,
@@ -528,3 +532,60 @@ def test_other_numbers_out_of_range_are_refused():
     quadrature = Quadrature(jnp.zeros((1, 2)), jnp.full((1, 2), 0.5))
     with pytest.raises(ValueError, match="sigma must be > 0, got 0"):
         spectral_density(quadrature, np.zeros(2), sigma=0)
+
+
+# The preconditioned Hessian.
+
+
+def test_preconditioned_eigenvalues_are_those_of_the_quotient():
+    params, batch = random_tree(MLP_SHAPES, seed=3), mlp_batch(6)
+    diagonal = jax.tree.map(lambda x: 0.1 + jnp.square(x), random_tree(MLP_SHAPES, 4))
+    matvec = functools.partial(hessian_vector_product, mlp_loss, params, batch)
+    size = ravel_pytree(params)[0].size
+    found = leading_eigenvalues(
+        jax.random.key(0),
+        preconditioned(matvec, diagonal),
+        params,
+        num=3,
+        num_smallest=1,
+        num_steps=size,
+    )
+    # An eigenvalue of P^-1 H, which is not symmetric.
+    quotient = (
+        explicit_hessian(mlp_loss, params, batch)
+        / np.asarray(ravel_pytree(diagonal)[0], np.float64)[:, None]
+    )
+    expected = np.sort(np.linalg.eigvals(quotient).real)[::-1]
+    np.testing.assert_allclose(
+        found.values, [*expected[:3], expected[-1]], rtol=2e-4, atol=2e-4
+    )
+
+
+def test_adam_preconditioner_is_that_of_optax():
+    optimizer = optax.scale_by_adam(b1=0.8, b2=0.95, eps=1e-3)
+    params = random_tree({"w": (2, 3), "b": (3,)})
+    state = optimizer.init(params)
+    for seed in range(3):
+        grads = random_tree({"w": (2, 3), "b": (3,)}, seed)
+        updates, state = optimizer.update(grads, state)
+    found = adam_preconditioner(state.nu, state.count, b1=0.8, b2=0.95, eps=1e-3)
+    expected = jax.tree.map(jnp.divide, state.mu, updates)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("b1", [0.0, 0.9])
+def test_adam_bound_divides_stable_from_unstable_steps(b1):
+    # Steps -m on the quadratic with curvature `bound * (1 -+ 1 %)`: P and eta are 1.
+    for factor, is_stable in ((0.99, True), (1.01, False)):
+        position, mean = 1.0, 0.0
+        for _ in range(3000):
+            mean = b1 * mean + (1 - b1) * factor * adam_bound(b1) * position
+            position -= mean
+        assert (abs(position) < 1e-6) == is_stable
+        assert np.isfinite(position) or not is_stable
+
+
+def test_preconditioner_of_another_tree_is_refused():
+    matvec = preconditioned(lambda v: v, {"w": jnp.ones(3)})
+    with pytest.raises(ValueError, match="preconditioner"):
+        matvec({"w": jnp.ones(2)})

@@ -5,12 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from experiments import classify_functa
 from experiments.common import augmentation, data, files
 from experiments.configs import classify_functa as configs
 from experiments.networks import convnext, heads
-from experiments.training import features, loop
+from experiments.training import classifier, features, loop
+from experiments.training import vit as vit_training
 from functa import functaset
 
 VIT = {"type": "vit", "hidden_size": 8, "num_layers": 2, "num_heads": 2, "mlp_dim": 12}
@@ -175,6 +177,49 @@ def make_config(tmp_path, made, **changes):
     return config
 
 
+def test_the_saved_transformer_reads_the_grids_as_images(tmp_path):
+    config = make_config(tmp_path, make_grids(copies=2))
+    summary = classify_functa.train_and_evaluate(config, tmp_path / "run")
+    source = ConfigDict(
+        {
+            "dataset": {"name": "functaset", "data_dir": str(tmp_path)},
+            **{"image_size": 0, "num_train": 0, "num_test": 0},
+        }
+    )
+    images = classifier.load_images(source)
+    assert len(images.train[0]) == 24 and images.num_classes == 10
+    problem = vit_training.load_problem(str(tmp_path / "run/model.npz"), 4, images, {})
+    accuracy = problem.test_accuracy(problem.params)
+    assert accuracy == pytest.approx(summary["test_accuracy"])
+    # What the head saw: (latent - mean) / std, and zero for a constant channel.
+    inputs = classifier.normalise(images, images.train[0])
+    np.testing.assert_allclose(inputs.mean((0, 1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(inputs.std((0, 1, 2)), [1, 1, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("made", "fields", "message"),
+    [
+        (lambda f: f._replace(latent=f.latent[:, 0, 0]), {}, "must be grids"),
+        (lambda f: f._replace(label=f.label - 1), {}, "no labeled train split"),
+        (lambda f: f, {"image_size": 8}, "image_size must be 0"),
+        (lambda f: f, {"dataset.image_size": 8}, "dataset.image_size=8 is not read"),
+        (lambda f: f, {"dataset.data_dir": "/nowhere.npz"}, "no functaset /nowhere"),
+        (lambda f: f, {"dataset.data_dir": None}, "needs a file"),
+    ],
+)
+def test_grids_that_are_no_images(tmp_path, made, fields, message):
+    functaset.save_functaset(tmp_path / "functaset.npz", made(make_grids()))
+    dataset = {"name": "functaset", "data_dir": str(tmp_path), "image_size": None}
+    config = ConfigDict(
+        {"dataset": dataset, "image_size": 0, "num_train": 0, "num_test": 0}
+    )
+    with config.dataset.ignore_type():
+        config.update_from_flattened_dict(fields)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        classifier.load_images(config)
+
+
 def test_controls_of_a_functaset():
     made = make_grids(copies=2)
     patches, mean, std = features.load_features("patches", made)
@@ -332,7 +377,7 @@ def test_epoch_takes_each_image_once_in_a_random_copy():
         jax.debug.callback(lambda x: seen.append(np.asarray(x)), latents)
         return latents[:, 0, 0, :2] + params["bias"][None]
 
-    head = heads.Head(2, lambda key: {"bias": jnp.zeros(2)}, apply)
+    head = heads.Head(2, None, lambda key: {"bias": jnp.zeros(2)}, apply)
     settings = classify_functa.make_candidates(config)
     state = classify_functa.init_state(config, head, settings)
     epoch = classify_functa.make_epoch(config, head, settings, num_images=6)

@@ -79,6 +79,9 @@ SINGLE = {
     "landscape.stability": lambda ax: landscape.plots.stability(
         {"a": (X, RUNS)}, ax=ax
     ),
+    "landscape.spectral_density": lambda ax: landscape.plots.spectral_density(
+        {"a": (X, RUNS[0])}, ax=ax
+    ),
     "landscape.surface_contours": lambda ax: landscape.plots.surface_contours(
         SURFACE, np.linspace(-1, 1, 4), np.linspace(-2, 2, 5), ax=ax
     ),

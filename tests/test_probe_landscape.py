@@ -263,7 +263,7 @@ def test_half_a_surface_is_gone_on_with(tmp_path, monkeypatch):
         asked.append(points.tolist())
         return state.params["w"] + points[:, 0] + 10 * points[:, 1]
 
-    tools = probe_landscape.Tools(None, None, None, None, None, losses)
+    tools = probe_landscape.Tools(*[None] * 8, surface_losses=losses)
     state = classifier.TrainState({"w": jnp.float32(1)}, {}, None, None, None)
     config = tiny_config()
     config.surface.size = 3
@@ -394,7 +394,15 @@ def test_modes_agree_where_they_must():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_epochs": 0}, "num_epochs must be at least 1"),
+        ({"num_epochs": -1}, "num_epochs must be at least 0"),
+        ({"surface": {"span": 0.0}}, "surface.span must be above 0"),
+        ({"sharpness": {"num_steps": 10**6}}, "sharpness.num_steps must be at most"),
+        ({"network_options": {"width": 3}}, "network_options are those of a network"),
+        (
+            {"optimizer": {"name": "sgd", "options": {}}}
+            | {"sharpness": {"preconditioned": True}},
+            "sharpness.preconditioned needs an optimizer with the state of Adam",
+        ),
         ({"networks": ("resnet",)}, "networks must be .* each value one of bn, plain"),
         ({"learning_rates": (0.0,)}, "learning_rates must be .* each value above 0"),
         ({"step_sizes": (-0.1, 0.4)}, "step_sizes must be .* each value above 0"),

@@ -380,6 +380,23 @@ def test_auto_refuses_what_names_cannot_tell():
     assert set(lbi.penalty.assign(L1(), params)) == set(assigned)
 
 
+def test_filters_are_the_outputs_of_every_kernel():
+    model = vit.make("cifar_128", num_classes=3, patch_size=4, num_layers=1)
+    images = jnp.zeros((1, 8, 8, 3))
+    params = jax.eval_shape(model.init, key(), images)["params"]
+    layers = lbi.groups(lambda p, x: model.apply({"params": p}, x), params, images)
+    block = "Transformer/encoderblock_0/"
+    attention = block + "MultiHeadDotProductAttention_0/"
+    assert layers.filters() == {
+        "embedding/kernel": (3,),
+        **{f"{attention}{name}/kernel": (1, 2) for name in ("query", "key", "value")},
+        f"{attention}out/kernel": (2,),
+        block + "MlpBlock_0/Dense_0/kernel": (1,),
+        block + "MlpBlock_0/Dense_1/kernel": (1,),
+        "head/kernel": (1,),
+    }
+
+
 def test_default_weight_decay_spares_biases_of_attention():
     params = {"query": {"kernel": jnp.ones((4, 2, 3)), "bias": jnp.ones((2, 3))}}
     optimizer = lbi.dessilbi(1.0, 1e9, weight_decay=0.1, momentum=0.0, penalty=None)

@@ -7,14 +7,20 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from landscape.curvature import mean_over_batches
 from landscape.surface import (
+    barrier,
+    bezier,
     fill_missing,
     filter_normalized_direction,
+    fit_bezier,
     grid,
+    line,
     loss_surface,
+    losses_along,
     trajectory_pca,
 )
 
@@ -77,6 +83,61 @@ def test_filters_are_as_long_as_those_of_the_weights():
         cosines = filter_dots(direction[name], params[name])
         assert len(np.unique(cosines)) > 2
     assert not direction["bias"].any() and not direction["gain"].any()
+
+
+def test_filters_of_given_axes_are_as_long_as_those_of_the_weights():
+    # (D, H, d) of an attention projection, (out, in, w) of Equinox, and a bias (H, d).
+    shapes = {"query": (5, 2, 3), "weight": (4, 3, 2), "bias": (2, 3)}
+    params = random_tree(shapes=shapes)
+    direction = filter_normalized_direction(
+        jax.random.key(0), params, filters={"query": (1, 2), "weight": (0,)}
+    )
+    for name, entries in ("query", 0), ("weight", (1, 2)):
+        lengths, expected = (
+            np.sum(np.square(np.float64(tree[name])), entries)
+            for tree in (direction, params)
+        )
+        assert lengths.shape == ((2, 3) if name == "query" else (4,))
+        np.testing.assert_allclose(lengths, expected, rtol=1e-5)
+    assert not direction["bias"].any()
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"query": {"kernel": (4, 2, 3)}},  # attention
+        {"kernel": (3, 4, 5)},  # a convolution in time, or scanned layers
+        {"conv": {"weight": (2, 3, 4, 4)}},  # PyTorch and Equinox
+        {"weight": (2, 3)},
+        {"out": {"kernel": (2, 2, 3, 4)}},  # scanned attention
+    ],
+)
+def test_filters_that_rank_and_name_do_not_tell_are_refused(shapes):
+    params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    with pytest.raises(ValueError, match="do not tell which axes"):
+        filter_normalized_direction(jax.random.key(0), params)
+    # The axes given for one parameter leave the others without filters.
+    direction = filter_normalized_direction(jax.random.key(0), params, filters={})
+    assert not any(x.any() for x in jax.tree.leaves(direction))
+
+
+def test_biases_and_embeddings_of_any_rank_have_no_filters():
+    shapes = {"bias": (2, 3), "pos_embedding": (1, 4, 3), "token": (1, 1, 3)}
+    direction = direction_of(random_tree(shapes=shapes))
+    assert not any(x.any() for x in jax.tree.leaves(direction))
+
+
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        ({"fd": (0,)}, "filters name fd, but the parameters are bias, conv"),
+        ({"fc": (2,)}, r"filters\['fc'\] must be different axes"),
+        ({"fc": (0, -2)}, "must be different axes"),
+    ],
+)
+def test_filters_that_do_not_fit_are_refused(filters, message):
+    with pytest.raises(ValueError, match=message):
+        filter_normalized_direction(jax.random.key(0), random_tree(), filters=filters)
 
 
 def test_orthogonal_direction_keeps_the_lengths():
@@ -402,3 +463,62 @@ def test_trajectories_that_do_not_fit_are_refused():
         trajectory_pca(origin, origin)
     with pytest.raises(ValueError, match=re.escape("trajectory[0] must have the str")):
         trajectory_pca({"bias": trajectory["bias"]}, origin)
+
+
+# Paths between two networks.
+
+
+def test_line_and_curve_by_hand():
+    start, middle, end = (random_tree(seed) for seed in (0, 1, 2))
+    t = 0.3
+    weights = {"line": (1 - t, 0, t), "curve": ((1 - t) ** 2, 2 * t * (1 - t), t**2)}
+    for name, path in ("line", line(start, end)), ("curve", bezier(start, middle, end)):
+        expected = jax.tree.map(
+            lambda *w, c=weights[name]: sum(a * x for a, x in zip(c, w, strict=True)),
+            *(start, middle, end),
+        )
+        chex.assert_trees_all_close(path(t), expected, rtol=1e-5, atol=1e-6)
+        # Exactly the two networks at the ends.
+        chex.assert_trees_all_equal(path(0.0), start)
+        chex.assert_trees_all_equal(path(1.0), end)
+    target = random_tree(3)
+    losses = losses_along(quadratic_loss, line(start, end), target, [0.0, t, 1.0])
+    for loss, fraction in zip(losses, (0.0, t, 1.0), strict=True):
+        moved = line(start, end)(fraction)
+        np.testing.assert_allclose(loss, quadratic_loss(moved, target), rtol=1e-5)
+
+
+def test_barrier_is_above_the_line_between_the_ends():
+    assert barrier(jnp.array([1.0, 4.0, 3.0]), [0.0, 0.5, 1.0]) == 2.0
+    # A loss that falls all the way has no barrier.
+    assert barrier(jnp.array([3.0, 1.0, 0.0]), [0.0, 0.5, 1.0]) == 0.0
+
+
+def test_curve_goes_around_a_barrier():
+    ring = lambda w, batch: batch * (jnp.sum(w["w"] ** 2) - 1) ** 2  # noqa: E731
+    start, end = {"w": jnp.array([-1.0, 0.0])}, {"w": jnp.array([1.0, 0.0])}
+    middle, losses = fit_bezier(
+        jax.random.key(0),
+        ring,
+        start,
+        end,
+        lambda key: jax.random.uniform(key, minval=0.5, maxval=1.5),
+        optimizer=optax.adam(optax.cosine_decay_schedule(0.1, 400)),
+        num_steps=400,
+    )
+    fractions = jnp.linspace(0, 1, 21)
+    straight = losses_along(ring, line(start, end), 1.0, fractions)
+    curved = losses_along(ring, bezier(start, middle, end), 1.0, fractions)
+    assert barrier(straight, fractions) == 1.0
+    assert barrier(curved, fractions) < 0.1 and losses.shape == (400,)
+    # By symmetry the middle lies above or below the center, at (0, h). The loss is
+    # (4 u (u h^2 - 1))^2 with u = t (1 - t), its mean over t least at
+    # h^2 = E[u^3] / E[u^4] = 630 / 140.
+    np.testing.assert_allclose(np.abs(middle["w"]), [0, 4.5**0.5], atol=0.1)
+
+
+def test_paths_between_other_trees_are_refused():
+    with pytest.raises(ValueError, match="end"):
+        line(random_tree(), {})
+    with pytest.raises(ValueError, match=r"fractions must be \(N,\)"):
+        losses_along(quadratic_loss, line(*[random_tree()] * 2), None, 0.5)

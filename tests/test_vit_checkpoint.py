@@ -35,6 +35,7 @@ from vit_files import (
     write,
 )
 
+from vit.cascade import Cascade
 from vit.checkpoint import load_checkpoint, resize_positions, save_checkpoint
 from vit.model import POOLS, ViT, make
 
@@ -685,6 +686,7 @@ SIZES = dict(patch_size=3, hidden_size=12, num_layers=2, num_heads=3, mlp_dim=20
         {"representation_size": 6},
         {"num_classes": 0},
         {"num_classes": 0, "representation_size": 6},
+        {"cascade": Cascade(keep=(4, 2), keep_mlp=(3, 2), fuse="sum", resets=(1,))},
     ],
     ids=str,
 )

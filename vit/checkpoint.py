@@ -23,6 +23,7 @@ Axes: p side of a patch, C channels, D width, H heads, d width of a head, P patc
 g rows of the grid of patches.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -36,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from vit.cascade import Cascade
 from vit.model import POOLS, ViT, pooled_size
 from vit.weight_files import Arrays, json_object, read_arrays, some_names
 from vit.weight_files import find_files as find_files
@@ -181,9 +183,10 @@ def save_checkpoint(
     `from_pretrained(PATH)` read: ViT, DeiT with distillation or DINOv2, whichever
     computes the same.
 
-    Fields of a run are not stored: after loading, `cascade`, the dropout rates and the
-    compute dtype have their defaults. Every file is written under a temporary name and
-    moved into place, so that an interruption leaves an existing file intact.
+    Fields of a run are not stored: after loading, the dropout rates and the compute
+    dtype have their defaults. Only "google" stores the cascade. Every file is written
+    under a temporary name and moved into place, so that an interruption leaves an
+    existing file intact.
 
     Args:
       path: a name that ends in .npz, or a folder.
@@ -246,6 +249,8 @@ def save_checkpoint(
     arrays = {name: value.astype(dtype) for name, value in arrays.items()}
     settings = {"gelu": model.gelu, "ln_eps": float(model.ln_eps)}
     settings |= {"pool": model.pool, "distilled": model.distilled}
+    if model.cascade is not None:
+        settings["cascade"] = dataclasses.asdict(model.cascade)
     arrays[_SETTINGS] = json.dumps(settings)
     _write(path, lambda file: np.savez(file, **arrays))
 
@@ -762,10 +767,22 @@ def _own_settings(entry):
     if entry is None:
         return None
     settings = json_object(_SETTINGS, str(entry))
+    cascade = settings.pop("cascade", None)
     settings = {name: settings.get(name) for name in ("gelu", "ln_eps")} | {
         name: settings[name] for name in ("pool", "distilled") if name in settings
     }
-    return _check_settings(_SETTINGS, settings)
+    settings = _check_settings(_SETTINGS, settings)
+    return settings if cascade is None else settings | {"cascade": _cascade(cascade)}
+
+
+def _cascade(fields):
+    """The cascade from its fields; raises ValueError if they are not valid."""
+    try:
+        return Cascade(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{_SETTINGS} has an invalid cascade: {error}") from None
 
 
 def _check_settings(source, settings):

@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from experiments.common import devices, files  # noqa: E402
 from functa import plots as functa_plots  # noqa: E402
+from landscape import curvature  # noqa: E402
 from landscape import plots as landscape_plots  # noqa: E402
 from lbi import plots as lbi_plots  # noqa: E402
 from vit import plots as vit_plots  # noqa: E402
@@ -418,6 +419,7 @@ _WEIGHTS = {
     "heads_random": "heads, random",
     "neurons_lbi": "neurons, by DessiLBI",
     "neurons_random": "neurons, random",
+    "structure_lbi": "heads and neurons, by DessiLBI",
 }
 _METHODS = _TOKENS | _CASCADES | _WEIGHTS
 _WHOLE = {"whole network": 62}  # style: a black star
@@ -731,20 +733,24 @@ _NUM_WINDOWS = 60
 
 def _probe_landscape(run):
     run = run._replace(arrays=landscape_arrays(run.workdir, run.config))
-    figures = {
-        "loss_envelope": _loss_envelope,
-        "along_the_gradient": _along_the_gradient,
-        "beta_profile": _beta_profile,
-        "consecutive_steps": _consecutive_steps,
-    }
-    if run.config["sharpness"]["every"]:
-        figures["eigenvalues"] = _eigenvalues
+    figures = {"beta_profile": _beta_profile}
+    if run.config["num_epochs"]:
+        figures |= {
+            "loss_envelope": _loss_envelope,
+            "along_the_gradient": _along_the_gradient,
+            "consecutive_steps": _consecutive_steps,
+        }
+        if run.config["sharpness"]["every"]:
+            figures["eigenvalues"] = _eigenvalues
+    if run.config.get("spectrum", {}).get("num_samples"):
+        figures["spectral_density"] = _spectral_density
     if run.config["surface"]["size"]:
         figures["surfaces"] = _surfaces
+    names = [*_NETWORKS, *run.config["networks"]]
     networks = {
-        network: label
-        for network, label in _NETWORKS.items()
-        if network in run.config["networks"]
+        name: _NETWORKS.get(name, name)
+        for name in names
+        if name in run.config["networks"]
     }
     return _bind(figures, run, networks)
 
@@ -774,7 +780,8 @@ def landscape_arrays(workdir: Path, config: Mapping[str, Any]) -> dict[str, np.n
             values = [[single[name] for single in row] for row in trainings]
             arrays[f"{network}/{name}"] = np.array(values)
     last_step = next(v for k, v in arrays.items() if k.endswith("/last_step")).flat[0]
-    return arrays | {"steps_per_epoch": last_step // config["num_epochs"]}
+    num_epochs = config["num_epochs"] or 1
+    return arrays | {"steps_per_epoch": max(last_step // num_epochs, 1)}
 
 
 def _training(folder):
@@ -782,9 +789,9 @@ def _training(folder):
     if not metrics:
         raise FileNotFoundError(f"{folder} has no metrics.jsonl to draw from.")
     ends, losses = _logged(metrics[1:], "loss")
-    starts = [metrics[0]["step"], *ends[:-1]]
+    starts = [metrics[0]["step"], *ends[:-1]][: len(ends)]
     arrays = {
-        "last_step": np.array(ends[-1]),
+        "last_step": np.array(metrics[-1]["step"]),
         "logged_loss": losses,
         "loss_step": (ends + starts) / 2,
         "test_accuracy": _logged(metrics, "test_accuracy")[1],
@@ -793,9 +800,11 @@ def _training(folder):
     arrays["probe_step"] = np.array([m["step"] for m in probed])
     for key in probed[0]["probe"]:
         arrays[f"probe_{key}"] = np.array([m["probe"][key] for m in probed])
-    steps, values = _logged(metrics, "eigenvalues")
-    if steps.size:
-        arrays |= {"eigenvalue_step": steps, "eigenvalues": values}
+    for prefix in ("", "preconditioned_"):
+        steps, values = _logged(metrics, f"{prefix}eigenvalues")
+        if steps.size:
+            arrays[f"{prefix}eigenvalue_step"] = steps
+            arrays[f"{prefix}eigenvalues"] = values
     return arrays | _read_arrays(folder)
 
 
@@ -841,8 +850,10 @@ def _consecutive_steps(run, networks):
         "grad_distance": "gradient distance",
         "beta": "gradient distance / step length",
     }
+    if run.config.get("last_layer", "") is None:
+        del layers["last_layer"]
     titles = 2 * [f"between consecutive steps, {layer}" for layer in layers.values()]
-    figure, axes = _panels(2, rows=2, height=3, sharex=True, titles=titles)
+    figure, axes = _panels(len(layers), rows=2, height=3, sharex=True, titles=titles)
     for row, (measure, y_label) in zip(axes, measures.items(), strict=True):
         x_label = "epoch" if measure == "beta" else ""  # the lower row
         for ax, layer in zip(row, layers, strict=True):
@@ -904,12 +915,13 @@ def _along_the_gradient(run, networks):
 
 
 def _beta_profile(run, networks):
-    """Over the step sizes, from the end of the first epoch on."""
+    """Over the step sizes, from the end of the first epoch on, if there is one."""
+    first = min(run.config["num_epochs"], 1)
     figure, axes = _rate_panels(run, width=3.2, height=3)
     for i, ax in enumerate(axes[0]):
         betas = {}
         for network, label in networks.items():
-            later = _in_epochs(run, f"{network}/probe_step")[i, 0] >= 1
+            later = _in_epochs(run, f"{network}/probe_step")[i, 0] >= first
             values = run.need(f"{network}/probe_betas")[i][:, later]
             betas[label] = values.reshape(-1, values.shape[-1])
         landscape_plots.step_profile(np.array(run.config["step_sizes"]), betas, ax=ax)
@@ -919,17 +931,57 @@ def _beta_profile(run, networks):
 
 
 def _eigenvalues(run, networks):
-    figure, axes = _rate_panels(run, rows=2, width=3, height=2.6, sharex=True)
+    with_adam = run.config["sharpness"].get("preconditioned", False)
+    figure, axes = _rate_panels(
+        run, rows=2 + with_adam, width=3, height=2.6, sharex=True
+    )
     for i, rate in enumerate(run.config["learning_rates"]):
-        largest, products = {}, {}
+        largest, products, preconditioned = {}, {}, {}
         for network, label in networks.items():
             epochs = _in_epochs(run, f"{network}/eigenvalue_step")[i, 0]
             values = run.need(f"{network}/eigenvalues")[i]  # (seeds, E, k)
             # The last eigenvalue is the smallest.
             largest[label] = epochs, values.mean(0)[:, :-1]
             products[label] = epochs, rate * values[..., 0]
+            if with_adam:
+                name = f"{network}/preconditioned_eigenvalue"
+                preconditioned[label] = (
+                    _in_epochs(run, f"{name}_step")[i, 0],
+                    rate * run.need(f"{name}s")[i][..., 0],
+                )
         landscape_plots.eigenvalues(largest, x_label="", ax=axes[0, i])
-        landscape_plots.stability(products, ax=axes[1, i])
+        landscape_plots.stability(
+            products, x_label="" if with_adam else "epoch", ax=axes[1, i]
+        )
+        if with_adam:
+            b1 = run.config["optimizer"]["options"].get("b1", 0.9)
+            landscape_plots.stability(
+                preconditioned,
+                y_label="learning rate x\npreconditioned sharpness",
+                bound=curvature.adam_bound(b1),
+                optimizer="Adam",
+                ax=axes[2, i],
+            )
+    _share_labels(axes)
+    return figure
+
+
+def _spectral_density(run, networks):
+    """At the end of the training, of the first seed."""
+    figure, axes = _rate_panels(run, width=3.6, height=3)
+    for i, ax in enumerate(axes[0]):
+        densities = {}
+        for network, label in networks.items():
+            spectrum = curvature.Quadrature(
+                run.need(f"{network}/spectrum_nodes")[i, 0],
+                run.need(f"{network}/spectrum_weights")[i, 0],
+            )
+            low, high = spectrum.nodes.min(), spectrum.nodes.max()
+            width = 0.01 * float(high - low) or 1e-3
+            grid = np.linspace(low - 5 * width, high + 5 * width, 1000)
+            density = curvature.spectral_density(spectrum, grid, sigma=width)
+            densities[label] = grid, np.asarray(density)
+        landscape_plots.spectral_density(densities, ax=ax)
     _share_labels(axes)
     return figure
 

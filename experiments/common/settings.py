@@ -13,6 +13,7 @@ import ast
 import contextlib
 import copy
 import difflib
+import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -75,6 +76,27 @@ def build(
             value = entry[last]._replace(value=value)
         entry[last] = copy.deepcopy(value)
     return ConfigDict(_with_references(fields))
+
+
+def derive(command: str, variant: str, overrides: Mapping[str, Any]) -> ConfigDict:
+    """The configuration of a command's variant with other values of some fields.
+
+    Args:
+      command: the name of the command.
+      variant: the name of one of its variants.
+      overrides: {dotted field: value}.
+
+    Raises:
+      ValueError: if the variant or a field does not exist, or a value breaks its rule;
+        names the command.
+    """
+    module = importlib.import_module(f"experiments.configs.{command}")
+    with blamed_on(command):
+        build(command, module.BASE, module.VARIANTS, variant)
+        changed = {variant: {**module.VARIANTS[variant], **overrides}}
+        config = build(command, module.BASE, changed, variant)
+        check(config, module.RULES)
+    return config
 
 
 def _with_references(value):

@@ -14,6 +14,8 @@ Variants:
     (results/benchmark_scaling).
   patches: the meta-step over 1,024 patches of 4x4 pixels, in groups of several sizes;
     under a minute on two cores.
+  curvature: the five largest eigenvalues of the Hessian of an MLP; with
+    --config.peers=experiments/peers PyHessian at the same residual too; a minute.
   paper: the meta-step at the size of the paper, with each sine and dtype. It needs a
     GPU; results/ has no run of it.
   vit_b16: ViT-B/16 at 224 pixels in bfloat16, dense and with CP-ViT's cascade at 0.3
@@ -161,6 +163,13 @@ def _patches():
     return _measured(_products(1024, 8) | sizes)
 
 
+def _curvature():
+    """The largest eigenvalues of the Hessian of an MLP, as in experiments/peers."""
+    sizes = {"kind": "eigenvalues", "width": 128, "depth": 3, "batch_size": 512}
+    sizes |= {"num": 5, "tolerance": 1e-2, "num_steps": 40}
+    return _measured(_products(1024, 8) | {"eigenvalues": sizes})
+
+
 def _paper():
     whole = _meta_step(512, 15, 256, 32) | {"points_per_group": 0}
     exact = whole | {"fast_sine": False}
@@ -248,6 +257,7 @@ VARIANTS = {
     "vgg": _measured(_sizes(), "vgg"),
     "scaling": _scaling(),
     "patches": _patches(),
+    "curvature": _curvature(),
     "paper": _paper(),
     "vit_b16": _vit_b16(),
     "smoke": {

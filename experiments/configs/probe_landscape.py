@@ -19,6 +19,19 @@ Variants:
     images; 3.8 in 55 minutes on two cores (results/probe_landscape_cifar10_subset).
   cifar10: VGG-A on CIFAR-10, 20 epochs as in the report. It needs a GPU; results/ has
     no run of it.
+  own: a residual network and a Vision Transformer from a file on the digits, as an
+    example for networks of your own; Adam's preconditioned sharpness and the spectral
+    density are measured too. A few minutes on two cores; results/ has no run of it.
+  smoke_own: the own variant for 2 epochs on 128 images.
+  story: a trained network on the latents of a functaset, measured without training; the
+    command story uses it.
+
+A network of your own, trained and measured on any data set:
+
+    --config.network=PATH.py:make_network   its functions, see networks/custom.py;
+                                            PATH.py:first,second measures several
+    --config.loss=PATH.py:loss              loss(logits, labels) -> scalar
+    --config.num_epochs=0                   measures it as it is made
 """
 
 import functools
@@ -30,6 +43,12 @@ BASE = {
     # bn: with batch normalization; plain: without it. Each network is trained at every
     # learning rate with every seed.
     "networks": ("bn", "plain"),
+    # Functions of a Python file, in place of `networks` and `model`: PATH.py:function,
+    # and the keywords with which they are called (experiments/networks/custom.py).
+    "network": settings.Optional(str),
+    "network_options": settings.Open(),
+    # PATH.py:function of logits (B, K) and labels (B,); None is the cross-entropy.
+    "loss": settings.Optional(str),
     "learning_rates": (1e-4, 5e-4, 1e-3, 2e-3),
     "seeds": (0,),
     # name: a labeled data set of experiments/common/data.py; data_dir: its directory.
@@ -43,9 +62,11 @@ BASE = {
     # experiments.networks, except batch_norm.
     "model": settings.Open(type="VGG"),
     # Pattern of the parameter paths whose gradients the report compares between steps.
-    "last_layer": "^fc3/kernel$",
+    # For a network of your own the default is none.
+    "last_layer": settings.Optional(str, "^fc3/kernel$"),
     # Any optimizer of optax, with one of the learning rates above.
     "optimizer": {"name": "adam", "options": settings.Open()},
+    # 0 measures the networks as they are made.
     "num_epochs": 20,
     "batch_size": 128,
     "checkpoint_every": 780,
@@ -66,7 +87,12 @@ BASE = {
         "num_images": 512,
         "num_eigenvalues": 2,
         "num_steps": 15,
+        # Whether to measure those of the preconditioned Hessian too; for Adam.
+        "preconditioned": False,
     },
+    # Density of all eigenvalues after the training, on the images of `sharpness`:
+    # random vectors (0: none), and Lanczos steps of each.
+    "spectrum": {"num_samples": 0, "num_steps": 40},
     # Losses on a square around the trained network of the first seed at this learning
     # rate: (size, size) points from -span to span, on the first num_images training
     # images. Batch normalization uses the statistics of each chunk. A size of 0 skips
@@ -105,27 +131,33 @@ _QUARTER_VGG = {
     "surface.size": 25,
     "surface.num_images": 1000,
 }
+_SMOKE = {
+    "learning_rates": (1e-3, 2e-3),
+    "num_train": 128,
+    "num_test": 100,
+    "batch_size": 32,
+    "num_epochs": 2,
+    "checkpoint_every": 4,
+    "probe_every": 2,
+    "step_sizes": (0.1, 0.4),
+    "sharpness.every": 4,
+    "sharpness.num_images": 32,
+    "sharpness.num_steps": 3,
+    "surface.size": 3,
+    "surface.num_images": 64,
+    "surface.chunk_size": 32,
+}
+_OWN = _DIGITS | {
+    "image_size": 8,
+    "network": "experiments/networks/examples.py:make_residual,make_vit",
+    "learning_rates": (1e-3, 4e-3),
+    "sharpness.every": 22,
+    "sharpness.preconditioned": True,
+    "spectrum.num_samples": 4,
+}
 VARIANTS = {
     "digits": _DIGITS | {"image_size": 16, "model": _SMALL_VGG},
-    "smoke": _DIGITS
-    | {
-        "image_size": 16,
-        "model": _SMALL_VGG,
-        "learning_rates": (1e-3, 2e-3),
-        "num_train": 128,
-        "num_test": 100,
-        "batch_size": 32,
-        "num_epochs": 2,
-        "checkpoint_every": 4,
-        "probe_every": 2,
-        "step_sizes": (0.1, 0.4),
-        "sharpness.every": 4,
-        "sharpness.num_images": 32,
-        "sharpness.num_steps": 3,
-        "surface.size": 3,
-        "surface.num_images": 64,
-        "surface.chunk_size": 32,
-    },
+    "smoke": _DIGITS | {"image_size": 16, "model": _SMALL_VGG} | _SMOKE,
     "deep_linear": _DIGITS
     | {
         "image_size": 8,
@@ -142,6 +174,23 @@ VARIANTS = {
         "surface.size": 0,
     },
     "cifar10": {},
+    "own": _OWN,
+    "smoke_own": _OWN | _SMOKE | {"spectrum.num_samples": 1, "spectrum.num_steps": 4},
+    "story": {
+        "batch_size": 128,
+        "dataset.name": "functaset",
+        "image_size": 0,
+        "learning_rates": (1e-3,),
+        "network": "experiments/networks/examples.py:make_trained_vit",
+        "num_epochs": 0,
+        "sharpness.every": 1,
+        "sharpness.num_images": 512,
+        "sharpness.num_steps": 20,
+        "spectrum.num_samples": 2,
+        "surface.chunk_size": 256,
+        "surface.num_images": 512,
+        "surface.size": 11,
+    },
 }
 
 RULES = {
@@ -150,7 +199,7 @@ RULES = {
     "networks": settings.distinct(settings.one_of("bn", "plain")),
     "learning_rates": settings.distinct(settings.above(0)),
     "step_sizes": settings.each(settings.above(0)),
-    "num_epochs": settings.whole(1),
+    "num_epochs": settings.whole(0),
     "batch_size": settings.whole(1),
     "checkpoint_every": settings.whole(1),
     "probe_every": settings.whole(1),
@@ -162,6 +211,8 @@ RULES = {
     "sharpness.num_images": settings.whole(1),
     "sharpness.num_eigenvalues": settings.whole(1),
     "sharpness.num_steps": settings.whole(1),
+    "spectrum.num_samples": settings.whole(0),
+    "spectrum.num_steps": settings.whole(1),
     "surface.size": settings.whole(0, 2**16),
     "surface.span": settings.above(0),
     "surface.num_images": settings.whole(1),

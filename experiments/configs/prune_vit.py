@@ -29,6 +29,10 @@ Variants:
   speed_cifar10_cpu: the speed of the network of cifar10_cpu in more rounds; at ratio
     0.4 a batch of 32 is 1.3 times faster than the dense network, in 24 minutes on two
     cores (results/prune_vit_speed_cifar10_cpu).
+  story: the Vision Transformer of classify_functa's digits_spatial_vit variant on grids
+    of latents, at 75 % of the multiply-adds by the cascade, and by heads and neurons
+    that DessiLBI ranks; a minute on two cores. The command story uses it.
+  smoke_story: the same for the smoke_spatial variants, to check that the command runs.
 """
 
 import functools
@@ -78,6 +82,9 @@ BASE = {
     # The same for the time of a batch, the last of timing.batch_sizes. It is predicted
     # from the times of the dense network on fewer tokens (latency.json).
     "latency": settings.Optional(float),
+    # Whether to write the networks, fine-tuned if they are: networks/METHOD_RATIO.npz,
+    # or with a budget or latency networks/METHOD.npz.
+    "save_networks": False,
     # Ratio at which the masked and the compact mode are compared on all test images.
     "parity_ratio": 0.4,
     # Training images from which head scores and attention ranges are computed.
@@ -143,6 +150,25 @@ BASE = {
         "enter_at": 0.5,
     },
 }
+_STORY = {
+    "budget": 0.75,
+    "checkpoint": "runs/classify_functa/digits_spatial_vit/model.npz",
+    "dataset.data_dir": "runs/meta_learn/digits_spatial/functaset.npz",
+    "dataset.name": "functaset",
+    "image_size": 2,
+    "methods": {"max": (0.4,), "structure_lbi": (0.25,)},
+    "save_networks": True,
+    "structure.num_epochs": 5,
+    "timing.gradient_batch_size": 0,
+    "timing.methods": ("max", "structure_lbi"),
+    "timing.num_rounds": 30,
+    "tuning.methods": {"max": (0.4,), "structure_lbi": (0.25,)},
+    "tuning.num_epochs": 10,
+    "tuning.teacher_weight": 0.5,
+    "tuning.training.augment.crop_padding": 0,
+    "tuning.training.augment.flip": False,
+    "tuning.training.log_every": 11,
+}
 VARIANTS = {
     "digits": {
         "dataset.name": "digits",
@@ -169,6 +195,17 @@ VARIANTS = {
         "tuning.training.augment.crop_padding": 1,
         "tuning.training.augment.flip": False,
         "tuning.training.log_every": 11,
+    },
+    "story": _STORY,
+    "smoke_story": _STORY
+    | {
+        "checkpoint": "runs/classify_functa/smoke_spatial/model.npz",
+        "dataset.data_dir": "runs/meta_learn/smoke_spatial/functaset.npz",
+        "num_test": 64,
+        "num_train": 256,
+        "structure.num_epochs": 1,
+        "timing.num_rounds": 2,
+        "tuning.num_epochs": 1,
     },
     "cifar10_cpu": {"checkpoint": "runs/train_vit/cifar10_cpu/model.npz"},
     "cifar10_cpu_segments": {

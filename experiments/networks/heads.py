@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 import vit
 from experiments.networks.convnext import ConvNeXt
@@ -22,6 +23,7 @@ class Head(NamedTuple):
 
     Attributes:
       num_classes: K.
+      model: the module.
       init: key -> params.
       apply: (params, latents (B, *Z), key=None, dropout_rate=None) -> logits (B, K).
         A key turns on the regularization of training. A dropout rate, which may be
@@ -29,6 +31,7 @@ class Head(NamedTuple):
     """
 
     num_classes: int
+    model: nn.Module
     init: Callable[[jax.Array], Any]
     apply: Callable[..., jax.Array]
 
@@ -89,7 +92,7 @@ def _mlp(fields, num_classes, latent_shape):
     def init(key):
         return model.init(key, jnp.zeros((1, size)))["params"]
 
-    return Head(num_classes, init, apply)
+    return Head(num_classes, model, init, apply)
 
 
 def _vit(fields, num_classes, latent_shape):
@@ -117,7 +120,7 @@ def _vit(fields, num_classes, latent_shape):
     def init(key):
         return model.init(key, jnp.zeros((1, num_cells, 1, channels)))["params"]
 
-    return Head(num_classes, init, apply)
+    return Head(num_classes, model, init, apply)
 
 
 def _convnext(fields, num_classes, latent_shape):
@@ -158,7 +161,7 @@ def _convnext(fields, num_classes, latent_shape):
     def init(key):
         return model.init(key, jnp.zeros((1, *latent_shape)))["params"]
 
-    return Head(num_classes, init, apply)
+    return Head(num_classes, model, init, apply)
 
 
 _HEADS = {"mlp": _mlp, "vit": _vit, "convnext": _convnext}

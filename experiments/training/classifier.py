@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from experiments.common import augmentation, data, devices, runs, settings
 from experiments.networks import registry
-from experiments.training import loop
+from experiments.training import features, loop
 
 BN_MODES = ("batch", "frozen", "recalibrated")
 _EVALUATED_AT_ONCE = 500
@@ -28,7 +28,7 @@ class Images(NamedTuple):
     """A data set as the input of a network.
 
     Attributes:
-      train: uint8 (N, H, W, C) and labels (N,).
+      train: uint8 (N, H, W, C) and labels (N,); float32 for grids of latents.
       test: the same for the test split.
       mean: mean of each channel of the training images in [0, 1], (1, 1, 1, C).
       std: standard deviation, (1, 1, 1, C); inputs are (image - mean) / std.
@@ -68,8 +68,11 @@ class TrainState:
 def load_images(config: ConfigDict) -> Images:
     """Loads config.dataset, enlarged and padded to config.image_size.
 
-    An image_size of 0 keeps the size of the images.
+    An image_size of 0 keeps the size of the images. The data set `functaset` gives
+    grids of latents as images, see `features.load_grids`.
     """
+    if config.dataset.name == "functaset":
+        return _load_grids(config)
     loaded = data.load_dataset(**config.dataset)
     devices.say(loaded.found)
     splits = {}
@@ -94,6 +97,29 @@ def load_images(config: ConfigDict) -> Images:
         mean=pixels.mean(axes, keepdims=True, dtype=np.float64).astype(np.float32),
         std=pixels.std(axes, keepdims=True, dtype=np.float64).astype(np.float32),
         num_classes=1 + int(max(labels.max() for _, labels in splits.values())),
+    )
+
+
+def _load_grids(config):
+    """The grids of latents of a functaset as float32 images."""
+    if config.image_size:
+        raise ValueError(
+            f"image_size must be 0 for the data set functaset, got {config.image_size}."
+        )
+    splits, mean, std, num_classes = features.load_grids(**config.dataset)
+    devices.say(f"functaset {config.dataset.data_dir}: {_describe(splits)}")
+    limits = {"train": config.num_train or None, "test": config.num_test or None}
+    splits = {
+        name: (values[: limits[name]], labels[: limits[name]])
+        for name, (values, labels) in splits.items()
+    }
+    return Images(**splits, mean=mean, std=std, num_classes=num_classes)
+
+
+def _describe(splits):
+    return ", ".join(
+        f"{len(labels)} {name} grids of {'x'.join(map(str, values.shape[1:]))}"
+        for name, (values, labels) in splits.items()
     )
 
 
@@ -123,8 +149,16 @@ def count_steps(images: Images, batch_size: int) -> int:
     return num_examples // batch_size
 
 
-def check(config: ConfigDict, images: Images, **fields: Any) -> dict[str, Any]:
+def check(
+    config: ConfigDict, images: Images, model: Any = None, **fields: Any
+) -> dict[str, Any]:
     """Checks model and batch of a config against the images, without compiling.
+
+    Args:
+      config: with model and batch_size.
+      images: the data set.
+      model: the network; None makes that of config.model.
+      **fields: fields of the network that replace those of config.model.
 
     Returns:
       The shapes of the network's variables.
@@ -135,7 +169,8 @@ def check(config: ConfigDict, images: Images, **fields: Any) -> dict[str, Any]:
     """
     count_steps(images, config.batch_size)
     devices.check_divisible(config.batch_size)
-    model = registry.make_model(config.model.to_dict() | fields, images.num_classes)
+    if model is None:
+        model = registry.make_model(config.model.to_dict() | fields, images.num_classes)
     shape = (1, *images.train[0].shape[1:])
     with settings.blamed_on("model"):
         return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
@@ -145,7 +180,7 @@ class Problem(NamedTuple):
     """A classification problem before training.
 
     Attributes:
-      model: the network.
+      model: the network, a Linen module or a `custom.Network`.
       variables: its initial parameters and batch statistics ({} without).
       images: the data set.
       predict: (variables, uint8 (N, H, W, C)) -> logits (N, K), with the running
@@ -154,7 +189,7 @@ class Problem(NamedTuple):
       num_steps: steps of the training.
     """
 
-    model: nn.Module
+    model: Any
     variables: dict[str, Any]
     images: Images
     predict: Callable[[dict[str, Any], np.ndarray], np.ndarray]
@@ -167,15 +202,19 @@ class Problem(NamedTuple):
         return accuracy(self.predict(variables, pixels), labels)
 
 
-def make_problem(config: ConfigDict, images: Images, **fields: Any) -> Problem:
+def make_problem(
+    config: ConfigDict, images: Images, model: Any = None, **fields: Any
+) -> Problem:
     """Makes the problem of config.model on images.
 
     Args:
       config: with model, batch_size, num_epochs and seeds; the first seed is used.
       images: the data set.
+      model: the network; None makes that of config.model.
       **fields: fields of the network that replace those of config.model.
     """
-    model = registry.make_model(config.model.to_dict() | fields, images.num_classes)
+    if model is None:
+        model = registry.make_model(config.model.to_dict() | fields, images.num_classes)
     steps_per_epoch = count_steps(images, config.batch_size)
     return Problem(
         model=model,
@@ -262,11 +301,14 @@ def make_update(
     batch_size: int,
     augmented: bool,
     seed: int,
+    loss: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> Callable[[TrainState, int, int], TrainState]:
     """The training: (state, first, last) -> state after steps first, ..., last - 1.
 
-    See `make_steps`.
+    See `make_steps`. The loss is a function of logits (B, K) and labels (B,); None is
+    the cross-entropy.
     """
+    loss = loss or cross_entropy
 
     def step_fn(state, step, batch, labels):
         if augmented:
@@ -281,13 +323,10 @@ def make_update(
                 train=True,
                 mutable=["batch_stats"],
             )
-            loss = optax.losses.softmax_cross_entropy_with_integer_labels(
-                logits, labels
-            ).mean()
             accuracy = jnp.mean(logits.argmax(-1) == labels)
-            return loss, (updated.get("batch_stats", {}), accuracy)
+            return loss(logits, labels), (updated.get("batch_stats", {}), accuracy)
 
-        (loss, (batch_stats, accuracy)), grads = jax.value_and_grad(
+        (value, (batch_stats, accuracy)), grads = jax.value_and_grad(
             loss_fn, has_aux=True
         )(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -295,7 +334,7 @@ def make_update(
             params=optax.apply_updates(state.params, updates),
             batch_stats=batch_stats,
             opt_state=opt_state,
-            loss=state.loss.at[step].set(loss),
+            loss=state.loss.at[step].set(value),
             accuracy=state.accuracy.at[step].set(accuracy),
         )
 
@@ -356,10 +395,11 @@ def make_steps(
 
 
 def normalise(images: Images, batch: jax.Array) -> jax.Array:
-    """Normalizes uint8 (B, H, W, C) to the float32 inputs of the network."""
+    """Normalizes uint8 (B, H, W, C), or latents, to the inputs of the network."""
     # Avoids a division by zero for a channel that is constant over the data set.
     std = jnp.maximum(images.std, 1e-6)
-    return (batch.astype(jnp.float32) / 255 - images.mean) / std
+    scale = 255 if batch.dtype == jnp.uint8 else 1
+    return (batch.astype(jnp.float32) / scale - images.mean) / std
 
 
 def make_predict(
@@ -430,14 +470,24 @@ def _statistics(model, variables, inputs):
     return updated["batch_stats"]
 
 
-def make_loss(model: nn.Module, bn_mode: str) -> Callable[[Any, Any], jax.Array]:
-    """The mean cross-entropy as a function of the parameters alone.
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross-entropy of logits (B, K) and labels (B,), ()."""
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def make_loss(
+    model: Any,
+    bn_mode: str,
+    loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
+) -> Callable[[Any, Any], jax.Array]:
+    """The loss of a network as a function of the parameters alone.
 
     Args:
       model: the network.
       bn_mode: the statistics of batch normalization: "batch", those of the batch, as in
         training; "frozen", the running ones; "recalibrated", those of other images at
         the same parameters. The running statistics are never changed.
+      loss: a function of logits (B, K) and labels (B,).
 
     Returns:
       loss_fn(params, batch) -> (), with {"inputs": (B, H, W, C), "labels": (B,),
@@ -459,9 +509,7 @@ def make_loss(model: nn.Module, bn_mode: str) -> Callable[[Any, Any], jax.Array]
             _, updated = apply(fresh, batch["calibration"], batch_stats, True)
             batch_stats = updated.get("batch_stats", {})
         logits, _ = apply(model, batch["inputs"], batch_stats, bn_mode == "batch")
-        return optax.losses.softmax_cross_entropy_with_integer_labels(
-            logits, batch["labels"]
-        ).mean()
+        return loss(logits, batch["labels"])
 
     return loss_fn
 

@@ -10,12 +10,15 @@ its latents, so the same network reads both:
 Axes: N signals, H W C pixels of an image, h w cells of a grid, D values of a cell.
 """
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
 from experiments.common import data
 from experiments.training import encoding
 from functa import linear
-from functa.functaset import Functaset
+from functa.functaset import Functaset, load_functaset
 
 FEATURES = ("latents", "patches", "patch_pca")
 
@@ -71,6 +74,52 @@ def load_features(
     for rows, images in _copies(functaset, data_dir):
         values[rows] = linear.encode(pca, images)
     return values, np.float32(mean), np.float32(np.sqrt(variance))
+
+
+def load_grids(
+    name: str, data_dir: str | None, **how_read: Any
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], np.ndarray, np.ndarray, int]:
+    """The grids of latents of a functaset, in the place of images.
+
+    Args:
+      name: "functaset".
+      data_dir: the file, or the folder of a run that holds functaset.npz.
+      **how_read: other fields of config.dataset, which must be None.
+
+    Returns:
+      {split: (latents (N, h, w, C), labels (N,))} of the images, without copies; the
+      mean and deviation of each channel, (1, 1, 1, C); and the number of classes.
+
+    Raises:
+      ValueError: if there is no such file, or it has no labeled grids in both splits.
+    """
+    data.refuse_unread(f"the data set {name}", **how_read)
+    if data_dir is None:
+        raise ValueError(
+            "data set 'functaset' needs a file: --config.dataset.data_dir=PATH.npz"
+        )
+    path = Path(data_dir).expanduser()
+    path = path / "functaset.npz" if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no functaset {path}; experiments.meta_learn writes one."
+        )
+    whole = load_functaset(path)
+    if whole.latent.ndim != 4:
+        raise ValueError(
+            f"{path}: the latents must be grids (N, h, w, C), got {whole.latent.shape}."
+        )
+    splits = {}
+    for split in data.SPLITS:
+        rows = np.flatnonzero(whole.split == split)
+        # The copies of training images come after the images.
+        copies = whole.config.get("copies", 1) if split == "train" else 1
+        rows = rows[: len(rows) // copies]
+        if not len(rows) or whole.label[rows].min() < 0:
+            raise ValueError(f"{path} has no labeled {split} split.")
+        splits[split] = whole.latent[rows].astype(np.float32), whole.label[rows]
+    mean, std = (np.float32(x).reshape(1, 1, 1, -1) for x in (whole.mean, whole.std))
+    return splits, mean, std, 1 + int(whole.label.max())
 
 
 def _identity(pca):

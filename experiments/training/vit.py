@@ -214,6 +214,11 @@ def check(config: ConfigDict, images: Images) -> None:
     """Raises ValueError if batch or optimizer are not valid for `train`."""
     steps_per_epoch = classifier.count_steps(images, config.batch_size)
     devices.check_divisible(config.batch_size)
+    if config.augment.num_ops and images.train[0].dtype != np.uint8:
+        raise ValueError(
+            f"augment.num_ops must be 0 for latents, got {config.augment.num_ops}: "
+            "RandAugment changes colors."
+        )
     make_optimizer(config.optimizer, config.num_epochs * steps_per_epoch)
 
 

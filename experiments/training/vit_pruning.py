@@ -38,7 +38,8 @@ def prune(
       problem: the dense network.
       scores: {method: scores} for the methods that need them: attention ranges (L,) for
         "range", scores of each layer's heads or neurons for "heads", "heads_lbi" and
-        "neurons_lbi". See `attention_scores` and `entry_scores`.
+        "neurons_lbi"; "structure_lbi" needs the last two. See `attention_scores` and
+        `entry_scores`.
       seed: for "random", "heads_random" and "neurons_random".
     """
     return METHODS[method](problem, ratio, scores, seed) if ratio else problem
@@ -162,6 +163,44 @@ def _slices(cut, name):
     return prune_weights
 
 
+def _by_structure(problem, ratio, scores, seed):
+    """Cuts heads and neurons of every layer that entered last out of all layers."""
+    model = problem.model
+    graph = _channel_graph(model.clone(cascade=None), problem.input_shape)
+    counts, keep = {}, {}
+    for name, kernel in _STRUCTURES.items():
+        counts[name] = []
+        for layer, score in enumerate(scores[name]):
+            count = max(schedules.keep_counts([ratio], len(score))[0], 1)
+            [kept] = slicing.largest([score], [count])
+            counts[name].append(count)
+            keep[kernel.format(layer)] = np.isin(np.arange(len(score)), kept)
+    smaller = model.clone(
+        num_heads=tuple(counts["heads_lbi"]),
+        mlp_dim=tuple(counts["neurons_lbi"]),
+        head_dim=model.head_dim or model.hidden_size // len(scores["heads_lbi"][0]),
+    )
+    params = lbi.channels.thin(problem.params, keep, graph)
+    return problem._replace(model=smaller, params=params)
+
+
+# The kernels whose outputs are the heads and the neurons of a layer.
+_STRUCTURES = {
+    "heads_lbi": "Transformer/encoderblock_{}/MultiHeadDotProductAttention_0/query"
+    "/kernel",
+    "neurons_lbi": "Transformer/encoderblock_{}/MlpBlock_0/Dense_0/kernel",
+}
+
+
+@functools.lru_cache(maxsize=2)
+def _channel_graph(model, input_shape):
+    images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    return lbi.channels.trace(
+        lambda params, x: model.apply({"params": params}, x), params, images
+    )
+
+
 _HEADS = ("heads", "heads_random", "heads_lbi")
 _NEURONS = ("neurons_random", "neurons_lbi")
 
@@ -198,14 +237,16 @@ METHODS = {
     **_SEGMENTS,
     **{name: _slices(slicing.keep_heads, name) for name in _HEADS},
     **{name: _slices(slicing.keep_neurons, name) for name in _NEURONS},
+    "structure_lbi": _by_structure,
 }
 # Methods that need images, for their scores.
-NEED_IMAGES = ("range", "heads", "heads_lbi", "neurons_lbi")
+NEED_IMAGES = ("range", "heads", "heads_lbi", "neurons_lbi", "structure_lbi")
 
 
 def attention_scores(problem: Problem, num_images: int) -> dict[str, np.ndarray]:
     """Scores of the heads (L, H) and attention ranges (L,) on training images."""
     grid = (problem.image_size // problem.model.patch_size,) * 2
+    problem = problem._replace(model=problem.model.clone(cascade=None))
 
     @jax.jit
     def observe(params, pixels):

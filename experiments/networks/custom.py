@@ -1,0 +1,272 @@
+"""Networks and losses from a Python file of the user, for the commands of this project.
+
+    PATH.py:make_network
+
+names a function. It is called with the number of classes, with config.network_options
+as keywords, and with `seed` if it has such an argument. It returns one of
+
+* a module of Flax Linen, called with images (B, H, W, C), and with train=True or False
+  if its `__call__` has such an argument;
+* a module of Flax NNX, whose parameters are the initial ones;
+* hk.transform(f) of Haiku with f(images), or hk.transform_with_state(f) with
+  f(images, train);
+* a pair of functions: init(key, images) -> params, apply(params, images) -> logits,
+  with params of any structure.
+
+The outputs are logits (B, num_classes). Besides parameters a network may have running
+statistics of batch normalization, and no other state. The file is executed.
+"""
+
+import inspect
+import re
+import runpy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx, traverse_util
+
+from experiments.common import settings
+from landscape.checks import check_floating, check_scalar
+from lbi.penalty import path_name
+
+
+class Network(NamedTuple):
+    """A network with the interface of a Linen module.
+
+    Attributes:
+      init: (key, images) -> {"params": ..., "batch_stats": ...}, nested dicts.
+      apply: (variables, images, train=False, mutable=()) -> logits, or with `mutable`
+        the logits and {"batch_stats": ...}.
+    """
+
+    init: Callable[..., dict[str, Any]]
+    apply: Callable[..., Any]
+
+
+def split_names(network: str) -> tuple[str, ...]:
+    """The functions in "PATH.py:first,second"; each makes a network."""
+    return tuple(name.strip() for name in network.rpartition(":")[2].split(","))
+
+
+def load_functions(chosen: str, field: str) -> dict[str, Callable[..., Any]]:
+    """The functions of "PATH.py:first,second", by name.
+
+    Raises:
+      ValueError: if there is no such file or function, or if the file fails; names
+        `field`.
+    """
+    path, colon, _ = chosen.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        raise ValueError(f"{field} must be PATH.py:FUNCTION, got {chosen!r}.")
+    if not Path(path).is_file():
+        raise ValueError(f"{field}={chosen}: there is no file {path}.")
+    try:
+        found = runpy.run_path(path)
+    # The file is code of the user, who has to correct it whatever it raises.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{field}={chosen}: {reason}") from error
+    names = split_names(chosen)
+    for name in names:
+        if not callable(found.get(name)):
+            known = ", ".join(
+                key
+                for key, value in found.items()
+                if inspect.isfunction(value) and not key.startswith("_")
+            )
+            raise ValueError(
+                f"{field}={chosen}: {path} has no function {name!r}; it has "
+                f"{known or 'none'}."
+            )
+    return {name: found[name] for name in names}
+
+
+def load_network(
+    chosen: str,
+    name: str,
+    images: jax.Array | jax.ShapeDtypeStruct,
+    *,
+    num_classes: int,
+    options: Mapping[str, Any],
+    seed: int = 0,
+) -> Network:
+    """The network that a function of a file makes.
+
+    Args:
+      chosen: "PATH.py:first,second".
+      name: the function.
+      images: inputs (B, H, W, C) of the network; only the shape is used.
+      num_classes: K.
+      options: keywords of the function.
+      seed: its argument `seed`, if it has one.
+
+    Raises:
+      ValueError: if the function fails, its result is not a network, the parameters are
+        not floating point, the outputs are not (B, K), or it has state other than
+        batch normalization.
+    """
+    make = load_functions(chosen, "network")[name]
+    options = dict(options)
+    if "seed" in inspect.signature(make).parameters:
+        options = {"seed": seed} | options
+    images = jax.ShapeDtypeStruct(images.shape, jnp.float32)
+    with settings.blamed_on(f"network {name}"):
+        create, run = _adapt(make(num_classes, **options))
+        shapes = jax.eval_shape(create, jax.random.key(0), images)
+        check_floating(shapes[0])
+        outputs, _ = jax.eval_shape(
+            lambda p, s, x: run(p, s, x, False), *shapes, images
+        )
+        found = getattr(outputs, "shape", type(outputs).__name__)
+        if found != (images.shape[0], num_classes):
+            raise ValueError(
+                f"the outputs must be logits {(images.shape[0], num_classes)}, got "
+                f"{found}."
+            )
+        jax.eval_shape(lambda p, s, x: run(p, s, x, True), *shapes, images)
+    to_dicts, from_dicts = zip(*map(_renaming, shapes), strict=True)
+
+    def init(key, images):
+        params, stats = create(key, images)
+        return {"params": to_dicts[0](params), "batch_stats": to_dicts[1](stats)}
+
+    def apply(variables, images, train=False, mutable=()):
+        params = from_dicts[0](variables["params"])
+        stats = from_dicts[1](variables.get("batch_stats", {}))
+        logits, stats = run(params, stats, images, train)
+        return (logits, {"batch_stats": to_dicts[1](stats)}) if mutable else logits
+
+    return Network(init, apply)
+
+
+def load_loss(chosen: str, num_classes: int) -> Callable[..., jax.Array]:
+    """The function of "PATH.py:loss", loss(logits (B, K), labels (B,)) -> scalar.
+
+    Raises:
+      ValueError: if there is no such function, it fails, or it gives no scalar.
+    """
+    [loss] = load_functions(chosen, "loss").values()
+    with settings.blamed_on(f"loss {chosen}"):
+        check_scalar(
+            jax.eval_shape(
+                loss,
+                jax.ShapeDtypeStruct((2, num_classes), jnp.float32),
+                jax.ShapeDtypeStruct((2,), jnp.int32),
+            )
+        )
+    return loss
+
+
+def _adapt(made):
+    """create: (key, images) -> (params, stats); run: (params, stats, images, train)."""
+    if isinstance(made, nn.Module):
+        return _linen(made)
+    if isinstance(made, nnx.Module):
+        return _nnx(made)
+    parts = [getattr(made, name, None) for name in ("init", "apply")]
+    if all(map(callable, parts)):  # Haiku's Transformed or TransformedWithState
+        return _haiku(*parts)
+    if isinstance(made, Sequence) and len(made) == 2 and all(map(callable, made)):
+        return _functions(*made)
+    raise ValueError(
+        "the function must return a module of Flax, a transformed function of Haiku or "
+        f"a pair (init, apply), got {type(made).__name__}."
+    )
+
+
+def _linen(module):
+    has_train = "train" in inspect.signature(type(module).__call__).parameters
+
+    def options(train):
+        return {"train": train} if has_train else {}
+
+    def create(key, images):
+        variables = dict(module.init(key, images, **options(False)))
+        params, stats = (variables.pop(k, {}) for k in ("params", "batch_stats"))
+        _refuse_state(variables)
+        return params, stats
+
+    def run(params, stats, images, train):
+        logits, updated = module.apply(
+            {"params": params, "batch_stats": stats},
+            images,
+            mutable=["batch_stats"],
+            **options(train),
+        )
+        return logits, updated.get("batch_stats", {})
+
+    return create, run
+
+
+def _nnx(module):
+    graph, params, stats, other = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
+    _refuse_state(_names(other))
+
+    def run(params, stats, images, train):
+        merged = nnx.merge(graph, params, stats)
+        (merged.train if train else merged.eval)()
+        logits = merged(images)
+        return logits, nnx.state(merged, nnx.BatchStat)
+
+    return lambda key, images: (params, stats), run
+
+
+_AVERAGES = re.compile(r"(mean|var)_ema/(counter|hidden|average)$")
+
+
+def _haiku(init, apply):
+    has_state = "state" in inspect.signature(apply).parameters
+
+    def create(key, images):
+        if not has_state:
+            return init(key, images), {}
+        params, state = init(key, images, True)
+        _refuse_state([name for name in _names(state) if not _AVERAGES.search(name)])
+        return params, state
+
+    def run(params, state, images, train):
+        if not has_state:
+            return apply(params, None, images), state
+        return apply(params, state, None, images, train)
+
+    return create, run
+
+
+def _functions(init, apply):
+    return (
+        lambda key, images: (init(key, images), {}),
+        lambda params, stats, images, train: (apply(params, images), stats),
+    )
+
+
+def _names(tree):
+    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _refuse_state(names):
+    if names:
+        raise ValueError(
+            "the network has state other than that of batch normalization: "
+            f"{', '.join(names)}. Leave out dropout and caches."
+        )
+
+
+def _renaming(tree):
+    """Functions from trees like `tree` to nested dicts of strings, and back."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    paths = [tuple((path_name(path) or "value").split("/")) for path, _ in leaves]
+
+    def to_dicts(tree):
+        return traverse_util.unflatten_dict(
+            dict(zip(paths, jax.tree.leaves(tree), strict=True))
+        )
+
+    def from_dicts(dicts):
+        flat = traverse_util.flatten_dict(dicts)
+        return jax.tree.unflatten(structure, [flat[path] for path in paths])
+
+    return to_dicts, from_dicts

@@ -1,0 +1,149 @@
+"""Takes one data set through all four packages and writes one page about it.
+
+    python -m experiments.story --config=experiments/configs/story.py:digits
+
+The steps are other commands, each in a folder of its own, and resume like them: spatial
+functa, a Vision Transformer on the latents, a cascade for a budget of multiply-adds,
+the cut of heads and neurons that DessiLBI finds spare, the landscape before and after.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import classify_functa, meta_learn, probe_landscape, prune_vit
+from experiments.common import launch, page, runs, settings
+from experiments.common.sweep import sweep
+from experiments.configs import story as configs
+
+_COMMANDS = {
+    "meta_learn": meta_learn,
+    "classify_functa": classify_functa,
+    "prune_vit": prune_vit,
+    "probe_landscape": probe_landscape,
+}
+_NETWORKS = {"dense": "whole", "cascade": "with cascade", "structure": "cut"}
+_COSTS = {
+    "accuracy": ("accuracy", "{:.2%}"),
+    "before fine-tuning": ("untuned_accuracy", "{:.2%}"),
+    "multiply-adds": ("multiply_adds", "{:,.0f}"),
+    "parameters": ("params", "{:,.0f}"),
+    "milliseconds": ("milliseconds", "{:.2f}"),
+    "faster by": ("speedup", "{:.2f}"),
+}
+_MEASURES = {
+    "largest eigenvalue": ("largest_eigenvalue_at_the_end", "{:.4g}"),
+    "trace of the Hessian": ("hessian_trace", "{:.4g}"),
+    "gradient norm": ("grad_norm", "{:.4g}"),
+    "effective beta": ("effective_beta", "{:.4g}"),
+}
+_FIGURES = {
+    "functa": "best_and_worst",
+    "classify": "accuracy",
+    "landscape_before": "surfaces",
+    "landscape_after": "surfaces",
+}
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Runs or resumes one experiment; returns its summary."""
+    settings.check(config, configs.RULES)
+    plan(config, workdir)  # refuses wrong fields of any step
+    return sweep(config, workdir, tell)
+
+
+def plan(config: ConfigDict, workdir: Path) -> dict[str, tuple[str, ConfigDict]]:
+    """{step: (command, configuration)}; raises ValueError if a field is wrong."""
+    functaset = str(workdir / "functa" / "functaset.npz")
+    dense = str(workdir / "classify" / "model.npz")
+    cascade = str(workdir / "cascade" / "networks" / "max.npz")
+    cut = str(workdir / "structure" / "networks" / "structure_lbi.npz")
+    grids = {"dataset.name": "functaset", "dataset.data_dir": functaset}
+    images = {f"dataset.{name}": value for name, value in config.dataset.items()}
+
+    def step(command, fields):
+        own = settings.flatten(config[command])
+        return command, settings.derive(
+            command, own.pop("variant"), {**own, **fields, "seeds": config.seeds}
+        )
+
+    def prune(method, checkpoint, budget):
+        fields = {"methods": {method: (0.5,)}, "tuning.methods": {method: (0.5,)}}
+        fields |= {"timing.methods": (method,), "save_networks": True}
+        fields |= {"checkpoint": checkpoint, "budget": budget, "image_size": side}
+        return step("prune_vit", grids | fields)
+
+    def probe(checkpoint):
+        options = {"network_options": {"checkpoint": checkpoint}}
+        return step("probe_landscape", grids | options)
+
+    functa = step("meta_learn", images)
+    side, *others = functa[1].model.grid
+    if others != [side]:
+        raise ValueError("meta_learn.model.grid must be square.")
+    return {
+        "functa": functa,
+        "classify": step("classify_functa", {"functaset": functaset}),
+        "cascade": prune("max", dense, config.cascade_budget),
+        "structure": prune("structure_lbi", cascade, config.structure_budget),
+        "landscape_before": probe(dense),
+        "landscape_after": probe(cut),
+    }
+
+
+def tell(run: runs.Run) -> dict[str, Any]:
+    """Runs the steps of one seed; writes the page and returns the summary."""
+    found = {}
+    for step, (command, config) in plan(run.config, run.workdir).items():
+        run.say(f"=== {step} ({command})")
+        found[step] = _COMMANDS[command].train_and_evaluate(config, run.workdir / step)
+    summary = summarize(found, run.config.timed_batch_size)
+    page.write_page(run.workdir, "story", "One story", describe(run, summary))
+    return summary
+
+
+def summarize(found: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+    """What the steps cost and save, from their summaries."""
+    summary, speedup = {"test_psnr": found["functa"]["test_psnr"]}, 1.0
+    for name, method in zip(_NETWORKS, ("dense", "max", "structure_lbi"), strict=True):
+        step = found["structure" if name == "structure" else "cascade"]
+        [row] = [row for row in step["rows"].values() if row["method"] == method]
+        speedup *= 1.0 if name == "dense" else row[f"speedup_{batch_size}"]
+        summary |= {
+            f"{name}_accuracy": row.get("tuned_accuracy", row["accuracy"]),
+            f"{name}_untuned_accuracy": row["accuracy"],
+            f"{name}_multiply_adds": row["multiply_adds"],
+            f"{name}_params": row["num_params"],
+            f"{name}_milliseconds": row[f"milliseconds_{batch_size}"],
+            f"{name}_speedup": speedup,
+        }
+    for moment in ("landscape_before", "landscape_after"):
+        values = {k.rpartition(".")[2]: v for k, v in found[moment].items()}
+        [inner] = found[moment]["runs"].values()
+        for key, _ in _MEASURES.values():
+            summary[f"{moment}_{key}"] = (values | inner)[key]
+    return summary | {f"{step}_seconds": s["seconds"] for step, s in found.items()}
+
+
+def describe(run: runs.Run, summary: Mapping[str, Any]) -> list[page.Part]:
+    """The content of the page."""
+    config, steps = run.config, plan(run.config, run.workdir)
+    times = {step: f"{step} ({command})" for step, (command, _) in steps.items()}
+    moments = {moment: moment.replace("_", " ") for moment in steps if "_" in moment}
+    costs = f"Test accuracy and cost; time of {config.timed_batch_size} images."
+    return [
+        page.Text(configs.TEXT.format(config=config, **summary)),
+        page.table(costs, summary, _NETWORKS, _COSTS),
+        page.table("On training latents.", summary, moments, _MEASURES),
+        page.table("Time.", summary, times, {"seconds": ("seconds", "{:.0f}")}),
+        *(
+            page.Figure(run.workdir / step / "figures" / f"{name}.png", step)
+            for step, name in _FIGURES.items()
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    launch.launch("story", train_and_evaluate)
