@@ -182,6 +182,44 @@ def against_num_values(
     return ax
 
 
+def rate_curves(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    x_label: str = "bits per pixel",
+    y_label: str = "PSNR (dB)",
+    level: float | None = None,
+    ax: Any = None,
+) -> Any:
+    """PSNR, or accuracy, of several codes against their bits.
+
+    Args:
+      curves: {label: (bits (P,), values (P,))}, in any order of the points.
+      x_label: name and unit of the x axis.
+      y_label: name and unit of the y axis.
+      level: value at which the codes are compared, drawn as a horizontal line.
+      ax: Axes to draw into; None makes a figure.
+
+    Returns:
+      The Axes.
+    """
+    ax = _axes(ax)
+    for number, (label, (bits, values)) in enumerate(curves.items()):
+        order = np.argsort(bits)
+        _curve(
+            ax,
+            np.asarray(bits)[order],
+            np.asarray(values)[order],
+            number,
+            label,
+            markers=True,
+        )
+    if level is not None:
+        ax.axhline(level, color="0.4", linestyle=":", linewidth=1)
+    ax.set_xlim(left=0)
+    _finish(ax, x_label, y_label)
+    return ax
+
+
 def image_grid(
     rows: Sequence[Sequence[np.ndarray]],
     *,

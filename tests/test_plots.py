@@ -46,6 +46,9 @@ SINGLE = {
     "functa.against_num_values": lambda ax: functa.plots.against_num_values(
         {"PCA": (X, RUNS[0])}, {"functa": (X[:1], X[:1], X[:1])}, ax=ax
     ),
+    "functa.rate_curves": lambda ax: functa.plots.rate_curves(
+        {"a": (X, RUNS[0]), "b": (X[::-1], RUNS[1])}, level=0.5, ax=ax
+    ),
     "vit.training_curves": lambda ax: vit.plots.training_curves(
         {"a": (X, RUNS)}, y_label="loss (nats)", marks={"stage": 2}, ax=ax
     ),

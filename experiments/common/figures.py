@@ -1110,6 +1110,51 @@ def _psnr_against_size(run):
     return functa_plots.against_num_values(curves, y_label="test PSNR (dB)").figure
 
 
+_CODES = {
+    "field": "latents of the field",
+    "jpeg": "JPEG without headers",
+    "webp": "WebP without headers",
+    "jpeg2000": "JPEG 2000 without headers",
+}
+_PUBLISHED = Path(__file__).parents[2] / "results" / "published" / "summary.json"
+
+
+def _compress_functa(run):
+    makers = {"psnr_against_bits": _psnr_against_bits}
+    if "accuracy" in run.summary["curves"]["field"]:
+        makers["accuracy_against_bits"] = _accuracy_against_bits
+    return _bind(makers, run)
+
+
+def _psnr_against_bits(run):
+    curves = {
+        _CODES.get(
+            name, f"components of a {name.removeprefix('klt_')} grid of patches"
+        ): (
+            curve["bpp"],
+            curve["psnr"],
+        )
+        for name, curve in run.summary["curves"].items()
+    }
+    # An installed copy has no results.
+    if run.summary["dataset"] == "cifar10" and _PUBLISHED.exists():
+        published = files.read_json(_PUBLISHED)["coin_pp"]
+        curves["COIN++, as published"] = published["bpp"], published["psnr"]
+    return functa_plots.rate_curves(
+        curves, y_label="test PSNR (dB)", level=run.summary["target_psnr"]
+    ).figure
+
+
+def _accuracy_against_bits(run):
+    curve = run.summary["curves"]["field"]
+    ax = functa_plots.rate_curves(
+        {"decoded latents": (curve["bpp"], 100 * np.array(curve["accuracy"]))},
+        y_label="test accuracy (%)",
+        level=100 * run.summary["accuracy_not_quantized"],
+    )
+    return ax.figure
+
+
 _META_LEARN = {
     "psnr": _meta_psnr,
     "best_and_worst": _best_and_worst,
@@ -1132,4 +1177,5 @@ _FIGURES: dict[str, Callable[[Run], dict[str, Callable[[], Any]]]] = {
     "benchmark": _benchmark,
     "scaling": functools.partial(_bind, {"scaling": _scaling}),
     "latent_controls": functools.partial(_bind, _CONTROLS),
+    "compress_functa": _compress_functa,
 }

@@ -55,7 +55,7 @@ def load_features(
             f"features {name} need a functaset of grids (N, h, w, C), but its latents "
             f"have the shape {functaset.latent.shape}."
         )
-    train, _ = _load_images(functaset, "train", data_dir)
+    train, _ = load_images(functaset, "train", data_dir)
     pca = linear.fit_pca(_pad(functaset, train), grid=grid)
     if name == "patches":
         # The projection to these components changes nothing.
@@ -122,6 +122,37 @@ def load_grids(
     return splits, mean, std, 1 + int(whole.label.max())
 
 
+def load_images(functaset, split, data_dir):
+    """The images of a split of a functaset.
+
+    Args:
+      functaset: its config names the data set.
+      split: "train" or "test".
+      data_dir: directory of the data set, as in `data.load`.
+
+    Returns:
+      The images without copies, uint8 (N, H, W, C), and the rows of the split in the
+      functaset, the N images first and then their copies.
+
+    Raises:
+      ValueError: if the images are not those of the functaset.
+    """
+    rows = np.flatnonzero(functaset.split == split)
+    copies = functaset.config.get("copies", 1) if split == "train" else 1
+    num_images = len(rows) // copies
+    name = functaset.config["dataset"]
+    how_read = {field: functaset.config.get(field) for field in data.HOW_READ}
+    dataset = data.load_dataset(name, (split,), data_dir=data_dir, **how_read)
+    arrays = dataset.splits[split]
+    labels = arrays["label"][:num_images]
+    if not np.array_equal(labels, functaset.label[rows[:num_images]]):
+        raise ValueError(
+            f"the {split} images of {name} are not those of the functaset: their "
+            "labels differ."
+        )
+    return arrays["image"][:num_images], rows
+
+
 def _identity(pca):
     size = len(pca.mean)
     return pca._replace(mean=np.zeros(size), components=np.eye(size))
@@ -138,7 +169,7 @@ def _copies(functaset, data_dir):
     config = functaset.config
     padding, grid = config.get("padding", 0), functaset.latent.shape[1:3]
     for split in map(str, np.unique(functaset.split)):
-        images, rows = _load_images(functaset, split, data_dir)
+        images, rows = load_images(functaset, split, data_dir)
         for copy in range(len(rows) // len(images)):
             for start in range(0, len(images), encoding.SHARD_SIZE):
                 shard = encoding.copy_images(
@@ -155,21 +186,3 @@ def _copies(functaset, data_dir):
                 )
                 first = copy * len(images) + start
                 yield rows[first : first + len(shard)], shard
-
-
-def _load_images(functaset, split, data_dir):
-    """The images of a split, without copies, and the rows of the split."""
-    rows = np.flatnonzero(functaset.split == split)
-    copies = functaset.config.get("copies", 1) if split == "train" else 1
-    num_images = len(rows) // copies
-    name = functaset.config["dataset"]
-    how_read = {field: functaset.config.get(field) for field in data.HOW_READ}
-    dataset = data.load_dataset(name, (split,), data_dir=data_dir, **how_read)
-    arrays = dataset.splits[split]
-    labels = arrays["label"][:num_images]
-    if not np.array_equal(labels, functaset.label[rows[:num_images]]):
-        raise ValueError(
-            f"the {split} images of {name} are not those of the functaset: their "
-            "labels differ."
-        )
-    return arrays["image"][:num_images], rows
