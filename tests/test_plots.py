@@ -127,7 +127,7 @@ def test_every_public_function_of_one_panel_is_tested(name):
         *("latent_channels", "reconstructions", "over_inner_steps"),
         "super_resolution",
         *("attention_maps", "informativeness", "filter_norms", "pruned_layer"),
-        *("surface_3d", "robust_limits"),
+        *("surface_3d", "robust_limits", "segments"),
     }
     assert public - others == tested
 
@@ -293,6 +293,16 @@ def test_kept_patches_fades_what_is_pruned():
     assert "75 %" in figure.axes[3].get_title()
     with pytest.raises(ValueError, match="square"):
         vit.plots.kept_patches(image, np.ones((3, 1, 5), bool))
+
+
+def test_segments_are_brighter_the_more_they_are_attended():
+    segments = np.array([[0, 1, 2, 2], [2, 1, 0, 0]])
+    figure = vit.plots.segments(np.ones((4, 4, 3)), segments)
+    for head in range(2):
+        shown = figure.axes[head + 1].images[0].get_array()[::2, ::2, 0].ravel()
+        np.testing.assert_array_equal(np.argsort(shown), np.argsort(segments[head]))
+    with pytest.raises(ValueError, match="square"):
+        vit.plots.segments(np.ones((4, 4, 3)), segments[:, :3])
 
 
 def test_attention_and_informativeness():
