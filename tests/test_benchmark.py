@@ -147,7 +147,7 @@ def test_a_peer_that_cannot_be_used_is_named(tmp_path, functa, message):
         ("sizes.meta.kind", "mota", "sizes.meta.kind must be one of product, "),
         ("paths", ("mota",), "must be some of .*meta"),
         ("paths", (), "must be some of"),
-        ("peers", "nowhere", "peers: there is no torch_functa.py in nowhere"),
+        ("peers", "nowhere", "peers must be a folder, got nowhere"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, path, value, message):

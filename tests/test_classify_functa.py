@@ -232,6 +232,7 @@ def test_keep_best_chooses_for_each_candidate():
     np.testing.assert_allclose(state.best["accuracy"], [0.5, 0.6])
 
 
+@pytest.mark.slow
 def test_run_stopped_and_resumed_ends_as_one_left_alone(path, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     save = runs.Run.save
@@ -272,6 +273,7 @@ def test_run_stopped_and_resumed_ends_as_one_left_alone(path, tmp_path, monkeypa
     assert again == runs.load_summary(whole)
 
 
+@pytest.mark.slow
 def test_report_variant_logs_the_reports_table(path, tmp_path):
     config = make_config(path, "report_mlp1", num_epochs=4)
     config.update({"log_every": 2, "checkpoint_every": 4, "normalize": True})

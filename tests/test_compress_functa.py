@@ -71,6 +71,7 @@ def smoke(folder, **changes):
     return config
 
 
+@pytest.mark.slow
 def test_smoke_run(trained, tmp_path):
     folder, whole, head, params = trained
     config = smoke(
@@ -128,6 +129,7 @@ def test_smoke_run(trained, tmp_path):
     assert files.read_json(tmp_path / "summary.json")["dataset"] == "digits"
 
 
+@pytest.mark.slow
 def test_further_steps_improve_the_latents(trained):
     folder, whole, *_ = trained
     config = smoke(folder, further_steps=5, batch_size=6)

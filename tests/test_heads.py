@@ -292,6 +292,7 @@ def test_cutmix_of_global_latents_is_named(tmp_path):
         classify_functa.train_and_evaluate(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_run_on_windows_of_copies(tmp_path):
     config = make_config(
         tmp_path,

@@ -36,6 +36,7 @@ def checkpoint(tmp_path):
     return path, params, latent, rates
 
 
+@pytest.mark.slow
 def test_imported_run_is_evaluated_and_encoded(checkpoint, tmp_path):
     path, params, latent, rates = checkpoint
     summary = import_functa.import_checkpoint(path, tmp_path / "run")

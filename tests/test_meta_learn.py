@@ -200,6 +200,7 @@ def test_bad_settings(tmp_path, changes, message):
         meta_learn.train_and_evaluate(small_config(**changes), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_diverged_run_names_the_step_and_keeps_its_checkpoint(tmp_path):
     config = small_config(optimizer__clip_norm=0.0, optimizer__name="sgd")
     config.checkpoint_every = 5

@@ -153,6 +153,7 @@ def test_a_collapse_leads_back_to_the_last_good_state():
             state, _ = meta.keep_or_recover(state, 1.0, max_drop=3.0)
 
 
+@pytest.mark.slow
 def test_a_run_recovers_and_counts_it(tmp_path, capsys):
     config = small_config(
         optimizer__name="sgd",

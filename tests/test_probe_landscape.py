@@ -232,6 +232,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(finished, tmp_path, monkeypa
     assert without_time[0] == without_time[1]
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_its_first_checkpoint_starts_anew(tmp_path, monkeypatch):
     config = tiny_config()
     config.surface.size = 0

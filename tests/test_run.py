@@ -65,6 +65,7 @@ def test_write_beyond_the_disk_keeps_the_old_file(tmp_path):
     np.testing.assert_array_equal(np.load(path)["x"], np.arange(3))
 
 
+@pytest.mark.slow
 def test_run_on_a_full_disk_says_so(tmp_path):
     command = [
         *(sys.executable, "-m", "experiments.meta_learn"),

@@ -188,6 +188,7 @@ def test_a_network_has_nothing_to_learn_from_itself():
     chex.assert_trees_all_close(state.params, student.params, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_teacher_sees_the_whole_image_and_shares_the_targets_with_the_labels():
     config, dense, student, state = teach(0.25, "resolution", 0.5)
     images = dense.images
@@ -246,6 +247,7 @@ def test_patch_dropout_takes_other_patches_every_step():
     assert np.any(kept[0][0] != kept[0][1])
 
 
+@pytest.mark.slow
 def test_muon_takes_the_matrices_of_the_blocks():
     config = train_configs.get_config("cifar10_cpu")
     model = vit.make("cifar_128", 10, 2, num_layers=2, hidden_size=16, mlp_dim=24)
@@ -406,6 +408,7 @@ def test_latency_is_measured_and_predicted(tmp_path):
     config.model.update({"variant": "cifar_128", "num_layers": 4})
     config.methods = ConfigDict({"max": (0.5,)})
     config.tuning.methods = ConfigDict({})
+    config.tuning.num_epochs = 0
     config.timing.gradient_batch_size = 0
     config.timing.num_rounds = 1
     # A table of the test's own: measured times differ from run to run.
