@@ -4,10 +4,10 @@
         --config=experiments/configs/compare_pruning.py:digits
 
 Each method ranks the groups of a trained network: weights, rows, kernels or filters.
-The same fraction of them is removed, and what is left is fine-tuned. The accuracies are
-those of the test images before and after the fine-tuning; before it, batch
-normalization is recalibrated. Where a method may choose between layers, the accuracy on
-a validation part of the training images decides.
+The same fraction of them is removed, and the remaining network is fine-tuned. The
+accuracies are those of the test images before and after the fine-tuning; before it,
+batch normalization is recalibrated. Where a method may choose between layers, the
+accuracy on a validation part of the training images decides.
 """
 
 import functools

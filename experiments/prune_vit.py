@@ -229,15 +229,16 @@ def _measure_layers(run, dense):
         return
     timing = run.config.timing
     run.say(f"measuring the time of {_NUM_TIMES} numbers of tokens ...")
-    model, table = dense.model, {}
-    for patches in np.linspace(1, dense.num_patches, _NUM_TIMES).round().astype(int):
-        kept = (int(patches),) * model.num_layers
-        network = dense._replace(model=model.clone(cascade=Cascade(keep=kept)))
-        (milliseconds, _), _ = time_in_turns(
-            _forward, network, dense, timing.batch_sizes[-1], timing.num_rounds
-        )
-        table[network.cost.mlp_tokens[0]] = milliseconds
-    files.write_json(path, table)
+    patches = np.linspace(1, dense.num_patches, _NUM_TIMES).round().astype(int)
+    networks = []
+    for count in np.unique(patches).tolist():
+        keep = (count,) * dense.model.num_layers
+        model = dense.model.clone(cascade=Cascade(keep=keep))
+        networks.append(dense._replace(model=model))
+    times = _take_turns(_forward, networks, timing.batch_sizes[-1], timing.num_rounds)
+    tokens = [network.cost.mlp_tokens[0] for network in networks]
+    medians = np.median(times, axis=1).tolist()
+    files.write_json(path, dict(zip(tokens, medians, strict=True)))
 
 
 def _predict(run, network):
@@ -353,23 +354,29 @@ def time_in_turns(
       Milliseconds: median and quartiles over the rounds. Speed-up: ratio of the two
       medians, and quartiles of the ratio in each round.
     """
-    arguments = []
-    for one in (network, dense):
-        images = jax.random.normal(jax.random.key(0), (batch_size, *one.input_shape))
-        arguments.append((one.model, one.params, images))
-        jax.block_until_ready(function(*arguments[-1]))
-    times = np.zeros((2, num_rounds))
-    for turn in range(num_rounds):
-        for one, argument in enumerate(arguments):
-            started = time.perf_counter()
-            jax.block_until_ready(function(*argument))
-            times[one, turn] = 1000 * (time.perf_counter() - started)
+    times = _take_turns(function, (network, dense), batch_size, num_rounds)
     own, whole = np.median(times, axis=1)
     quartiles = np.quantile([times[0], times[1] / times[0]], (0.25, 0.75), axis=1).T
     return (float(own), quartiles[0].tolist()), (
         float(whole / own),
         quartiles[1].tolist(),
     )
+
+
+def _take_turns(function, networks, batch_size, num_rounds):
+    """Milliseconds of a batch, (networks, rounds)."""
+    arguments = []
+    for one in networks:
+        images = jax.random.normal(jax.random.key(0), (batch_size, *one.input_shape))
+        arguments.append((one.model, one.params, images))
+        jax.block_until_ready(function(*arguments[-1]))
+    times = np.zeros((len(arguments), num_rounds))
+    for turn in range(num_rounds):
+        for one, argument in enumerate(arguments):
+            started = time.perf_counter()
+            jax.block_until_ready(function(*argument))
+            times[one, turn] = 1000 * (time.perf_counter() - started)
+    return times
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -54,8 +54,8 @@ BASE = {
     "methods": tuple(METHODS),
     "seeds": (0, 1, 2),
     "dataset": settings.dataset("mnist"),
-    # Number of training images, of which the last num_validation are not trained on,
-    # and of test images; 0 uses all.
+    # Numbers of training and test images; 0 uses all. The last num_validation training
+    # images are held out for validation.
     "num_train": 0,
     "num_validation": 5000,
     "num_test": 0,
