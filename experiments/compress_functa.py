@@ -367,8 +367,8 @@ def measure_codes(
 
     Returns:
       One value per step, from the smallest on: bits per pixel `bpp`, those of the ideal
-      code `ideal_bpp`, `psnr`, `bytes` of the codec, seconds to `encode` latents and to
-      `decode` bytes to images, and `accuracy` with `classify`.
+      code `ideal_bpp`, `psnr`, `bytes` of the codec, `encode_seconds` for the latents,
+      `decode_seconds` from bytes to images, and `accuracy` with `classify`.
     """
     test, images = codes["test"], signals.images["test"]
     pixels = len(images) * np.prod(images.shape[1:3])
@@ -404,8 +404,8 @@ def measure_codes(
             "ideal_bpp": compression.ideal_bits(codec.model, symbols).sum() / pixels,
             "psnr": _psnr(rendered, images),
             "bytes": paths[0].stat().st_size,
-            "encode": encode_seconds,
-            "decode": decode_seconds,
+            "encode_seconds": encode_seconds,
+            "decode_seconds": decode_seconds,
         }
         if classify is not None:
             point["accuracy"] = np.mean(classify(decoded) == signals.labels)
@@ -443,8 +443,8 @@ def _psnr(values, images):
 
 
 def _summarize(config, curves, signals):
-    field, num_steps = curves["field"], len(config.steps)
-    num_images = len(signals.images["test"])
+    field = curves["field"]
+    num_coded = len(signals.images["test"]) * len(config.steps)
     at_target = {
         name: compression.bits_at_psnr(curve["bpp"], curve["psnr"], config.target_psnr)
         for name, curve in curves.items()
@@ -458,8 +458,8 @@ def _summarize(config, curves, signals):
         **{f"bpp_at_target_{k}": v for k, v in at_target.items() if np.isfinite(v)},
         "excess_over_ideal": sum(field["bpp"]) / sum(field["ideal_bpp"]) - 1,
         "codec_bytes": field["bytes"][nearest],
-        "encode_images_per_second": num_images * num_steps / sum(field["encode"]),
-        "decode_images_per_second": num_images * num_steps / sum(field["decode"]),
+        "encode_images_per_second": num_coded / sum(field["encode_seconds"]),
+        "decode_images_per_second": num_coded / sum(field["decode_seconds"]),
         "curves": {
             name: {k: v for k, v in curve.items() if k in ("bpp", "psnr", "accuracy")}
             for name, curve in curves.items()

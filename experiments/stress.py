@@ -133,7 +133,10 @@ def _fill(argument, references, made):
 # Inputs.
 
 # Commands whose inputs are always tried, because they start from no run.
-_UNTRAINED = ("scaling", "latent_controls", "benchmark", "import_functa", "figures")
+_UNTRAINED = (
+    *("scaling", "latent_controls", "compare_pruning", "benchmark"),
+    *("import_functa", "figures"),
+)
 
 
 def _try_inputs(run, references):

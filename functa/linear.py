@@ -70,7 +70,8 @@ def fit_pca(
 
     Raises:
       ValueError: if the grid does not divide the signals, if there are fewer than two
-        cells, or if `num_components` is not between 1 and D.
+        cells or a value that is not finite, or if `num_components` is not between 1
+        and D.
 
     Example:
       >>> images = np.random.default_rng(0).random((50, 8, 8, 3))
@@ -99,6 +100,8 @@ def fit_pca(
         cells -= offset
         total += cells.sum(0, dtype=np.float64)
         products += cells.T @ cells
+    if not np.isfinite(products).all():
+        raise ValueError("signals have values that are not finite.")
     mean = total / count
     covariance = (products - count * np.outer(mean, mean)) / (count - 1)
     variance, vectors = np.linalg.eigh(covariance)  # in increasing order

@@ -34,7 +34,7 @@ def coordinate_grid(shape: Sequence[int]) -> np.ndarray:
       float32 (*shape, d). For an image, [..., 0] is the row and [..., 1] the column.
 
     Raises:
-      ValueError: if there is no axis, or if a size is less than 1.
+      ValueError: if there is no axis, or if a size is not a whole number from 1 on.
 
     Example:
       >>> coordinate_grid((2, 4)).shape
@@ -42,8 +42,8 @@ def coordinate_grid(shape: Sequence[int]) -> np.ndarray:
       >>> print(coordinate_grid((4,))[:, 0])
       [0.125 0.375 0.625 0.875]
     """
-    if len(shape) == 0 or min(shape) < 1:
-        raise ValueError(f"a grid needs axes of positive size, got {shape}.")
+    if len(shape) == 0 or any(n < 1 or n != int(n) for n in shape):
+        raise ValueError(f"a grid needs axes of positive whole size, got {shape}.")
     axes = [(np.arange(n, dtype=np.float64) + 0.5) / n for n in shape]
     return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).astype(np.float32)
 

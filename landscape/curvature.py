@@ -463,8 +463,17 @@ def mean_over_batches(function: Callable[[Any], Any], batches: Any) -> Any:
 
     Returns:
       The average, with the structure of the result of `function`.
+
+    Raises:
+      ValueError: if there is no batch, or the leaves have different numbers of batches.
     """
-    count = jax.tree.leaves(batches)[0].shape[0]
+    counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
+    if len(counts) != 1 or counts <= {(), (0,)}:
+        raise ValueError(
+            "the leaves of batches must share a first axis, the number of batches; got "
+            f"{sorted(counts)}."
+        )
+    [[count]] = counts
     one = jax.eval_shape(function, jax.tree.map(lambda x: x[0], batches))
 
     def add(total, batch):

@@ -261,12 +261,20 @@ def barrier(losses: Array, fractions: Any) -> Array:
     networks are connected.
 
     Args:
-      losses: of `losses_along`, (N,).
-      fractions: t of each loss, (N,), from 0 to 1.
+      losses: of `losses_along`, (N,), N >= 2. The first and the last are the ends.
+      fractions: t of each loss, (N,).
+
+    Raises:
+      ValueError: if there are fewer than two losses, or other shapes.
     """
     fractions = jnp.asarray(fractions, losses.dtype)
-    ends = (1 - fractions) * losses[0] + fractions * losses[-1]
-    return jnp.max(losses - ends)
+    if losses.shape != fractions.shape or losses.ndim != 1 or len(losses) < 2:
+        raise ValueError(
+            "losses and fractions must be (N,), N >= 2, got shapes "
+            f"{losses.shape} and {fractions.shape}."
+        )
+    share = (fractions - fractions[0]) / (fractions[-1] - fractions[0])
+    return jnp.max(losses - ((1 - share) * losses[0] + share * losses[-1]))
 
 
 def fit_bezier(

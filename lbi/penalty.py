@@ -220,7 +220,8 @@ def assign(spec: PenaltySpec, params: Any) -> dict[str, Penalty]:
 
     Raises:
       ValueError: if `spec` is of another kind, a pattern matches no path, "auto" cannot
-        tell what a parameter is, or a penalty does not fit a parameter.
+        tell what a parameter is, or a penalty does not fit the shape or the dtype of a
+        parameter.
     """
     assigned = {}
     _check_patterns(spec, params)
@@ -228,6 +229,11 @@ def assign(spec: PenaltySpec, params: Any) -> dict[str, Penalty]:
         penalty = _choose(spec, path, tuple(leaf.shape))
         if penalty is None:
             continue
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise ValueError(
+                f"{path} has the dtype {leaf.dtype}; a penalty needs floating-point "
+                "parameters."
+            )
         try:
             penalty.check(leaf.shape)
         except ValueError as error:

@@ -589,3 +589,9 @@ def test_preconditioner_of_another_tree_is_refused():
     matvec = preconditioned(lambda v: v, {"w": jnp.ones(3)})
     with pytest.raises(ValueError, match="preconditioner"):
         matvec({"w": jnp.ones(2)})
+
+
+@pytest.mark.parametrize("batches", [[], jnp.zeros((0, 3)), (jnp.ones(2), jnp.ones(3))])
+def test_mean_over_no_or_unequal_batches_is_refused(batches):
+    with pytest.raises(ValueError, match="the number of batches"):
+        mean_over_batches(lambda batch: jnp.sum(batch[0]), batches)

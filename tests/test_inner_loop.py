@@ -520,3 +520,15 @@ def test_groups_that_do_not_divide_the_batch_are_refused():
             num_steps=1,
             num_groups=4,
         )
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
+def test_targets_that_are_not_floating_point_are_refused(dtype):
+    target = np.ones(3, dtype)
+    message = f"target must be floating point, got {dtype}"
+    with pytest.raises(ValueError, match=message):
+        fit_latent(lambda z: z, jnp.zeros(3), target, num_steps=1, learning_rate=0.1)
+    with pytest.raises(ValueError, match=message):
+        optimize_latent(
+            lambda z: z, jnp.zeros(3), target, optimizer=optax.sgd(0.1), num_steps=1
+        )

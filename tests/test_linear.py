@@ -165,3 +165,10 @@ def cifar10():
         "cifar10", train_split="train[:12000]", test_split="test[:2000]"
     ).splits
     return [splits[split]["image"] for split in ("train", "test")]
+
+
+def test_values_that_are_not_finite_are_refused():
+    signals = np.random.default_rng(0).random((6, 4, 4, 1))
+    signals[3, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        linear.fit_pca(signals, 2)

@@ -361,3 +361,9 @@ def test_unknown_rules_are_refused(rules):
     message = f'a penalty must be "auto", .*, got {re.escape(repr(unknown))}'
     with pytest.raises(ValueError, match=message):
         assign(rules, PARAMS)
+
+
+def test_integer_parameters_are_refused():
+    params = {"layer": {"kernel": jnp.ones((3, 3), int)}}
+    with pytest.raises(ValueError, match="layer/kernel has the dtype int32"):
+        assign("auto", params)

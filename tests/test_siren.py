@@ -233,9 +233,9 @@ def test_coordinate_grid_of_any_dimension(shape):
         np.testing.assert_array_equal(grid[index], np.float32(centre))
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (-2, 3)])
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (-2, 3), (2.5, 3)])
 def test_empty_grid_is_refused(shape):
-    with pytest.raises(ValueError, match="axes of positive size"):
+    with pytest.raises(ValueError, match="axes of positive whole size"):
         coordinate_grid(shape)
 
 

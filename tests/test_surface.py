@@ -492,6 +492,10 @@ def test_barrier_is_above_the_line_between_the_ends():
     assert barrier(jnp.array([1.0, 4.0, 3.0]), [0.0, 0.5, 1.0]) == 2.0
     # A loss that falls all the way has no barrier.
     assert barrier(jnp.array([3.0, 1.0, 0.0]), [0.0, 0.5, 1.0]) == 0.0
+    # The line joins the first and the last loss, wherever they lie.
+    assert barrier(jnp.array([1.0, 4.0, 3.0]), [0.5, 0.75, 1.0]) == 2.0
+    with pytest.raises(ValueError, match=r"N >= 2, got shapes \(1,\) and \(1,\)"):
+        barrier(jnp.ones(1), [0.0])
 
 
 def test_curve_goes_around_a_barrier():

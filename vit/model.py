@@ -146,10 +146,14 @@ class ViT(nn.Module):
           for pool "cls_and_mean".
 
         Raises:
-          ValueError: if the images do not divide into patches, or the fields of the
-            model or its cascade do not fit together.
+          ValueError: if the images are not floating point or do not divide into
+            patches, or the fields of the model or its cascade do not fit together.
         """
         check_model(self)
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(
+                f"images must be floating point and scaled, got {images.dtype}."
+            )
         num_patches = count_patches(images.shape[1:3], self.patch_size)
         if self.cascade is not None:
             cascades.check_fits(self.cascade, num_patches, self.num_layers)

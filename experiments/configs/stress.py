@@ -18,7 +18,8 @@ BASE = {
     # Seed of the moments of the kills and the places of the bits.
     "seed": 0,
     "commands": (
-        *("meta_learn", "make_functaset", "classify_functa", "fit_image"),
+        *("meta_learn", "make_functaset", "classify_functa", "compress_functa"),
+        "fit_image",
         *("train_lbi", "prune_lbi", "probe_landscape", "train_vit", "prune_vit"),
     ),
     "inputs": {

@@ -10,13 +10,17 @@ from experiments.common.bad_inputs import tables
 COMMANDS = (
     *("meta_learn", "make_functaset", "classify_functa", "fit_image", "train_lbi"),
     *("prune_lbi", "probe_landscape", "train_vit", "prune_vit", "scaling"),
-    *("latent_controls", "compare_pruning"),
+    *("latent_controls", "compare_pruning", "compress_functa"),
 )
 # Runs that cases and kills start from: command and the options beyond `smoke`.
 RUNS = {
     "meta_learn": (),
     "make_functaset": ("--config.run={meta_learn}",),
     "classify_functa": ("--config.functaset={meta_learn}/functaset.npz",),
+    "compress_functa": (
+        "--config.run={meta_learn}",
+        "--config.functaset={meta_learn}/functaset.npz",
+    ),
     "fit_image": (),
     "train_lbi": (),
     "prune_lbi": ("--config.run={train_lbi}",),
@@ -192,7 +196,9 @@ def _of_files() -> Iterator[Case]:
         yield case("fit_image", "image", name)
     for name in tables.BAD_FUNCTASETS:
         yield case("classify_functa", "functaset", name)
+        yield case("compress_functa", "functaset", name)
     for name in tables.BAD_RUNS:
+        yield case("compress_functa", "run", name)
         yield case("make_functaset", "run", name)
         yield case("prune_lbi", "run", name)
         yield case("meta_learn", "init_from", name)

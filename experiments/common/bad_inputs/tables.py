@@ -334,6 +334,19 @@ VALUES = {
         "num_images=()": "num_images",
         f"seed={2**64}": "seed",
     },
+    "compress_functa": {
+        "klt_grids=((3,3),)": "klt_grids",
+        "klt_grids=((2,),)": "klt_grids",
+        "functaset=nosuch.npz": "nosuch.npz",
+        "functaset={grid.npz}": "grid.npz",
+        "classifier={meta_learn}": "meta_learn",
+        "classifier=nosuch": "nosuch",
+        "data_dir=nosuch": "nosuch",
+        "model.num_groups=65": "num_groups",
+        "codecs.jpeg=(0,)": "codecs.jpeg",
+        "codecs.webp=(101,)": "codecs.webp",
+        "codecs.gif=(1,)": "gif",
+    },
     "latent_controls": {
         "grids=((3,3,1),)": "grids",
         "grids=(1,2)": "grids",
@@ -396,6 +409,7 @@ GOOD = {
     ),
     "prune_lbi": ("", "method=dessilbi_adam"),
     "compare_pruning": ("", "methods=random"),
+    "compress_functa": ("", "codecs.jpeg=()", "klt_grids=()", "scales=deviation"),
     "probe_landscape": ("", "networks=bn", "optimizer.name=sgd"),
     "train_vit": (
         "",
