@@ -56,7 +56,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     shapes = classifier.check(config, images)["params"]
     params = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
     num_steps = config.num_epochs * classifier.count_steps(images, config.batch_size)
-    for training in {configs.METHODS[method][0] for method in config.methods}:
+    for training in config.optimizer:
         make_optimizer(config, training, params, num_steps, "auto")
     optimizers.make_optimizer(config.finetune, 1, entry="finetune")
 

@@ -44,13 +44,8 @@ def launch(
         config, options = parse(name, arguments)
         flags.FLAGS(sys.argv[:1])  # before it, absl's log prints a warning
         silence_libraries(debug=options.debug)
-        cluster = options.coordinator, options.num_processes, options.process_id
         if options.multihost:
-            devices.initialize(*cluster)
-        elif cluster != (None, None, None):
-            raise ValueError(
-                "--coordinator, --num_processes and --process_id need --multihost."
-            )
+            devices.initialize(*_cluster(options))
         # What JAX cannot start, such as a GPU, the user asked for.
         with settings.blamed_on("JAX_PLATFORMS or the devices"):
             jax.devices()
@@ -86,12 +81,20 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[ConfigDict, flags.FlagVa
     options, unexpected = parse_flags(others)
     if unexpected:
         raise ValueError(f"unexpected arguments: {' '.join(unexpected)}")
+    if not options.multihost and _cluster(options) != (None, None, None):
+        raise ValueError(
+            "--coordinator, --num_processes and --process_id need --multihost."
+        )
     config = load_config(name, options.config)
     settings.check_fields(config, base)
     for field, text in overrides.items():
         settings.set_field(config, field, text, base)
     settings.check_fields(config, base)  # an override may have replaced an entry
     return config, options
+
+
+def _cluster(options):
+    return options.coordinator, options.num_processes, options.process_id
 
 
 def parse_flags(arguments: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:

@@ -248,7 +248,6 @@ VALUES = {
         "bn_mode=none": "bn_mode",
         "network=/nowhere.py:make": "network",
         "network=experiments/networks/examples.py:nosuch": "nosuch",
-        "network=experiments/networks/examples.py:Residual": "Residual",
         "network_options={'width':8}": "network_options",
         "loss=experiments/networks/examples.py:make_vit": "loss",
         "surface.span=0": "surface.span",
@@ -410,7 +409,10 @@ GOOD = {
     "prune_lbi": ("", "method=dessilbi_adam"),
     "compare_pruning": ("", "methods=random"),
     "compress_functa": ("", "codecs.jpeg=()", "klt_grids=()", "scales=deviation"),
-    "probe_landscape": ("", "networks=bn", "optimizer.name=sgd"),
+    "probe_landscape": (
+        *("", "networks=bn", "optimizer.name=sgd"),
+        "network=experiments/networks/examples.py:Residual",
+    ),
     "train_vit": (
         "",
         "optimizer.name=muon",
