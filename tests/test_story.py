@@ -33,6 +33,11 @@ def test_every_step_reads_what_the_steps_before_write(tmp_path):
     assert made["cascade"].image_size == made["functa"].model.grid[0] == 2
 
 
+@pytest.mark.parametrize("variant", configs.VARIANTS)
+def test_variants_of_the_steps_exist(variant, tmp_path):
+    assert len(story.plan(configs.get_config(variant), tmp_path)) == 6
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

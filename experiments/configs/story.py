@@ -56,7 +56,7 @@ VARIANTS = {
     "cifar10": {
         "dataset.name": "cifar10",
         "meta_learn": {"variant": "cifar10_spatial_cpu"},
-        "classify_functa": {"variant": "cifar10_spatial_vit", "crop": ()},
+        "classify_functa": {"variant": "cifar10_spatial_cpu_vit", "crop": ()},
         "probe_landscape": {
             "variant": "story",
             "surface": {"num_images": 1024, "chunk_size": 256, "size": 25},
