@@ -1102,7 +1102,7 @@ def _psnr_against_size(run):
         psnr = run.need(name)[1:]
         label, num_cells = "PCA of whole images", 1
         if name != "pca":
-            label = f"PCA of the cells of a {name} grid"
+            label = f"PCA of the cells, grid of {name}"
             num_cells = math.prod(map(int, name.split("x")))
         # With more components the image is exact once it is rounded to 8 bits.
         psnr = psnr[psnr <= functa_plots.EXACT_TO_8_BITS]
