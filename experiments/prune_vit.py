@@ -539,7 +539,7 @@ def _check_training(config, images):
     if config.tuning.num_epochs:
         training = config.tuning.training.to_dict()
         training["num_epochs"] = config.tuning.num_epochs
-        vit_training.check(ConfigDict(training), images)
+        vit_training.check(ConfigDict(training), images, parent="tuning.training.")
     elif any(method.endswith("_lbi") for method in config.methods):
         classifier.count_steps(images, config.tuning.training.batch_size)
 

@@ -159,12 +159,13 @@ def init_problem(
 
 
 def make_optimizer(
-    settings: ConfigDict, num_steps: int
+    settings: ConfigDict, num_steps: int, *, entry: str = "optimizer"
 ) -> optax.GradientTransformation:
     """Makes config.optimizer, any of optax, after clipping of the global norm.
 
     Muon (Jordan et al. 2024) updates the matrices of the blocks, with heads and their
     width as one axis. AdamW updates all other parameters, such as head and embeddings.
+    `entry` is the name of `settings` in the config, for errors.
 
     Raises:
       ValueError: if the optimizer or one of its options is unknown.
@@ -176,9 +177,9 @@ def make_optimizer(
             schedule,
             muon_weight_dimension_numbers=optimizers.matrix_axes,
         )
-        optimizer = optimizers.check(make, settings.options)
+        optimizer = optimizers.check(make, settings.options, entry)
     else:
-        optimizer = optimizers.make_optimizer(settings, num_steps)
+        optimizer = optimizers.make_optimizer(settings, num_steps, entry=entry)
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
 
 
@@ -210,16 +211,20 @@ def patch_dropout(model: ViT, num_patches: int, keep: float) -> ViT:
     )
 
 
-def check(config: ConfigDict, images: Images) -> None:
-    """Raises ValueError if batch or optimizer are not valid for `train`."""
+def check(config: ConfigDict, images: Images, *, parent: str = "") -> None:
+    """Raises ValueError if batch or optimizer are not valid for `train`.
+
+    `parent` is what precedes the fields of `config` in the whole config, for errors.
+    """
     steps_per_epoch = classifier.count_steps(images, config.batch_size)
     devices.check_divisible(config.batch_size)
     if config.augment.num_ops and images.train[0].dtype != np.uint8:
         raise ValueError(
-            f"augment.num_ops must be 0 for latents, got {config.augment.num_ops}: "
-            "RandAugment changes colors."
+            f"{parent}augment.num_ops must be 0 for latents, because RandAugment "
+            f"changes colors; got {config.augment.num_ops}."
         )
-    make_optimizer(config.optimizer, config.num_epochs * steps_per_epoch)
+    num_steps = config.num_epochs * steps_per_epoch
+    make_optimizer(config.optimizer, num_steps, entry=f"{parent}optimizer")
 
 
 def check_stages(config: ConfigDict, rules: Mapping[str, settings.Rule]) -> None:
