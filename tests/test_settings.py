@@ -165,3 +165,8 @@ def test_errors_of_a_library_name_the_field():
         (lambda x: x)(y=1)
     with pytest.raises(FileNotFoundError), settings.blamed_on("model"):
         open("/nowhere")
+
+
+def test_names_of_fields_are_strings():
+    with pytest.raises(ValueError, match="entry: 1 is not the name of a field"):
+        settings.flatten({"entry": {1: 2}})

@@ -252,13 +252,19 @@ def check_fields(config: ConfigDict, base: Mapping[str, Any]) -> None:
 
 
 def flatten(entry: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested entries as one dict with dotted names; an empty or `Open` one is kept."""
+    """Nested entries as one dict with dotted names; an empty or `Open` one is kept.
+
+    Raises:
+      ValueError: if a name is not a string.
+    """
     is_entry = isinstance(entry, Mapping | ConfigDict) and not isinstance(entry, Open)
     if not is_entry or not len(entry):
         return {prefix: entry}
     flat = {}
     for name in entry:
-        flat |= flatten(entry[name], f"{prefix}.{name}" if prefix else str(name))
+        if not isinstance(name, str):
+            raise ValueError(f"{prefix}: {name!r} is not the name of a field.")
+        flat |= flatten(entry[name], f"{prefix}.{name}" if prefix else name)
     return flat
 
 
