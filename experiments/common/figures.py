@@ -1127,15 +1127,11 @@ def _compress_functa(run):
 
 
 def _psnr_against_bits(run):
-    curves = {
-        _CODES.get(
-            name, f"components of a {name.removeprefix('klt_')} grid of patches"
-        ): (
-            curve["bpp"],
-            curve["psnr"],
-        )
-        for name, curve in run.summary["curves"].items()
-    }
+    curves = {}
+    for name, curve in run.summary["curves"].items():
+        grid = name.removeprefix("klt_")
+        label = _CODES.get(name, f"components of patches, grid of {grid}")
+        curves[label] = curve["bpp"], curve["psnr"]
     # An installed copy has no results.
     if run.summary["dataset"] == "cifar10" and _PUBLISHED.exists():
         published = files.read_json(_PUBLISHED)["coin_pp"]
