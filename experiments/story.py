@@ -13,17 +13,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import classify_functa, meta_learn, probe_landscape, prune_vit
 from experiments.common import launch, page, runs, settings
 from experiments.common.sweep import sweep
 from experiments.configs import story as configs
 
-_COMMANDS = {
-    "meta_learn": meta_learn,
-    "classify_functa": classify_functa,
-    "prune_vit": prune_vit,
-    "probe_landscape": probe_landscape,
-}
 _NETWORKS = {"dense": "whole", "cascade": "with cascade", "structure": "cut"}
 _COSTS = {
     "accuracy": ("accuracy", "{:.2%}"),
@@ -97,8 +90,8 @@ def tell(run: runs.Run) -> dict[str, Any]:
     """Runs the steps of one seed; writes the page and returns the summary."""
     found = {}
     for step, (command, config) in plan(run.config, run.workdir).items():
-        run.say(f"=== {step} ({command})")
-        found[step] = _COMMANDS[command].train_and_evaluate(config, run.workdir / step)
+        folder, title = run.workdir / step, f"{step} ({command})"
+        found[step] = launch.run_command(command, config, folder, title)
     summary = summarize(found, run.config.timed_batch_size)
     page.write_page(run.workdir, "story", "One story", describe(run, summary))
     return summary

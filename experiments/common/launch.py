@@ -56,6 +56,22 @@ def launch(
         train_and_evaluate(config, workdir)
 
 
+def run_command(
+    command: str, config: ConfigDict, workdir: Path, title: str
+) -> dict[str, Any]:
+    """Runs or resumes a command as a part of another one; returns its summary.
+
+    Args:
+      command: its name.
+      config: its configuration.
+      workdir: its run folder.
+      title: what is printed before it starts.
+    """
+    devices.say(f"=== {title}")
+    module = importlib.import_module(f"experiments.{command}")
+    return module.train_and_evaluate(config, workdir)
+
+
 def parse(name: str, arguments: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     """The configuration and the other options of a command line.
 

@@ -64,6 +64,12 @@ def table(
     return Table(caption, ("", *columns), cells)
 
 
+def to_markdown(folder: Path, title: str, parts: Sequence[Part]) -> str:
+    """The page as Markdown for a file in `folder`, to which the links are relative."""
+    blocks = [f"# {title}", *(_markdown(part, folder) for part in parts)]
+    return "\n\n".join(blocks) + "\n"
+
+
 def write_page(folder: Path, name: str, title: str, parts: Sequence[Part]) -> None:
     """Writes NAME.md, which links to the figures, and NAME.html, which contains them.
 
@@ -74,8 +80,7 @@ def write_page(folder: Path, name: str, title: str, parts: Sequence[Part]) -> No
       parts: its content. Figures without a file are left out.
     """
     parts = [p for p in parts if not isinstance(p, Figure) or p.path.exists()]
-    blocks = [f"# {title}", *(_markdown(part, folder) for part in parts)]
-    text = "\n\n".join(blocks) + "\n"
+    text = to_markdown(folder, title, parts)
     files.write_atomic(folder / f"{name}.md", lambda file: file.write(text))
     body = "\n".join(_html(part) for part in parts)
     title = html.escape(title)
@@ -104,7 +109,8 @@ def _markdown(part, folder):
             return text
         case Table(caption, columns, rows):
             lines = [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]
-            return f"{caption}\n\n" + "\n".join(f"| {' | '.join(r)} |" for r in lines)
+            cells = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            return f"{caption}\n\n{cells}".lstrip()
         case Figure(path, caption):
             return f"![{caption}]({Path(os.path.relpath(path, folder)).as_posix()})"
 

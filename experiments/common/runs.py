@@ -525,17 +525,35 @@ def _git_commit():
     return commit.stdout.strip()
 
 
-def _check_same_config(stored, ours, workdir):
+def differences(workdir: Path, config: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """{field: (value of the run in `workdir`, value in `config`)} where they differ.
+
+    Raises:
+      FileNotFoundError: if `workdir` does not contain a run.
+      ValueError: if its config.json is damaged.
+    """
+    ours = upgrade(json.loads(config.to_json_best_effort()))
+    return _differences(load_config(workdir), ours)
+
+
+def _differences(stored, ours):
     stored, ours = flatten(stored), flatten(ours)
     absent = object()
-    differ = [
-        f"{name} is {stored.get(name)!r} there and {ours.get(name)!r} here"
+    return {
+        name: (stored.get(name), ours.get(name))
         for name in sorted(stored.keys() | ours.keys())
         if stored.get(name, absent) != ours.get(name, absent)
-    ]
+    }
+
+
+def _check_same_config(stored, ours, workdir):
+    differ = "; ".join(
+        f"{name} is {there!r} there and {here!r} here"
+        for name, (there, here) in _differences(stored, ours).items()
+    )
     if differ:
         raise ValueError(
-            f"{workdir} holds a run with another configuration: {'; '.join(differ)}. "
+            f"{workdir} holds a run with another configuration: {differ}. "
             "Choose another --workdir."
         )
 
