@@ -45,7 +45,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     folder = Path(workdir if config.folder is None else config.folder)
     inputs = report.list_runs()
     states = look(config, folder, inputs)
-    for line in tell(states):
+    for line in tell(config, states):
         devices.say(line)
     jobs = plan(config, folder, inputs, states)
     failed = {}
@@ -164,26 +164,31 @@ def _find(folder, states, run, file):
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def tell(states: Mapping[str, State]) -> list[str]:
-    """Lines that say for each table and figure what is finished."""
+def tell(config: ConfigDict, states: Mapping[str, State]) -> list[str]:
+    """Lines that say for each table and figure what is finished and what it takes."""
     lines = []
     for entry in report.ENTRIES:
         for run in entry.runs():
-            time, machine = _recorded(run)
-            took = f"{time} on {machine}" if time else "no recorded time"
-            lines.append(f"{entry.name:<17} {run:<32} {states[run].words}; {took}")
+            time, machine = _recorded(config, run)
+            took = f"; {time} on {machine}" if time else ""
+            lines.append(f"{entry.name:<17} {run:<33} {states[run].words}{took}")
         if not entry.runs():
             lines.append(f"{entry.name:<17} nothing to run")
     missing = [run for run, state in states.items() if not state.folder]
     if missing:
         lines.append(f"Missing: {', '.join(missing)}.")
-        lines.append("--config.run=all runs what the page lacks.")
+        known = [run for run in missing if _recorded(config, run)[0]]
+        total = sum(evidence.seconds(report.find_result(run)) for run in known)
+        lines.append(
+            f"{len(known)} of these {len(missing)} were recorded; they take "
+            f"{total / 60:.0f} min. --config.run=all runs what the page lacks."
+        )
     return lines
 
 
-def _recorded(run):
+def _recorded(config, run):
     """The time of the run in results/ and its machine; "" if there is none."""
-    result = report.find_result(run)
+    result = None if config.smoke else report.find_result(run)
     origin = evidence.provenance(result) if result else {}
     return origin.get("time", ""), origin.get("machine", "")
 
@@ -192,7 +197,10 @@ def _write(config, workdir, states):
     parts = [page.Text(report.INTRODUCTION)]
     if config.smoke:
         parts.append(page.Text(configs.SMOKE_TEXT))
-    rows = [[f"`{run}`", state.words, *_recorded(run)] for run, state in states.items()]
+    rows = [
+        [f"`{run}`", state.words, *_recorded(config, run)]
+        for run, state in states.items()
+    ]
     parts += [
         page.Heading("Runs"),
         page.Table("", ("run", "state", "time in results/", "machine"), rows),

@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 
 from experiments import results
+from experiments.common import evidence
 from experiments.common.settings import flatten
 from experiments.common.upgrade import FILLED, upgrade, upgrade_override
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(p.parent.name for p in (ROOT / "results").glob("*/config.json"))
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(set(DOCS.rglob("*.md")) - set(DOCS.glob("api/*")))]
+# report.md has no markers: it is generated as a whole.
+GENERATED = {DOCS / "report.md", *DOCS.glob("api/*")}
+PAGES = [ROOT / "README.md", *sorted(set(DOCS.rglob("*.md")) - GENERATED)]
 # A number and a unit of measurement.
 MEASURED = re.compile(
     r"\d[\d.,]*(?:\s*±\s*[\d.]+)?\s?"
@@ -43,7 +46,7 @@ def typed_numbers(text):
     """Measured numbers of a text that no marker holds."""
     text = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.S | re.M)
     # What stays of a marker carries no digit, and keeps its unit apart.
-    text = results.MARKER.sub("M", text)
+    text = evidence.MARKER.sub("M", text)
     text = re.sub(r"\]\([^)]*\)", "]", text)
     return [found.strip() for found in MEASURED.findall(NOT_MEASURED.sub("", text))]
 
@@ -65,8 +68,8 @@ def test_every_changed_number_is_noticed(path):
         start = match.start(4) - match.start()
         return match[0][:start] + re.sub(r"\d", "7", match[0][start:])
 
-    changed = results.MARKER.sub(change, text)
-    assert results.fill(changed) == results.fill(text) == text
+    changed = evidence.MARKER.sub(change, text)
+    assert evidence.fill(changed) == evidence.fill(text) == text
 
 
 def test_typed_measurements_are_found_outside_of_markers_only():
@@ -86,14 +89,14 @@ def test_a_changed_number_is_noticed():
     value = json.loads(
         (ROOT / "results/train_vit_cifar10_cpu/summary.json").read_text()
     )["test_accuracy"]
-    assert f">{100 * value:.2f}<" in results.fill(text)
-    assert results.fill(f"`{text}`") == f"`{text}`"
+    assert f">{100 * value:.2f}<" in evidence.fill(text)
+    assert evidence.fill(f"`{text}`") == f"`{text}`"
 
 
 @pytest.mark.parametrize("marker", ["absent key d", "train_vit_digits absent d"])
 def test_a_marker_without_evidence_is_an_error(marker):
     with pytest.raises(ValueError, match="absent"):
-        results.fill(f"<!--= {marker} -->1<!--/-->")
+        evidence.fill(f"<!--= {marker} -->1<!--/-->")
 
 
 def make_run(root, name, summary, **config):
@@ -110,22 +113,23 @@ def test_a_group_is_mean_and_deviation_over_seeds(tmp_path):
         make_run(tmp_path, name, {"a.b": [0, value]}, seed=seed, rate=1.0)
     mean, deviation = statistics.mean(values), statistics.stdev(values)
     expected = f"{100 * mean:.1f} ± {100 * deviation:.1f}"
-    assert results.render("run*", "a.b.1", "%.1f", tmp_path) == expected
-    assert results.num_seeds("run*", tmp_path) == 3
+    assert evidence.render(tmp_path / "results/run*", "a.b.1", "%.1f") == expected
+    assert evidence.num_seeds(tmp_path / "results/run*") == 3
     make_run(tmp_path, "run_seed3", {"a.b": [0, 1]}, seed=3, rate=2.0)
     with pytest.raises(ValueError, match="rate"):
-        results.render("run*", "a.b.1", "%.1f", tmp_path)
+        evidence.render(tmp_path / "results/run*", "a.b.1", "%.1f")
 
 
 def test_a_sweep_has_its_own_deviation(tmp_path):
     summary = {"psnr": [40.0, 42.0], "psnr_std": [1.0, 0.25]}
     make_run(tmp_path, "sweep", summary, seeds=[0, 1, 2])
-    assert results.render("sweep*", "psnr.1", ".2f", tmp_path) == "42.00 ± 0.25"
+    sweep, single = (tmp_path / "results" / name for name in ("sweep*", "single"))
+    assert evidence.render(sweep, "psnr.1", ".2f") == "42.00 ± 0.25"
     # With one seed the deviation is of something else, such as the images.
     make_run(tmp_path, "single", summary, seeds=[0])
-    assert results.render("single", "psnr.1", ".2f", tmp_path) == "42.00"
-    assert results.render("single", "psnr.1:psnr.0", ".2f", tmp_path) == "1.05"
-    assert results.render("single", "psnr.1-psnr.0", "d", tmp_path) == "2"
+    assert evidence.render(single, "psnr.1", ".2f") == "42.00"
+    assert evidence.render(single, "psnr.1:psnr.0", ".2f") == "1.05"
+    assert evidence.render(single, "psnr.1-psnr.0", "d") == "2"
 
 
 def test_columns_say_how_a_number_was_made(tmp_path):
@@ -139,22 +143,22 @@ def test_columns_say_how_a_number_was_made(tmp_path):
     row = "`fit_image`, `report`, `rate=2` | 2 | 1.5 min | 2 CPU cores, x86_64, "
     row += "JAX 0.1 | `abc` | `results/run`"
     text = "<!--= run @row -->{}<!--/--> <!--= run @seeds -->{}<!--/-->"
-    assert results.fill(text.format("`x` |", 1), tmp_path) == text.format(row, 2)
+    assert evidence.fill(text.format("`x` |", 1), tmp_path) == text.format(row, 2)
 
 
 def test_a_variant_without_a_folder_is_not_run_yet(tmp_path):
     (tmp_path / "results").mkdir()
-    arguments = "fit_image_report", "32x32_psnr.0", ".2f", tmp_path
-    assert results.render(*arguments) == "not run yet"
-    row = results.render("fit_image_report", "@row", None, tmp_path)
+    folder = tmp_path / "results" / "fit_image_report"
+    assert evidence.render(folder, "32x32_psnr.0", ".2f") == "not run yet"
+    row = evidence.render(folder, "@row")
     assert row.split("|")[0] == "`fit_image`, `report` "
 
 
 def differences(name):
     """Fields in which a stored configuration is not its variant and overrides."""
-    stored = results.read(name, "config.json")
-    command = results.read(name, "environment.json")["command"]
-    variant, overrides = results.recorded_overrides(command)
+    stored = evidence.read(evidence.RESULTS / name, "config.json")
+    command = evidence.read(evidence.RESULTS / name, "environment.json")["command"]
+    variant, overrides = evidence.recorded_overrides(command)
     module = importlib.import_module(f"experiments.configs.{stored['experiment']}")
     config = module.get_config(variant) if variant else module.get_config()
     today = json.loads(config.to_json_best_effort())
@@ -216,6 +220,7 @@ def test_outdated_names_a_page_whose_number_was_changed(tmp_path):
             ignore=shutil.ignore_patterns("*.npz", "api"),
         )
     shutil.copy(ROOT / "README.md", tmp_path)
-    page = tmp_path / "docs" / "results.md"
-    page.write_text(page.read_text().replace("88.14", "88.15"))
-    assert list(results.outdated(tmp_path)) == [page]
+    pages = [tmp_path / "docs" / name for name in ("report.md", "results.md")]
+    for page in pages:
+        page.write_text(page.read_text().replace("88.14", "88.15"))
+    assert list(results.outdated(tmp_path)) == pages

@@ -171,7 +171,7 @@ def provenance(folder: Path) -> dict[str, str]:
     config = read(folders[0], "config.json")
     environments = [read(member, "environment.json") for member in folders]
     environment = environments[0]
-    seconds = [_seconds(read(member)) for member in folders]
+    time = seconds(folder)
     device = environment["devices"][0]
     if environment["backend"] == "cpu":
         device = f"{environment['cpu_count']} CPU cores, {environment['machine']}"
@@ -185,12 +185,18 @@ def provenance(folder: Path) -> dict[str, str]:
     values = (
         ", ".join(f"`{part}`" for part in command),
         str(num_seeds(folder)),
-        f"{statistics.mean(seconds) / 60:.1f} min" if all(seconds) else "",
+        f"{time / 60:.1f} min" if time else "",
         f"{device}, JAX {environment['versions']['jax']}",
         ", ".join(sorted(commit or "not recorded" for commit in commits)),
         ", ".join(f"`{show(member)}`" for member in folders),
     )
     return dict(zip(ORIGIN, values, strict=True))
+
+
+def seconds(folder: Path) -> float | None:
+    """How long a run took, or the mean of a group; None if it is not recorded."""
+    values = [_seconds(read(member)) for member in members(folder)]
+    return statistics.mean(values) if all(values) else None
 
 
 def show(folder: Path) -> str:

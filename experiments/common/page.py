@@ -3,6 +3,7 @@
 import base64
 import html
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,14 +121,14 @@ def _html(part):
         case Heading(text):
             return f"<h2>{html.escape(text)}</h2>"
         case Text(text):
-            return f"<p>{html.escape(text)}</p>"
+            return f"<p>{_inline(text)}</p>"
         case Table(caption, columns, rows):
             head, *body = [
-                "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+                "".join(f"<{tag}>{_inline(cell)}</{tag}>" for cell in row)
                 for tag, row in [("th", columns), *[("td", row) for row in rows]]
             ]
             lines = "\n".join(f"<tr>{row}</tr>" for row in [head, *body])
-            return f"<table><caption>{html.escape(caption)}</caption>\n{lines}</table>"
+            return f"<table><caption>{_inline(caption)}</caption>\n{lines}</table>"
         case Figure(path, caption):
             data = base64.b64encode(path.read_bytes()).decode()
             caption = html.escape(caption)
@@ -135,3 +136,8 @@ def _html(part):
                 f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
                 f"<figcaption>{caption}</figcaption></figure>"
             )
+
+
+def _inline(text):
+    """Text with `code` as HTML."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
