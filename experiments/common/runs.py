@@ -529,11 +529,10 @@ def differences(workdir: Path, config: ConfigDict) -> dict[str, tuple[Any, Any]]
     """{field: (value of the run in `workdir`, value in `config`)} where they differ.
 
     Raises:
-      FileNotFoundError: if `workdir` does not contain a run.
-      ValueError: if its config.json is damaged.
+      ValueError: if the config.json of `workdir` is damaged.
     """
     ours = upgrade(json.loads(config.to_json_best_effort()))
-    return _differences(load_config(workdir), ours)
+    return _differences(_upgraded(Path(workdir) / "config.json"), ours)
 
 
 def _differences(stored, ours):
