@@ -116,7 +116,7 @@ def _compare(run, images, validation):
 
 
 def _training(method, grain):
-    """The name of the training of a method; that of SGD has no groups."""
+    """The name of the training of a method; SGD is the same for all grains."""
     training = configs.METHODS[method][0]
     return training if training == "sgd" else f"{training}_{grain}"
 
@@ -284,23 +284,9 @@ def _prune(
 ):
     """Prunes and fine-tunes one network; returns its measurements."""
     config, problem = run.config, finetuning.problem
-
-    def pruned(scope):
-        masks = pruning.make_masks(structure, importance, sparsity, scope, variables)
-        chosen = lbi.pruning.apply_masks(variables, masks)
-        chosen = classifier.recalibrate(
-            problem.model,
-            problem.images,
-            chosen,
-            num_batches=config.num_recalibration_batches,
-        )
-        pixels, labels = finetuning.validation
-        logits = problem.predict(chosen, pixels)
-        return classifier.accuracy(logits, labels), masks, chosen
-
-    candidates = {scope: pruned(scope) for scope in scopes}
-    scope = max(scopes, key=lambda scope: candidates[scope][0])
-    _, masks, chosen = candidates[scope]
+    scope, masks, pruned = _choose_scope(
+        config, finetuning, structure, variables, importance, sparsity, scopes
+    )
     kept = [np.asarray(mask) for mask in jax.tree.leaves(masks["params"])]
     row = {
         "scope": scope,
@@ -320,7 +306,7 @@ def _prune(
         update = pruning.gradually(update, choose, sparsities)
         masks = choose(variables, 0.0)
     else:
-        row["before"] = problem.test_accuracy(chosen)
+        row["before"] = problem.test_accuracy(pruned)
     state = classifier.init_state(variables, finetuning.optimizer, problem.num_steps)
     with _open(run, folder, problem.num_steps) as inner:
         state = classifier.train(
@@ -331,6 +317,27 @@ def _prune(
     if devices.is_main():
         shutil.rmtree(folder)
     return row
+
+
+def _choose_scope(
+    config, finetuning, structure, variables, importance, sparsity, scopes
+):
+    """The scope with the best validation accuracy, its masks and its pruned network."""
+    problem = finetuning.problem
+    pixels, labels = finetuning.validation
+    candidates = {}
+    for scope in scopes:
+        masks = pruning.make_masks(structure, importance, sparsity, scope, variables)
+        pruned = classifier.recalibrate(
+            problem.model,
+            problem.images,
+            lbi.pruning.apply_masks(variables, masks),
+            num_batches=config.num_recalibration_batches,
+        )
+        accuracy = classifier.accuracy(problem.predict(pruned, pixels), labels)
+        candidates[scope] = accuracy, masks, pruned
+    best = max(scopes, key=lambda scope: candidates[scope][0])
+    return best, *candidates[best][1:]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ the training the command measures loss and gradient along the gradient (Santurka
 et al. 2018), differences of gradients between consecutive steps (the report's curves),
 and the largest eigenvalues of the Hessian, which for Adam can be preconditioned. After
 the training it measures a surface around the network and the spectral density. With
-num_epochs=0 the networks are measured as they are made. Each training has its own run
+num_epochs=0 the networks are measured without training. Each training has its own run
 folder `NETWORK_rateR_seedN` inside that of the run. The outer folder has the table and
 the figures.
 """
@@ -179,7 +179,10 @@ def make_tools(config: ConfigDict, images: Images, network: str, seed: int) -> T
     single = ConfigDict(config)
     single.seeds = (seed,)
     problem = classifier.make_problem(
-        single, images, _load_network(config, images, network, seed), **_fields(network)
+        single,
+        images,
+        _load_network(config, images, network, seed),
+        **_batch_norm(network),
     )
     model, num_steps = problem.model, problem.num_steps
     loss = _load_loss(config, images)
@@ -222,7 +225,7 @@ def make_tools(config: ConfigDict, images: Images, network: str, seed: int) -> T
     )
 
 
-def _fields(network):
+def _batch_norm(network):
     """The fields of config.model that one of _NETWORKS replaces."""
     return {"batch_norm": network == "bn"} if network in _NETWORKS else {}
 
@@ -370,9 +373,9 @@ def _find_adam(opt_state):
 
 
 def _make_surface(config, loss_fn, images):
-    settings = config.surface
-    chunk_size = min(settings.chunk_size, len(images.train[0]))
-    num_chunks = min(settings.num_images, len(images.train[0])) // chunk_size
+    num_images = len(images.train[0])
+    chunk_size = min(config.surface.chunk_size, num_images)
+    num_chunks = min(config.surface.num_images, num_images) // chunk_size
 
     @jax.jit
     def losses(params, batch_stats, directions, points, pixels, labels):
@@ -482,14 +485,14 @@ def _is_dead(config, losses, num_classes):
 
 def _measure_surface(run, tools, state, key):
     """Losses (size, size), written in pieces: a kill loses at most one piece."""
-    settings = run.config.surface
+    span, size = run.config.surface.span, run.config.surface.size
     draw = jax.jit(
         functools.partial(surface.filter_normalized_direction, filters=tools.filters)
     )
     keys = jax.random.split(key)
     first = draw(keys[0], state.params)
     second = draw(keys[1], state.params, orthogonal_to=first)
-    axis = np.linspace(-settings.span, settings.span, settings.size)
+    axis = np.linspace(-span, span, size)
     points = surface.grid(axis, axis)
     path = run.workdir / "surface.npz"
     known = np.full(len(points), np.nan, np.float32)
@@ -504,7 +507,7 @@ def _measure_surface(run, tools, state, key):
         piece=_PIECE,
     ):
         files.write_npz(path, {"losses": losses})
-    return losses.reshape(settings.size, settings.size)
+    return losses.reshape(size, size)
 
 
 def _stored_losses(run, path, unknown):
@@ -540,30 +543,7 @@ def make_table(
             table |= _envelope_rows(
                 config, network, curves["loss"], steps_per_epoch, num_classes
             )
-        later = curves["probe_step"][0, 0] >= steps_per_epoch * (config.num_epochs > 0)
-        distances, relative, betas = (
-            curves[f"probe_{key}"].max(-1)
-            for key in ("grad_distances", "relative_grad_distances", "betas")
-        )
-        measures = {  # each (rates, seeds, measurements), to be averaged
-            "test_accuracy": curves["test_accuracy"][..., -1:],
-            "gradient_predictiveness": distances[..., later],
-            "relative_gradient_predictiveness": relative[..., later],
-            "effective_beta": betas[..., later],
-            "grad_norm": curves["probe_grad_norm"][..., later],
-        }
-        for layers in _recorded_layers(config) if config.num_epochs else ():
-            for key in ("grad_distance", "beta"):
-                changes = curves[f"{layers}_{key}"]
-                # With a single epoch, the last change.
-                first = min(steps_per_epoch, changes.shape[-1] - 1)
-                measures[f"consecutive_{key}_{layers}"] = changes[..., first:]
-        for key, name in (
-            ("eigenvalues", "largest_eigenvalue_at_the_end"),
-            ("preconditioned_eigenvalues", "preconditioned_sharpness_at_the_end"),
-        ):
-            if key in curves:
-                measures[name] = curves[key][..., -1:, 0]
+        measures = _measures_to_average(config, curves, steps_per_epoch)
         for i, rate in enumerate(config.learning_rates):
             for key, values in measures.items():
                 name = f"{network}.rate{rate:g}.{key}"
@@ -575,6 +555,35 @@ def make_table(
             is_known = plain is not None and bn
             table[f"envelope_width_ratio{suffix}"] = plain / bn if is_known else None
     return table
+
+
+def _measures_to_average(config, curves, steps_per_epoch):
+    """{measure: (rates, seeds, measurements)} of one network."""
+    later = curves["probe_step"][0, 0] >= steps_per_epoch * (config.num_epochs > 0)
+    distances, relative, betas = (
+        curves[f"probe_{key}"].max(-1)
+        for key in ("grad_distances", "relative_grad_distances", "betas")
+    )
+    measures = {
+        "test_accuracy": curves["test_accuracy"][..., -1:],
+        "gradient_predictiveness": distances[..., later],
+        "relative_gradient_predictiveness": relative[..., later],
+        "effective_beta": betas[..., later],
+        "grad_norm": curves["probe_grad_norm"][..., later],
+    }
+    for layers in _recorded_layers(config) if config.num_epochs else ():
+        for key in ("grad_distance", "beta"):
+            changes = curves[f"{layers}_{key}"]
+            # With a single epoch, the last change.
+            first = min(steps_per_epoch, changes.shape[-1] - 1)
+            measures[f"consecutive_{key}_{layers}"] = changes[..., first:]
+    for key, name in (
+        ("eigenvalues", "largest_eigenvalue_at_the_end"),
+        ("preconditioned_eigenvalues", "preconditioned_sharpness_at_the_end"),
+    ):
+        if key in curves:
+            measures[name] = curves[key][..., -1:, 0]
+    return measures
 
 
 def _envelope_rows(config, network, losses, steps_per_epoch, num_classes):
@@ -614,9 +623,11 @@ def _check(config, images):
             "frozen."
         )
     _load_loss(config, images)
+    _check_sizes(config)
     for network in config.networks:
         model = _load_network(config, images, network, config.seeds[0])
-        shapes = classifier.check(config, images, model, **_fields(network))["params"]
+        variables = classifier.check(config, images, model, **_batch_norm(network))
+        shapes = variables["params"]
         if config.sharpness.preconditioned and not _find_adam(
             jax.eval_shape(optimizer.init, shapes)
         ):
@@ -643,6 +654,9 @@ def _check(config, images):
                 ),
                 shapes,
             )
+
+
+def _check_sizes(config):
     measured = config.sharpness
     if measured.num_eigenvalues > measured.num_steps:
         raise ValueError(

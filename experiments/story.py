@@ -2,9 +2,10 @@
 
     python -m experiments.story --config=experiments/configs/story.py:digits
 
-The steps are other commands, each in a folder of its own, and resume like them: spatial
-functa, a Vision Transformer on the latents, a cascade for a budget of multiply-adds,
-the cut of heads and neurons that DessiLBI finds spare, the landscape before and after.
+The steps are other commands, each in a folder inside the run folder, and resume like
+them. The images become a spatial functa. A Vision Transformer classifies the latents. A
+cascade prunes its tokens to a budget of multiply-adds. The heads and neurons that
+DessiLBI ranks last are removed. The landscape is measured before and after.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,13 @@ from experiments.common import launch, page, runs, settings
 from experiments.common.sweep import sweep
 from experiments.configs import story as configs
 
-_NETWORKS = {"dense": "whole", "cascade": "with cascade", "structure": "cut"}
+# {prefix of the keys of the summary: name in the table}.
+_NETWORKS = {
+    "dense": "dense",
+    "cascade": "with the cascade",
+    "structure": "and without some heads and neurons",
+}
+# {column: (key, format)}.
 _COSTS = {
     "accuracy": ("accuracy", "{:.2%}"),
     "before fine-tuning": ("untuned_accuracy", "{:.2%}"),
@@ -32,6 +39,7 @@ _MEASURES = {
     "gradient norm": ("grad_norm", "{:.4g}"),
     "effective beta": ("effective_beta", "{:.4g}"),
 }
+# {step: its figure}.
 _FIGURES = {
     "functa": "best_and_worst",
     "classify": "accuracy",

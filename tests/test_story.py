@@ -97,7 +97,7 @@ def test_story_of_the_digits(tmp_path):
     # A part of the test images.
     assert abs(first["dense_accuracy"] - classified["test_accuracy"]) < 0.3
     text = (tmp_path / "story.md").read_text()
-    assert f"| cut | {summary['structure_accuracy']:.2%} |" in text
+    assert f"heads and neurons | {summary['structure_accuracy']:.2%} |" in text
     assert len(re.findall("data:image/png", (tmp_path / "story.html").read_text())) == 4
     # A killed story goes on with what is finished.
     (tmp_path / "summary.json").unlink()

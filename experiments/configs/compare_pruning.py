@@ -49,8 +49,8 @@ BASE = {
     "tensorboard": False,
     # dessilbi, dessilbi_adam: by order of entry. magnitude: once, by the norm. taylor:
     # by the first-order effect on the loss (Molchanov et al. 2019). group_lasso: by the
-    # norm, after training with proximal steps. random. gradual: by the norm, more and
-    # more within the fine-tuning (Zhu & Gupta 2017).
+    # norm, after training with proximal steps. random. gradual: by the norm, in several
+    # steps during the fine-tuning (Zhu & Gupta 2017).
     "methods": tuple(METHODS),
     "seeds": (0, 1, 2),
     "dataset": settings.dataset("mnist"),

@@ -31,7 +31,7 @@ A network of your own, trained and measured on any data set:
     --config.network=PATH.py:make_network   its functions, see networks/custom.py;
                                             PATH.py:first,second measures several
     --config.loss=PATH.py:loss              loss(logits, labels) -> scalar
-    --config.num_epochs=0                   measures it as it is made
+    --config.num_epochs=0                   measures it without training
 """
 
 import functools
@@ -66,7 +66,7 @@ BASE = {
     "last_layer": settings.Optional(str, "^fc3/kernel$"),
     # Any optimizer of optax, with one of the learning rates above.
     "optimizer": {"name": "adam", "options": settings.Open()},
-    # 0 measures the networks as they are made.
+    # 0 measures the networks without training them.
     "num_epochs": 20,
     "batch_size": 128,
     "checkpoint_every": 780,

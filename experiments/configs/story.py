@@ -4,8 +4,8 @@
 
 The steps are other commands, each with a folder inside the run folder: meta_learn
 (spatial functa), classify_functa (a Vision Transformer on the grids of latents),
-prune_vit (a cascade for a budget), prune_vit (heads and neurons that DessiLBI ranks,
-cut along the channel graph), probe_landscape (before and after). story.md and
+prune_vit (a cascade for a budget of multiply-adds), prune_vit (removes the heads and
+neurons that DessiLBI ranks last), probe_landscape (before and after). story.md and
 story.html say what each step costs in accuracy and saves in time.
 
 Variants:
@@ -26,8 +26,8 @@ BASE = {
     "seeds": (0,),
     # The arguments of experiments.common.data.load_dataset.
     "dataset": settings.dataset("digits"),
-    # Share of the multiply-adds that the cascade keeps, and share of these that the
-    # network keeps without its spare heads and neurons.
+    # Share of the multiply-adds that the cascade keeps, and share of these that is left
+    # after heads and neurons are removed.
     "cascade_budget": 0.75,
     "structure_budget": 0.75,
     # Batch size whose time is compared, one of prune_vit's timing.batch_sizes.
@@ -77,9 +77,9 @@ TEXT = (
     "grid of latents, from which it is drawn at {test_psnr:.1f} dB (test images). A "
     "Vision Transformer classifies the grids. A cascade prunes its tokens to "
     "{config.cascade_budget:.0%} of the multiply-adds, and the network is fine-tuned. "
-    "DessiLBI then ranks heads and neurons by their entry. Those that enter last are "
-    "cut from the weights until {config.structure_budget:.0%} of the remaining "
-    "multiply-adds are left, and the network is fine-tuned again."
+    "DessiLBI then ranks heads and neurons by the order in which they enter its path. "
+    "Those that enter last are removed until {config.structure_budget:.0%} of the "
+    "remaining multiply-adds are left, and the network is fine-tuned again."
 )
 
 get_config = functools.partial(settings.build, "story", BASE, VARIANTS)
