@@ -48,25 +48,32 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     for line in tell(config, states):
         devices.say(line)
     jobs = plan(config, folder, inputs, states)
-    failed = {}
-    for name, job in jobs.items():
-        try:
-            launch.run_command(job.experiment, job, folder / name, name)
-        except (ValueError, OSError) as error:
-            if not launch.is_of_user(error):
-                raise
-            failed[name] = launch.one_line(error)
-            devices.say(f"{name} failed: {failed[name]}")
-    states = look(config, folder, inputs) if jobs else states
+    failed = _run(jobs, folder)
+    states = look(config, folder, inputs)
     _write(config, workdir, states)
     if failed:
-        words = "; ".join(f"{name}: {message}" for name, message in failed.items())
+        words = "; ".join(f"{run}: {message}" for run, message in failed.items())
         raise ValueError(f"{len(failed)} of {len(jobs)} runs failed: {words}")
-    finished = [name for name, state in states.items() if state.folder]
+    missing = [run for run, state in states.items() if state.folder is None]
     return {
-        "finished": finished,
-        "missing": [name for name in states if name not in finished],
+        "finished": [run for run in states if run not in missing],
+        "missing": missing,
     }
+
+
+def _run(jobs, folder):
+    """Runs or resumes all jobs; returns {run: message} of those that failed."""
+    failed = {}
+    for run, config in jobs.items():
+        try:
+            launch.run_command(config.experiment, config, folder / run, run)
+        except (ValueError, OSError) as error:
+            # The other runs do not depend on what a user has to correct here.
+            if not launch.is_of_user(error):
+                raise
+            failed[run] = launch.one_line(error)
+            devices.say(f"{run} failed: {failed[run]}")
+    return failed
 
 
 def make_config(config: ConfigDict, run: str, fields: Mapping[str, Any]) -> ConfigDict:
