@@ -259,10 +259,11 @@ def test_numbers_of_an_entry(tmp_path):
 
 def test_a_run_that_fails_is_named_and_the_page_is_written(tmp_path):
     config = configs.get_config("smoke")
-    config.run = ("prune_lbi/mnist",)
-    # Finished, but without a checkpoint.
-    make_run(config, tmp_path, "train_lbi/mnist", summary={})
-    with pytest.raises(ValueError, match="^1 of 1 runs failed: prune_lbi/mnist: .*"):
+    config.run = ("prune_vit/b16",)
+    # Finished, but without the file of its weights.
+    make_run(config, tmp_path, "train_vit/finetune_b16", summary={})
+    message = "^1 of 1 runs failed: prune_vit/b16: .*finetune_b16/model.npz"
+    with pytest.raises(ValueError, match=message):
         command.train_and_evaluate(config, tmp_path)
     assert "A smoke run" in (tmp_path / "report.html").read_text()
 
