@@ -226,8 +226,8 @@ _METHODS = {
 }
 _REMOVED = {f"{20 * i} % of conv3 removed": (f"{20 * i}", f"{i}") for i in range(5)}
 _LENET = {
-    "report's settings": "prune_lbi/mnist_report",
-    "our settings": "prune_lbi/mnist",
+    "ours, report's settings": "prune_lbi/mnist_report",
+    "ours, our settings": "prune_lbi/mnist",
 }
 _VGG = {"ours, 8 epochs": "prune_lbi/cifar10_short"}
 
@@ -385,8 +385,8 @@ ENTRIES = (
             _METHODS,
             "{0}_test_accuracy",
             {
-                "report's settings": "train_lbi/mnist_report",
-                "our settings": "train_lbi/mnist",
+                "ours, report's settings": "train_lbi/mnist_report",
+                "ours, our settings": "train_lbi/mnist",
             },
         ),
     ),
@@ -407,8 +407,8 @@ ENTRIES = (
             _METHODS,
             "{0}_test_accuracy",
             {
-                "narrow network, 10 epochs": "train_lbi/cifar10_narrow",
-                "report's network and settings": "train_lbi/cifar10_report",
+                "ours, narrow, 10 epochs": "train_lbi/cifar10_narrow",
+                "ours, as in the report": "train_lbi/cifar10_report",
             },
         ),
     ),
