@@ -36,12 +36,6 @@ NOT_MEASURED = re.compile(
     r"[2468]0 % of [\w' ]+ (?:pruned|removed)\b|(?<=\| )0\.(?:[246]|25)(?= \| M)"
 )
 
-# These folders were run before a setting changed; each needs a new run.
-TO_RUN_AGAIN = {
-    "meta_learn_digits": {"points_per_group"},
-}
-
-
 def typed_numbers(text):
     """Measured numbers of a text that no marker holds."""
     text = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.S | re.M)
@@ -187,7 +181,7 @@ def differences(name):
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_stored_configuration_is_its_variant_and_overrides(name):
-    assert differences(name) == TO_RUN_AGAIN.get(name, set())
+    assert not differences(name)
 
 
 def test_upgrade_renames_adds_and_removes():

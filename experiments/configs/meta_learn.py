@@ -6,7 +6,7 @@ The PSNR is that of the test images after the inner loop.
 
 Variants:
   digits: the 8x8 gray digits of scikit-learn; about 42 dB in under 2 minutes on two
-    cores (results/meta_learn_digits, and _seed1 and _seed2).
+    cores (results/meta_learn_digits).
   smoke: the digits with a tiny network and 20 steps, to check that the command runs;
     seconds.
   mnist: MNIST, 28x28 gray; results/ has no run of it.

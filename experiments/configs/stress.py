@@ -3,8 +3,9 @@
     python -m experiments.stress --config=experiments/configs/stress.py:VARIANT
 
 Variants:
-  all: inputs, kills and flips. Under an hour on two cores; results/ has no run of it.
-  inputs: every bad input of experiments/common/bad_inputs.py, and some good ones.
+  all: inputs, kills and flips.
+  inputs: every bad input of experiments/common/bad_inputs, and some good ones; 25
+    minutes on two cores (results/stress_inputs).
   kills: runs that are killed in training and in writing, then resumed and compared.
   flips: one bit at a time in checkpoints and functasets.
   smoke: a few inputs and one killed run of meta_learn, to check that the command runs.
