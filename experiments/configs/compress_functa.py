@@ -15,8 +15,8 @@ Variants:
     test images and two steps, to check that the command runs.
   cifar10_spatial_cpu: the grids of latents of meta_learn's cifar10_spatial_cpu variant,
     first 1,000 test images, beside JPEG, WebP, JPEG 2000 and principal components of
-    patches of 8x8 and 4x4 pixels; 1.5 bits per pixel at 30 dB in 22 minutes on two cores
-    (results/compress_functa_cifar10_spatial_cpu).
+    patches of 8x8 and 4x4 pixels; 1.5 bits per pixel at 30 dB in 22 minutes on two
+    cores (results/compress_functa_cifar10_spatial_cpu).
 
 With a finished run of classify_functa on the same latents, the accuracy on what is
 decoded is measured too:
