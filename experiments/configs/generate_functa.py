@@ -8,10 +8,11 @@ The field, its functaset and the classifier are those of earlier runs:
     python -m experiments.meta_learn \\
         --config=experiments/configs/meta_learn.py:digits_spatial
     python -m experiments.classify_functa \\
-        --config=experiments/configs/classify_functa.py:digits_spatial
+        --config=experiments/configs/classify_functa.py:digits_spatial_vit
 
 Variants:
-  digits: the grids of latents of meta_learn's digits_spatial variant.
+  digits: the grids of latents of meta_learn's digits_spatial variant. The Vision
+    Transformer has 64 features, fewer than there are test images, and the MLP 512.
   smoke: the digits variant with the smoke_spatial runs of meta_learn and
     classify_functa, a small network and 20 steps, to check that the command runs.
   fashion_mnist: grids of 7x7 latents of 8 numbers, of the fashion_mnist variants of
@@ -40,7 +41,7 @@ BASE = {
     # the random network only. {seed} is replaced by the seed.
     "run": "runs/meta_learn/digits_spatial",
     "functaset": "runs/meta_learn/digits_spatial/functaset.npz",
-    "classifier": settings.Optional(str, "runs/classify_functa/digits_spatial"),
+    "classifier": settings.Optional(str, "runs/classify_functa/digits_spatial_vit"),
     # Directory of the images; see experiments/common/data.py.
     "data_dir": settings.Optional(str),
     # Whether the flow has the classes of the functaset.
@@ -84,7 +85,7 @@ BASE = {
     # Latents that are rendered and fitted at once.
     "render_batch_size": 16,
     # The training of the classifier of each source, whose accuracy is its score.
-    "accuracy_score": {"num_steps": 2000, "batch_size": 64, "learning_rate": 1e-3},
+    "accuracy_score": {"num_steps": 1000, "batch_size": 64, "learning_rate": 1e-3},
 }
 _SMOKE = "runs/meta_learn/smoke_spatial"
 _FASHION = "runs/meta_learn/fashion_mnist"
@@ -105,6 +106,7 @@ VARIANTS = {
         "sampling.num_steps": 4,
     },
     "fashion_mnist": {
+        "accuracy_score.num_steps": 4000,
         "checkpoint_every": 1000,
         "classifier": "runs/classify_functa/fashion_mnist",
         "functaset": f"{_FASHION}/functaset.npz",
