@@ -114,6 +114,9 @@ def load(
     return LatentClassifier(head, params, mean, std)
 
 
+@functools.partial(
+    jax.jit, static_argnames=("head", "num_steps", "batch_size", "learning_rate")
+)
 def fit(
     key: jax.Array,
     head: heads.Head,
@@ -144,20 +147,17 @@ def fit(
         logits = head.apply(params, latents, key=key)
         return classifier.cross_entropy(logits, targets).mean()
 
-    @jax.jit
-    def train(params, latents, labels):
-        def step(carry, number):
-            params, opt_state = carry
-            keys = jax.random.split(jax.random.fold_in(key_steps, number))
-            rows = jax.random.randint(keys[0], (batch_size,), 0, len(latents))
-            grads = jax.grad(loss_fn)(params, latents[rows], labels[rows], keys[1])
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), None
+    def step(carry, number):
+        params, opt_state = carry
+        keys = jax.random.split(jax.random.fold_in(key_steps, number))
+        rows = jax.random.randint(keys[0], (batch_size,), 0, len(latents))
+        grads = jax.grad(loss_fn)(params, latents[rows], labels[rows], keys[1])
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), None
 
-        carry = params, optimizer.init(params)
-        return jax.lax.scan(step, carry, jnp.arange(num_steps))[0][0]
-
-    return train(jax.jit(head.init)(key_init), latents, labels)
+    params = head.init(key_init)
+    carry = params, optimizer.init(params)
+    return jax.lax.scan(step, carry, jnp.arange(num_steps))[0][0]
 
 
 def in_batches(
