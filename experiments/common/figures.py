@@ -1195,7 +1195,8 @@ def _generated_classes(run):
 def _generated_sources(run):
     names = {"reference": f"{run.summary['compared_with']} images", **_sources(run)}
     rows = [_as_float(run, name) for name in names]
-    return functa_plots.image_grid(rows, row_labels=[*names.values()], size=0.9)
+    labels = [name.replace(" ", "\n", 1) for name in names.values()]
+    return functa_plots.image_grid(rows, row_labels=labels, size=0.9)
 
 
 def _generated_large(run):
