@@ -191,12 +191,19 @@ def refused(config, workdir, message, error=ValueError):
         ("num_validation", 64, "num_validation must be below the 64 training images"),
         ("num_validation", 19, "needs 20 training images.* got 45, 19 and 64"),
         ("num_images", 19, "needs 20 training images.* got 64, 24 and 19"),
-        ("num_validation", 63, "class . has one training image"),
+        ("num_validation", 63, "needs 20 training images.* got 1, 63 and 64"),
         ("optimizer__name", "adman", "optax has no optimizer 'adman'"),
     ],
 )
 def test_bad_fields_are_refused(trained, tmp_path, field, value, message):
     refused(smoke(trained.folder, **{field: value}), tmp_path / "run", message)
+
+
+def test_a_class_of_one_image_is_refused(trained):
+    with pytest.raises(ValueError, match="class 1 has one training image"):
+        generate_functa._check_classes(
+            smoke(trained.folder), "functaset.npz", np.array([0, 0, 1])
+        )
 
 
 def test_classes_need_a_flow_with_classes(trained, tmp_path):

@@ -164,8 +164,11 @@ def draw(
     settings = config.sampling
 
     @jax.jit
-    def sample(params, keys, labels):
-        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    def sample(params, numbers, labels):
+        def draw_noise(number):
+            return jax.random.normal(jax.random.fold_in(key, number), shape)
+
+        noise = jax.vmap(draw_noise)(numbers)
         velocity = flow.guide(
             lambda x, time, labels: _velocity(model, params, labels)(x, time),
             labels,
@@ -175,13 +178,13 @@ def draw(
         return flow.sample(velocity, noise, num_steps=settings.num_steps)
 
     key = jax.random.key(config.seeds[0] + 2)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(len(labels)))
+    numbers = np.arange(len(labels))
     size, samples = min(settings.batch_size, len(labels)), []
     for start in range(0, len(labels), size):
         # The last batch overlaps the one before; another size would be compiled.
         first = min(start, len(labels) - size)
         rows = slice(first, first + size)
-        drawn = sample(params, keys[rows], labels[rows])
+        drawn = sample(params, numbers[rows], labels[rows])
         samples.append(np.asarray(drawn)[start - first :])
     return np.concatenate(samples)
 
