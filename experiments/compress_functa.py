@@ -32,9 +32,8 @@ from experiments.common import (
     streams,
 )
 from experiments.configs import compress_functa as configs
-from experiments.networks import heads
-from experiments.training import encoding, features
-from functa import classifier, compression, functaset, linear, npz
+from experiments.training import encoding, features, latent_classifier
+from functa import compression, functaset, linear
 
 # An image that is exact after rounding to 8 bits gets a PSNR of 100 dB.
 _SMALLEST_MSE = 1e-10
@@ -76,7 +75,13 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             functa.spatial.split_cells(signals.images["test"][:1], grid)
     classify = None
     if config.classifier is not None:
-        classify = load_classifier(config.classifier, signals)
+        classify = latent_classifier.load(
+            config.classifier,
+            num_classes=signals.num_classes,
+            latent_shape=signals.latents["test"].shape[1:],
+            dataset=signals.dataset,
+            params_sha256=signals.params_sha256,
+        ).predict
 
     def experiment(run):
         field, split = make_field(learner, signals.images["test"].shape[1:3])
@@ -152,28 +157,7 @@ def load_signals(config: ConfigDict, learner: encoding.Learner) -> Signals:
         padded images, or lacks a split.
     """
     path = config.functaset
-    if not Path(path).exists():
-        raise FileNotFoundError(
-            f"there is no functaset {path}; experiments.meta_learn and "
-            "experiments.make_functaset write one (--config.functaset=PATH)."
-        )
-    whole = functaset.load_functaset(path)
-    params_sha256 = functaset.hash_params(learner.params)
-    if whole.params_sha256 != params_sha256:
-        raise ValueError(
-            f"the latents of {path} were fitted with other weights than those of "
-            f"{config.run}."
-        )
-    if whole.config.get("padding"):
-        raise ValueError(
-            f"{path} has the latents of padded images; compress a functaset without "
-            "padding."
-        )
-    if not isinstance(whole.config.get("dataset"), str):
-        raise ValueError(f"{path} does not name the data set of its images.")
-    for split in data.SPLITS:
-        if not (whole.split == split).any():
-            raise ValueError(f"{path} has no {split} split.")
+    whole = features.load_renderable(path, config.run, learner)
     latents, images, labels = {}, {}, {}
     for split, limit in ("train", config.num_train_images), ("test", config.num_images):
         pixels, rows = features.load_images(whole, split, config.data_dir)
@@ -190,57 +174,8 @@ def load_signals(config: ConfigDict, learner: encoding.Learner) -> Signals:
         labels["test"],
         1 + int(whole.label.max()),
         whole.config["dataset"],
-        params_sha256,
+        whole.params_sha256,
     )
-
-
-def load_classifier(path: str, signals: Signals) -> Function:
-    """The classifier of a finished run of classify_functa.
-
-    Raises:
-      FileNotFoundError: if the run is not finished, or if its functaset is gone.
-      ValueError: if it classifies something else than these latents.
-    """
-    runs.load_summary(Path(path))
-    config, state = runs.load_checkpoint(Path(path))
-    if config.get("experiment") != "classify_functa" or config.features != "latents":
-        raise ValueError(f"{path} is not a run of classify_functa on latents.")
-    [seed] = config.seeds
-    # Members of the file are read one by one; the latents are large.
-    source = npz.read_arrays(
-        config.functaset.replace("{seed}", str(seed)), ("mean", "std", "params_sha256")
-    )
-    if str(source["params_sha256"]) != signals.params_sha256:
-        raise ValueError(f"{path} classifies the latents of other weights.")
-    shape = signals.latents["test"].shape[1:]
-    if config.crop and tuple(config.crop) != shape[:-1]:
-        raise ValueError(
-            f"{path} classifies windows {tuple(config.crop)}, and the grids here are "
-            f"{shape[:-1]}."
-        )
-    chosen = int(np.argmax(state["best"]["accuracy"]))
-    params = jax.tree.map(lambda x: x[chosen], state["best"]["params"])
-    # JSON has no tuples, and jit cannot hash a module that holds a list.
-    fields = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in config.model.items()
-    }
-    head = heads.make_head(fields, signals.num_classes, shape)
-    mean, std = 0.0, 1.0
-    if config.normalize:
-        mean, std = source["mean"], np.where(source["std"] > 0, source["std"], 1)
-
-    @jax.jit
-    def predict(latents):
-        return classifier.predict(
-            lambda latent: head.apply(params, latent[None])[0], latents, batch_size=500
-        )
-
-    def classify(latents):
-        return np.asarray(predict(np.float32((latents - mean) / std)))
-
-    with settings.blamed_on("classifier"):
-        jax.eval_shape(predict, signals.latents["test"][:1])
-    return classify
 
 
 def make_field(

@@ -220,6 +220,66 @@ def rate_curves(
     return ax
 
 
+def measures(
+    table: Mapping[str, Mapping[str, float | tuple[float, float]]],
+    *,
+    levels: Mapping[str, float] | None = None,
+    num_columns: int = 4,
+) -> Any:
+    """Measures of several sources, one panel for each measure.
+
+    Args:
+      table: {measure: {source: value or (value, error)}}. A source has the same color
+        in all panels.
+      levels: {measure: value}: dotted lines, for example what is expected of an ideal
+        source.
+      num_columns: number of panels in a row.
+
+    Returns:
+      The Figure.
+    """
+    import matplotlib.pyplot as plt
+
+    sources = list(dict.fromkeys(name for values in table.values() for name in values))
+    num_columns = min(num_columns, len(table))
+    num_rows = -(-len(table) // num_columns)
+    figure, axes = plt.subplots(
+        num_rows,
+        num_columns,
+        figsize=(2.6 * num_columns + 0.8, (0.3 * len(sources) + 0.9) * num_rows + 0.3),
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax in axes.flat[len(table) :]:
+        ax.axis("off")
+    for number, (ax, (measure, values)) in enumerate(
+        zip(axes.flat, table.items(), strict=False)
+    ):
+        for place, source in enumerate(sources):
+            if source not in values:
+                continue
+            value, error = np.broadcast_to(values[source], 2) * 1.0
+            color, marker, _ = _STYLES[place % len(_STYLES)]
+            ax.errorbar(
+                value,
+                place,
+                xerr=error if np.size(values[source]) == 2 else None,
+                color=color,
+                marker=marker,
+                linestyle="none",
+                capsize=2,
+            )
+        if measure in (levels or {}):
+            ax.axvline(levels[measure], color="0.4", linestyle=":", linewidth=1)
+        ax.set_title(measure, fontsize=8)
+        names = [""] * len(sources) if number % num_columns else sources
+        ax.set_yticks(range(len(sources)), names)
+        ax.set_ylim(len(sources) - 0.5, -0.5)
+        ax.tick_params(labelsize=7)
+        ax.grid(alpha=0.3)
+    return figure
+
+
 def image_grid(
     rows: Sequence[Sequence[np.ndarray]],
     *,

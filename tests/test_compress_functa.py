@@ -3,63 +3,18 @@
 import jax
 import numpy as np
 import pytest
+from functa_runs import make_runs
 
 import functa
 from experiments import compress_functa
-from experiments.common import data, figures, files, runs, streams
-from experiments.configs import classify_functa as classify_configs
+from experiments.common import data, figures, files, streams
 from experiments.configs import compress_functa as configs
-from experiments.configs import meta_learn as meta_configs
-from experiments.networks import heads
 from experiments.training import encoding
-from functa import functaset
-
-NUM = {"train": 64, "test": 16}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Runs of meta_learn and classify_functa with the weights of their start."""
-    folder = tmp_path_factory.mktemp("runs")
-    config = meta_configs.get_config("smoke_spatial")
-    config.model.update({"out_channels": 1, "kernel_size": 3})
-    config.cell = (4, 4)
-    model = functaset.make_model(config.model.to_dict())
-    latent = model.initial_latent()
-    coords = functa.coordinate_grid((8, 8))
-    params = jax.jit(model.init)(jax.random.key(0), coords, latent)["params"]
-    weights = {"params": params, "learning_rate": np.full((3, 3), 0.1, np.float32)}
-    with runs.open_run(folder / "meta", config) as run:
-        run.save(1, {"weights": weights, "latent": latent})
-        run.finish({"test_psnr": 0.0})
-    params = encoding.load_learner(folder / "meta").params
-    digits = data.load_dataset("digits").splits
-    rng = np.random.default_rng(0)
-    latents = rng.normal(0, 0.4, (sum(NUM.values()), *model.latent_shape))
-    train = latents[: NUM["train"]]
-    whole = functa.Functaset(
-        latent=np.float32(latents),
-        label=np.concatenate([digits[k]["label"][:n] for k, n in NUM.items()]),
-        psnr=np.zeros(len(latents), np.float32),
-        split=np.repeat(list(NUM), list(NUM.values())),
-        mean=np.float32(train.mean((0, 1, 2))),
-        std=np.float32(train.std((0, 1, 2))),
-        config={"model": config.model.to_dict(), "dataset": "digits"},
-        params_sha256=functaset.hash_params(params),
-    )
-    functa.save_functaset(folder / "functaset.npz", whole)
-    config = classify_configs.get_config("smoke")
-    config.functaset = str(folder / "functaset.npz")
-    head = heads.make_head(config.model.to_dict(), 10, model.latent_shape)
-    best = jax.tree.map(
-        lambda x: np.stack([0 * x, x]), jax.jit(head.init)(jax.random.key(1))
-    )
-    with runs.open_run(folder / "classify", config) as run:
-        run.save(
-            4, {"best": {"params": best, "accuracy": np.array([0.1, 0.2], np.float32)}}
-        )
-        run.finish({"test_accuracy": 0.1})
-    return folder, whole, head, jax.tree.map(lambda x: x[1], best)
+    return make_runs(tmp_path_factory.mktemp("runs"), {"train": 64, "test": 16})
 
 
 def smoke(folder, **changes):

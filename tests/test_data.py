@@ -1,5 +1,6 @@
 """experiments.common.data: arrays of all sources, and one error for each mistake."""
 
+import gzip
 import os
 import zipfile
 
@@ -342,3 +343,61 @@ def test_tfds_splits_are_named_by_the_user():
 def test_unknown_split():
     with pytest.raises(ValueError, match="split must be one of train, test"):
         data.load_dataset("digits", ("validation",))
+
+
+def write_idx(path, array):
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(header + array.tobytes())
+
+
+@pytest.fixture
+def fashion_mnist(tmp_path):
+    """The test files, with images that are gray and labels in turn."""
+    shades = np.arange(10000) % 256
+    image = np.broadcast_to(np.uint8(shades)[:, None, None], (10000, 28, 28))
+    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", image)
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.uint8(shades % 10))
+    return tmp_path
+
+
+def load_fashion_mnist(folder, **options):
+    return data.load_dataset("fashion_mnist", ("test",), data_dir=folder, **options)
+
+
+def test_fashion_mnist_of_the_debian_package(fashion_mnist):
+    dataset = load_fashion_mnist(fashion_mnist)
+    test = dataset.splits["test"]
+    assert test["image"].shape == (10000, 28, 28, 1)
+    assert test["label"].dtype == np.int32
+    np.testing.assert_array_equal(test["image"][:300, 5, 7, 0], np.arange(300) % 256)
+    np.testing.assert_array_equal(test["label"][:10], np.arange(10))
+    assert dataset.class_names[9] == "Ankle boot"
+
+
+def test_damaged_fashion_mnist_is_refused(fashion_mnist):
+    with pytest.raises(ValueError, match="test_split=val is not read"):
+        load_fashion_mnist(fashion_mnist, test_split="val")
+    with pytest.raises(FileNotFoundError, match="no file .*/train-images"):
+        data.load_dataset("fashion_mnist", data_dir=fashion_mnist)
+    path = fashion_mnist / "t10k-labels-idx1-ubyte.gz"
+    for content, message in (
+        (np.full(10000, 10, np.uint8), "labels must be from 0 to 9, got 10"),
+        (np.zeros(9999, np.uint8), r"must hold bytes \(10000,\) in the IDX format"),
+        (b"text", "is not a readable gzip file"),
+        (path.read_bytes()[:-20], "is not a readable gzip file"),
+    ):
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            write_idx(path, content)
+        with pytest.raises(ValueError, match=message) as caught:
+            load_fashion_mnist(fashion_mnist)
+        assert "\n" not in str(caught.value)
+
+
+def test_missing_fashion_mnist_names_the_package(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match="apt-get install dataset-fashion-mnist"
+    ):
+        load_fashion_mnist(tmp_path)

@@ -125,7 +125,7 @@ def test_every_public_function_of_one_panel_is_tested(name):
     others = {
         *("image_grid", "field_and_gradient", "show_image", "kept_patches"),
         *("latent_channels", "reconstructions", "over_inner_steps"),
-        "super_resolution",
+        *("super_resolution", "measures"),
         *("attention_maps", "informativeness", "filter_norms", "pruned_layer"),
         *("surface_3d", "robust_limits", "segments"),
     }
@@ -254,6 +254,29 @@ def test_inner_steps_are_columns_with_their_psnr():
     assert [ax.get_xlabel() for ax in figure.axes] == ["20.0 dB", "40.0 dB", ""]
     assert figure.axes[0].get_ylabel() == "test 0"
     np.testing.assert_allclose(figure.axes[1].images[0].get_array(), 0.49)
+
+
+def test_measures_of_each_source_are_at_its_place():
+    figure = functa.plots.measures(
+        {
+            "distance": {"flow": (2.0, 0.5), "Gaussian": (3.0, 0.25)},
+            "ratio": {"Gaussian": 0.9},
+        },
+        levels={"ratio": 1.0},
+        num_columns=1,
+    )
+    first, second = figure.axes
+    names = [label.get_text() for label in first.get_yticklabels()]
+    assert names == ["flow", "Gaussian"] and first.get_title() == "distance"
+    points = [container.lines[0].get_xydata() for container in first.containers]
+    np.testing.assert_allclose(np.concatenate(points), [[2, 0], [3, 1]])
+    [bar] = first.containers[0].lines[2][0].get_segments()
+    np.testing.assert_allclose(bar[:, 0], [1.5, 2.5])
+    # One source, without an error, and the level.
+    [container] = second.containers
+    np.testing.assert_allclose(container.lines[0].get_xydata(), [[0.9, 1]])
+    np.testing.assert_allclose(second.lines[-1].get_xdata(), [1, 1])
+    figure.canvas.draw()
 
 
 def test_super_resolution_enlarges_the_same_window():

@@ -36,6 +36,7 @@ NOT_MEASURED = re.compile(
     r"[2468]0 % of [\w' ]+ (?:pruned|removed)\b|(?<=\| )0\.(?:[246]|25)(?= \| M)"
 )
 
+
 def typed_numbers(text):
     """Measured numbers of a text that no marker holds."""
     text = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.S | re.M)

@@ -5,13 +5,17 @@
   (`experiments.common.image_folder`).
 * `npz`: a directory with `train.npz` and `test.npz`, each with `image` and optionally
   `label`.
+* `fashion_mnist`: the files of the Debian package `dataset-fashion-mnist`, where they
+  are installed or in a directory; without them that of TensorFlow Datasets.
 * any other name: an image data set of TensorFlow Datasets, read without TensorFlow.
 """
 
 import functools
+import gzip
 import math
 import os
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +32,13 @@ __all__ = ["read_image"]
 SPLITS = ("train", "test")
 # Arguments of `load_dataset` that decide which images and pixels are read.
 HOW_READ = ("image_size", "train_split", "test_split")
+
+# Where the Debian package dataset-fashion-mnist puts its files.
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+_FASHION_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
 
 Arrays = dict[str, np.ndarray]
 
@@ -59,7 +70,8 @@ def load_dataset(
     """Loads a data set.
 
     Args:
-      name: `digits`, `folder`, `npz`, or the name of a TFDS image data set.
+      name: `digits`, `folder`, `npz`, or the name of a TFDS image data set, among them
+        `fashion_mnist`.
       splits: which of `train` and `test` to read.
       data_dir: directory of the data. `folder` and `npz` need it. For TFDS, None means
         TFDS_DATA_DIR or the TFDS default.
@@ -109,6 +121,8 @@ def load_dataset(
             raise FileNotFoundError(f"there is no directory {data_dir}.")
         if name == "folder":
             read = _load_folder
+        elif name == "fashion_mnist":
+            read = _load_fashion_mnist
         else:
             read = _load_npz if name == "npz" else functools.partial(_load_tfds, name)
         loaded, class_names, notes = read(
@@ -384,6 +398,50 @@ def _check_labels(labels, where, num_classes=1000):
             f"they are from {low} to {high}."
         )
     return labels.astype(np.int32)
+
+
+def _load_fashion_mnist(data_dir, splits, image_size, names):
+    """Reads the four files of the data set (Xiao et al. 2017, arXiv 1708.07747)."""
+    root = data_dir or FASHION_MNIST
+    if not any(root.glob("*-ubyte.gz")):
+        try:
+            return _load_tfds("fashion_mnist", data_dir, splits, image_size, names)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"there is no data set fashion_mnist in {root} or prepared for TFDS; "
+                "to get it: apt-get install dataset-fashion-mnist"
+            ) from None
+    refuse_unread(
+        "the data set fashion_mnist",
+        **{f"{split}_split": value for split, value in names.items()},
+    )
+    loaded = {}
+    for split in splits:
+        prefix, num = {"train": ("train", 60000), "test": ("t10k", 10000)}[split]
+        image = _read_idx(root / f"{prefix}-images-idx3-ubyte.gz", (num, 28, 28))
+        path = root / f"{prefix}-labels-idx1-ubyte.gz"
+        label = _read_idx(path, (num,))
+        if label.max() >= len(_FASHION_CLASSES):
+            raise ValueError(f"{path}: labels must be from 0 to 9, got {label.max()}.")
+        loaded[split] = {"image": image[..., None], "label": label.astype(np.int32)}
+    return loaded, list(_FASHION_CLASSES), []
+
+
+def _read_idx(path, shape):
+    """A gzipped IDX file of bytes of this shape."""
+    # Two zeros, the type of uint8, the number of axes, and their sizes.
+    header = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">i4").tobytes()
+    size = len(header) + math.prod(shape)
+    try:
+        with gzip.open(path) as file:
+            content = file.read(size + 1)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}.") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a readable gzip file: {error}") from None
+    if len(content) != size or not content.startswith(header):
+        raise ValueError(f"{path} must hold bytes {shape} in the IDX format.")
+    return np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
 
 
 def _load_tfds(name, data_dir, splits, image_size, names):

@@ -1151,6 +1151,114 @@ def _accuracy_against_bits(run):
     return ax.figure
 
 
+_SOURCES = {
+    "train": "training images",
+    "reconstructions": "reconstructions",
+    "samples": "samples of the flow",
+    "gaussian": "Gaussian of each class",
+}
+_MEASURES_OF_IMAGES = {
+    "frechet_distance": "Fréchet distance (lower is better)",
+    "kernel_distance": "kernel distance (lower is better)",
+    "density": "density (higher is better)",
+    "coverage": "coverage (higher is better)",
+}
+
+
+def _sources(run):
+    """The names of the sources; a flow without classes has one Gaussian."""
+    names = dict(_SOURCES)
+    if not run.config["conditional"]:
+        names["gaussian"] = "Gaussian"
+    return names
+
+
+def _flow_training(run):
+    curves = {"training batches": _logged(run.metrics, "loss")}
+    if "held_out_loss" in run.metrics[-1]:
+        curves["held-out latents"] = _logged(run.metrics, "held_out_loss")
+    return functa_plots.accuracy_curves(
+        curves, x_label="step", y_label="flow loss (squared error)"
+    ).figure
+
+
+def _generated_classes(run):
+    images, labels = _as_float(run, "rows"), run.need("row_labels")
+    rows = images.reshape(len(labels), -1, *images.shape[1:])
+    names = run.arrays.get("class_names")
+    names = [str(label if names is None else names[label]) for label in labels]
+    if not run.config["conditional"]:
+        names = None
+    return functa_plots.image_grid(rows, row_labels=names, size=0.8)
+
+
+def _generated_sources(run):
+    names = {"reference": f"{run.summary['compared_with']} images", **_sources(run)}
+    rows = [_as_float(run, name) for name in names]
+    labels = [name.replace(" ", "\n", 1) for name in names.values()]
+    return functa_plots.image_grid(rows, row_labels=labels, size=0.9)
+
+
+def _generated_large(run):
+    small, large = _as_float(run, "small")[:4], _as_float(run, "large")[:4]
+    return functa_plots.super_resolution(
+        {"resolution of the training": small, "the same latents, larger": large}
+    )
+
+
+def _generated_nearest(run):
+    rows = [_as_float(run, "samples"), _as_float(run, "nearest")]
+    labels = ["sample", "nearest\ntraining image"]
+    return functa_plots.image_grid(rows, row_labels=labels, size=0.9)
+
+
+def _generated_measures(run):
+    table, levels = {}, {}
+    for extractor in ("classifier", "random"):
+        if extractor not in run.summary["samples"]:
+            continue
+        for key, title in _MEASURES_OF_IMAGES.items():
+            title = f"{title},\nfeatures of the {_EXTRACTORS[extractor]}"
+            table[title] = {}
+            for source, name in _sources(run).items():
+                value = run.summary[source][extractor][key]
+                if key == "kernel_distance":
+                    error = run.summary[source][extractor][f"{key}_error"]
+                    value = (value, error)
+                table[title][name] = value
+            if key == "coverage":
+                levels[title] = run.summary["expected_coverage"]
+            elif key == "density":
+                levels[title] = 1.0
+    for key, title, scale in (
+        ("accuracy_score", "accuracy score (%, higher is better)", 100),
+        ("memorization_ratio", "distance to the nearest training\nimage, relative", 1),
+    ):
+        values = {
+            name: scale * run.summary[source][key]
+            for source, name in _sources(run).items()
+            if key in run.summary[source]
+        }
+        if values:
+            table[title] = values
+            if key == "memorization_ratio":
+                levels[title] = 1.0
+    return functa_plots.measures(table, levels=levels)
+
+
+def _as_float(run, name):
+    return np.float32(run.need(name)) / 255
+
+
+_EXTRACTORS = {"classifier": "classifier", "random": "random network"}
+_GENERATE = {
+    "training": _flow_training,
+    "samples": _generated_classes,
+    "sources": _generated_sources,
+    "large": _generated_large,
+    "nearest": _generated_nearest,
+    "measures": _generated_measures,
+}
 _META_LEARN = {
     "psnr": _meta_psnr,
     "best_and_worst": _best_and_worst,
@@ -1174,4 +1282,5 @@ _FIGURES: dict[str, Callable[[Run], dict[str, Callable[[], Any]]]] = {
     "scaling": functools.partial(_bind, {"scaling": _scaling}),
     "latent_controls": functools.partial(_bind, _CONTROLS),
     "compress_functa": _compress_functa,
+    "generate_functa": functools.partial(_bind, _GENERATE),
 }

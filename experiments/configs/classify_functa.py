@@ -24,6 +24,8 @@ Variants:
     digits_spatial variant, as one vector (results/classify_functa_digits_spatial).
   digits_spatial_vit: a Vision Transformer of 4 layers on the same grids
     (results/classify_functa_digits_spatial_vit).
+  fashion_mnist: the same Vision Transformer on the grids of meta_learn's fashion_mnist
+    variant; results/ has no run of it.
   smoke_spatial: the digits_spatial_vit variant for 2 epochs, to check that it runs.
   cifar10_spatial_cpu: a ConvNeXt of 6 blocks on the grids of latents of
     make_functaset's cifar10_spatial_cpu variant; 81 % in 47 minutes on two cores that
@@ -207,6 +209,16 @@ VARIANTS = {
     | {"candidates.weight_decay": (0.0001,), "num_epochs": 500},
     "digits_spatial": {"functaset": "runs/meta_learn/digits_spatial/functaset.npz"},
     "digits_spatial_vit": _DIGITS_VIT,
+    "fashion_mnist": _DIGITS_VIT
+    | {
+        "candidates.ema_decay": (0.998,),
+        "checkpoint_every": 1,
+        "functaset": "runs/meta_learn/fashion_mnist/functaset.npz",
+        "log_every": 1,
+        "num_epochs": 15,
+        "num_measured": 5000,
+        "warmup_epochs": 1.0,
+    },
     "smoke_spatial": _DIGITS_VIT
     | {
         "checkpoint_every": 1,

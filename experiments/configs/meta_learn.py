@@ -15,6 +15,8 @@ Variants:
   digits_spatial: the digits with a 2x2 grid of latents of 16 numbers; as in digits, an
     image has as many numbers as pixels.
   smoke_spatial: digits_spatial with a tiny network and 20 steps; seconds.
+  fashion_mnist: Fashion-MNIST with a 7x7 grid of latents of 8 numbers; results/ has no
+    run of it.
   cifar10_spatial_cpu: CIFAR-10 with an 8x8 grid of latents of 16 numbers; 38 dB.
     12,000 steps take 40 minutes on two cores, and the evaluation and encoding of all
     images half an hour (results/meta_learn_cifar10_spatial_cpu).
@@ -200,6 +202,15 @@ VARIANTS = {
         "num_steps": 20,
         "optimizer.warmup_steps": 2,
         "warm_start_steps": 5,
+    },
+    "fashion_mnist": {
+        **_SPATIAL,
+        "dataset.name": "fashion_mnist",
+        "eval.more_steps": 17,
+        "log_every": 200,
+        "model.channels": 8,
+        "model.grid": (7, 7),
+        "num_steps": 4000,
     },
     "cifar10_spatial_cpu": {
         **_SPATIAL,

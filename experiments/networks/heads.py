@@ -165,3 +165,24 @@ def _convnext(fields, num_classes, latent_shape):
 
 
 _HEADS = {"mlp": _mlp, "vit": _vit, "convnext": _convnext}
+
+
+def with_features(
+    apply_fn: Callable[[jax.Array], jax.Array], inputs: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The outputs of a network, and the features (B, D) that its last layer reads.
+
+    Args:
+      apply_fn: inputs -> outputs, by a network that ends with a dense layer.
+      inputs: (B, ...).
+    """
+    read = []
+
+    def record(call, args, kwargs, context):
+        if isinstance(context.module, nn.Dense) and context.method_name == "__call__":
+            read.append(args[0])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        outputs = apply_fn(inputs)
+    return outputs, read[-1]

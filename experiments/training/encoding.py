@@ -124,8 +124,12 @@ def load_learner(workdir: str | Path) -> Learner:
     with settings.blamed_on(f"{workdir}/config.json"):
         learner = make_learner(config, state)
         learner = learner.with_steps(learner.inner["num_steps"])
+        model, latent = learner.model, learner.latent
+        if learner.cell is not None:
+            # A run that is trained on cells has the latent of one cell.
+            latent = model.initial_latent()
         variables, coords = {"params": learner.params}, jnp.zeros((1, 2))
-        jax.eval_shape(learner.model.apply, variables, coords, learner.latent)
+        jax.eval_shape(model.apply, variables, coords, latent)
     for leaf in jax.tree.leaves(learner[1:4]):
         if not np.isfinite(leaf).all():
             raise ValueError(f"the weights of {workdir} are not finite.")

@@ -18,7 +18,7 @@ import numpy as np
 from experiments.common import data
 from experiments.training import encoding
 from functa import linear
-from functa.functaset import Functaset, load_functaset
+from functa.functaset import Functaset, hash_params, load_functaset
 
 FEATURES = ("latents", "patches", "patch_pca")
 
@@ -120,6 +120,46 @@ def load_grids(
         splits[split] = whole.latent[rows].astype(np.float32), whole.label[rows]
     mean, std = (np.float32(x).reshape(1, 1, 1, -1) for x in (whole.mean, whole.std))
     return splits, mean, std, 1 + int(whole.label.max())
+
+
+def load_renderable(path: str, run: str, learner: encoding.Learner) -> Functaset:
+    """A functaset whose latents are those of a run, and whose images are known.
+
+    Args:
+      path: the file.
+      run: the folder of the run, for errors.
+      learner: the weights of the run.
+
+    Raises:
+      FileNotFoundError: if the file does not exist.
+      ValueError: if it is damaged, has the latents of other weights or of padded
+        images, does not name the data set of the images, or lacks a split.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"there is no functaset {path}; experiments.meta_learn and "
+            "experiments.make_functaset write one (--config.functaset=PATH)."
+        )
+    whole = load_functaset(path)
+    if whole.params_sha256 != hash_params(learner.params):
+        raise ValueError(
+            f"the latents of {path} were fitted with other weights than those of {run}."
+        )
+    if whole.config.get("padding"):
+        raise ValueError(
+            f"{path} has the latents of padded images; use a functaset without padding."
+        )
+    if not isinstance(whole.config.get("dataset"), str):
+        raise ValueError(f"{path} does not name the data set of its images.")
+    for split in data.SPLITS:
+        if not (whole.split == split).any():
+            raise ValueError(f"{path} has no {split} split.")
+    copies, num_rows = whole.config.get("copies", 1), (whole.split == "train").sum()
+    if type(copies) is not int or copies < 1 or num_rows % copies:
+        raise ValueError(
+            f"{path}: {num_rows} training signals are not {copies!r:.80} copies."
+        )
+    return whole
 
 
 def load_images(functaset, split, data_dir):

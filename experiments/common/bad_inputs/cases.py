@@ -10,7 +10,7 @@ from experiments.common.bad_inputs import tables
 COMMANDS = (
     *("meta_learn", "make_functaset", "classify_functa", "fit_image", "train_lbi"),
     *("prune_lbi", "probe_landscape", "train_vit", "prune_vit", "scaling"),
-    *("latent_controls", "compare_pruning", "compress_functa"),
+    *("latent_controls", "compare_pruning", "compress_functa", "generate_functa"),
 )
 # Runs that cases and kills start from: command and the options beyond `smoke`.
 RUNS = {
@@ -20,6 +20,11 @@ RUNS = {
     "compress_functa": (
         "--config.run={meta_learn}",
         "--config.functaset={meta_learn}/functaset.npz",
+    ),
+    "generate_functa": (
+        "--config.run={meta_learn}",
+        "--config.functaset={meta_learn}/functaset.npz",
+        "--config.classifier=None",
     ),
     "fit_image": (),
     "train_lbi": (),
@@ -197,8 +202,11 @@ def _of_files() -> Iterator[Case]:
     for name in tables.BAD_FUNCTASETS:
         yield case("classify_functa", "functaset", name)
         yield case("compress_functa", "functaset", name)
+        yield case("generate_functa", "functaset", name)
     for name in tables.BAD_RUNS:
         yield case("compress_functa", "run", name)
+        yield case("generate_functa", "run", name)
+        yield case("generate_functa", "classifier", name)
         yield case("make_functaset", "run", name)
         yield case("prune_lbi", "run", name)
         yield case("meta_learn", "init_from", name)

@@ -346,6 +346,23 @@ VALUES = {
         "codecs.webp=(101,)": "codecs.webp",
         "codecs.gif=(1,)": "gif",
     },
+    "generate_functa": {
+        "functaset=nosuch.npz": "nosuch.npz",
+        "functaset={grid.npz}": "grid.npz",
+        "run=nosuch": "nosuch",
+        "classifier={meta_learn}": "meta_learn",
+        "classifier=nosuch": "nosuch",
+        "data_dir=nosuch": "nosuch",
+        "sampling.classes=(10,)": "class 10",
+        "sampling.guidance=2 conditional=False": "conditional",
+        "num_validation=2000": "num_validation",
+        "num_validation=1437": "training images",
+        "num_images=5": "num_images",
+        "model.num_heads=3": "num_heads",
+        "label_dropout=2": "label_dropout",
+        "optimizer.name=nosuch": "nosuch",
+        "optimizer.options.b2=1.5": "optimizer.options.b2",
+    },
     "latent_controls": {
         "grids=((3,3,1),)": "grids",
         "grids=(1,2)": "grids",
@@ -409,6 +426,9 @@ GOOD = {
     "prune_lbi": ("", "method=dessilbi_adam"),
     "compare_pruning": ("", "methods=random"),
     "compress_functa": ("", "codecs.jpeg=()", "klt_grids=()", "scales=deviation"),
+    "generate_functa": (
+        *("", "conditional=False", "num_validation=100", "sampling.guidance=2"),
+    ),
     "probe_landscape": (
         *("", "networks=bn", "optimizer.name=sgd"),
         "network=experiments/networks/examples.py:Residual",

@@ -1,0 +1,193 @@
+"""Trains a flow on latents, and samples from it.
+
+Axes: N latents, *Z shape of a latent, K classes.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from ml_collections import ConfigDict
+
+from experiments.common import devices, runs
+from experiments.networks.dit import DiT
+from experiments.training import loop, optimizers
+from functa import flow
+
+
+class Part(NamedTuple):
+    """Normalized latents (N, *Z), float32, and the labels of their classes, (N,)."""
+
+    latents: np.ndarray
+    labels: np.ndarray
+
+
+@struct.dataclass
+class TrainState:
+    """The state of training: weights, optimizer, moving average of the weights."""
+
+    params: Any
+    opt_state: optax.OptState
+    average: Any
+
+
+def make_model(config: ConfigDict, num_classes: int) -> DiT:
+    """The network of config.model; without classes all labels are 0.
+
+    Raises:
+      ValueError: if the heads do not divide the width.
+    """
+    model = DiT(num_classes, **config.model)
+    if model.hidden_size % model.num_heads:
+        raise ValueError(
+            f"model.hidden_size {model.hidden_size} must be a multiple of "
+            f"model.num_heads {model.num_heads}."
+        )
+    return model
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """The optimizer of the config, after clipping of the gradient."""
+    optimizer = optimizers.make_optimizer(config.optimizer, config.num_steps)
+    if config.optimizer.clip_norm:
+        clip = optax.clip_by_global_norm(config.optimizer.clip_norm)
+        optimizer = optax.chain(clip, optimizer)
+    return optimizer
+
+
+def init_state(config: ConfigDict, model: DiT, part: Part) -> TrainState:
+    """The state before the first step."""
+    latents, label = part.latents[:1], jnp.zeros(1, jnp.int32)
+    variables = jax.jit(model.init)(
+        jax.random.key(config.seeds[0]), latents, jnp.zeros(1), label
+    )
+    params = variables["params"]
+    opt_state = jax.jit(make_optimizer(config).init)(params)
+    # A copy: the buffers of the state are donated, and each only once.
+    return TrainState(params, opt_state, jax.tree.map(jnp.copy, params))
+
+
+def make_steps(config: ConfigDict, model: DiT) -> Callable[..., Any]:
+    """The jitted training: (state, latents, labels, key, steps (S,)) -> state, losses.
+
+    A step draws its batch from all latents, with replacement. Its random numbers depend
+    on its number alone.
+    """
+    optimizer = make_optimizer(config)
+
+    def loss_fn(params, latents, labels, key):
+        key_labels, key_flow = jax.random.split(key)
+        labels = flow.drop_labels(
+            key_labels, labels, model.num_classes, config.label_dropout
+        )
+        velocity = _velocity(model, params, labels)
+        return flow.flow_loss(key_flow, velocity, latents).mean()
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated())
+    def run_steps(state, latents, labels, key, steps):
+        def step(state, number):
+            key_batch, key_loss = jax.random.split(jax.random.fold_in(key, number))
+            rows = jax.random.randint(key_batch, (config.batch_size,), 0, len(latents))
+            batch = devices.divide_traced((latents[rows], labels[rows]))
+            loss, grads = jax.value_and_grad(loss_fn)(state.params, *batch, key_loss)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            average = optax.incremental_update(
+                params, state.average, 1 - config.optimizer.ema_decay
+            )
+            return TrainState(params, opt_state, average), loss
+
+        return jax.lax.scan(step, state, steps)
+
+    return run_steps
+
+
+def train(
+    run: runs.Run, model: DiT, part: Part, held_out: Part | None = None
+) -> TrainState:
+    """Trains according to run.config.
+
+    Args:
+      run: the open run.
+      model: the network.
+      part: latents to train on.
+      held_out: latents whose loss is logged, with the same noise each time.
+    """
+    config = run.config
+    latents, labels = devices.replicate(tuple(part))
+    key = jax.random.key(config.seeds[0] + 1)
+    run_steps = make_steps(config, model)
+
+    @jax.jit
+    def measure(params, latents, labels):
+        velocity = _velocity(model, params, labels)
+        return flow.flow_loss(jax.random.key(0), velocity, latents).mean()
+
+    def advance(state, start, stop):
+        steps = jnp.arange(start, stop)
+        state, losses = run_steps(state, latents, labels, key, steps)
+        metrics = {}
+        if held_out is not None:
+            metrics["held_out_loss"] = float(measure(state.average, *held_out))
+        return state, losses, metrics
+
+    run.say(f"training a flow on {len(latents)} latents ...")
+    return loop.train(
+        run,
+        devices.replicate(init_state(config, model, part)),
+        advance,
+        stops=loop.every(config.num_steps, config.log_every),
+        saves=loop.every(config.num_steps, config.checkpoint_every),
+    )
+
+
+def draw(
+    config: ConfigDict, model: DiT, params: Any, labels: np.ndarray, shape: tuple
+) -> np.ndarray:
+    """Samples one normalized latent for each label (N,), in batches.
+
+    Args:
+      config: with the entry `sampling` and the seed.
+      model: the network.
+      params: its weights.
+      labels: classes, or the label K for no class, (N,).
+      shape: *Z.
+
+    Returns:
+      float32 (N, *Z). A sample does not depend on the number of the others.
+    """
+    settings = config.sampling
+
+    @jax.jit
+    def sample(params, numbers, labels):
+        def draw_noise(number):
+            return jax.random.normal(jax.random.fold_in(key, number), shape)
+
+        noise = jax.vmap(draw_noise)(numbers)
+        velocity = flow.guide(
+            lambda x, time, labels: _velocity(model, params, labels)(x, time),
+            labels,
+            model.num_classes,
+            settings.guidance,
+        )
+        return flow.sample(velocity, noise, num_steps=settings.num_steps)
+
+    key = jax.random.key(config.seeds[0] + 2)
+    numbers = np.arange(len(labels))
+    size, samples = min(settings.batch_size, len(labels)), []
+    for start in range(0, len(labels), size):
+        # The last batch overlaps the one before; another size would be compiled.
+        first = min(start, len(labels) - size)
+        rows = slice(first, first + size)
+        drawn = sample(params, numbers[rows], labels[rows])
+        samples.append(np.asarray(drawn)[start - first :])
+    return np.concatenate(samples)
+
+
+def _velocity(model, params, labels):
+    return lambda x, time: model.apply({"params": params}, x, time, labels)

@@ -1,0 +1,108 @@
+"""functa.flow against closed forms of Gaussians, and its guidance and labels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from functa import flow
+
+MEAN, STD = jnp.array([0.7, -1.5, 0.0]), jnp.array([0.3, 1.0, 2.0])
+
+
+def velocity_of_gaussian(x, time):
+    """E[z - e | x_t = x] for z ~ N(MEAN, STD^2)."""
+    time = time[:, None]
+    variance = (time * STD[None]) ** 2 + (1 - time) ** 2
+    slope = (time * STD[None] ** 2 - (1 - time)) / variance
+    return MEAN[None] + slope * (x - time * MEAN[None])
+
+
+def test_path_begins_with_the_noise_and_ends_with_the_latent():
+    noise, latents = np.random.default_rng(0).normal(size=(2, 3, 4, 5, 2))
+    x = flow.interpolate(noise, latents, jnp.array([0.0, 0.25, 1.0]))
+    np.testing.assert_allclose(x[0], noise[0], rtol=1e-6)
+    np.testing.assert_allclose(
+        x[1], 0.75 * noise[1] + 0.25 * latents[1], rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(x[2], latents[2], rtol=1e-6)
+
+
+def test_heun_is_of_second_order_on_a_gaussian(float64):
+    noise = jnp.array([[0.5, -1.0, 2.0], [-0.1, 0.4, 1.0]], jnp.float64)
+    # x_t = t m + sqrt((1 - t)^2 + t^2 s^2) e solves the equation.
+    exact = MEAN[None] + STD[None] * noise
+    errors = [
+        np.abs(flow.sample(velocity_of_gaussian, noise, num_steps=n) - exact).max()
+        for n in (20, 40, 80)
+    ]
+    order = np.log2(np.array(errors[:-1]) / errors[1:])
+    # The first steps see a curvature of third order; 2 is reached from above or below.
+    np.testing.assert_allclose(order, 2, atol=0.2)
+
+
+def test_one_step_is_written_out():
+    x, slopes = jnp.ones((1, 1)), {0.0: 2.0, 1.0: 10.0}
+
+    def velocity(x, time):
+        # At the end the point is that of an Euler step.
+        assert time.shape == (1,)
+        return jnp.where(time[:, None] == 0, slopes[0.0], slopes[1.0]) * x
+
+    end = flow.sample(velocity, x, num_steps=1)
+    assert end.item() == pytest.approx(1 + (2 + 10 * (1 + 2)) / 2)
+
+
+def test_loss_of_the_best_velocity_is_the_variance_that_is_left():
+    keys = jax.random.split(jax.random.key(0), 3)
+    latents = MEAN[None] + STD[None] * jax.random.normal(keys[0], (20000, 3))
+    loss = np.asarray(flow.flow_loss(keys[1], velocity_of_gaussian, latents))
+    # Var(z - e | x_t) = s^2 / (t^2 s^2 + (1 - t)^2), with t = sigmoid(N(0, 1)).
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    time = 1 / (1 + np.exp(-nodes))[:, None]
+    variance = np.square(STD)[None]
+    left = variance / (time**2 * variance + (1 - time) ** 2)
+    expected = (weights @ left / weights.sum()).mean()
+    error = loss.std() / np.sqrt(len(loss))
+    assert abs(loss.mean() - expected) < 4 * error
+    # Every other velocity is worse, by the square of the difference.
+    worse = flow.flow_loss(
+        keys[2], lambda x, time: velocity_of_gaussian(x, time) + 0.5, latents
+    )
+    assert abs(worse.mean() - expected - 0.25) < 4 * error
+
+
+def test_loss_of_no_velocity_is_two():
+    keys = jax.random.split(jax.random.key(1))
+    latents = jax.random.normal(keys[0], (4000, 2, 2, 3))
+    loss = flow.flow_loss(keys[1], lambda x, time: jnp.zeros_like(x), latents)
+    assert loss.shape == (4000,)
+    loss = np.asarray(loss)
+    assert abs(loss.mean() - 2) < 4 * loss.std() / np.sqrt(4000)
+
+
+def test_labels_are_dropped_at_the_rate():
+    labels = jnp.arange(10000) % 7
+    kept = flow.drop_labels(jax.random.key(0), labels, 7, 0.2)
+    dropped = np.asarray(kept == 7)
+    assert abs(dropped.mean() - 0.2) < 4 * np.sqrt(0.2 * 0.8 / 10000)
+    np.testing.assert_array_equal(kept[~dropped], labels[~dropped])
+    keys = jax.random.split(jax.random.key(1))
+    np.testing.assert_array_equal(flow.drop_labels(keys[0], labels, 7, 0.0), labels)
+    assert (flow.drop_labels(keys[1], labels, 7, 1.0) == 7).all()
+
+
+@pytest.mark.parametrize("weight", [0.0, 1, 1.0, 2.5])
+def test_guidance_moves_from_no_class_through_the_class(weight):
+    calls = []
+
+    def velocity(x, time, labels):
+        calls.append(len(x))
+        return x * (1.0 + labels[:, None]) + time[:, None]
+
+    x, time = jnp.array([[1.0], [2.0]]), jnp.array([0.5, 0.25])
+    labels, null = jnp.array([0, 2]), 3
+    guided = flow.guide(velocity, labels, null, weight)(x, time)
+    of_class, of_all = np.array([1.5, 6.25]), np.array([4.5, 8.25])
+    np.testing.assert_allclose(guided[:, 0], of_all + weight * (of_class - of_all))
+    assert calls == [2 if weight == 1 else 4]
