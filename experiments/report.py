@@ -23,6 +23,7 @@ from experiments.common import (
     report,
     runs,
     settings,
+    upgrade,
 )
 from experiments.configs import report as configs
 
@@ -104,7 +105,8 @@ def look(
 def _look(config, folder, run, inputs):
     state = State("missing")
     if (folder / "config.json").exists():
-        differ = runs.differences(folder, make_config(config, run, {})).keys() - inputs
+        differ = runs.differences(folder, make_config(config, run, {})).keys()
+        differ -= {*inputs, *upgrade.FILLED}
         if differ:
             words = ", ".join(sorted(differ))
             state = State(f"in {folder} with other settings ({words})")

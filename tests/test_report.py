@@ -105,9 +105,12 @@ def test_states(tmp_path):
     make_run(
         config, tmp_path, "prune_lbi/mnist", summary={}, fields={"run": "elsewhere"}
     )
+    # Nor is what a run fills in after the first look at its data.
+    filled = {"model.out_channels": 3}
+    make_run(config, tmp_path, "meta_learn/cifar10_cpu", summary={}, fields=filled)
     states = command.look(config, tmp_path, RUNS)
-    finished = [run for run, state in states.items() if state.folder]
-    assert finished == ["train_lbi/mnist", "prune_lbi/mnist"]
+    finished = {run for run, state in states.items() if state.folder}
+    assert finished == {"train_lbi/mnist", "prune_lbi/mnist", "meta_learn/cifar10_cpu"}
     lines = "\n".join(command.tell(config, states))
     for words in (
         f"Table 8           train_lbi/mnist                   finished in {tmp_path}",
