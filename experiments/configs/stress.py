@@ -20,7 +20,7 @@ BASE = {
     "seed": 0,
     "commands": (
         *("meta_learn", "make_functaset", "classify_functa", "compress_functa"),
-        *("generate_functa", "fit_image"),
+        "fit_image",
         *("train_lbi", "prune_lbi", "probe_landscape", "train_vit", "prune_vit"),
     ),
     "inputs": {
