@@ -10,8 +10,8 @@ the same command resumes there.
 Variants:
   digits: LeNet on the digits of scikit-learn, one seed; a few minutes on two cores.
     results/ has no run of it.
-  lenet: LeNet on 15,000 images of MNIST, three seeds; about 15 minutes on two cores.
-    results/ has no run of it.
+  lenet: LeNet on 15,000 images of MNIST, three seeds; half an hour on two cores
+    (results/compare_pruning_lenet has two seeds).
   vgg_small: VGG-A with batch normalization and a quarter of the channels on CIFAR-10,
     three seeds. It takes hours on two cores and is meant for a GPU; results/ has no run
     of it.
