@@ -46,7 +46,7 @@ class Images(NamedTuple):
 
 
 class Signals(NamedTuple):
-    """What a flow is trained on and compared with.
+    """Training and reference signals of a flow.
 
     Attributes:
       whole: the functaset.
@@ -426,13 +426,13 @@ def make_random_network(
         values = 2 * (jnp.float32(images) / 255) - 1
         return heads.with_features(lambda x: model.apply(params, x), values)[1]
 
-    return functools.partial(latent_classifier.in_batches, extract)
+    return functools.partial(devices.in_batches, extract)
 
 
 def score_accuracy(
     config: ConfigDict, classifier: LatentClassifier, images: Images, reference: Images
 ) -> float:
-    """Accuracy on the reference of a classifier that is trained on other images."""
+    """Trains a classifier on `images` and returns its accuracy on `reference`."""
     params = latent_classifier.fit(
         jax.random.key(config.seeds[0] + 4),
         classifier.head,

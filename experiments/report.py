@@ -29,7 +29,7 @@ from experiments.configs import report as configs
 
 
 class State(NamedTuple):
-    """What is known about a run.
+    """State of a run.
 
     Attributes:
       words: whether it is finished, and where.

@@ -110,10 +110,13 @@ def sample(velocity: Velocity, noise: jax.Array, *, num_steps: int) -> jax.Array
     Args:
       velocity: the network; it is evaluated twice in a step.
       noise: x at t = 0, (B, *Z).
-      num_steps: number of steps.
+      num_steps: number of steps, at least 1.
 
     Returns:
       x at t = 1, (B, *Z).
+
+    Raises:
+      ValueError: if there is no step.
 
     Example:
       A flow towards a single point ends on it:
@@ -123,6 +126,8 @@ def sample(velocity: Velocity, noise: jax.Array, *, num_steps: int) -> jax.Array
       >>> print(end)
       [[1. 2.]]
     """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be >= 1, got {num_steps}.")
     size = 1 / num_steps
 
     def step(x, number):

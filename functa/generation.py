@@ -34,6 +34,9 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
       a: features (N, D).
       b: features (M, D).
 
+    Raises:
+      ValueError: if a set has fewer than two rows or a value that is not finite.
+
     Example:
       >>> a = np.random.default_rng(0).normal(size=(50, 3))
       >>> print(f"{frechet_distance(a, a + 2):.6f}")
@@ -177,6 +180,11 @@ def sample_gaussian(key: jax.Array, latents: np.ndarray, num: int) -> np.ndarray
 
 def _moments(features):
     features = np.float64(features)
+    if len(features) < 2 or not np.isfinite(features).all():
+        raise ValueError(
+            "mean and covariance need at least two rows of finite features, got "
+            f"{features.shape}."
+        )
     mean = features.mean(0)
     centered = features - mean
     return mean, centered.T @ centered / (len(features) - 1)

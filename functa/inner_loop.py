@@ -59,21 +59,13 @@ def reconstruction_loss(
     return _loss(field(latent), latent, target, l2_weight)
 
 
-def check_values(name: str, values: jax.Array) -> None:
-    """Raises ValueError if the values of signals are not floating point.
-
-    Images of 8 bits have values up to 255, and the fields have values up to 1.
-    """
-    if not jnp.issubdtype(values.dtype, jnp.floating):
-        raise ValueError(
-            f"{name} must be floating point, got {values.dtype}; images of 8 bits are "
-            "divided by 255."
-        )
-
-
 def _loss(prediction, latent, target, l2_weight):
     chex.assert_equal_shape([prediction, target])
-    check_values("target", target)
+    if not jnp.issubdtype(target.dtype, jnp.floating):
+        raise ValueError(
+            f"target must be floating point, got {target.dtype}; images of 8 bits are "
+            "divided by 255."
+        )
     mse = jnp.mean(jnp.square(prediction - target))
     return mse + l2_weight * jnp.sum(jnp.square(latent)), mse
 

@@ -1,5 +1,6 @@
 """Finished runs of meta_learn and classify_functa on digits, with random weights."""
 
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,3 +66,15 @@ def make_runs(folder: Path, num: dict[str, int]) -> Runs:
         )
         run.finish({"test_accuracy": 0.1})
     return Runs(folder, whole, head, jax.tree.map(lambda x: x[1], best))
+
+
+def copy_at_first_save(monkeypatch, workdir: Path, copy: Path) -> None:
+    """Copies `workdir` when it is first saved, as a kill at this moment leaves it."""
+    save = runs.Run.save
+
+    def save_and_copy(self, step, state):
+        save(self, step, state)
+        if not copy.exists():
+            shutil.copytree(workdir, copy)
+
+    monkeypatch.setattr(runs.Run, "save", save_and_copy)

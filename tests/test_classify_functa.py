@@ -1,13 +1,12 @@
 """functa.classifier and experiments.classify_functa."""
 
-import shutil
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from functa_runs import copy_at_first_save
 
 from experiments import classify_functa
 from experiments.common import figures, files, runs
@@ -235,16 +234,8 @@ def test_keep_best_chooses_for_each_candidate():
 @pytest.mark.slow
 def test_run_stopped_and_resumed_ends_as_one_left_alone(path, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    save = runs.Run.save
-
-    def save_and_copy(self, step, state):
-        save(self, step, state)
-        if not stopped.exists():
-            # What a kill at this moment would leave.
-            shutil.copytree(whole, stopped)
-
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Run, "save", save_and_copy)
+        copy_at_first_save(patch, whole, stopped)
         summary = classify_functa.train_and_evaluate(make_config(path), whole)
     assert [m["step"] for m in files.read_metrics(stopped / "metrics.jsonl")] == [
         1,

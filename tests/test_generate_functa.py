@@ -5,11 +5,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from functa_runs import make_runs
+from functa_runs import copy_at_first_save, make_runs
 
 import functa
 from experiments import generate_functa
-from experiments.common import data, figures, files, runs
+from experiments.common import data, figures, files
 from experiments.configs import generate_functa as configs
 from experiments.training import flow
 from functa import functaset, generation
@@ -39,16 +39,8 @@ def test_smoke_run_stopped_and_resumed_ends_as_one_left_alone(
 ):
     config = smoke(trained.folder, sampling__classes=(3, 1))
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    save = runs.Run.save
-
-    def save_and_copy(self, step, state):
-        save(self, step, state)
-        if not stopped.exists():
-            # What a kill at this moment would leave.
-            shutil.copytree(whole, stopped)
-
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Run, "save", save_and_copy)
+        copy_at_first_save(patch, whole, stopped)
         summary = generate_functa.train_and_evaluate(config, whole)
     assert [m["step"] for m in files.read_metrics(stopped / "metrics.jsonl")] == [5, 10]
     resumed = generate_functa.train_and_evaluate(config, stopped)

@@ -142,3 +142,9 @@ def test_gaussian_has_the_moments_of_the_latents():
     # Nothing is drawn outside of the span of the latents.
     basis = np.linalg.svd(vectors - vectors.mean(0))[2][5:]
     assert np.abs((flat - vectors.mean(0)) @ basis.T).max() < 1e-4
+
+
+@pytest.mark.parametrize("features", [np.ones((1, 3)), np.full((4, 3), np.nan)])
+def test_moments_that_do_not_exist_are_refused(features):
+    with pytest.raises(ValueError, match="at least two rows of finite features"):
+        generation.frechet_distance(np.ones((4, 3)), features)

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.common import devices
 from experiments.networks import heads
 from experiments.training import latent_classifier
 
@@ -33,17 +34,15 @@ def test_last_layer_maps_features_to_outputs(name):
 
 
 @pytest.mark.parametrize("num", [3, 4, 8, 10])
-def test_batches_are_of_one_size_and_cover_all_rows(num, monkeypatch):
-    monkeypatch.setattr(latent_classifier, "_BATCH_SIZE", 4)
+def test_batches_are_of_one_size_and_cover_all_rows(num):
     sizes, values = [], np.arange(num)
 
     def double(batch):
         sizes.append(len(batch))
         return 2 * batch
 
-    np.testing.assert_array_equal(
-        latent_classifier.in_batches(double, values), 2 * values
-    )
+    doubled = devices.in_batches(double, values, batch_size=4)
+    np.testing.assert_array_equal(doubled, 2 * values)
     assert set(sizes) == {min(num, 4)}
 
 

@@ -503,3 +503,22 @@ def test_probe_landscape_is_rebuilt_from_its_logs(tmp_path):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         figures.draw(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "title"),
+    [
+        (
+            {"experiment": "classify_functa", "features": "patches"},
+            "classify_functa, functaset meta_learn/a, features patches",
+        ),
+        (
+            {"experiment": "compress_functa", "run": "runs/meta_learn/a"},
+            "compress_functa, functaset meta_learn/a",
+        ),
+    ],
+)
+def test_titles_name_what_a_run_reads_once(tmp_path, config, title):
+    config = config | {"functaset": "runs/meta_learn/a/functaset.npz"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert figures.describe(figures.read_run(tmp_path)) == title

@@ -7,6 +7,7 @@ normalization uses the whole batch.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -126,3 +127,17 @@ def _put(tree, sharding):
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(put, tree)
+
+
+def in_batches(
+    function: Callable[..., jax.Array], *arrays: np.ndarray, batch_size: int = 500
+) -> np.ndarray:
+    """function(*arrays), evaluated for `batch_size` rows of the arrays at once."""
+    num_rows = len(arrays[0])
+    size, results = min(batch_size, num_rows), []
+    for start in range(0, num_rows, size):
+        # The last batch overlaps the one before; another size would be compiled.
+        first = min(start, num_rows - size)
+        batch = function(*(values[first : first + size] for values in arrays))
+        results.append(np.asarray(batch)[start - first :])
+    return np.concatenate(results)

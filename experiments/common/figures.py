@@ -141,8 +141,12 @@ def describe(run: Run) -> str:
             path = Path(config.get(source) or "")
             folder = path.parent if path.suffix == ".npz" else path
             names = [name for name in folder.parts if name not in ("runs", "/")]
-            if names:
-                parts.append(f"{source} {'/'.join(names[-2:])}")
+            name = "/".join(names[-2:])
+            # The functaset of a run is named with the run.
+            if name and not any(part.endswith(f" {name}") for part in parts):
+                parts.append(f"{source} {name}")
+        if config.get("features", "latents") != "latents":
+            parts.append(f"features {config['features']}")
         if config["experiment"] == "prune_vit" and len(parts) == 1:
             parts.append("random weights")
     seeds = config.get("seeds", config.get("seed"))
@@ -214,7 +218,7 @@ def _meta_psnr(run):
             marks = {f"images at full size (before: 1/{factor})": coarse}
         functa_plots.psnr_curves(
             {
-                f"after {n} inner steps": (steps, values)
+                f"after {n} inner {'step' if n == 1 else 'steps'}": (steps, values)
                 for n, values in enumerate(psnr.T)
             },
             x_label="outer step",

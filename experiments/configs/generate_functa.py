@@ -46,7 +46,7 @@ BASE = {
     "data_dir": settings.Optional(str),
     # Whether the flow has the classes of the functaset.
     "conditional": True,
-    # Training images that are not trained on and take the place of the test images.
+    # Number of training images held out; they replace the test images.
     "num_validation": 0,
     # Images of each source that are generated and measured; 0: as many as there are
     # training images. Distances use at most as many as there are images to compare

@@ -126,7 +126,7 @@ def load_learner(workdir: str | Path) -> Learner:
         learner = learner.with_steps(learner.inner["num_steps"])
         model, latent = learner.model, learner.latent
         if learner.cell is not None:
-            # A run that is trained on cells has the latent of one cell.
+            # Training on cells stores the latent of one cell.
             latent = model.initial_latent()
         variables, coords = {"params": learner.params}, jnp.zeros((1, 2))
         jax.eval_shape(model.apply, variables, coords, latent)

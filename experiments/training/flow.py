@@ -178,15 +178,12 @@ def draw(
         return flow.sample(velocity, noise, num_steps=settings.num_steps)
 
     key = jax.random.key(config.seeds[0] + 2)
-    numbers = np.arange(len(labels))
-    size, samples = min(settings.batch_size, len(labels)), []
-    for start in range(0, len(labels), size):
-        # The last batch overlaps the one before; another size would be compiled.
-        first = min(start, len(labels) - size)
-        rows = slice(first, first + size)
-        drawn = sample(params, numbers[rows], labels[rows])
-        samples.append(np.asarray(drawn)[start - first :])
-    return np.concatenate(samples)
+    return devices.in_batches(
+        functools.partial(sample, params),
+        np.arange(len(labels)),
+        labels,
+        batch_size=settings.batch_size,
+    )
 
 
 def _velocity(model, params, labels):

@@ -5,7 +5,6 @@ Axes: N latents, *Z shape of a latent, K classes, D features.
 
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.common import runs, settings
+from experiments.common import devices, runs, settings
 from experiments.networks import heads
 from functa import classifier, functaset, npz
-
-_BATCH_SIZE = 500
 
 
 class LatentClassifier(NamedTuple):
@@ -47,7 +44,7 @@ class LatentClassifier(NamedTuple):
         return self._evaluate(latents, 1)
 
     def _evaluate(self, latents, number):
-        return in_batches(
+        return devices.in_batches(
             lambda x: _evaluate(self.head, self.params, x)[number],
             self.normalize(latents),
         )
@@ -158,16 +155,3 @@ def fit(
     params = head.init(key_init)
     carry = params, optimizer.init(params)
     return jax.lax.scan(step, carry, jnp.arange(num_steps))[0][0]
-
-
-def in_batches(
-    function: Callable[[np.ndarray], jax.Array], values: np.ndarray
-) -> np.ndarray:
-    """function(values), evaluated for a few hundred rows at once."""
-    size, results = min(_BATCH_SIZE, len(values)), []
-    for start in range(0, len(values), size):
-        # The last batch overlaps the one before; another size would be compiled.
-        first = min(start, len(values) - size)
-        batch = np.asarray(function(values[first : first + size]))
-        results.append(batch[start - first :])
-    return np.concatenate(results)
