@@ -164,8 +164,8 @@ INTRODUCTION = (
     "second table says how ours were made."
 )
 _DOCUMENT = (
-    "`python -m experiments.report` writes this page and one with your own runs. The "
-    "runs that are missing here need a GPU."
+    "`python -m experiments.report` writes this page and one with your own runs. "
+    "Accuracies that are missing here need a GPU; `results/` does not keep all figures."
 )
 
 
