@@ -215,7 +215,7 @@ VARIANTS = {
         "checkpoint_every": 1,
         "functaset": "runs/meta_learn/fashion_mnist/functaset.npz",
         "log_every": 1,
-        "num_epochs": 15,
+        "num_epochs": 8,
         "num_measured": 5000,
         "warmup_epochs": 1.0,
     },

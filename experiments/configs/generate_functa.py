@@ -107,7 +107,8 @@ VARIANTS = {
     },
     "fashion_mnist": {
         "accuracy_score.num_steps": 4000,
-        "checkpoint_every": 1000,
+        "batch_size": 64,
+        "checkpoint_every": 500,
         "classifier": "runs/classify_functa/fashion_mnist",
         "functaset": f"{_FASHION}/functaset.npz",
         "log_every": 500,
@@ -118,7 +119,7 @@ VARIANTS = {
             "mlp_dim": 256,
         },
         "num_images": 10000,
-        "num_steps": 12000,
+        "num_steps": 6000,
         "optimizer.ema_decay": 0.999,
         "run": _FASHION,
         "sampling.num_steps": 20,
