@@ -40,7 +40,7 @@ from experiments.configs import probe_landscape as probe_landscape_configs
 from experiments.configs import train_lbi as train_lbi_configs
 from experiments.configs import train_vit as train_vit_configs
 from experiments.networks import registry
-from experiments.peers import pyhessian_eigenvalues
+from experiments.peers import pyhessian_curvature as pyhessian
 from experiments.training import classifier, encoding, meta, siren
 from experiments.training import lbi as lbi_training
 from landscape import curvature, probes
@@ -387,9 +387,13 @@ def _probe(*, variant, batch_size, num_step_sizes, **model):
     )
 
 
-def _eigenvalues(*, width, depth, batch_size, num, tolerance, num_steps):
-    """The largest eigenvalues of the Hessian of an MLP, with their residual."""
-    weights, inputs, labels = pyhessian_eigenvalues.make_problem(
+def _curvature(*, measure, width, depth, batch_size, num, num_steps, tolerance):
+    """A measure of the Hessian of an MLP, as in experiments/peers.
+
+    eigenvalues: the `num` largest, with their residual; trace: the mean over `num`
+    vectors; density: the quadrature of `num` vectors of `num_steps` products each.
+    """
+    weights, inputs, labels = pyhessian.make_problem(
         width=width, depth=depth, batch_size=batch_size
     )
 
@@ -399,23 +403,36 @@ def _eigenvalues(*, width, depth, batch_size, num, tolerance, num_steps):
             x = jnp.tanh(x @ kernel)
         return classifier.cross_entropy(x @ weights[-1], batch["labels"])
 
+    measures = {
+        "eigenvalues": functools.partial(
+            curvature.leading_eigenvalues, num=num, num_steps=num_steps
+        ),
+        "trace": functools.partial(curvature.trace, num_matvecs=num),
+        "density": functools.partial(
+            curvature.lanczos_quadrature, num_samples=num, num_steps=num_steps
+        ),
+    }
+    num_products = {"eigenvalues": num_steps, "trace": num, "density": num * num_steps}
+
     def step(state, weights, batch):
         matvec = functools.partial(
             curvature.hessian_vector_product, loss_fn, weights, batch
         )
-        key = jax.random.key(0)
-        found = curvature.leading_eigenvalues(
-            key, matvec, weights, num=num, num_steps=num_steps
-        )
-        return state, (found.values, found.residuals)
+        return state, measures[measure](jax.random.key(0), matvec, weights)
 
     batch = {"inputs": inputs, "labels": labels}
-    _, (values, residuals) = jax.jit(step)((), weights, batch)
-    worst = float(jnp.max(residuals) / values[0])
-    if worst > tolerance:
-        raise ValueError(
-            f"num_steps must be larger: the residual is {worst:.1e}, above {tolerance}."
-        )
+    _, found = jax.jit(step)((), weights, batch)
+    further = {}
+    if measure == "eigenvalues":
+        residual = float(jnp.max(found.residuals) / found.values[0])
+        if residual > tolerance:
+            raise ValueError(
+                f"num_steps must be larger: the residual is {residual:.1e}, above "
+                f"{tolerance}."
+            )
+        further = {"residual": residual}
+    elif measure == "trace":
+        further = {"trace": float(found.mean), "error": float(found.standard_error)}
     products = 2 * batch_size * sum(kernel.size for kernel in weights)
     return HotPath(
         step,
@@ -424,12 +441,12 @@ def _eigenvalues(*, width, depth, batch_size, num, tolerance, num_steps):
         unit="images",
         units=batch_size,
         # A gradient is three forward passes, a Hessian product two gradients.
-        flops=num_steps * 6 * products,
+        flops=num_products[measure] * 6 * products,
         peer=(
-            "pyhessian_eigenvalues.py",
-            f"width={width} depth={depth} B={batch_size}",
+            "pyhessian_curvature.py",
+            f"{measure} width={width} depth={depth} B={batch_size}",
         ),
-        further={"residual": worst},
+        further=further,
     )
 
 
@@ -441,7 +458,7 @@ _KINDS = {
     "train": _train,
     "vit_forward": _vit_forward,
     "probe": _probe,
-    "eigenvalues": _eigenvalues,
+    "curvature": _curvature,
 }
 
 
@@ -631,14 +648,14 @@ def read_torch_spatial(text: str) -> dict[str, float]:
 
 
 def read_pyhessian(text: str) -> dict[str, float]:
-    """Parses lines "torch width=128 depth=3 B=512: eigenvalues 0.5s, ..."."""
-    pattern = r"torch (width=\d+ depth=\d+ B=(\d+)): eigenvalues (\d+\.\d+)s"
+    """Parses lines "torch trace width=128 depth=3 B=512: 0.5s, ..."."""
+    pattern = r"torch (\w+ width=\d+ depth=\d+ B=(\d+)): (\d+\.\d+)s"
     found = re.findall(pattern, text)
     return {name: int(b) / float(s) for name, b, s in found if float(s)}
 
 
 PEERS = {
-    "pyhessian_eigenvalues.py": read_pyhessian,
+    "pyhessian_curvature.py": read_pyhessian,
     "torch_functa.py": read_torch_functa,
     "torch_spatial.py": read_torch_spatial,
     "torch_vgg.py": read_torch_vgg,

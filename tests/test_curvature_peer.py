@@ -7,7 +7,7 @@ import pytest
 
 from experiments import benchmark
 from experiments.configs import benchmark as configs
-from experiments.peers import pyhessian_eigenvalues as peer
+from experiments.peers import pyhessian_curvature as peer
 
 SIZES = {"width": 6, "depth": 2, "batch_size": 20}
 
@@ -27,33 +27,51 @@ def hessian_of(weights, inputs, labels):
     return jax.jit(jax.hessian(loss_fn))(flat)
 
 
-def test_path_finds_the_eigenvalues_of_the_problem():
+def find(name, **options):
+    """What a path of the variant curvature finds on the small problem."""
     config = configs.get_config("curvature")
-    config.sizes.eigenvalues.update(**SIZES, num=3, num_steps=30)
-    path = benchmark.make_path(config, "eigenvalues")
-    _, (values, residuals) = jax.jit(path.step)(path.state, *path.inputs)
-    expected = np.linalg.eigvalsh(hessian_of(*peer.make_problem(**SIZES)))[::-1]
+    config.sizes[name].update(**SIZES, **options)
+    path = benchmark.make_path(config, name)
+    assert path.units == 20
+    return jax.jit(path.step)(path.state, *path.inputs)[1]
+
+
+def test_paths_measure_the_hessian_of_the_problem():
+    hessian = hessian_of(*peer.make_problem(**SIZES))
+    expected = np.linalg.eigvalsh(hessian)[::-1]
+    values, _, residuals = find("eigenvalues", num=3, num_steps=30)
     np.testing.assert_allclose(values, expected[:3], rtol=1e-3)
-    assert max(residuals) <= 1e-2 * values[0] and path.units == 20
-    config.sizes.eigenvalues.num_steps = 4
+    assert max(residuals) <= 1e-2 * values[0]
+    mean, error = find("trace", num=200)
+    assert abs(mean - np.trace(hessian)) < 4 * error
+    nodes, weights = find("density", num=50, num_steps=20)
+    assert nodes.shape == (50, 20)
+    # The second moment of the eigenvalues, a polynomial that the quadrature takes in.
+    np.testing.assert_allclose(
+        np.sum(weights * nodes**2), np.mean(expected**2), rtol=0.2
+    )
     with pytest.raises(ValueError, match="num_steps must be larger"):
-        benchmark.make_path(config, "eigenvalues")
+        find("eigenvalues", num=3, num_steps=4)
 
 
 def test_lines_of_the_peer_are_read():
-    text = "torch width=6 depth=2 B=20: eigenvalues 0.5000s, residual 1e-3, 2.1 1.0\n"
-    assert benchmark.PEERS["pyhessian_eigenvalues.py"](text) == {
-        "width=6 depth=2 B=20": 40.0
+    text = "torch trace width=6 depth=2 B=20: 0.5000s, 2.1\n"
+    assert benchmark.PEERS["pyhessian_curvature.py"](text) == {
+        "trace width=6 depth=2 B=20": 40.0
     }
 
 
 def test_pyhessian_finds_the_same():
     pytest.importorskip("torch")
     pytest.importorskip("pyhessian")
-    weights, inputs, labels = peer.make_problem(**SIZES)
-    _, values, residual = peer.find_eigenvalues(
-        weights, inputs, labels, num=3, tolerance=1e-2
-    )
-    expected = np.linalg.eigvalsh(hessian_of(weights, inputs, labels))[::-1]
+    problem = peer.make_problem(**SIZES)
+    hessian = hessian_of(*problem)
+    expected = np.linalg.eigvalsh(hessian)[::-1]
+    _, values, residual = peer.find_eigenvalues(*problem, num=3, tolerance=1e-2)
     np.testing.assert_allclose(values, expected[:3], rtol=2e-2)
     assert residual <= 1e-2
+    _, mean, error = peer.estimate_trace(*problem, num=200)
+    assert abs(mean - np.trace(hessian)) < 4 * error
+    _, nodes, weights = peer.estimate_density(*problem, num=50, num_steps=20)
+    moment = np.sum(np.array(weights) * np.array(nodes) ** 2) / 50
+    np.testing.assert_allclose(moment, np.mean(expected**2), rtol=0.2)

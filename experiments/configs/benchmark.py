@@ -14,8 +14,8 @@ Variants:
     (results/benchmark_scaling).
   patches: the meta-step over 1,024 patches of 4x4 pixels, in groups of several sizes;
     under a minute on two cores.
-  curvature: the five largest eigenvalues of the Hessian of an MLP; with
-    --config.peers=experiments/peers PyHessian at the same residual too; a minute.
+  curvature: eigenvalues, trace and density of the Hessian of an MLP; with
+    --config.peers=experiments/peers those of PyHessian too; two minutes.
   paper: the meta-step at the size of the paper, with each sine and dtype. It needs a
     GPU; results/ has no run of it.
   vit_b16: ViT-B/16 at 224 pixels in bfloat16, dense and with CP-ViT's cascade at 0.3
@@ -164,10 +164,18 @@ def _patches():
 
 
 def _curvature():
-    """The largest eigenvalues of the Hessian of an MLP, as in experiments/peers."""
-    sizes = {"kind": "eigenvalues", "width": 128, "depth": 3, "batch_size": 512}
-    sizes |= {"num": 5, "tolerance": 1e-2, "num_steps": 40}
-    return _measured(_products(1024, 8) | {"eigenvalues": sizes})
+    """Measures of the Hessian of an MLP, as in experiments/peers."""
+    sizes = {"kind": "curvature", "width": 128, "depth": 3, "batch_size": 512}
+    counts = {
+        "eigenvalues": {"num": 5, "num_steps": 40},
+        "trace": {"num": 100, "num_steps": 1},
+        "density": {"num": 5, "num_steps": 40},
+    }
+    paths = {
+        name: sizes | count | {"measure": name, "tolerance": 1e-2}
+        for name, count in counts.items()
+    }
+    return _measured(_products(1024, 8) | paths)
 
 
 def _paper():

@@ -1,6 +1,6 @@
-"""The largest Hessian eigenvalues of an MLP with PyHessian; prints its speed.
+"""Curvature of an MLP with PyHessian: eigenvalues, trace, density; prints its speed.
 
-    python experiments/peers/pyhessian_eigenvalues.py
+    python experiments/peers/pyhessian_curvature.py
 
 It needs torch and PyHessian (Yao et al. 2020, arXiv 1912.07145; pip install pyhessian).
 `experiments.benchmark` measures `landscape.curvature` on the same weights and the same
@@ -9,7 +9,8 @@ loosest of these tolerances at which all eigenvectors have the residual
 
   |H v - (v . H v) v| <= tolerance |lambda_1|
 
-that the benchmark asks of both.
+that the benchmark asks of both. Trace and density take equally many random vectors and
+products in both.
 
 Axes: B images, N inputs, W width, K classes.
 """
@@ -18,8 +19,12 @@ import time
 
 import numpy as np
 
-# What is measured: the eigenvalues `num`, and their relative residual.
-SIZES = {"width": 128, "depth": 3, "batch_size": 512, "num": 5, "tolerance": 1e-2}
+SIZES = {"width": 128, "depth": 3, "batch_size": 512}
+# The number of eigenvalues and their relative residual.
+EIGENVALUES = {"num": 5, "tolerance": 1e-2}
+# The number of random vectors, and of products with each.
+TRACE = {"num": 100}
+DENSITY = {"num": 5, "num_steps": 40}
 NUM_INPUTS, NUM_CLASSES = 64, 10
 
 
@@ -77,20 +82,48 @@ def find_eigenvalues(weights, inputs, labels, *, num, tolerance):
     raise SystemExit(f"PyHessian does not reach the residual {tolerance}.")
 
 
-def measure(*, width, depth, batch_size, num, tolerance, num_repeats=3):
-    """Prints the median time."""
-    problem = make_problem(width=width, depth=depth, batch_size=batch_size)
-    runs = [
-        find_eigenvalues(*problem, num=num, tolerance=tolerance)
-        for _ in range(1 + num_repeats)
-    ]
-    seconds = sorted(run[0] for run in runs[1:])[num_repeats // 2]
-    _, values, residual = runs[-1]
-    print(
-        f"torch width={width} depth={depth} B={batch_size}: eigenvalues "
-        f"{seconds:.4f}s, residual {residual:.1e}, {np.round(values, 4)}"
-    )
+def estimate_trace(weights, inputs, labels, *, num):
+    """Seconds, the trace and its standard error."""
+    import torch
+    from pyhessian import hessian
+
+    torch.manual_seed(0)
+    data, model = (torch.tensor(inputs), torch.tensor(labels)), make_model(weights)
+    started = time.perf_counter()
+    found = hessian(model, torch.nn.CrossEntropyLoss(), data=data, cuda=False)
+    # Without a tolerance it takes all vectors.
+    samples = np.array(found.trace(maxIter=num, tol=0.0))
+    seconds = time.perf_counter() - started
+    return seconds, samples.mean(), samples.std(ddof=1) / np.sqrt(len(samples))
+
+
+def estimate_density(weights, inputs, labels, *, num, num_steps):
+    """Seconds, nodes (num, num_steps) and weights of the quadrature."""
+    import torch
+    from pyhessian import hessian
+
+    torch.manual_seed(0)
+    data, model = (torch.tensor(inputs), torch.tensor(labels)), make_model(weights)
+    started = time.perf_counter()
+    found = hessian(model, torch.nn.CrossEntropyLoss(), data=data, cuda=False)
+    nodes, mass = found.density(iter=num_steps, n_v=num)
+    return time.perf_counter() - started, np.real(nodes), np.real(mass)
+
+
+def measure(*, num_repeats=3):
+    """Prints the median times."""
+    problem = make_problem(**SIZES)
+    name = "width={width} depth={depth} B={batch_size}".format(**SIZES)
+    for kind, function, options in (
+        ("eigenvalues", find_eigenvalues, EIGENVALUES),
+        ("trace", estimate_trace, TRACE),
+        ("density", estimate_density, DENSITY),
+    ):
+        runs = [function(*problem, **options) for _ in range(1 + num_repeats)]
+        seconds = sorted(run[0] for run in runs[1:])[num_repeats // 2]
+        found = "" if kind == "density" else f", {np.round(runs[-1][1], 4)}"
+        print(f"torch {kind} {name}: {seconds:.4f}s{found}")
 
 
 if __name__ == "__main__":
-    measure(**SIZES)
+    measure()
