@@ -28,7 +28,7 @@ from experiments.common.sweep import mean_and_std, sweep
 from experiments.configs import compare_pruning as configs
 from experiments.training import classifier, optimizers, pruning
 from experiments.training import lbi as lbi_training
-from experiments.training.classifier import Images, Problem, TrainState
+from experiments.training.classifier import Problem, TrainState
 
 
 class FineTuning(NamedTuple):
@@ -52,7 +52,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     settings.check(config, configs.RULES)
     if not any(config.sparsities.values()):
         raise ValueError("sparsities must have a value for at least one grain.")
-    images, validation = _split(classifier.load_images(config), config.num_validation)
+    images, validation = classifier.split_validation(
+        classifier.load_images(config), config.num_validation
+    )
     shapes = classifier.check(config, images)["params"]
     params = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
     num_steps = config.num_epochs * classifier.count_steps(images, config.batch_size)
@@ -72,19 +74,6 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         nested=True,
         finish=finish,
     )
-
-
-def _split(images: Images, num_validation: int):
-    """The data set without the last training images, and these."""
-    pixels, labels = images.train
-    num_train = len(pixels) - num_validation
-    if num_train < 1:
-        raise ValueError(
-            f"num_validation must be below the {len(pixels)} training images, got "
-            f"{num_validation}."
-        )
-    training = pixels[:num_train], labels[:num_train]
-    return images._replace(train=training), (pixels[num_train:], labels[num_train:])
 
 
 def _compare(run, images, validation):

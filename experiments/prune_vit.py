@@ -6,6 +6,12 @@ For every method and ratio the command measures the test accuracy with and witho
 fine-tuning, the multiply-adds, and the time in turns with the dense network. Methods
 with another parameter (keep rate, merged tokens, image size) are set to the cost of the
 report's cascade at the same ratio.
+
+McNemar's exact test over the images compares each pruned network with the dense one,
+and each fine-tuned network with the dense one that was fine-tuned in the same way:
+`lost` and `gained` count the images that only the dense or only the pruned network
+classifies correctly, and `mcnemar_p` is the p-value. With several seeds, read the tests
+of each run; a mean of p-values is not a p-value.
 """
 
 import functools
@@ -20,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.common import data, figures, files, launch, runs, settings
+from experiments.common import data, devices, figures, files, launch, runs, settings
 from experiments.common.sweep import sweep
 from experiments.configs import prune_vit as configs
 from experiments.configs.train_vit import TRAINING_RULES
@@ -39,7 +45,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
     settings.check(config, configs.RULES)
     _check_methods(config)
-    images = vit_training.load_images(config) if config.dataset.name else None
+    images = load_images(config) if config.dataset.name else None
     if images is not None:
         _check_training(config, images)
     dense = load_problem(config, images)
@@ -88,6 +94,11 @@ def _check_methods(config):
     needy = [name for name in config.methods if name in vit_pruning.NEED_IMAGES]
     if not config.dataset.name:
         data.refuse_unread("a run without dataset.name", **config.dataset)
+        if config.num_validation:
+            raise ValueError(
+                f"num_validation must be 0 without a data set, got "
+                f"{config.num_validation}."
+            )
     if needy and not config.dataset.name:
         raise ValueError(f"methods {', '.join(needy)} need a data set.")
     if config.dataset.name and not config.checkpoint:
@@ -117,6 +128,19 @@ def _check_tuned(config):
                 f"tuning.methods.{method} must be among methods.{method}, which is "
                 f"{allowed}; got {', '.join(map(str, lacking))}."
             )
+
+
+def load_images(config: ConfigDict) -> Images:
+    """Loads config.dataset; validation images take the place of the test images."""
+    images = vit_training.load_images(config)
+    if config.num_validation:
+        images, validation = classifier.split_validation(images, config.num_validation)
+        devices.say(
+            f"{len(images.train[0])} training images; the next {len(validation[0])} "
+            "replace the test images"
+        )
+        images = images._replace(test=validation)
+    return images
 
 
 def load_problem(config: ConfigDict, images: Images | None) -> Problem:
@@ -188,6 +212,7 @@ def _measure_all(run, dense):
                 files.write_json(path, row)
                 _say_row(run, row)
             rows[name] = files.read_json(path)
+    add_tests(rows)
     table = list(rows.values())
     # The seconds include rows of earlier sessions.
     summary = {"rows": rows, "rows_seconds": sum(row["seconds"] for row in table)}
@@ -280,7 +305,15 @@ def _fine_tune(run, name, network, dense):
         teacher=dense if tuning.teacher_weight else None,
         teacher_weight=tuning.teacher_weight,
     )
-    return {"tuned_accuracy": network.test_accuracy(state.average)}, state.average
+    return _evaluate(network, state.average, "tuned_"), state.average
+
+
+def _evaluate(network, params, prefix=""):
+    """Accuracy on the test images, and the indices of the errors."""
+    wrong = network.test_errors(params)
+    total = len(network.images.test[0])
+    accuracy = (total - len(wrong)) / total
+    return {f"{prefix}accuracy": accuracy, f"{prefix}wrong": wrong.tolist()}
 
 
 def _train(run, name, network, dense, num_epochs, **options):
@@ -307,6 +340,8 @@ def measure(
 ) -> Row:
     """Cost, accuracy and speed of a network, cost and speed against the dense one.
 
+    "wrong" has the indices of the test images that are classified wrongly.
+
     Args:
       network: the network.
       dense: the dense network.
@@ -326,7 +361,7 @@ def measure(
         "image_size": network.image_size,
     }
     if network.images is not None:
-        row["accuracy"] = network.test_accuracy(network.params)
+        row |= _evaluate(network, network.params)
     for size in batch_sizes:
         times, speedups = time_in_turns(_forward, network, dense, size, num_rounds)
         row[f"milliseconds_{size}"], row[f"milliseconds_{size}_quartiles"] = times
@@ -393,6 +428,29 @@ def _gradient(model, params, inputs):
         return -jnp.mean(jax.nn.log_softmax(logits)[:, 0])
 
     return jax.grad(loss_fn)(params)
+
+
+def add_tests(rows: dict[str, Row]) -> None:
+    """Replaces the errors of the rows by McNemar's test against the dense network.
+
+    Args:
+      rows: {name: row}; those of networks with images have "wrong", and "tuned_wrong"
+        if fine-tuned. The pruned ones get "lost", "gained" and "mcnemar_p", with the
+        prefix "tuned_" for the fine-tuned networks.
+    """
+    for prefix in ("", "tuned_"):
+        key = f"{prefix}wrong"
+        errors = {name: set(row.pop(key)) for name, row in rows.items() if key in row}
+        dense = errors.pop("dense_0", None)
+        if dense is None:  # not fine-tuned
+            continue
+        for name, wrong in errors.items():
+            lost, gained = len(wrong - dense), len(dense - wrong)
+            rows[name] |= {
+                f"{prefix}lost": lost,
+                f"{prefix}gained": gained,
+                f"{prefix}mcnemar_p": classifier.mcnemar(lost, gained),
+            }
 
 
 def compare(rows: Sequence[Row]) -> dict[str, float]:
@@ -505,7 +563,13 @@ def _format_table(rows, batch_sizes):
         "in MLP": ("mlp_tokens", 1, ".1f"),
         "parameters": ("num_params", 1, ",.0f"),
         "accuracy (%)": ("accuracy", 100, ".2f"),
+        "lost": ("lost", 1, ".0f"),
+        "gained": ("gained", 1, ".0f"),
+        "p": ("mcnemar_p", 1, ".2g"),
         "fine-tuned (%)": ("tuned_accuracy", 100, ".2f"),
+        "lost, fine-tuned": ("tuned_lost", 1, ".0f"),
+        "gained, fine-tuned": ("tuned_gained", 1, ".0f"),
+        "p, fine-tuned": ("tuned_mcnemar_p", 1, ".2g"),
         "predicted": ("predicted_speedup", 1, ".2f"),
         **{f"batch {b} faster by": (f"speedup_{b}", 1, ".2f") for b in batch_sizes},
         "gradient faster by": ("gradient_speedup", 1, ".2f"),

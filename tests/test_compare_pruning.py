@@ -232,7 +232,7 @@ def test_a_filter_that_nothing_reads_has_no_first_order_effect():
 
 def test_validation_images_are_not_trained_on():
     images = classifier.load_images(smoke_config())
-    training, (pixels, labels) = compare_pruning._split(images, 64)
+    training, (pixels, labels) = classifier.split_validation(images, 64)
     assert len(training.train[0]) == len(training.train[1]) == 256
     for whole, first, last in zip(
         images.train, training.train, (pixels, labels), strict=True

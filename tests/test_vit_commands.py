@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 import vit_files
 from ml_collections import ConfigDict
 
@@ -16,7 +17,7 @@ from experiments import prune_vit, train_vit
 from experiments.common import figures, files, runs
 from experiments.configs import prune_vit as prune_configs
 from experiments.configs import train_vit as train_configs
-from experiments.training import loop, vit_pruning
+from experiments.training import classifier, loop, vit_pruning
 from experiments.training import vit as vit_training
 
 ROOT = Path(__file__).parents[1]
@@ -286,6 +287,14 @@ def test_pruning_table(pruned):
         saved = 1 - row["multiply_adds"] / dense["multiply_adds"]
         assert row["saved"] == pytest.approx(saved)
         assert 0 <= row["accuracy"] <= 1
+        for prefix in ("", "tuned_") if row["method"] == "max" else ("",):
+            if row is not dense:
+                difference = (
+                    row[f"{prefix}accuracy"] - dense[f"{prefix}accuracy"]
+                ) * config.num_test
+                gain = row[f"{prefix}gained"] - row[f"{prefix}lost"]
+                assert gain == pytest.approx(difference)
+                assert 0 < row[f"{prefix}mcnemar_p"] <= 1
         timed = row["method"] in ("dense", *config.timing.methods)
         assert ("gradient_speedup" in row) == timed
         for batch in config.timing.batch_sizes:
@@ -337,8 +346,8 @@ def test_pruning_resumes_row_by_row(pruned, tmp_path, monkeypatch):
     resumed = prune_vit.train_and_evaluate(runs.load_config(workdir), tmp_path)
     assert len(measured) == 2
     for name, row in summary["rows"].items():
-        for key in ("accuracy", "multiply_adds"):
-            assert resumed["rows"][name][key] == row[key]
+        for key in ("accuracy", "multiply_adds", "lost", "tuned_mcnemar_p"):
+            assert resumed["rows"][name].get(key) == row.get(key)
 
 
 def test_equal_cost():
@@ -421,6 +430,53 @@ def test_latency_is_measured_and_predicted(tmp_path):
     assert 0.8 * 17 < row["predicted_milliseconds"] <= 0.9 * 17
 
 
+@pytest.mark.parametrize(
+    ("lost", "gained"), [(0, 0), (1, 0), (5, 1), (4, 4), (30, 12), (700, 1300)]
+)
+def test_mcnemar_is_the_binomial_test_of_the_discordant_images(lost, gained):
+    expected = 1.0
+    if lost + gained:
+        expected = scipy.stats.binomtest(lost, lost + gained).pvalue
+    # SciPy adds rounded probabilities; ours is exact.
+    assert classifier.mcnemar(lost, gained) == pytest.approx(expected, rel=1e-9)
+
+
+def test_rows_are_tested_against_the_dense_network_of_the_same_training():
+    rows = {
+        "dense_0": {"wrong": [1, 2, 3], "tuned_wrong": [1]},
+        "max_0.4": {"wrong": [3, 4, 5, 6], "tuned_wrong": []},
+        "random_0.4": {"wrong": [1, 2, 3]},
+        "speed_only": {},
+    }
+    prune_vit.add_tests(rows)
+    # Of the 3 + 2 images on which one of the two errs: 2 (1 + 5 + 10) / 2^5.
+    untuned = {"lost": 3, "gained": 2, "mcnemar_p": 1.0}
+    tuned = {"tuned_lost": 0, "tuned_gained": 1, "tuned_mcnemar_p": 1.0}
+    assert rows["max_0.4"] == untuned | tuned
+    assert rows["random_0.4"] == {"lost": 0, "gained": 0, "mcnemar_p": 1.0}
+    assert rows["dense_0"] == rows["speed_only"] == {}
+
+
+def test_validation_images_replace_the_test_images(untrained):
+    config = prune_config(untrained, num_validation=28)
+    images = prune_vit.load_images(config)
+    pixels, labels = vit_training.load_images(config).train
+    assert len(images.train[0]) == len(images.train[1]) == 100
+    np.testing.assert_array_equal(images.test[0], pixels[100:])
+    np.testing.assert_array_equal(images.test[1], labels[100:])
+
+
+def test_errors_are_the_images_that_lower_the_accuracy(untrained):
+    config = prune_config(untrained)
+    images = prune_vit.load_images(config)
+    problem = vit_training.load_problem(config.checkpoint, 8, images, {})
+    head = problem.params["head"] | {"bias": jnp.arange(10.0) == 3}
+    params = problem.params | {"head": head}  # the kernel of the head is zero
+    wrong = problem.test_errors(params)
+    np.testing.assert_array_equal(wrong, np.flatnonzero(problem.images.test[1] != 3))
+    assert problem.test_accuracy(params) == 1 - len(wrong) / 40
+
+
 def test_comparison_interpolates_between_costs():
     rows = [
         {"method": "dense", "ratio": 0, "multiply_adds": 100, "accuracy": 0.9},
@@ -460,6 +516,7 @@ def test_both_commands_tell_what_a_file_does_not(tmp_path):
             {"tuning": {"methods": {"max": (0.5, 0.25)}}},
             r"tuning.methods.max must be among methods.max, .* \(0.5,\); got 0.25",
         ),
+        ({"num_validation": 128}, "num_validation must be below the 128 training"),
         ({"checkpoint": "absent.npz"}, "absent.npz"),
         ({"checkpoint": None}, "must name a file that train_vit wrote"),
         ({"latency": 0.5}, "methods heads, .* leave as they are"),

@@ -464,14 +464,18 @@ def _vit_training(run):
 
 def _prune_vit(run):
     rows = list(run.summary.get("rows", {}).values())  # the measured networks
+    split = "validation" if run.config.get("num_validation") else "test"
+    y_label = f"{split} accuracy (%)"
     figures = {}
     if any("accuracy" in row for row in rows):
-        figures = _bind({"accuracy_and_cost": _accuracy_and_cost}, rows)
+        figures = _bind({"accuracy_and_cost": _accuracy_and_cost}, rows, y_label)
         figures |= _bind(_ATTENTION_FIGURES, run)
     names = {key for row in rows if row["method"] != "dense" for key in row}
     names = {name.removeprefix("speedup_") for name in names}
     batches = sorted(int(name) for name in names if name.isdigit())
-    return figures | (_bind({"speed": _speed}, rows, batches) if batches else {})
+    if batches:
+        figures |= _bind({"speed": _speed}, rows, batches, y_label)
+    return figures
 
 
 def _points(rows, method, x, y):
@@ -481,7 +485,7 @@ def _points(rows, method, x, y):
     return np.array([[row[x], scale * row[y]] for row in chosen]).reshape(-1, 2).T
 
 
-def _accuracy_and_cost(rows):
+def _accuracy_and_cost(rows, y_label):
     [whole] = [row for row in rows if row["method"] == "dense"]
     groups = {
         "patches": (_TOKENS, "accuracy"),
@@ -514,11 +518,11 @@ def _accuracy_and_cost(rows):
         ax.axis("off")
     for ax, curves in zip(axes.flat, drawn.values(), strict=False):
         styles = {label: number for number, label in enumerate(curves)} | _WHOLE
-        vit_plots.accuracy_against_cost(curves, styles=styles, ax=ax)
+        vit_plots.accuracy_against_cost(curves, y_label=y_label, styles=styles, ax=ax)
     return figure
 
 
-def _speed(rows, batches):
+def _speed(rows, batches, y_label):
     with_accuracy = any("accuracy" in row for row in rows)
     figure, axes = _panels(
         len(batches) + with_accuracy,
@@ -541,7 +545,7 @@ def _speed(rows, batches):
         vit_plots.accuracy_against_cost(
             points(methods, f"speedup_{batches[-1]}", "accuracy"),
             x_label=f"measured speed-up, batch of {batches[-1]} (times)",
-            y_label="test accuracy (%), not fine-tuned",
+            y_label=f"{y_label}, not fine-tuned",
             styles=_STYLES | _WHOLE,
             ax=axes[0, -1],
         )

@@ -82,6 +82,7 @@ ADDED: dict[str, dict[str, Any]] = {
     "make_functaset": {"padding": 0, "inner.num_steps": None},
     "train_vit": {"stages": [], "checkpoint_options": {}},
     "prune_vit": {
+        "num_validation": 0,
         "budget": None,
         "latency": None,
         "save_networks": False,

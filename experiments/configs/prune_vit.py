@@ -33,6 +33,15 @@ Variants:
     of latents, at 75 % of the multiply-adds by the cascade, and by heads and neurons
     that DessiLBI ranks; a minute on two cores. The command story uses it.
   smoke_story: the same for the smoke_spatial variants, to check that the command runs.
+
+To choose settings, measure on images that are held out of the training split, with a
+network that train_vit has not trained on them:
+
+    python -m experiments.train_vit --config=experiments/configs/train_vit.py:digits \
+        --config.num_train=1200 --workdir=runs/train_vit/digits_1200
+    python -m experiments.prune_vit --config=experiments/configs/prune_vit.py:digits \
+        --config.checkpoint=runs/train_vit/digits_1200/model.npz \
+        --config.num_validation=237 --workdir=runs/prune_vit/digits_validation
 """
 
 import functools
@@ -43,10 +52,13 @@ from experiments.configs.train_vit import TRAINING_RULES
 _EVERY, _SOME = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6), (0.2, 0.3, 0.4, 0.6)
 BASE = {
     "seeds": (0,),
-    # The next five fields are those of train_vit.
+    # The next three fields, image_size and normalisation are those of train_vit.
     "dataset": settings.dataset(settings.Optional(str, "cifar10")),
     "num_train": 0,
     "num_test": 0,
+    # The last so many training images take the place of the test images. A network of
+    # train_vit has not seen them if its num_train is the number of the images before.
+    "num_validation": 0,
     "image_size": 32,
     "normalisation": "dataset",
     # A file that train_vit wrote, or another one that vit.load_checkpoint reads.
@@ -290,6 +302,7 @@ RULES = {
     "seeds": settings.SEEDS,
     "num_train": settings.whole(0),
     "num_test": settings.whole(0),
+    "num_validation": settings.whole(0),
     "image_size": settings.whole(1, 2**16),
     "normalisation": settings.one_of("dataset", "google"),
     "dtype": settings.one_of("float32", "bfloat16"),

@@ -138,6 +138,25 @@ def _enlarge(images, side):
     return np.pad(images, ((0, 0), *pads, (0, 0)))
 
 
+def split_validation(
+    images: Images, num_validation: int
+) -> tuple[Images, tuple[np.ndarray, np.ndarray]]:
+    """The data set without its last training images, and these with their labels.
+
+    Raises:
+      ValueError: if no training image is left.
+    """
+    pixels, labels = images.train
+    num_train = len(pixels) - num_validation
+    if num_train < 1:
+        raise ValueError(
+            f"num_validation must be below the {len(pixels)} training images, got "
+            f"{num_validation}."
+        )
+    training = pixels[:num_train], labels[:num_train]
+    return images._replace(train=training), (pixels[num_train:], labels[num_train:])
+
+
 def count_steps(images: Images, batch_size: int) -> int:
     """Steps per epoch; a remainder that does not fill a batch is dropped."""
     num_examples = len(images.train[0])
@@ -517,3 +536,23 @@ def make_loss(
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     """Share of the labels (N,) whose logit is the largest of the logits (N, K)."""
     return float(np.mean(logits.argmax(-1) == labels))
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Exact two-sided p-value of McNemar's test of two classifiers on the same images.
+
+    If both were equally accurate, each of the n = lost + gained images that only one of
+    them classifies correctly would favor either with probability 1/2:
+
+        p = min(1, 2 sum_{k <= min(lost, gained)} binomial(n, k) / 2^n)
+
+    Args:
+      lost: number of images that only the first classifies correctly.
+      gained: number of images that only the second classifies correctly.
+    """
+    total = lost + gained
+    tail, term = 0, 1  # exact integers; term is binomial(n, k)
+    for k in range(min(lost, gained) + 1):
+        tail += term
+        term = term * (total - k) // (k + 1)
+    return min(1.0, 2 * tail / 2**total)

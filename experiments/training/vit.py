@@ -77,6 +77,12 @@ class Problem(NamedTuple):
         pixels, labels = self.images.test
         return classifier.accuracy(make_predict(self)(params, pixels), labels)
 
+    def test_errors(self, params: Any) -> np.ndarray:
+        """Indices of the test images that are classified wrongly, ascending."""
+        pixels, labels = self.images.test
+        logits = make_predict(self)(params, pixels)
+        return np.flatnonzero(logits.argmax(-1) != labels)
+
     def blocks(self, params: Any, pixels: jax.Array) -> list[dict[str, Any]]:
         """What each layer sows ("attention", "tokens") for uint8 (B, H, W, C)."""
         inputs = prepare(self.images, pixels, self.image_size)

@@ -301,6 +301,7 @@ VALUES = {
         "methods={'max': (0.5,)}": "tuning.methods.random",
         "methods={1:(0.5,)}": "methods",
         "budget=2": "budget",
+        "num_validation=256": "num_validation",
         "checkpoint_options.nosuch=1": "checkpoint_options",
         "checkpoint={train_vit}": "train_vit",
         "seeds=(0,0)": "seeds",
