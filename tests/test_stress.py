@@ -26,6 +26,12 @@ def test_inputs_are_many_and_of_every_command():
             assert name and "/" not in name
 
 
+def test_every_command_that_is_killed_has_a_run_to_start():
+    commands = configs.BASE["commands"]
+    assert len(set(commands)) == len(commands)
+    assert set(commands) <= bad_inputs.RUNS.keys()
+
+
 @pytest.mark.parametrize(
     ("name", "outcome"),
     [

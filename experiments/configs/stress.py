@@ -3,9 +3,10 @@
     python -m experiments.stress --config=experiments/configs/stress.py:VARIANT
 
 Variants:
-  all: inputs, kills and flips.
+  all: inputs, kills and flips for all commands.
   inputs: every bad input of experiments/common/bad_inputs, and some good ones; 25
-    minutes on two cores (results/stress_inputs).
+    minutes on two cores (results/stress_inputs). This variant and the next two have the
+    commands of the runs in results/, without generate_functa and compare_pruning.
   kills: runs that are killed in training and in writing, then resumed and compared.
   flips: one bit at a time in checkpoints and functasets.
   smoke: a few inputs and one killed run of meta_learn, to check that the command runs.
@@ -15,14 +16,15 @@ import functools
 
 from experiments.common import settings
 
+_RECORDED = (
+    *("meta_learn", "make_functaset", "classify_functa", "compress_functa"),
+    "fit_image",
+    *("train_lbi", "prune_lbi", "probe_landscape", "train_vit", "prune_vit"),
+)
 BASE = {
     # Seed of the moments of the kills and the places of the bits.
     "seed": 0,
-    "commands": (
-        *("meta_learn", "make_functaset", "classify_functa", "compress_functa"),
-        "fit_image",
-        *("train_lbi", "prune_lbi", "probe_landscape", "train_vit", "prune_vit"),
-    ),
+    "commands": (*_RECORDED, "generate_functa", "compare_pruning"),
     "inputs": {
         # Every how many-th input is tried; 0: none.
         "every": 1,
@@ -37,7 +39,12 @@ BASE = {
     },
     "num_flips": 20,
 }
-_NONE = {"inputs.every": 0, "kills.num_runs": 0, "num_flips": 0}
+_NONE = {
+    "commands": _RECORDED,
+    "inputs.every": 0,
+    "kills.num_runs": 0,
+    "num_flips": 0,
+}
 VARIANTS = {
     "all": {},
     "inputs": {**_NONE, "inputs.every": 1},

@@ -32,6 +32,7 @@ RUNS = {
     "probe_landscape": (),
     "train_vit": (),
     "prune_vit": ("--config.checkpoint={train_vit}/model.npz",),
+    "compare_pruning": (),
 }
 
 
