@@ -474,7 +474,7 @@ def test_errors_are_the_images_that_lower_the_accuracy(untrained):
     params = problem.params | {"head": head}  # the kernel of the head is zero
     wrong = problem.test_errors(params)
     np.testing.assert_array_equal(wrong, np.flatnonzero(problem.images.test[1] != 3))
-    assert problem.test_accuracy(params) == 1 - len(wrong) / 40
+    assert problem.test_accuracy(params) == (40 - len(wrong)) / 40
 
 
 def test_comparison_interpolates_between_costs():
