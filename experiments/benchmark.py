@@ -16,6 +16,7 @@ products (Winograd's) can therefore exceed the ceiling.
 
 import contextlib
 import functools
+import math
 import re
 import subprocess
 import sys
@@ -31,17 +32,28 @@ import optax
 from ml_collections import ConfigDict
 
 import functa
+import lbi
 import vit
-from experiments.common import devices, figures, files, launch, runs, settings
+from experiments.common import (
+    devices,
+    figures,
+    files,
+    launch,
+    runs,
+    settings,
+    streams,
+)
 from experiments.configs import benchmark as configs
+from experiments.configs import compress_functa as compress_functa_configs
 from experiments.configs import fit_image as fit_image_configs
+from experiments.configs import generate_functa as generate_functa_configs
 from experiments.configs import meta_learn as meta_learn_configs
 from experiments.configs import probe_landscape as probe_landscape_configs
 from experiments.configs import train_lbi as train_lbi_configs
 from experiments.configs import train_vit as train_vit_configs
-from experiments.networks import registry
+from experiments.networks import dit, registry
 from experiments.peers import pyhessian_curvature as pyhessian
-from experiments.training import classifier, encoding, meta, siren
+from experiments.training import classifier, encoding, flow, meta, siren
 from experiments.training import lbi as lbi_training
 from landscape import curvature, probes
 
@@ -51,10 +63,10 @@ _CEILINGS = {dtype: f"product_{dtype}" for dtype in ("float32", "bfloat16")}
 
 
 class HotPath(NamedTuple):
-    """A jitted call of `num_steps` steps that is timed.
+    """A call of `num_steps` steps that is timed.
 
     Attributes:
-      step: (state, *inputs) -> (state, outputs), traceable.
+      step: (state, *inputs) -> (state, outputs), traceable if `jitted`.
       state: the state before the first call; its buffers are donated.
       inputs: the other arguments, the same for every call.
       unit: name of the counted items, such as "images".
@@ -64,6 +76,8 @@ class HotPath(NamedTuple):
       dtype: dtype of most of the matrix products.
       peer: (program, name of its measurement) that does the same work, or None.
       further: additional numbers for the summary.
+      jitted: whether the call is compiled as a whole. Otherwise it runs in Python, and
+        neither its memory nor its compile time is measured.
     """
 
     step: Callable[..., tuple[Any, Any]]
@@ -76,6 +90,7 @@ class HotPath(NamedTuple):
     dtype: str = "float32"
     peer: tuple[str, str] | None = None
     further: dict[str, float] = {}
+    jitted: bool = True
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -136,6 +151,26 @@ def count_siren(
     """
     per_point = 2 * width + (depth - 2) * width**2 + width * channels
     return num_points * per_point + latent_dim * (depth - 1) * width
+
+
+def count_dit(
+    *,
+    hidden_size: int,
+    num_layers: int,
+    mlp_dim: int,
+    num_tokens: int,
+    channels: int,
+) -> int:
+    """Multiply-adds of one evaluation of a DiT for one latent.
+
+    The embedding of the time and the modulations are computed once per latent.
+    """
+    width = hidden_size
+    block = 4 * width**2 + 2 * num_tokens * width + 2 * width * mlp_dim
+    per_token = 2 * channels * width + num_layers * block
+    time = 2 * dit.NUM_WAVES * width + width**2
+    modulations = (6 * num_layers + 2) * width**2
+    return num_tokens * per_token + time + modulations
 
 
 def count_meta_passes(num_steps: int, batch_size: int) -> int:
@@ -223,13 +258,18 @@ def _meta_step(
     )
 
 
-def _encode(*, variant, batch_size, image_size, **model):
+def _make_learner(variant, model):
+    """A learner of RGB images with random weights, by a variant of meta_learn."""
     config = meta_learn_configs.get_config(variant)
     config.model.update(model, out_channels=3)
     network = functa.make_model(config.model.to_dict())
-    optimizer = meta.make_optimizer(config)
-    state = meta.init_state(config, network, optimizer)
-    learner = encoding.make_learner(config, vars(state))
+    state = meta.init_state(config, network, meta.make_optimizer(config))
+    return encoding.make_learner(config, vars(state))
+
+
+def _encode(*, variant, batch_size, image_size, **model):
+    learner = _make_learner(variant, model)
+    network = learner.model
     fixed = devices.replicate(learner[1:4], local=True)
     images = devices.divide(_random_images(batch_size, image_size, 3), local=True)
 
@@ -248,7 +288,7 @@ def _encode(*, variant, batch_size, image_size, **model):
     )
     # Each step has a forward pass and a backward pass to the latent; the last error has
     # a forward pass. The first forward pass is shared by all images.
-    passes = 2 * config.inner.num_steps * batch_size + 1
+    passes = 2 * learner.inner["num_steps"] * batch_size + 1
     return HotPath(
         step,
         (),
@@ -257,6 +297,92 @@ def _encode(*, variant, batch_size, image_size, **model):
         units=batch_size,
         flops=2 * multiply_adds * passes,
     )
+
+
+def _compress(*, variant, direction, batch_size, image_size, step, **model):
+    """From pixels to bytes ("encode"), or from bytes to pixels ("decode").
+
+    The steps of the quantizer are `step` deviations of each channel.
+    """
+    learner = _make_learner(variant, model)
+    images = _random_images(batch_size, image_size, 3)
+
+    def fit(images):
+        batches = encoding.encode(learner, images, batch_size=batch_size)
+        return np.concatenate([latents for latents, _ in batches])
+
+    latents = fit(images)
+    deviation = latents.reshape(-1, latents.shape[-1]).std(0)
+    options = compress_functa_configs.BASE
+    codec = streams.fit_codec(latents, step * deviation, **options["model"])
+    encoded = streams.encode(codec, latents)
+    field, _ = encoding.make_field(learner, (image_size, image_size))
+    render = encoding.make_render(field, options["batch_size"])
+    functions = {
+        "encode": lambda images: streams.encode(codec, fit(images)),
+        "decode": lambda encoded: render(streams.decode(codec, encoded)),
+    }
+    network = learner.model
+    multiply_adds = count_siren(
+        width=network.width,
+        depth=network.depth,
+        channels=3,
+        num_points=image_size**2,
+        latent_dim=latents[0].size * network.kernel_size**2,
+    )
+    # The fit has a forward and a backward pass in each step, and one for the error.
+    passes = {"encode": 2 * learner.inner["num_steps"] + 1, "decode": 1}
+    inputs = {"encode": images, "decode": encoded}
+    num_bits = 8 * sum(map(len, encoded))
+    return HotPath(
+        lambda state, inputs: (state, functions[direction](inputs)),
+        (),
+        (inputs[direction],),
+        unit="images",
+        units=batch_size,
+        flops=2 * multiply_adds * passes[direction] * batch_size,
+        further={"bits_per_pixel": num_bits / (batch_size * image_size**2)},
+        jitted=False,
+    )
+
+
+def _sample(*, variant, batch_size, shape, **model):
+    config = generate_functa_configs.get_config(variant)
+    config.model.update(model)
+    network = flow.make_model(config, _NUM_CLASSES)
+    part = flow.Part(np.zeros((1, *shape), np.float32), np.zeros(1, np.int32))
+    params = flow.init_state(config, network, part).average
+    numbers = np.arange(batch_size, dtype=np.int32)
+    sample = flow.make_sampler(config, network, tuple(shape))
+    sizes = config.model.to_dict()
+    sizes.pop("num_heads")
+    *grid, channels = shape
+    multiply_adds = count_dit(num_tokens=math.prod(grid), channels=channels, **sizes)
+    # Heun's method evaluates the network twice, with guidance for two labels each.
+    passes = 2 * config.sampling.num_steps * (1 + (config.sampling.guidance != 1))
+    return HotPath(
+        lambda state, params, *inputs: (state, sample(params, *inputs)),
+        (),
+        devices.replicate((params, numbers, numbers % _NUM_CLASSES)),
+        unit="samples",
+        units=batch_size,
+        flops=2 * multiply_adds * passes * batch_size,
+    )
+
+
+def _trace(*, function, variant, patch_size, image_size, **model):
+    """The graph of the channels of a ViT, or what its parameters are."""
+    network = vit.make(variant, _NUM_CLASSES, patch_size, **model)
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    params = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
+    trace = {"channels": lbi.channels.trace, "groups": lbi.groups}[function]
+
+    def step(state):
+        # A new function in each call: JAX remembers the jaxprs of known ones.
+        trace(lambda params, x: network.apply({"params": params}, x), params, images)
+        return state, ()
+
+    return HotPath(step, (), (), unit="networks", units=1, flops=0, jitted=False)
 
 
 def _fit_image(*, variant, num_images, image_size, num_steps, **model):
@@ -454,6 +580,9 @@ _KINDS = {
     "product": _product,
     "meta_step": _meta_step,
     "encode": _encode,
+    "compress": _compress,
+    "sample": _sample,
+    "trace": _trace,
     "fit_image": _fit_image,
     "train": _train,
     "vit_forward": _vit_forward,
@@ -505,6 +634,8 @@ def _nothing_kept():
 
 def _compile(path):
     """Compiles the call; also returns the compile time and the memory needed."""
+    if not path.jitted:
+        return path.step, {}
     outputs = (devices.replicated(), None)
     function = jax.jit(path.step, donate_argnums=0, out_shardings=outputs)
     started = time.perf_counter()
@@ -583,8 +714,8 @@ def _make_table(summary):
             f"{row['per_second']:.4g} {row['unit']}",
             f"{row['gflops_per_second']:.3g}",
             f"{100 * row['share_of_product']:.0f} %",
-            f"{row['mebibytes']:.3g}",
-            f"{row['compile_seconds']:.1f}",
+            f"{row['mebibytes']:.3g}" if "mebibytes" in row else "",
+            f"{row['compile_seconds']:.1f}" if "mebibytes" in row else "",
             f"{row['time_over_reference']:.3g} "
             f"({row['arithmetic_over_reference']:.3g}) {row['reference']}"
             if "reference" in row

@@ -33,15 +33,13 @@ from experiments.common import (
 )
 from experiments.configs import compress_functa as configs
 from experiments.training import encoding, features, latent_classifier
+from experiments.training.encoding import Function
 from functa import compression, functaset, linear
 
 # An image that is exact after rounding to 8 bits gets a PSNR of 100 dB.
 _SMALLEST_MSE = 1e-10
 # Training latents at which the slopes are measured, and random signs for each.
 _NUM_SLOPES, _NUM_PROBES = 256, 4
-
-# Maps latents (N, *grid, C) to images (N, H, W, C), or to classes (N,).
-Function = Callable[[np.ndarray], np.ndarray]
 
 
 class Signals(NamedTuple):
@@ -84,8 +82,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         ).predict
 
     def experiment(run):
-        field, split = make_field(learner, signals.images["test"].shape[1:3])
-        render = make_render(field, config.batch_size)
+        field, split = encoding.make_field(learner, signals.images["test"].shape[1:3])
+        render = encoding.make_render(field, config.batch_size)
         latents = signals.latents
         if config.further_steps:
             run.say(f"fitting for {config.further_steps} further steps ...")
@@ -178,45 +176,6 @@ def load_signals(config: ConfigDict, learner: encoding.Learner) -> Signals:
     )
 
 
-def make_field(
-    learner: encoding.Learner, shape: tuple[int, int]
-) -> tuple[Callable[[jax.Array], jax.Array], Function]:
-    """The field of one latent, and the function that gives images the field's layout.
-
-    Args:
-      learner: the weights.
-      shape: (H, W) of the images.
-
-    Returns:
-      latent (*grid, C) -> values, and images (N, H, W, C) -> targets (N, ...) of the
-      same layout: those of a grid are cut into cells.
-    """
-    model = learner.model
-    apply_fn, coords, split = model.apply, functa.coordinate_grid(shape), np.asarray
-    if isinstance(model, functa.SpatialSiren):
-        apply_fn, _, coords, _, split = functa.spatial.layout(
-            model, shape, separate=False
-        )
-    return lambda latent: apply_fn({"params": learner.params}, coords, latent), split
-
-
-def make_render(field: Callable[[jax.Array], jax.Array], batch_size: int) -> Function:
-    """The function that computes the images of latents, in batches."""
-    fields = jax.jit(jax.vmap(field))
-
-    def render(latents):
-        values = []
-        for start in range(0, len(latents), batch_size):
-            batch = latents[start : start + batch_size]
-            # A batch of another size would be compiled separately.
-            padding = [(0, batch_size - len(batch))] + [(0, 0)] * (batch.ndim - 1)
-            values.append(np.asarray(fields(np.pad(batch, padding)))[: len(batch)])
-        values = np.concatenate(values)
-        return values if values.ndim == 4 else functa.spatial.join_cells(values)
-
-    return render
-
-
 def fit_further(
     field: Callable[[jax.Array], jax.Array],
     latents: np.ndarray,
@@ -256,7 +215,7 @@ def find_scales(
     orthonormal transform with equal steps.
 
     Args:
-      field: see `make_field`.
+      field: see `encoding.make_field`.
       latents: training latents, (N, *grid, C).
       kind: "slopes": all channels have the same share of the error. "deviation": the
         steps are proportional to the deviations of the channels.

@@ -7,6 +7,9 @@ import pytest
 from experiments import benchmark
 from experiments.common import devices
 from experiments.configs import benchmark as configs
+from experiments.configs import generate_functa as generate_configs
+from experiments.networks.dit import DiT
+from experiments.training import encoding
 
 FUNCTA = """
 print("torch width=16 depth=3 latent=8 B=4: step 0.002s 2000.0 img/s")
@@ -107,6 +110,64 @@ def test_arithmetic_of_a_siren():
     sizes = {"width": 7, "depth": 3, "channels": 3, "num_points": 5, "latent_dim": 11}
     assert benchmark.count_siren(**sizes) == multiply_adds
     assert benchmark.count_meta_passes(3, batch_size=1) == 21
+
+
+def test_arithmetic_of_a_sample_is_what_xla_counts():
+    sizes, shape = {"hidden_size": 96, "num_layers": 2, "mlp_dim": 128}, (2, 3, 5)
+    path = benchmark._sample(
+        variant="smoke", batch_size=2, shape=shape, num_heads=4, **sizes
+    )
+    model = DiT(10, num_heads=4, **sizes)
+    params, *_ = path.inputs
+    counted = jax.jit(model.apply).lower(
+        {"params": params}, np.zeros((2, *shape)), np.zeros(2), np.zeros(2, np.int32)
+    )
+    counted = counted.compile().cost_analysis()["flops"]
+    multiply_adds = benchmark.count_dit(num_tokens=6, channels=5, **sizes)
+    # XLA also counts normalization, activations and the waves.
+    assert 1 <= counted / (2 * 2 * multiply_adds) < 1.1
+    steps = generate_configs.get_config("smoke").sampling.num_steps
+    assert path.flops == 2 * steps * 2 * 2 * multiply_adds
+
+
+def test_bytes_become_the_pixels_of_the_fitted_latents():
+    there, back = (
+        benchmark._compress(
+            variant="smoke_spatial",
+            direction=direction,
+            batch_size=3,
+            image_size=8,
+            step=0.01,
+        )
+        for direction in ("encode", "decode")
+    )
+    _, encoded = there.step((), *there.inputs)
+    assert encoded == back.inputs[0]
+    assert there.further["bits_per_pixel"] == 8 * sum(map(len, encoded)) / (3 * 64)
+    _, pixels = back.step((), encoded)
+    assert pixels.shape == (3, 8, 8, 3)
+    # What the fitted latents give, up to the small steps of the quantizer.
+    learner = benchmark._make_learner("smoke_spatial", {})
+    [(latents, mse)] = encoding.encode(learner, there.inputs[0], batch_size=3)
+    error = np.square(pixels - there.inputs[0] / 255).mean((1, 2, 3))
+    np.testing.assert_allclose(error, mse[:, -1], rtol=1e-2)
+
+
+@pytest.mark.parametrize("function", ["channels", "groups"])
+def test_tracing_is_measured_without_compiling(function):
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "mlp_dim": 8}
+    path = benchmark._trace(
+        function=function, variant="B", patch_size=16, image_size=32, **sizes
+    )
+    compiled, measured = benchmark._compile(path)
+    assert compiled is path.step and measured == {}
+    assert compiled(path.state, *path.inputs) == ((), ())
+
+
+def test_dessilbi_is_compared_with_the_optimizer_that_it_extends():
+    sizes = configs.get_config("optimizers").sizes
+    assert sizes.vgg_dessilbi.reference == "vgg_sgd"
+    assert sizes.vgg_dessilbi_adam.reference == "vgg_adam"
 
 
 def test_peers_are_read():

@@ -90,12 +90,12 @@ def test_further_steps_improve_the_latents(trained):
     config = smoke(folder, further_steps=5, batch_size=6)
     learner = encoding.load_learner(folder / "meta")
     images = data.load_dataset("digits").splits["test"]["image"][:16]
-    field, split = compress_functa.make_field(learner, (8, 8))
+    field, split = encoding.make_field(learner, (8, 8))
     latents = whole.select("test").latent
     fitted = compress_functa.fit_further(
         field, latents, split(data.to_float(images)), config
     )
-    render = compress_functa.make_render(field, 6)
+    render = encoding.make_render(field, 6)
     error = [
         np.square(render(x) - images / 255).mean((1, 2, 3)) for x in (latents, fitted)
     ]
@@ -105,7 +105,7 @@ def test_further_steps_improve_the_latents(trained):
 def test_scales_give_the_same_error_in_the_linear_part(trained):
     folder, whole, *_ = trained
     learner = encoding.load_learner(folder / "meta")
-    field, _ = compress_functa.make_field(learner, (8, 8))
+    field, _ = encoding.make_field(learner, (8, 8))
     fields = jax.jit(jax.vmap(field))
     latents = whole.select("train").latent
     scales = {

@@ -5,13 +5,17 @@
 Variants:
   all: every path. About 5 minutes on two cores (results/benchmark_all).
   functa: meta-learning, encoding and fitting.
-  optimizers: one step of LeNet and of VGG-A with each optimizer, and one step of
-    VGG-A with SGD.
+  optimizers: one step of LeNet and of VGG-A with each optimizer; DessiLBI is compared
+    with SGD, which it extends. The variant all compares it with Adam.
   lenet: the paths of LeNet.
   vgg: the paths of VGG-A.
   scaling: the meta-step at several batch sizes, image sizes, latent sizes and numbers
     of inner steps; one of them varies at a time. About a minute on two cores
     (results/benchmark_scaling).
+  latents: compression of images, from pixels to bytes and back, and sampling of
+    latents, with random weights; about a minute on two cores. It needs the range coder
+    of constriction (pip install constriction).
+  tracing: the channel graph and the structure of ViT-B/16, by lbi; without compiling.
   patches: the meta-step over 1,024 patches of 4x4 pixels, in groups of several sizes;
     under a minute on two cores.
   curvature: eigenvalues, trace and density of the Hessian of an MLP; with
@@ -224,6 +228,47 @@ def _vit_b16():
     return {"seconds_per_turn": 0.3} | _measured(_products(8192, 8) | sizes)
 
 
+def _optimizers():
+    """The trainings of LeNet and VGG-A; the reference of DessiLBI is SGD."""
+    methods = (*_METHODS, "sgd")
+    sizes = _products(1024, 8)
+    sizes |= _trainings("lenet", "mnist", methods, batch_size=128, num_steps=10)
+    sizes |= _trainings("vgg", "cifar10", methods, batch_size=128, num_steps=2)
+    for name in ("lenet", "vgg"):
+        sizes[f"{name}_dessilbi"]["reference"] = f"{name}_sgd"
+    return sizes
+
+
+def _latents():
+    compress = dict(
+        kind="compress",
+        variant="cifar10_spatial_cpu",
+        batch_size=32,
+        image_size=32,
+        step=0.25,
+    )
+    sample = dict(kind="sample", variant="digits", batch_size=64, shape=(2, 2, 16))
+    return _measured(
+        _products(1024, 8)
+        | {
+            "pixels_to_bytes": compress | {"direction": "encode"},
+            "bytes_to_pixels": compress | {"direction": "decode"},
+            "sample": sample,
+        }
+    )
+
+
+def _tracing():
+    path = dict(kind="trace", variant="B", patch_size=16, image_size=224)
+    return _measured(
+        _products(1024, 8)
+        | {f"trace_{name}": path | {"function": name} for name in _TRACED}
+    )
+
+
+_TRACED = ("channels", "groups")
+
+
 def _measured(sizes, *prefixes):
     """Settings that measure the paths whose names have one of these prefixes.
 
@@ -260,9 +305,11 @@ BASE = {
 VARIANTS = {
     "all": {},
     "functa": _measured(_sizes(), "meta", "encode", "fit"),
-    "optimizers": _measured(_sizes(), "lenet", "vgg"),
-    "lenet": _measured(_sizes(), "lenet"),
-    "vgg": _measured(_sizes(), "vgg"),
+    "optimizers": _measured(_optimizers()),
+    "lenet": _measured(_optimizers(), "lenet"),
+    "vgg": _measured(_optimizers(), "vgg"),
+    "latents": _latents(),
+    "tracing": _tracing(),
     "scaling": _scaling(),
     "patches": _patches(),
     "curvature": _curvature(),

@@ -19,7 +19,7 @@ from vit.attention import MultiHeadDotProductAttention
 from vit.model import MlpBlock, PositionEmbedding
 
 # Sines and cosines of the time, and the factor that spreads [0, 1] over their periods.
-_NUM_WAVES, _TIME_SCALE = 128, 1000.0
+NUM_WAVES, _TIME_SCALE = 128, 1000.0
 
 
 class DiT(nn.Module):
@@ -113,6 +113,6 @@ def _modulation(condition, width, number):
 
 def _waves(time):
     """Sines and cosines of the time (B,), with periods from short to long."""
-    frequencies = jnp.exp(-math.log(10000) * jnp.arange(_NUM_WAVES) / _NUM_WAVES)
+    frequencies = jnp.exp(-math.log(10000) * jnp.arange(NUM_WAVES) / NUM_WAVES)
     angles = _TIME_SCALE * time[:, None] * frequencies[None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

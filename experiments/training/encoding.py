@@ -27,6 +27,9 @@ from functa import functaset
 
 SHARD_SIZE = 1000
 
+# Maps latents (N, *grid, C) to images (N, H, W, C), or to classes (N,).
+Function = Callable[[np.ndarray], np.ndarray]
+
 
 class Learner(NamedTuple):
     """The result of a meta-learning run, which encoding needs.
@@ -227,6 +230,45 @@ def fit_batch(
             model.apply, params, latent, coords, targets, **options
         )
     return latents, info.mse
+
+
+def make_field(
+    learner: Learner, shape: tuple[int, int]
+) -> tuple[Callable[[jax.Array], jax.Array], Function]:
+    """The field of one latent, and the function that gives images the field's layout.
+
+    Args:
+      learner: the weights.
+      shape: (H, W) of the images.
+
+    Returns:
+      latent (*grid, C) -> values, and images (N, H, W, C) -> targets (N, ...) of the
+      same layout: those of a grid are cut into cells.
+    """
+    model = learner.model
+    apply_fn, coords, split = model.apply, functa.coordinate_grid(shape), np.asarray
+    if isinstance(model, functa.SpatialSiren):
+        apply_fn, _, coords, _, split = functa.spatial.layout(
+            model, shape, separate=False
+        )
+    return lambda latent: apply_fn({"params": learner.params}, coords, latent), split
+
+
+def make_render(field: Callable[[jax.Array], jax.Array], batch_size: int) -> Function:
+    """The function that computes the images of latents, in batches."""
+    fields = jax.jit(jax.vmap(field))
+
+    def render(latents):
+        values = []
+        for start in range(0, len(latents), batch_size):
+            batch = latents[start : start + batch_size]
+            # A batch of another size would be compiled separately.
+            padding = [(0, batch_size - len(batch))] + [(0, 0)] * (batch.ndim - 1)
+            values.append(np.asarray(fields(np.pad(batch, padding)))[: len(batch)])
+        values = np.concatenate(values)
+        return values if values.ndim == 4 else functa.spatial.join_cells(values)
+
+    return render
 
 
 def write_functaset(

@@ -161,7 +161,22 @@ def draw(
     Returns:
       float32 (N, *Z). A sample does not depend on the number of the others.
     """
-    settings = config.sampling
+    return devices.in_batches(
+        functools.partial(make_sampler(config, model, shape), params),
+        np.arange(len(labels)),
+        labels,
+        batch_size=config.sampling.batch_size,
+    )
+
+
+def make_sampler(
+    config: ConfigDict, model: DiT, shape: tuple
+) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+    """Makes (weights, numbers of the samples (B,), labels (B,)) -> latents (B, *Z).
+
+    See `draw`. The number of a sample is the seed of its noise.
+    """
+    key = jax.random.key(config.seeds[0] + 2)
 
     @jax.jit
     def sample(params, numbers, labels):
@@ -173,17 +188,11 @@ def draw(
             lambda x, time, labels: _velocity(model, params, labels)(x, time),
             labels,
             model.num_classes,
-            settings.guidance,
+            config.sampling.guidance,
         )
-        return flow.sample(velocity, noise, num_steps=settings.num_steps)
+        return flow.sample(velocity, noise, num_steps=config.sampling.num_steps)
 
-    key = jax.random.key(config.seeds[0] + 2)
-    return devices.in_batches(
-        functools.partial(sample, params),
-        np.arange(len(labels)),
-        labels,
-        batch_size=settings.batch_size,
-    )
+    return sample
 
 
 def _velocity(model, params, labels):
