@@ -1,5 +1,6 @@
 """train_vit and prune_vit: measurements, files, resumption and errors."""
 
+import itertools
 from pathlib import Path
 
 import chex
@@ -387,6 +388,81 @@ def test_structure_is_cut_as_by_slicing():
     smaller, expected = vit.slicing.keep_neurons(smaller, expected, kept["neurons_lbi"])
     assert cut.model == smaller and cut.model.cascade == model.cascade
     chex.assert_trees_all_equal(cut.params, expected)
+
+
+def joint_loss(layers, heads, seed, *, interaction):
+    """A loss of removed heads: one term for each, and one for each pair."""
+    rng = np.random.default_rng(seed)
+    own = rng.uniform(0.1, 1, (layers, heads))
+    pairs = interaction * rng.uniform(size=(layers, heads, layers, heads))
+
+    def loss_fn(removed):
+        terms = [own[head] for head in removed]
+        terms += [pairs[a + b] for a, b in itertools.combinations(sorted(removed), 2)]
+        return 2.0 + sum(terms)
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_search_over_heads_finds_the_best_set(seed):
+    """Heads that hurt more together: the bound holds, so every set is tried at most."""
+    loss_fn = joint_loss(2, 4, seed, interaction=1.0)
+    calls = []
+
+    def counted(removed):
+        calls.append(removed)
+        return loss_fn(removed)
+
+    found = vit_pruning.search_heads(counted, [4, 4], 4, max_evaluations=1000)
+    heads = [(i, j) for i in range(2) for j in range(4)]
+    allowed = [
+        frozenset(each)
+        for each in itertools.combinations(heads, 4)
+        if len({layer for layer, _ in each}) == 2  # no layer loses all of its heads
+    ]
+    assert found == min(allowed, key=loss_fn)
+    assert len(calls) == len(set(calls)) < 2**8
+
+
+def test_search_over_heads_is_never_worse_than_a_greedy_one():
+    for seed in range(5):
+        loss_fn = joint_loss(3, 3, seed, interaction=-0.3)  # the bound does not hold
+        greedy = vit_pruning.search_heads(loss_fn, [3] * 3, 4, max_evaluations=0)
+        longer = vit_pruning.search_heads(loss_fn, [3] * 3, 4, max_evaluations=60)
+        assert loss_fn(longer) <= loss_fn(greedy) and len(longer) == len(greedy) == 4
+    with pytest.raises(ValueError, match="between 0 and 6, got 7"):
+        vit_pruning.search_heads(loss_fn, [3] * 3, 7, max_evaluations=60)
+
+
+def test_searched_heads_are_cut_from_the_network(untrained):
+    config = prune_config(untrained)
+    images = prune_vit.load_images(config)
+    problem = vit_training.load_problem(config.checkpoint, 8, images, {})
+    kernel = jax.random.normal(jax.random.key(0), (16, 10))
+    head = problem.params["head"] | {"kernel": kernel}
+    problem = problem._replace(params=problem.params | {"head": head})
+    pixels, labels = images.train
+    predict = vit_training.make_predict(problem)
+
+    def loss_without(*removed):
+        kept = [[h for h in range(4) if (i, h) not in removed] for i in range(2)]
+        params = vit.slicing.mask_heads(problem.model, problem.params, kept)
+        return classifier.cross_entropy(predict(params, pixels), labels)
+
+    heads = [(i, j) for i in range(2) for j in range(4)]
+    pairs = {
+        frozenset(pair): loss_without(*pair)
+        for pair in itertools.combinations(heads, 2)
+    }
+    cut = vit_pruning.prune("heads_search", 0.25, problem)
+    assert sum(cut.model.num_heads) == 6
+    logits = vit_training.make_predict(cut)(cut.params, pixels)
+    loss = classifier.cross_entropy(logits, labels)
+    # Float32 sums over six or eight heads.
+    assert min(abs(loss - other) for other in pairs.values()) < 1e-5
+    greedy = min(heads, key=loss_without)
+    assert loss <= min(pairs[pair] for pair in pairs if greedy in pair) + 1e-5
 
 
 @pytest.mark.parametrize("method", ["max", "skip", "evit", "heads_random"])

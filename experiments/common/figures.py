@@ -424,6 +424,7 @@ _WEIGHTS = {
     "neurons_lbi": "neurons, by DessiLBI",
     "neurons_random": "neurons, random",
     "structure_lbi": "heads and neurons, by DessiLBI",
+    "heads_search": "heads, by A* search",
 }
 _METHODS = _TOKENS | _CASCADES | _WEIGHTS
 _WHOLE = {"whole network": 62}  # style: a black star

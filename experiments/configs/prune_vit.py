@@ -19,6 +19,9 @@ Variants:
   cifar10_cpu_segments: the same network without one segment of its attention, the
     least, the second and the most attended third of the patches in heads, and of the
     heads; section 2.3.1 of the report.
+  cifar10_cpu_heads: the same network without a quarter or half of its heads: those of
+    the smallest maxima, those that entered last in DessiLBI, random ones, and those
+    that an A* search over all layers finds; results/ has no run of it.
   cifar10: the network of train_vit's cifar10 variant. Fine-tuning needs a GPU; results/
     has no run of it.
   b16: a ViT-B/16 that train_vit's finetune_b16 variant has fine-tuned (Tables 6 and 7
@@ -228,6 +231,17 @@ VARIANTS = {
                 for prefix in ("", "heads_")
                 for number in (1, 2, 3)
             }
+        ),
+        "timing.batch_sizes": (),
+        "timing.gradient_batch_size": 0,
+        "tuning.num_epochs": 0,
+    },
+    "cifar10_cpu_heads": {
+        "checkpoint": "runs/train_vit/cifar10_cpu/model.npz",
+        "methods": settings.Open(
+            dict.fromkeys(
+                ("heads", "heads_lbi", "heads_random", "heads_search"), (0.25, 0.5)
+            )
         ),
         "timing.batch_sizes": (),
         "timing.gradient_batch_size": 0,
