@@ -336,15 +336,75 @@ def check_sharded_equals_one_device(num_devices):
         chex.assert_trees_all_equal(lbi.entry_steps(sharded_state), steps)
 
 
+def check_explicit_equals_one_device(num_devices):
+    """With the sharding in the types: whole scans, which need equal types of a carry.
+
+    Also run on its own in another process.
+    """
+    assert len(jax.devices()) == num_devices
+    mesh = jax.make_mesh(
+        (2, num_devices // 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2
+    )
+    rng = np.random.default_rng(0)
+    shapes = {"conv": (2, 3, 16, 8), "fc": (8, 16), "bias": (8,)}
+    start, target = (
+        {name: np.float32(rng.normal(size=shape)) for name, shape in shapes.items()}
+        for _ in range(2)
+    )
+    layout = {"conv": P(None, None, "x", "y"), "fc": P("y", "x"), "bias": P("x")}
+    penalty = {"conv": GroupL2(3.0), "fc": GroupL2(0.8, size_scaled=True)}
+    once = lbi.dessilbi(0.1, nu=1.0, penalty=penalty, record_entry=True)
+    for optimizer in (once, optax.MultiSteps(once, 2)):
+
+        def train(start, target, optimizer=optimizer):
+            def step(carry, _):
+                params, opt_state = carry
+                grads = jax.tree.map(jnp.subtract, params, target)
+                updates, opt_state = optimizer.update(grads, opt_state, params)
+                params = optax.apply_updates(params, updates)
+                return (params, opt_state), lbi.density(opt_state)
+
+            carry = start, optimizer.init(start)
+            return jax.lax.scan(step, carry, length=20)
+
+        (params, opt_state), densities = jax.jit(train)(start, target)
+        steps = lbi.entry_steps(opt_state)
+        assert all(len(set(each)) > 1 for each in steps.values())
+        with jax.set_mesh(mesh):
+            placed = [
+                {k: jax.device_put(v, layout[k]) for k, v in x.items()}
+                for x in (start, target)
+            ]
+            found, found_densities = jax.jit(train)(*placed)
+        sharded_params, sharded_state = found
+        for tree in (sharded_params, coupling_of(sharded_state).dual):
+            for name, leaf in tree.items():
+                spec = jax.typeof(leaf).sharding.spec
+                assert spec == layout[name]
+        # Norms are summed device by device: float32 rounding.
+        chex.assert_trees_all_close(
+            (sharded_params, lbi.gamma(sharded_state), found_densities),
+            (params, lbi.gamma(opt_state), densities),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+        chex.assert_trees_all_equal(lbi.entry_steps(sharded_state), steps)
+
+
 def test_two_devices_equal_one():
     check_sharded_equals_one_device(2)
+
+
+def test_two_devices_in_the_types_equal_one():
+    check_explicit_equals_one_device(2)
 
 
 def test_eight_devices_equal_one():
     script = (
         "import jax; jax.config.update('jax_num_cpu_devices', 8); import sys; "
         f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; "
-        "import test_dessilbi_optax as own; own.check_sharded_equals_one_device(8)"
+        "import test_dessilbi_optax as own; own.check_sharded_equals_one_device(8); "
+        "own.check_explicit_equals_one_device(8)"
     )
     ended = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True
