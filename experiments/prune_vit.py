@@ -472,16 +472,12 @@ def make_pictures(
     num_prefix = dense.model.num_prefix
 
     def observe(problem):
-        return jax.jit(problem.blocks)(problem.params, pixels)
+        return jax.jit(problem.observe)(problem.params, pixels)
 
-    attention = [block["attention"][0] for block in observe(dense)]
-    kept = np.zeros((dense.model.num_layers, len(pixels), dense.num_patches), bool)
-    for layer, block in enumerate(observe(pruned)):
-        for image, tokens in enumerate(np.asarray(block["tokens"][0])):
-            kept[layer, image, tokens[tokens >= num_prefix] - num_prefix] = True
+    attention = observe(dense).attention
     return {
         "pictured": pixels,
-        "kept": kept,
+        "kept": np.asarray(observe(pruned).kept),
         "pictured_ratio": np.array(ratio),
         # First image, mean over the heads: (L, N, N).
         "attention": np.stack([np.asarray(a[0].mean(0)) for a in attention]),

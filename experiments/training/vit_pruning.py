@@ -250,7 +250,7 @@ def attention_scores(problem: Problem, num_images: int) -> dict[str, np.ndarray]
 
     @jax.jit
     def observe(params, pixels):
-        probs = [block["attention"][0] for block in problem.blocks(params, pixels)]
+        probs = problem.observe(params, pixels).attention
         return {
             "heads": jnp.stack([importance.head_scores(p).mean(0) for p in probs]),
             "range": jnp.stack(
