@@ -85,6 +85,12 @@ def _check_methods(config):
             "latency is predicted from the numbers of tokens, which the methods "
             f"{', '.join(whole)} leave as they are; remove them from methods."
         )
+    idle = [name for name in config.methods if name in vit_pruning.SAVE_NOTHING]
+    if idle and (config.budget, config.latency) != (None, None):
+        raise ValueError(
+            f"methods {', '.join(idle)} save no work and reach no budget; remove them "
+            "from methods."
+        )
     needy = [name for name in config.methods if name in vit_pruning.NEED_IMAGES]
     if not config.dataset.name:
         data.refuse_unread("a run without dataset.name", **config.dataset)
@@ -413,7 +419,14 @@ def compare(rows: Sequence[Row]) -> dict[str, float]:
         for drop, (before, after) in drops.items():
             if before in dense and after in row:
                 summary[f"{name}_{drop}"] = dense[before] - row[after]
-        for other in ("random", "cls", "evit", "merge", "resolution"):
+        for other in (
+            "random",
+            "cls",
+            "evit",
+            "merge",
+            "merge_decreasing",
+            "resolution",
+        ):
             for key in _ACCURACIES:
                 points = sorted(
                     (r["multiply_adds"], r[key])

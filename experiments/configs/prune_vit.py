@@ -62,7 +62,8 @@ BASE = {
     # an NVIDIA GPU.
     "attention_implementation": settings.Optional(str),
     # Methods and their ratios. A ratio is the plateau of the ramp over the layers;
-    # "evit", "merge" and "resolution" have the cost of the cascade "max" at that ratio.
+    # "evit", "merge", "merge_decreasing" (token merging that merges more in the first
+    # layers) and "resolution" have the cost of the cascade "max" at that ratio.
     "methods": settings.Open(
         {
             "max": _EVERY,
