@@ -380,7 +380,9 @@ def test_structure_is_cut_as_by_slicing():
     chex.assert_trees_all_equal(cut.params, expected)
 
 
-@pytest.mark.parametrize("method", ["max", "skip", "evit", "heads_random"])
+@pytest.mark.parametrize(
+    "method", ["max", "skip", "evit", "merge_decreasing", "range", "heads_random"]
+)
 def test_ratio_for_a_budget_is_the_smallest_that_fits(method):
     model = vit.make("cifar_128", 4, 2, num_layers=4, hidden_size=16, mlp_dim=8)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 1)))
@@ -390,14 +392,15 @@ def test_ratio_for_a_budget_is_the_smallest_that_fits(method):
     def fits(share):
         return lambda network: network.cost.total <= share * dense.cost.total
 
-    ratio = vit_pruning.ratio_for_budget(method, fits(0.8), dense)
+    scores = {"range": (0.1, 0.2, 0.2, 0.4)}
+    ratio = vit_pruning.ratio_for_budget(method, fits(0.8), dense, scores)
     costs = [
-        vit_pruning.prune(method, one, dense).cost.total / dense.cost.total
+        vit_pruning.prune(method, one, dense, scores).cost.total / dense.cost.total
         for one in (ratio, ratio - 0.001)
     ]
     assert costs[0] <= 0.8 < costs[1]
     with pytest.raises(ValueError, match=f"no ratio of the method {method} is"):
-        vit_pruning.ratio_for_budget(method, fits(0.01), dense)
+        vit_pruning.ratio_for_budget(method, fits(0.01), dense, scores)
 
 
 def test_latency_is_measured_and_predicted(tmp_path):
@@ -464,6 +467,7 @@ def test_both_commands_tell_what_a_file_does_not(tmp_path):
         ({"checkpoint": None}, "must name a file that train_vit wrote"),
         ({"latency": 0.5}, "methods heads, .* leave as they are"),
         ({"latency": 0.5, "budget": 0.5}, "budget or latency, not both"),
+        ({"budget": 0.5}, "methods released_code save no work and reach no budget"),
         ({"latency": 0.5, "timing": {"batch_sizes": ()}}, "latency needs a batch size"),
         ({"budget": 1.0}, r"budget must be .* in \(0, 1\), got 1.0"),
         (

@@ -194,6 +194,7 @@ def kept_patches(
     """
     import matplotlib.pyplot as plt
 
+    kept = np.asarray(kept)
     num_layers, num_images, num_patches = kept.shape
     height, width = images[0].shape[:2]
     grid = _grid(num_patches, (height, width), grid)
@@ -235,6 +236,7 @@ def segments(
     """
     import matplotlib.pyplot as plt
 
+    segments = np.asarray(segments)
     num_heads, num_patches = segments.shape
     height, width = image.shape[:2]
     grid = _grid(num_patches, (height, width), grid)
@@ -270,7 +272,8 @@ def attention_maps(
 
     Args:
       attention: probabilities of one image, mean over the heads, (T, T) for each of
-        the L layers, queries first.
+        the L layers, queries first. In a pruned network the numbers on the axes are
+        those of the rows, not of the patches.
       num_prefix: number of tokens before the patches, which are left out: 1 for a
         class token, 2 for DeiT with distillation, 0 for patches alone. It is
         `vit.ViT.num_prefix`.
@@ -287,6 +290,12 @@ def attention_maps(
 
     if layers is None:
         layers = sorted({0, len(attention) // 2, len(attention) - 1})
+    maps = [np.asarray(attention[layer]) for layer in layers]
+    if small := [one.shape for one in maps if len(one) <= num_prefix]:
+        raise ValueError(
+            f"attention must have more than num_prefix = {num_prefix} tokens, got "
+            f"shape {small[0]}."
+        )
     figure, axes = plt.subplots(
         1,
         len(layers),
@@ -294,13 +303,8 @@ def attention_maps(
         layout="constrained",
         squeeze=False,
     )
-    for ax, layer in zip(axes[0], layers, strict=True):
-        patches = np.asarray(attention[layer])[num_prefix:, num_prefix:]
-        if not patches.size:
-            raise ValueError(
-                f"attention of layer {layer} must have more than num_prefix = "
-                f"{num_prefix} tokens, got shape {np.shape(attention[layer])}."
-            )
+    for ax, layer, patches in zip(axes[0], layers, maps, strict=True):
+        patches = patches[num_prefix:, num_prefix:]
         # A few very large probabilities would darken the others.
         high = np.quantile(patches, 0.995)
         shown = ax.imshow(100 * patches, vmin=0, vmax=100 * high, cmap="viridis")
