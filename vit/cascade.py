@@ -324,12 +324,8 @@ def pruned_attention(
     """Attention of a block and its residual path, on the tokens that a cascade keeps.
 
     Prunes by the scores of the layers before, adds the update of the attention, and
-    updates the scores. A block of any Flax network can call it:
-
-        def attention(x, attend):
-            return nn.MultiHeadDotProductAttention(4, attention_fn=attend)(x)
-
-        tokens = pruned_attention(cascade, layer, tokens, nn.LayerNorm(), attention)
+    updates the scores. The block of any network can call it: `norm` and `attention` may
+    be modules of Linen or NNX.
 
     Args:
       cascade: how the network is pruned; None computes everything.
@@ -337,7 +333,8 @@ def pruned_attention(
       tokens: tokens before the block.
       norm: normalization before the attention, (B, n, D) -> (B, n, D).
       attention: (normalized tokens (B, n, D), `attend`) -> their update (B, n, D). It
-        calls `attend(query, key, value)` once, as its dot-product attention.
+        calls `attend(query, key, value)` once, as its dot-product attention; see
+        `attention.CascadeAttention`.
       num_prefix: number of tokens before the patches, which are always kept: CLS and
         registers.
 
@@ -346,6 +343,20 @@ def pruned_attention(
 
     Raises:
       ValueError: if the cascade needs the attention, and `attend` was not called.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import vit
+      >>> from vit.cascade import initial_tokens, pruned_attention
+      >>> cascade = vit.schedules.from_ratios([0.0, 0.5], num_patches=4)
+      >>> tokens = initial_tokens(cascade, jnp.linspace(0, 1, 15).reshape(1, 5, 3))
+      >>> def attention(x, attend):
+      ...     heads = x[:, :, None]  # one head, and no projections
+      ...     return attend(heads, heads, heads)[:, :, 0]
+      >>> for layer in range(2):
+      ...     tokens = pruned_attention(cascade, layer, tokens, jnp.tanh, attention)
+      >>> tokens.position.tolist()  # CLS and two of four patches
+      [[0, 3, 4]]
     """
     if cascade is None:
         update = attention(norm(tokens.x), CascadeAttention(tokens.position))
