@@ -500,7 +500,7 @@ def observe(model: ViT, params: Any, images: jax.Array) -> Observed:
     Example:
       >>> import jax, jax.numpy as jnp
       >>> import vit
-      >>> cascade = vit.schedules.cp_vit(0.5, num_layers=2, num_patches=6)
+      >>> cascade = vit.schedules.from_ratios([0.0, 0.5], num_patches=6)
       >>> model = vit.make("Ti", 10, patch_size=4, num_layers=2, cascade=cascade)
       >>> images = jnp.zeros((1, 8, 12, 3))
       >>> params = jax.jit(model.init)(jax.random.key(0), images)["params"]
