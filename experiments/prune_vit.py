@@ -85,13 +85,20 @@ def _check_methods(config):
         raise ValueError("set budget or latency, not both.")
     if config.latency is not None and not config.timing.batch_sizes:
         raise ValueError("latency needs a batch size in timing.batch_sizes.")
-    whole = [name for name in config.methods if name.startswith(_EVERY_TOKEN)]
+    methods = _methods(config)
+    whole = [name for name in methods if name.startswith(_EVERY_TOKEN)]
     if config.latency is not None and whole:
         raise ValueError(
             "latency is predicted from the numbers of tokens, which the methods "
-            f"{', '.join(whole)} leave as they are; remove them from methods."
+            f"{', '.join(whole)} leave as they are; {_remove(whole)}."
         )
-    needy = [name for name in config.methods if name in vit_pruning.NEED_IMAGES]
+    idle = [name for name in methods if name in vit_pruning.SAVE_NOTHING]
+    if idle and (config.budget, config.latency) != (None, None):
+        raise ValueError(
+            f"methods {', '.join(idle)} save no work and reach no budget; "
+            f"{_remove(idle)}."
+        )
+    needy = [name for name in methods if name in vit_pruning.NEED_IMAGES]
     if not config.dataset.name:
         data.refuse_unread("a run without dataset.name", **config.dataset)
         if config.num_validation:
@@ -114,10 +121,20 @@ def _check_methods(config):
 _EVERY_TOKEN = ("heads", "neurons", "segment")
 
 
+def _methods(config):
+    """The methods that have ratios."""
+    return {name: ratios for name, ratios in config.methods.items() if ratios}
+
+
+def _remove(names):
+    options = " ".join(f"--config.methods.{name}='()'" for name in names)
+    return f"remove them with {options}"
+
+
 def _check_tuned(config):
     if not config.dataset.name:
         raise ValueError("tuning.num_epochs must be 0 without a data set.")
-    measured = {"dense": (0.0,), **config.methods}
+    measured = {"dense": (0.0,), **_methods(config)}
     for method, ratios in config.tuning.methods.items():
         allowed = measured.get(method, ())
         # With a budget or a latency the ratios only name the methods.
@@ -175,11 +192,11 @@ def _measure_all(run, dense):
     timed = ("dense", *timing.pop("methods"))
     scores = _scores(run, dense)
     rows, seen = {}, set()
-    methods = {"dense": (0.0,), **config.methods}
+    methods = {"dense": (0.0,), **_methods(config)}
     limits = _limits(run, dense)
     for name, fits in limits.items():
         with settings.blamed_on(name):
-            for method in config.methods:
+            for method in _methods(config):
                 ratio = vit_pruning.ratio_for_budget(
                     method, fits, dense, scores, config.seeds[0]
                 )
@@ -278,7 +295,7 @@ def _scores(run, dense):
     if dense.images is None:
         return {}
     scores = vit_pruning.attention_scores(dense, config.num_calibration)
-    if any(method.endswith("_lbi") for method in config.methods):
+    if any(method.endswith("_lbi") for method in _methods(config)):
         steps_per_epoch = classifier.count_steps(
             dense.images, config.tuning.training.batch_size
         )
@@ -471,7 +488,14 @@ def compare(rows: Sequence[Row]) -> dict[str, float]:
         for drop, (before, after) in drops.items():
             if before in dense and after in row:
                 summary[f"{name}_{drop}"] = dense[before] - row[after]
-        for other in ("random", "cls", "evit", "merge", "resolution"):
+        for other in (
+            "random",
+            "cls",
+            "evit",
+            "merge",
+            "merge_decreasing",
+            "resolution",
+        ):
             for key in _ACCURACIES:
                 points = sorted(
                     (r["multiply_adds"], r[key])
@@ -530,16 +554,12 @@ def make_pictures(
     num_prefix = dense.model.num_prefix
 
     def observe(problem):
-        return jax.jit(problem.blocks)(problem.params, pixels)
+        return jax.jit(problem.observe)(problem.params, pixels)
 
-    attention = [block["attention"][0] for block in observe(dense)]
-    kept = np.zeros((dense.model.num_layers, len(pixels), dense.num_patches), bool)
-    for layer, block in enumerate(observe(pruned)):
-        for image, tokens in enumerate(np.asarray(block["tokens"][0])):
-            kept[layer, image, tokens[tokens >= num_prefix] - num_prefix] = True
+    attention = observe(dense).attention
     return {
         "pictured": pixels,
-        "kept": kept,
+        "kept": np.asarray(observe(pruned).kept),
         "pictured_ratio": np.array(ratio),
         # First image, mean over the heads: (L, N, N).
         "attention": np.stack([np.asarray(a[0].mean(0)) for a in attention]),
@@ -604,7 +624,7 @@ def _check_training(config, images):
         training = config.tuning.training.to_dict()
         training["num_epochs"] = config.tuning.num_epochs
         vit_training.check(ConfigDict(training), images, parent="tuning.training.")
-    elif any(method.endswith("_lbi") for method in config.methods):
+    elif any(method.endswith("_lbi") for method in _methods(config)):
         classifier.count_steps(images, config.tuning.training.batch_size)
 
 

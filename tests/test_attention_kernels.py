@@ -115,6 +115,43 @@ def test_kernel_agrees_with_plain_at_the_sizes_of_networks(num_tokens, width, dt
                 )
 
 
+# Newer versions of JAX warn that this backend will be removed.
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+@pytest.mark.skipif(
+    not jax.devices()[0].device_kind.startswith("NVIDIA"),
+    reason=f"the kernel runs on NVIDIA GPUs; the backend is {jax.default_backend()}",
+)
+@pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(("num_tokens", "width"), [(197, 64), (65, 32), (50, 80)])
+def test_kernel_on_a_gpu_agrees_with_plain(num_tokens, width, dtype, weighted):
+    inputs = inputs_of(2, num_tokens, 3, width, dtype=dtype, weighted=weighted)
+    names = importance.STATISTICS
+    with jax.default_matmul_precision("highest"):
+        out, found = jax.jit(
+            functools.partial(pallas_attention, names=names, interpret=False)
+        )(*inputs)
+        expected, statistics = jax.jit(functools.partial(plain_attention, names=names))(
+            *inputs
+        )
+    assert out.dtype == expected.dtype == dtype
+    # bfloat16 rounds the probabilities and the output to 8 bits. The reductions are
+    # float32: up to 1,024 products and exponentials in another order, and sums of
+    # `num_tokens` of them.
+    np.testing.assert_allclose(
+        *(np.asarray(x, np.float32) for x in (out, expected)),
+        rtol=0,
+        atol=2e-2 if dtype == jnp.bfloat16 else 1e-4,
+    )
+    for field in ("column_max", "row_max", "cls"):
+        np.testing.assert_allclose(
+            getattr(found, field), getattr(statistics, field), rtol=0, atol=1e-4
+        )
+    np.testing.assert_allclose(
+        found.column_sum, statistics.column_sum, rtol=1e-3, atol=1e-4
+    )
+
+
 @pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
 @pytest.mark.parametrize("name", ["blocked", "pallas"])
 def test_gradients_are_those_of_plain(name, weighted):

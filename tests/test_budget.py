@@ -12,17 +12,64 @@ from vit.budget import for_budget, for_latency, predict_latency
 SMALL = models.make("S", 10, 16)
 
 
-@pytest.mark.parametrize("share", [0.9, 0.7, 0.5])
-@pytest.mark.parametrize("method", budget.METHODS)
-def test_the_budget_is_used_and_not_exceeded(method, share):
-    if method == "cp_vit" and share == 0.5:
-        with pytest.raises(ValueError, match="cp_vit needs at least 0.46.* got a budg"):
-            for_budget(SMALL, 224, 0.45, method=method)
-    cascade = for_budget(SMALL, 224, share, method=method)
+RANGES = {"ranges": tuple(np.linspace(0.1, 0.6, 12))}
+# Methods with their options; the coarsest step of a method as a share of the cost.
+# One merged token more in each of 12 layers is 3 %, one head less in each is 4 %.
+METHODS = [
+    ("cp_vit", {}, 0.01),
+    ("cp_vit", {"first_layer": 1, "length": 2, "score": "random"}, 0.01),
+    ("cp_vit", {"semantics": "zero", "score": "norm", "cumulative": False}, 0.01),
+    ("constant", {"first_layer": 2}, 0.01),
+    ("range", RANGES, 0.01),
+    ("released_code", {}, 0.01),
+    ("evit", {"fuse": "mean"}, 0.01),
+    ("token_merging", {}, 0.04),
+    ("token_merging", {"schedule": "decreasing"}, 0.04),
+    ("heads", {"head_score": "confidence"}, 0.04),
+]
+
+
+def test_every_method_is_tested():
+    assert {method for method, *_ in METHODS} == set(budget.METHODS)
+
+
+@pytest.mark.parametrize(("method", "options", "step"), METHODS)
+def test_the_budget_is_used_and_not_exceeded(method, options, step):
     whole = cost.count(SMALL, 224).total
-    used = cost.count(SMALL.clone(cascade=cascade), 224).total / whole
-    # One merged token more in each of 12 layers is 3 %; the others have finer steps.
-    assert share - (0.04 if method == "token_merging" else 0.01) < used <= share
+    for share in (0.9, 0.7, 0.5):
+        if share < {"heads": 0.841, "released_code": 0.59}.get(method, 0.5):
+            message = f"{method} needs at least 0.*got a budget of {share}"
+            with pytest.raises(ValueError, match=message):
+                for_budget(SMALL, 224, share, method=method, **options)
+            continue
+        cascade = for_budget(SMALL, 224, share, method=method, **options)
+        used = cost.count(SMALL.clone(cascade=cascade), 224).total / whole
+        assert share - step < used <= share
+
+
+@pytest.mark.parametrize("num_heads", [6, (6, 3, 2)])
+@pytest.mark.parametrize("units", ["heads", "neurons"])
+def test_units_are_the_most_that_fit(units, num_heads):
+    model = models.make("S", 10, 16, num_layers=3, num_heads=num_heads, head_dim=64)
+    field = {"heads": "num_heads", "neurons": "mlp_dim"}[units]
+    totals = np.array([models.per_layer(getattr(model, field), i) for i in range(3)])
+    counts = budget.units_for_budget(model, (160, 224), 0.85, units=units)
+
+    def share(counts):
+        smaller = model.clone(**{field: counts})
+        return (
+            cost.count(smaller, (160, 224)).total / cost.count(model, (160, 224)).total
+        )
+
+    assert share(counts) <= 0.85
+    # All layers lose one share: that of one unit less in the widest layer is too small.
+    removed = totals.max() - max(counts)
+    share_left = 1 - (removed - 1) / totals.max()
+    more = tuple(int(count) for count in np.ceil(totals * share_left - 1e-9))
+    assert share(more) > 0.85
+    assert counts == tuple(
+        int(count) for count in np.ceil(totals * (1 - removed / totals.max()) - 1e-9)
+    )
 
 
 def test_the_ratio_is_the_smallest_that_fits():
@@ -44,8 +91,16 @@ def test_the_ratio_is_the_smallest_that_fits():
     [
         (0.0, {}, r"multiply_adds must lie in \(0, 1\], got 0.0"),
         (1.1, {}, r"multiply_adds must lie in \(0, 1\], got 1.1"),
-        (0.7, {"method": "max"}, "one of cp_vit, constant, evit, .*; got 'max'"),
+        (0.7, {"method": "max"}, "one of cp_vit, constant, range, .*; got 'max'"),
+        (0.45, {}, "cp_vit needs at least 0.46.* got a budget of 0.45"),
         (0.1, {"mode": "masked"}, "cp_vit needs at least 1.000 of the cost"),
+        (
+            0.9,
+            {"method": "released_code", "mode": "masked"},
+            "released_code needs at least 1.000 of the cost",
+        ),
+        (0.7, {"method": "range"}, "needs `ranges`, .* of the 12 layers .* got 0"),
+        (0.7, {"method": "neurons"}, "no cascade leaves out neurons"),
     ],
 )
 def test_budgets_that_cannot_be_met_are_refused(share, options, message):
@@ -68,11 +123,20 @@ def test_predicted_time_is_the_mean_over_the_layers():
     assert predict_latency(pruned, 224, linear) == 3 * (197 + 150 + 100 + 50) / 4
 
 
-@pytest.mark.parametrize("method", budget.METHODS)
-def test_the_time_is_used_and_not_exceeded(method):
-    cascade = for_latency(SMALL, 224, 0.75, TABLE, method=method)
+@pytest.mark.parametrize(("method", "options", "step"), METHODS[:-1])
+def test_the_time_is_used_and_not_exceeded(method, options, step):
+    cascade = for_latency(SMALL, 224, 0.75, TABLE, method=method, **options)
     share = predict_latency(SMALL.clone(cascade=cascade), 224, TABLE) / 21
-    assert 0.75 - (0.04 if method == "token_merging" else 0.01) < share <= 0.75
+    assert 0.75 - step < share <= 0.75
+
+
+def test_heads_and_unknown_units_are_refused():
+    with pytest.raises(ValueError, match="which the method heads leaves as they are"):
+        for_latency(SMALL, 224, 0.75, TABLE, method="heads")
+    with pytest.raises(ValueError, match="one of heads, neurons; got 'patches'"):
+        budget.units_for_budget(SMALL, 224, 0.7, units="patches")
+    with pytest.raises(ValueError, match="heads needs at least 0.68"):
+        budget.units_for_budget(SMALL, 224, 0.5, units="heads")
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,14 @@ SPECIAL = {
         vars(schedules.token_merging(3, num_layers=3, num_patches=12)),
         COMPACT,
     ),
+    "merge-decreasing": (
+        vars(
+            schedules.token_merging(
+                3, num_layers=3, num_patches=12, schedule="decreasing"
+            )
+        ),
+        COMPACT,
+    ),
     "merge-and-heads": (
         vars(schedules.token_merging(5, num_layers=3, num_patches=12))
         | {"keep_heads": (2, 1, 3), "head_score": "confidence"},
@@ -473,11 +481,35 @@ def test_fused_token_stands_at_the_end_of_evits_tokens():
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("report", schedules.cp_vit), ("start", cascades.initial_tokens)],
+    [
+        ("mlp_layer", cascades.pruned_mlp),
+        ("report", schedules.cp_vit),
+        ("start", cascades.initial_tokens),
+    ],
 )
 def test_renamed_functions_work_and_warn(old, new):
     with pytest.warns(DeprecationWarning, match=f"vit.cascade.{old} is now vit."):
         assert getattr(cascades, old) is new
+
+
+def test_the_old_attention_layer_works_and_warns():
+    cascade = schedules.token_merging(2, num_layers=2, num_patches=6)
+    x = jax.random.normal(jax.random.key(0), (2, 7, 4))
+    start = cascades.initial_tokens(cascade, x)
+
+    def old(x, weights):
+        heads = x[:, :, None]
+        values, found = attentions.attend(heads, heads, heads, weights)
+        return attentions.Attended(values[:, :, 0], found, x)
+
+    def attention(x, attend):
+        heads = x[:, :, None]
+        return attend(heads, heads, heads)[:, :, 0]
+
+    with pytest.warns(DeprecationWarning, match="is now .*pruned_attention"):
+        found = cascades.attention_layer(cascade, 0, start, jnp.tanh, old)
+    expected = cascades.pruned_attention(cascade, 0, start, jnp.tanh, attention)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.parametrize(("old", "new"), [(True, "mean"), (False, None)])

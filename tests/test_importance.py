@@ -219,18 +219,11 @@ def test_segments_are_thirds_of_the_ranked_regions():
 @pytest.mark.parametrize("of", ["regions", "heads"])
 def test_attention_without_a_segment_is_a_sum_over_the_others(of):
     layer = attention.MultiHeadDotProductAttention(
-        num_heads=3,
-        head_dim=4,
-        heads=None,
-        segment=attention.Segment(1, of),
-        num_prefix=2,
-        statistics=(),
-        implementation=None,
-        dtype=jnp.float32,
+        num_heads=3, head_dim=4, segment=attention.Segment(1, of), num_prefix=2
     )
     x = np.float32(np.random.default_rng(0).normal(size=(2, 7, 12)))
-    params = jax.jit(layer.init)(jax.random.key(0), x, None)["params"]
-    found = run(lambda p: layer.apply({"params": p}, x, None).update, params)
+    params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
+    found = run(lambda p: layer.apply({"params": p}, x), params)
     query, key, value = (
         np.einsum("bnd,dhk->bnhk", x, params[name]["kernel"])
         for name in ("query", "key", "value")

@@ -324,8 +324,28 @@ def test_segments_are_brighter_the_more_they_are_attended():
     for head in range(2):
         shown = figure.axes[head + 1].images[0].get_array()[::2, ::2, 0].ravel()
         np.testing.assert_array_equal(np.argsort(shown), np.argsort(segments[head]))
-    with pytest.raises(ValueError, match="square"):
+    with pytest.raises(ValueError, match="square; give grid"):
         vit.plots.segments(np.ones((4, 4, 3)), segments[:, :3])
+
+
+def test_patches_of_oblong_images_lie_in_their_rows():
+    # 2 x 3 patches of an image of 4 x 6 pixels; the last of the first row is pruned.
+    kept = np.array([[[1, 1, 0, 1, 1, 1]]], bool)
+    for image, grid in (
+        (np.zeros((1, 4, 6, 1)), None),
+        (np.zeros((1, 6, 6, 1)), (2, 3)),
+    ):
+        figure = vit.plots.kept_patches(image, kept, grid=grid)
+        shown = figure.axes[1].images[0].get_array()
+        expected = np.zeros(image.shape[1:3])
+        expected[: image.shape[1] // 2, 4:] = 0.6
+        np.testing.assert_array_equal(shown, expected)
+    figure = vit.plots.segments(np.ones((4, 6, 3)), np.arange(6)[None] // 2)
+    shown = figure.axes[1].images[0].get_array()[::2, ::2, 0]
+    np.testing.assert_allclose(shown, [[0.15, 0.15, 0.575], [0.575, 1, 1]])
+    for grid, message in ((None, "6x6 pixels are not square"), ((2, 2), "6 patches")):
+        with pytest.raises(ValueError, match=message):
+            vit.plots.kept_patches(np.zeros((1, 6, 6, 1)), kept, grid=grid)
 
 
 def test_attention_and_informativeness():
@@ -336,6 +356,17 @@ def test_attention_and_informativeness():
         figure.axes[1].images[0].get_array(), 100 * attention[1, 1:, 1:]
     )
     assert figure.axes[1].get_title() == "layer 1, range 0.20"
+    # Registers, DeiT, or patches alone; a cascade leaves other sizes in other layers.
+    for num_prefix in (0, 2):
+        figure = vit.plots.attention_maps(
+            [attention[0], attention[1, :4, :4]], num_prefix=num_prefix
+        )
+        np.testing.assert_allclose(
+            figure.axes[1].images[0].get_array(),
+            100 * attention[1, num_prefix:4, num_prefix:4],
+        )
+    with pytest.raises(ValueError, match=r"more than num_prefix = 5 tokens, .* \(5, 5"):
+        vit.plots.attention_maps(attention, num_prefix=5)
     figure = vit.plots.informativeness(rng.random((3, 2, 4)))
     assert len(figure.axes[1].lines) == 3
     for ax in figure.axes:

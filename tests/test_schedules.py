@@ -56,6 +56,10 @@ def test_ramp_in_proportion_and_by_hand():
         rtol=1e-12,
     )
     assert schedules.ramp_ratios(0.5, 1) == [0.5]
+    cascade = schedules.cp_vit(
+        0.5, num_layers=4, num_patches=8, first_layer=1, length=2
+    )
+    assert cascade.keep == (8, 6, 4, 4)
 
 
 def test_constant_ratios_spare_the_first_layers():
@@ -138,6 +142,32 @@ def test_merging_has_the_published_token_counts(num_merged, after):
 # Old names, for one version.
 
 
+@pytest.mark.parametrize(("num_merged", "num_layers"), [(8, 12), (5, 7), (60, 24)])
+def test_decreasing_merging_falls_linearly_from_twice_to_nothing(
+    num_merged, num_layers
+):
+    """The authors' rule, the whole part of 2 r + i step, up to half of the rest."""
+    cascade = schedules.token_merging(
+        num_merged, num_layers=num_layers, num_patches=196, schedule="decreasing"
+    )
+    wanted = np.linspace(2 * num_merged, 0, num_layers)
+    left = 196
+    for (before, after), count in zip(cascade.counts, wanted, strict=True):
+        assert before == left
+        # The end points of linspace are exact; between them 1e-9 is rounding.
+        left -= min(int(count + 1e-9), left // 2)
+        assert after == left
+    assert cascade.keep[-1] == cascade.keep_mlp[-1]
+    assert cascade.score == "merge"
+
+
+def test_decreasing_merging_of_one_layer_merges_once():
+    cascade = schedules.token_merging(
+        3, num_layers=1, num_patches=16, schedule="decreasing"
+    )
+    assert cascade.keep_mlp == (13,)
+
+
 @pytest.mark.parametrize(
     ("function", "arguments"),
     [
@@ -178,6 +208,12 @@ def test_start_is_the_old_name_of_first_layer(function, arguments):
         (
             lambda: schedules.evit(1.1, num_layers=4, num_patches=9),
             r"keep_rate must lie in \(0, 1\], got 1.1",
+        ),
+        (
+            lambda: schedules.token_merging(
+                1, num_layers=4, num_patches=9, schedule="falling"
+            ),
+            "schedule must be one of constant, decreasing; got 'falling'",
         ),
         (
             lambda: schedules.token_merging(-1, num_layers=4, num_patches=9),

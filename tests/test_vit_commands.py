@@ -465,7 +465,9 @@ def test_searched_heads_are_cut_from_the_network(untrained):
     assert loss <= min(pairs[pair] for pair in pairs if greedy in pair) + 1e-5
 
 
-@pytest.mark.parametrize("method", ["max", "skip", "evit", "heads_random"])
+@pytest.mark.parametrize(
+    "method", ["max", "skip", "evit", "merge_decreasing", "range", "heads_random"]
+)
 def test_ratio_for_a_budget_is_the_smallest_that_fits(method):
     model = vit.make("cifar_128", 4, 2, num_layers=4, hidden_size=16, mlp_dim=8)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 1)))
@@ -475,14 +477,15 @@ def test_ratio_for_a_budget_is_the_smallest_that_fits(method):
     def fits(share):
         return lambda network: network.cost.total <= share * dense.cost.total
 
-    ratio = vit_pruning.ratio_for_budget(method, fits(0.8), dense)
+    scores = {"range": (0.1, 0.2, 0.2, 0.4)}
+    ratio = vit_pruning.ratio_for_budget(method, fits(0.8), dense, scores)
     costs = [
-        vit_pruning.prune(method, one, dense).cost.total / dense.cost.total
+        vit_pruning.prune(method, one, dense, scores).cost.total / dense.cost.total
         for one in (ratio, ratio - 0.001)
     ]
     assert costs[0] <= 0.8 < costs[1]
     with pytest.raises(ValueError, match=f"no ratio of the method {method} is"):
-        vit_pruning.ratio_for_budget(method, fits(0.01), dense)
+        vit_pruning.ratio_for_budget(method, fits(0.01), dense, scores)
 
 
 def test_latency_is_measured_and_predicted(tmp_path):
@@ -491,7 +494,8 @@ def test_latency_is_measured_and_predicted(tmp_path):
     config.dataset.name = None  # random weights
     config.image_size = 64
     config.model.update({"variant": "cifar_128", "num_layers": 4})
-    config.methods = ConfigDict({"max": (0.5,)})
+    # What leaves the tokens as they are is left out.
+    config.methods = ConfigDict({"max": (0.5,), "heads": (), "segment_1": ()})
     config.tuning.methods = ConfigDict({})
     config.tuning.num_epochs = 0
     config.timing.gradient_batch_size = 0
@@ -597,6 +601,10 @@ def test_both_commands_tell_what_a_file_does_not(tmp_path):
         ({"checkpoint": None}, "must name a file that train_vit wrote"),
         ({"latency": 0.5}, "methods heads, .* leave as they are"),
         ({"latency": 0.5, "budget": 0.5}, "budget or latency, not both"),
+        (
+            {"budget": 0.5},
+            "released_code save no work .*methods.released_code='\\(\\)'",
+        ),
         ({"latency": 0.5, "timing": {"batch_sizes": ()}}, "latency needs a batch size"),
         ({"budget": 1.0}, r"budget must be .* in \(0, 1\), got 1.0"),
         (

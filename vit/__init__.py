@@ -13,7 +13,7 @@ from vit import (
 from vit.budget import for_budget, for_latency, predict_latency
 from vit.cascade import Cascade
 from vit.checkpoint import load_checkpoint, save_checkpoint
-from vit.model import ViT, make
+from vit.model import ViT, make, observe
 
 __all__ = [
     "Cascade",
@@ -27,6 +27,7 @@ __all__ = [
     "importance",
     "load_checkpoint",
     "make",
+    "observe",
     "predict_latency",
     "save_checkpoint",
     "schedules",

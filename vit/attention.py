@@ -8,7 +8,7 @@ Axes: B images, N tokens (CLS first), Q queries, D width, H heads, d width of a 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,7 +59,7 @@ class Segment(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """Output of an attention layer.
+    """What the callable of the old `cascade.attention_layer` returns.
 
     Attributes:
       update: added to the residual path, (B, N, D).
@@ -74,77 +74,171 @@ class Attended(NamedTuple):
     probs: jax.Array | None = None
 
 
+def _all_heads(num_heads):
+    del num_heads
+
+
+class CascadeAttention:
+    """Dot-product attention in a layer of a cascade, `attend(query, key, value)`.
+
+    A block calls it in place of `flax.linen.dot_product_attention`, once.
+    `nn.MultiHeadDotProductAttention` takes it as `attention_fn`. It applies the weights
+    of the rows and records what the cascade needs of the attention.
+
+    Attributes:
+      position: position of each row in the input sequence, (B, N), for example for
+        rotary embeddings; -1 for a fused token and for zeroed rows.
+      weights: number of tokens that each row represents, (B, N); None means one each.
+      names: fields of `importance.Statistics` that are recorded.
+      heads_of: maps H to the `Heads` of this layer, or to None for all heads.
+      statistics: the recorded reductions, after the call.
+      keys: mean of the keys over the heads, (B, N, d), after the call.
+      probs: attention probabilities, float32, (B, H, N, N), if they were written out.
+    """
+
+    def __init__(
+        self,
+        position: jax.Array | None = None,
+        weights: jax.Array | None = None,
+        names: Sequence[str] = (),
+        heads_of: Callable[[int], Heads | None] = _all_heads,
+    ):
+        self.position = position
+        self.weights = weights
+        self.names = tuple(names)
+        self.heads_of = heads_of
+        self.statistics = self.keys = self.probs = None
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        bias: None = None,
+        mask: None = None,
+        *,
+        dropout_rate: float = 0.0,
+        deterministic: bool = True,
+        implementation: str | None = None,
+        **options: Any,
+    ) -> jax.Array:
+        """Attends from every row to all rows.
+
+        Args:
+          query: (B, N, H, d), not yet scaled.
+          key: (B, N, H, d).
+          value: (B, N, H, d).
+          bias: None.
+          mask: None; the weights hide what is pruned.
+          dropout_rate: rate of the attention dropout, which is not supported.
+          deterministic: whether there is no dropout.
+          implementation: see `attend`. Layers that choose heads always write the
+            probabilities.
+          **options: other arguments of `flax.linen.dot_product_attention`, which are
+            ignored.
+
+        Returns:
+          The attended values, (B, N, H, d). Those of heads that are not chosen are 0.
+
+        Raises:
+          ValueError: if there is a bias, a mask or dropout.
+        """
+        del options
+        if bias is not None or mask is not None:
+            raise ValueError("attention in a cascade takes no bias and no mask.")
+        if dropout_rate and not deterministic:
+            raise ValueError("attention in a cascade has no dropout.")
+        if self.heads_of(query.shape[2]) is not None:
+            return average(*self.write_probs(query, key), value)
+        self.keys = key.mean(2)
+        attended, self.statistics = attend(
+            *(query, key, value, self.weights, self.names),
+            implementation=implementation,
+        )
+        return attended
+
+    def write_probs(
+        self, query: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Probabilities (B, H, N, N), and a mask (B, H) of the chosen heads or None."""
+        bias = self.weights
+        if bias is not None:
+            bias = weights_to_bias(bias)[:, None, None, :]
+        probs = self.probs = attention_probs(query, key, bias)
+        self.keys = key.mean(2)
+        self.statistics = importance.statistics(probs, self.weights, self.names)
+        heads = self.heads_of(query.shape[2])
+        if heads is None:
+            return probs, None
+        scores = importance.head_scores(probs, self.weights, form=heads.score)
+        return probs, choose_heads(heads, scores)
+
+
+def average(probs: jax.Array, heads: jax.Array | None, value: jax.Array) -> jax.Array:
+    """Values (B, N, H, d) averaged with probs (B, H, N, N); 0 without a head (B, H)."""
+    attended = jnp.einsum("bhqk,bkhd->bqhd", probs.astype(value.dtype), value)
+    if heads is None:
+        return attended
+    return attended * heads[:, None, :, None].astype(value.dtype)
+
+
 class MultiHeadDotProductAttention(nn.Module):
     """Self-attention over weighted tokens.
 
     Attributes:
       num_heads: H.
       head_dim: d.
-      heads: how many heads to keep and how to choose them; None keeps all. The choice
-        needs the probabilities, so they are written out.
       segment: the segment to leave out; None leaves out nothing.
-      num_prefix: number of tokens before the patches.
-      statistics: fields of `importance.Statistics` to return. The probabilities are
-        written out and returned too while Flax collects intermediates.
+      num_prefix: number of tokens before the patches, for the segment.
       implementation: see `attend`.
       dtype: compute dtype of the matrix products.
     """
 
     num_heads: int
     head_dim: int
-    heads: Heads | None
-    segment: Segment | None
-    num_prefix: int
-    statistics: tuple[str, ...]
-    implementation: str | None
-    dtype: Any
+    segment: Segment | None = None
+    num_prefix: int = 1
+    implementation: str | None = None
+    dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, weights: jax.Array | None) -> Attended:
+    def __call__(
+        self, x: jax.Array, attend: CascadeAttention | None = None
+    ) -> jax.Array:
         """Attends from every token to all tokens.
+
+        The probabilities are written out if heads are chosen, for a segment, and while
+        Flax collects intermediates.
 
         Args:
           x: normalized tokens, (B, N, D).
-          weights: number of tokens that each row represents, (B, N); its logarithm is
-            added to the logit of the row's key, and zero hides the row. None means
-            one each.
+          attend: the attention of a layer of a cascade; None is ordinary attention.
 
         Returns:
-          The update (B, N, D), the requested statistics and the mean keys.
+          The update of the residual path, (B, N, D).
         """
+        attend = CascadeAttention() if attend is None else attend
         shape = (self.num_heads, self.head_dim)
         x = x.astype(self.dtype)
         query = ToHeads(shape, self.dtype, name="query")(x)
         key = ToHeads(shape, self.dtype, name="key")(x)
         to_value = ToHeads(shape, self.dtype, name="value")
         out = FromHeads(x.shape[-1], shape, self.dtype, name="out")
+        heads = attend.heads_of(self.num_heads)
         is_read = self.is_mutable_collection("intermediates")
-        if self.heads is None and self.segment is None and not is_read:
-            attended, found = attend(
-                *(query, key, to_value(x), weights, self.statistics),
-                implementation=self.implementation,
+        if heads is None and self.segment is None and not is_read:
+            return out(
+                attend(query, key, to_value(x), implementation=self.implementation)
             )
-            return Attended(out(attended), found, key.mean(2))
-        bias = None if weights is None else weights_to_bias(weights)[:, None, None, :]
-        probs = attention_probs(query, key, bias)
-        found = importance.statistics(probs, weights, self.statistics)
-        kept = mask = None
-        if self.heads is not None:
-            scores = importance.head_scores(probs, weights, form=self.heads.score)
-            mask = choose_heads(self.heads, scores)  # (B, H)
-            if self.heads.mode == "compact":
-                # The whole batch keeps the same heads: other values are not computed.
-                kept = mask_to_indices(mask[:1], self.heads.keep)[0]
-                mask = None
-        used = probs if kept is None else probs[:, kept]
+        probs, mask = attend.write_probs(query, key)
+        kept = None
+        if heads is not None and heads.mode == "compact":
+            # The whole batch keeps the same heads: other values are not computed.
+            kept = mask_to_indices(mask[:1], heads.keep)[0]
+            probs, mask = probs[:, kept], None
         if self.segment is not None:
-            used = without_segment(probs, self.segment, self.num_prefix)
-        attended = jnp.einsum(
-            "bhqk,bkhd->bqhd", used.astype(self.dtype), to_value(x, kept)
-        )
-        if mask is not None:
-            attended = attended * mask[:, None, :, None].astype(self.dtype)
-        return Attended(out(attended, kept), found, key.mean(2), probs)
+            probs = without_segment(probs, self.segment, self.num_prefix)
+        return out(average(probs, mask, to_value(x, kept)), kept)
 
 
 def without_segment(probs: jax.Array, segment: Segment, num_prefix: int) -> jax.Array:

@@ -38,7 +38,10 @@ def for_budget(
         (0, 1].
       method: a key of `METHODS`, the constructors of `schedules`.
       channels: channels of the images.
-      **options: other arguments of the method, such as fields of `Cascade`.
+      **options: other arguments of the method, such as fields of `Cascade`. Method
+        "range" needs `ranges`, the attention range of each layer, (L,); its mean ratio
+        is at most 0.9. "released_code" is compact and without stale thresholds unless
+        the options say otherwise; masked it saves nothing.
 
     Returns:
       A `Cascade` for `model.clone(cascade=...)`.
@@ -61,6 +64,65 @@ def for_budget(
         return cost.count(model, image_size, channels=channels).total
 
     return _search(method, model, image_size, multiply_adds, cost_of, options)
+
+
+def units_for_budget(
+    model: ViT,
+    image_size: int | tuple[int, int],
+    multiply_adds: float,
+    *,
+    units: str,
+    channels: int = 3,
+) -> tuple[int, ...]:
+    """How many heads or neurons each layer may keep within a budget.
+
+    Args:
+      model: the network, with or without a cascade.
+      image_size: side, or (height, width), in pixels.
+      multiply_adds: budget as a share of the multiply-adds of `model`, in (0, 1].
+      units: "heads" or "neurons".
+      channels: channels of the images.
+
+    Returns:
+      The largest count that fits for each layer, at least 1, (L,). Every layer loses
+      the same share. `slicing.largest` turns scores and counts into the units that
+      `slicing.keep_heads` or `slicing.keep_neurons` keeps.
+
+    Raises:
+      ValueError: if the budget is out of range or cannot be reached, or the units are
+        unknown.
+
+    Example:
+      >>> import vit
+      >>> model = vit.make("S", num_classes=1000, patch_size=16)
+      >>> vit.budget.units_for_budget(model, 224, 0.8, units="heads")[0]
+      2
+      >>> vit.budget.units_for_budget(model, 224, 0.8, units="neurons")[0]
+      1029
+    """
+    _check_share("multiply_adds", multiply_adds)
+    if units not in _UNITS:
+        raise ValueError(f"units must be one of {', '.join(_UNITS)}; got {units!r}.")
+    field = _UNITS[units]
+    layers = range(model.num_layers)
+    totals = [models.per_layer(getattr(model, field), i) for i in layers]
+    whole = cost.count(model, image_size, channels=channels).total
+    heads = models.per_layer(model.num_heads, 0)
+    head_dim = model.head_dim or model.hidden_size // heads
+
+    def keep(removed):
+        share = removed / max(totals)
+        return tuple(max(schedules.keep_counts([share], n)[0], 1) for n in totals)
+
+    def share_of(removed):
+        smaller = model.clone(head_dim=head_dim, **{field: keep(removed)})
+        return cost.count(smaller, image_size, channels=channels).total / whole
+
+    values = range(max(totals))
+    return keep(_first_that_fits(units, values, share_of, multiply_adds))
+
+
+_UNITS = {"heads": "num_heads", "neurons": "mlp_dim"}
 
 
 def for_latency(
@@ -99,6 +161,11 @@ def for_latency(
       '11.8 of 17 milliseconds'
     """
     _check_share("latency", latency)
+    if method == "heads":
+        raise ValueError(
+            "time is predicted from the numbers of tokens, which the method heads "
+            "leaves as they are."
+        )
 
     def cost_of(model):
         return predict_latency(model, image_size, table)
@@ -141,13 +208,16 @@ def _check_share(name, share):
 
 def _search(method, model, image_size, share, cost_of, options):
     """The first cascade, from the dearest on, that costs at most a share."""
+    if method == "neurons":
+        raise ValueError(
+            "no cascade leaves out neurons, which are cut out of the weights: use "
+            "vit.budget.units_for_budget and vit.slicing.keep_neurons."
+        )
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
     shape = (image_size, image_size) if isinstance(image_size, int) else image_size
-    sizes = {
-        "num_layers": model.num_layers,
-        "num_patches": models.count_patches(shape, model.patch_size),
-    }
+    num_patches = models.count_patches(shape, model.patch_size)
+    sizes = {"num_layers": model.num_layers, "num_patches": num_patches}
     parameters, make = METHODS[method]
     whole = cost_of(model.clone(cascade=None))
 
@@ -156,7 +226,12 @@ def _search(method, model, image_size, share, cost_of, options):
         return cost_of(model.clone(cascade=cascade)) / whole
 
     # The cost falls along the parameters: the first that fits is the closest.
-    values = parameters(sizes["num_patches"])
+    value = _first_that_fits(method, parameters(model, num_patches), share_of, share)
+    return make(value, **sizes, **options)
+
+
+def _first_that_fits(name, values, share_of, share):
+    """The first of the values, from the dearest on, that costs at most a share."""
     low, high = 0, len(values)
     while low < high:
         middle = (low + high) // 2
@@ -166,33 +241,64 @@ def _search(method, model, image_size, share, cost_of, options):
             low = middle + 1
     if low == len(values):
         raise ValueError(
-            f"{method} needs at least {share_of(values[-1]):.3f} of the cost of the "
+            f"{name} needs at least {share_of(values[-1]):.3f} of the cost of the "
             f"whole network, got a budget of {share}."
         )
-    return make(values[low], **sizes, **options)
+    return values[low]
 
 
-def _constant(ratio, *, num_layers, num_patches, **options):
-    ratios = schedules.constant_ratios(ratio, num_layers)
+def _constant(ratio, *, num_layers, num_patches, first_layer=1, **options):
+    ratios = schedules.constant_ratios(ratio, num_layers, first_layer=first_layer)
     return schedules.from_ratios(ratios, num_patches, **options)
 
 
-def _ratios(num_patches):
-    return np.arange(1000) / 1000
+def _range(
+    ratio, *, num_layers, num_patches, ranges=(), gamma=0.5, first_layer=1, **options
+):
+    if len(ranges) != num_layers:
+        raise ValueError(
+            "the method range needs `ranges`, the attention range of each of the "
+            f"{num_layers} layers (importance.attention_range); got {len(ranges)}."
+        )
+    ratios = schedules.range_ratios(ratio, ranges, gamma=gamma, first_layer=first_layer)
+    return schedules.from_ratios(ratios, num_patches, **options)
 
 
-def _keep_rates(num_patches):
-    return 1 - np.arange(1000) / 1000
+def _released_code(plateau, **sizes_and_options):
+    # The authors' own program masks, and its stale thresholds only exist there.
+    compact = {"mode": "compact", "stale_threshold": False}
+    return schedules.released_code(plateau=plateau, **(compact | sizes_and_options))
 
 
-def _merged_tokens(num_patches):
-    return range(num_patches // 2 + 1)
+def _heads(keep, *, num_layers, num_patches, **options):
+    return Cascade(
+        keep=(num_patches,) * num_layers, keep_heads=(keep,) * num_layers, **options
+    )
 
 
-# method -> (its parameter from the dearest to the cheapest, constructor).
+def _up_to(largest):
+    """Ratios from 0 up to a limit that is not reached."""
+    return largest * np.arange(1000) / 1000
+
+
+# method -> (its parameter from the dearest to the cheapest, for a model and the number
+# of patches; constructor).
 METHODS: dict[str, tuple[Callable, Callable[..., Cascade]]] = {
-    "cp_vit": (_ratios, schedules.cp_vit),
-    "constant": (_ratios, _constant),
-    "evit": (_keep_rates, schedules.evit),
-    "token_merging": (_merged_tokens, schedules.token_merging),
+    "cp_vit": (lambda model, _: _up_to(1.0), schedules.cp_vit),
+    "constant": (lambda model, _: _up_to(1.0), _constant),
+    "range": (lambda model, _: _up_to(0.9), _range),
+    "released_code": (
+        lambda model, _: _up_to(schedules.largest_plateau(model.num_layers)),
+        _released_code,
+    ),
+    "evit": (lambda model, _: 1 - _up_to(1.0), schedules.evit),
+    "token_merging": (
+        lambda _, num_patches: range(num_patches // 2 + 1),
+        schedules.token_merging,
+    ),
+    "heads": (lambda model, _: range(_fewest_heads(model), 0, -1), _heads),
 }
+
+
+def _fewest_heads(model):
+    return min(models.per_layer(model.num_heads, i) for i in range(model.num_layers))

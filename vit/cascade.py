@@ -16,12 +16,14 @@ represents: 0 for a hidden token, m for the one row that replaces m zeroed rows,
 size of the group for a merged token. The logarithm of the weight is added to the logit
 of the row's key.
 
-`vit.schedules` constructs cascades, `attention_layer` and `mlp_layer` apply them.
+`vit.schedules` constructs cascades. `initial_tokens`, `pruned_attention` and
+`pruned_mlp` apply them, in `vit.ViT` and in any other network of blocks.
 
 Axes: B images, n current tokens (CLS first), P patches, D width, L layers.
 """
 
 import dataclasses
+import functools
 import importlib
 import warnings
 from collections.abc import Callable
@@ -31,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit import importance
-from vit.attention import Attended, Heads
+from vit.attention import Attended, CascadeAttention, Heads
 from vit.attention import choose_heads as choose_heads
 from vit.tokens import (
     FUSIONS,
@@ -310,67 +312,97 @@ def _selects(cascade, layer, num_patches):
             yield path[point] < num_patches
 
 
-def attention_layer(
+def pruned_attention(
     cascade: Cascade | None,
     layer: int,
     tokens: Tokens,
     norm: Callable[[jax.Array], jax.Array],
-    attend: Callable[[jax.Array, jax.Array | None], Attended],
+    attention: Callable[[jax.Array, CascadeAttention], jax.Array],
     *,
     num_prefix: int = 1,
 ) -> Tokens:
-    """First half of a block: prunes by earlier scores, attends, updates the scores.
+    """Attention of a block and its residual path, on the tokens that a cascade keeps.
+
+    Prunes by the scores of the layers before, adds the update of the attention, and
+    updates the scores. The block of any network can call it: `norm` and `attention` may
+    be modules of Linen or NNX.
 
     Args:
       cascade: how the network is pruned; None computes everything.
       layer: index of the layer.
       tokens: tokens before the block.
       norm: normalization before the attention, (B, n, D) -> (B, n, D).
-      attend: attention, (normalized tokens (B, n, D), weights (B, n) or None) ->
-        `Attended`.
+      attention: (normalized tokens (B, n, D), `attend`) -> their update (B, n, D). It
+        calls `attend(query, key, value)` once, as its dot-product attention; see
+        `attention.CascadeAttention`.
       num_prefix: number of tokens before the patches, which are always kept: CLS and
         registers.
 
     Returns:
       The tokens after the attention; with score "merge" also merged.
+
+    Raises:
+      ValueError: if the cascade needs the attention, and `attend` was not called.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import vit
+      >>> from vit.cascade import initial_tokens, pruned_attention
+      >>> cascade = vit.schedules.from_ratios([0.0, 0.5], num_patches=4)
+      >>> tokens = initial_tokens(cascade, jnp.linspace(0, 1, 15).reshape(1, 5, 3))
+      >>> def attention(x, attend):
+      ...     heads = x[:, :, None]  # one head, and no projections
+      ...     return attend(heads, heads, heads)[:, :, 0]
+      >>> for layer in range(2):
+      ...     tokens = pruned_attention(cascade, layer, tokens, jnp.tanh, attention)
+      >>> tokens.position.tolist()  # CLS and two of four patches
+      [[0, 3, 4]]
     """
     if cascade is None:
-        return tokens._replace(x=tokens.x + attend(norm(tokens.x), None).update)
+        update = attention(norm(tokens.x), CascadeAttention(tokens.position))
+        return tokens._replace(x=tokens.x + update)
     if layer in cascade.resets:
         tokens = tokens._replace(score=jnp.zeros_like(tokens.score))
     if cascade.stale_threshold:
         tokens = tokens._replace(previous=_ranking(cascade, tokens, num_prefix))
     names = needed_statistics(cascade, layer, tokens.x.shape[1] - num_prefix)
-    keys = None
+    attend = None
 
-    def apply(x, weights):
-        nonlocal keys
-        attended = attend(x, weights)
-        keys = attended.keys
-        if not names:
-            return attended.update, None
-        found = attended.statistics
-        if cascade.score == "cls":
-            return attended.update, importance.score_by_cls(found, weights)
-        [reduced, *_] = [value for value in found if value is not None]
-        scores = importance.score_patches(
-            found,
-            weights,
-            reduced.shape,
-            form=cascade.score,
-            alpha=cascade.alpha,
-            beta=cascade.beta,
-        )
-        return attended.update, scores
+    def apply(x, position, weights):
+        nonlocal attend
+        choose = functools.partial(heads_of, cascade, layer)
+        attend = CascadeAttention(position, weights, names, choose)
+        update = attention(x, attend)
+        if attend.keys is None and (names or cascade.score == "merge"):
+            raise ValueError(
+                f"the attention of layer {layer} must call attend(query, key, value), "
+                f"which the score {cascade.score!r} needs."
+            )
+        return update, _scores(cascade, attend) if names else None
 
     before, after = cascade.counts[layer]
     tokens = _half_layer(cascade, tokens, before, norm, apply, num_prefix)
     if cascade.score == "merge":
-        tokens = merge(tokens, keys, after, num_prefix=num_prefix)
+        tokens = merge(tokens, attend.keys, after, num_prefix=num_prefix)
     return tokens
 
 
-def mlp_layer(
+def _scores(cascade, attend):
+    """Scores (B, n) of the rows of one layer."""
+    if cascade.score == "cls":
+        return importance.score_by_cls(attend.statistics, attend.weights)
+    [reduced, *_] = [value for value in attend.statistics if value is not None]
+    return importance.score_patches(
+        attend.statistics,
+        attend.weights,
+        reduced.shape,
+        form=cascade.score,
+        alpha=cascade.alpha,
+        beta=cascade.beta,
+    )
+
+
+def pruned_mlp(
     cascade: Cascade | None,
     layer: int,
     tokens: Tokens,
@@ -379,14 +411,14 @@ def mlp_layer(
     *,
     num_prefix: int = 1,
 ) -> Tokens:
-    """Second half of a block: prunes by the current scores, applies the MLP.
+    """MLP of a block and its residual path, on the tokens that a cascade keeps.
 
     Args:
       cascade: how the network is pruned; None computes everything.
       layer: index of the layer.
       tokens: tokens after the attention.
       norm: normalization before the MLP, (B, n, D) -> (B, n, D).
-      mlp: (B, n, D) -> (B, n, D).
+      mlp: (B, n, D) -> (B, n, D), for each token separately.
       num_prefix: number of tokens before the patches.
 
     Returns:
@@ -403,16 +435,46 @@ def mlp_layer(
         update = mlp(norm(tokens.x) * selected[..., None])
         return tokens._replace(x=tokens.x + update)
 
-    def apply(x, _):
+    def apply(x, position, weights):
+        del position, weights
         return mlp(x), None
 
     return _half_layer(cascade, tokens, keep, norm, apply, num_prefix)
 
 
+def attention_layer(
+    cascade: Cascade | None,
+    layer: int,
+    tokens: Tokens,
+    norm: Callable[[jax.Array], jax.Array],
+    attend: Callable[[jax.Array, jax.Array | None], Attended],
+    *,
+    num_prefix: int = 1,
+) -> Tokens:
+    """Old form of `pruned_attention`, for one version.
+
+    Its `attend` maps the normalized tokens and their weights to `Attended`.
+    """
+    warnings.warn(
+        "vit.cascade.attention_layer is now vit.cascade.pruned_attention.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+
+    def attention(x, record):
+        update, record.statistics, record.keys, _ = attend(x, record.weights)
+        return update
+
+    return pruned_attention(
+        cascade, layer, tokens, norm, attention, num_prefix=num_prefix
+    )
+
+
 def _half_layer(cascade, tokens, keep, norm, apply, num_prefix):
     """Applies half a layer to the prefix and the `keep` patches that rank highest.
 
-    apply(normalized x, weights) returns an update like x, and scores (B, n) or None.
+    apply(normalized x, positions, weights) returns an update like x, and scores (B, n)
+    or None.
     """
     ranking = _ranking(cascade, tokens, num_prefix)
     count = keep + num_prefix
@@ -424,7 +486,7 @@ def _half_layer(cascade, tokens, keep, norm, apply, num_prefix):
             tokens = gather(tokens, ranking, count)
         keeps_all = True
     if keeps_all:
-        update, scores = apply(norm(tokens.x), tokens.weights)
+        update, scores = apply(norm(tokens.x), tokens.position, tokens.weights)
         return _advance(cascade, tokens, update, scores)
     selected = top_mask(ranking, count)
     half_layer = _masked if cascade.mode == "masked" else _compact
@@ -435,10 +497,11 @@ def _masked(cascade, tokens, selected, count, norm, apply):
     """Half a layer on all tokens: those not selected are hidden or set to zero."""
     del count
     if cascade.semantics == "zero":
-        update, scores = apply(norm(tokens.x) * selected[..., None], None)
+        position = jnp.where(selected, tokens.position, -1)
+        update, scores = apply(norm(tokens.x) * selected[..., None], position, None)
         return _advance(cascade, tokens, update, scores)
     weights = selected.astype(jnp.float32)
-    update, scores = apply(norm(tokens.x), weights)
+    update, scores = apply(norm(tokens.x), tokens.position, weights)
     if cascade.semantics == "drop":
         tokens = tokens._replace(weights=weights)
     update = update * selected[..., None]
@@ -448,7 +511,7 @@ def _masked(cascade, tokens, selected, count, norm, apply):
 def _compact(cascade, tokens, selected, count, norm, apply):
     """Half a layer on the gathered rows, for tokens that may return."""
     indices = mask_to_indices(selected, count)
-    x = norm(take(tokens.x, indices))
+    x, position = norm(take(tokens.x, indices)), take(tokens.position, indices)
     weights = None
     if cascade.semantics == "zero":
         # All zeroed rows are equal: one row represents them.
@@ -456,7 +519,8 @@ def _compact(cascade, tokens, selected, count, norm, apply):
         x = jnp.concatenate([x, jnp.zeros((batch, 1, width), x.dtype)], axis=1)
         weights = jnp.ones(x.shape[:2])
         weights = weights.at[:, -1].set(selected.shape[1] - count)
-    update, scores = apply(x, weights)
+        position = jnp.pad(position, ((0, 0), (0, 1)), constant_values=-1)
+    update, scores = apply(x, position, weights)
     # The row of each kept token among the kept ones. The other tokens point at the last
     # row: with "zero" it is the row of the zeroed tokens, with "skip" it is not used.
     rows = jnp.cumsum(selected, axis=1) - 1
@@ -510,6 +574,7 @@ _IN_SCHEDULES = {
 }
 # Old names, for one version.
 _RENAMED = {
+    "mlp_layer": ("vit.cascade", "pruned_mlp"),
     "report": ("vit.schedules", "cp_vit"),
     "start": ("vit.cascade", "initial_tokens"),
 }

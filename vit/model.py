@@ -12,7 +12,7 @@ M width of the MLP, L layers, K classes.
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from vit.attention import Segment as Segment
 from vit.attention import ToHeads as ToHeads
 from vit.attention import attention_probs as attention_probs
 from vit.cascade import Cascade
-from vit.tokens import Tokens
+from vit.tokens import Tokens, mean_of_patches
 
 POOLS = ("cls", "mean", "mean_before_norm", "cls_and_mean")
 _GELU = {"tanh": nn.gelu, "erf": functools.partial(nn.gelu, approximate=False)}
@@ -132,10 +132,12 @@ class ViT(nn.Module):
         """Classifies images.
 
         Training needs the rng "dropout" if a rate is not zero. The rng "cascade", if
-        given, draws the random scores of a cascade. Each layer stores three
-        intermediates: `attention` (B, H, n, n), `tokens`, the positions of the n
-        current tokens (B, n), and `score` (B, n). Only compact "drop" removes rows; in
-        all other cases hidden and zeroed tokens are among the n.
+        given, draws the random scores of a cascade. Each layer stores intermediates,
+        which `observe` reads: `attention` (B, H, n, n), `rows`, the positions of the
+        tokens that the attention works on (B, n), -1 for hidden, zeroed and fused ones,
+        `tokens`, the positions of the current tokens after the attention, and their
+        `score`. Only compact "drop" removes rows; in all other cases hidden and zeroed
+        tokens are among the n.
 
         Args:
           images: (B, H, W, C), scaled as the parameters expect it.
@@ -305,23 +307,13 @@ class Encoder(nn.Module):
         if self.pool == "cls":
             return norm(x[:, 0]), distillation
         if self.pool == "mean_before_norm":
-            mean = _mean_of_patches(x, tokens.weights, self.num_prefix)
+            mean = mean_of_patches(tokens, num_prefix=self.num_prefix)
             return norm(mean), distillation
         x = norm(x)
-        mean = _mean_of_patches(x, tokens.weights, self.num_prefix)
+        mean = mean_of_patches(tokens._replace(x=x), num_prefix=self.num_prefix)
         if self.pool == "cls_and_mean":
             mean = jnp.concatenate([x[:, 0], mean], axis=1)
         return mean, distillation
-
-
-def _mean_of_patches(x, weights, num_prefix):
-    """Mean (B, D) of the patches, each counted as often as its weight (B, N) says."""
-    x = x[:, num_prefix:]
-    if weights is None:
-        return jnp.mean(x, axis=1)
-    weights = weights[:, num_prefix:]
-    shares = weights / jnp.sum(weights, axis=1, keepdims=True)
-    return jnp.einsum("bn,bnd->bd", shares, x)
 
 
 class PositionEmbedding(nn.Module):
@@ -355,12 +347,8 @@ class EncoderBlock(nn.Module):
         attention = MultiHeadDotProductAttention(
             self.num_heads,
             self.head_dim,
-            heads=cascades.heads_of(self.cascade, self.layer, self.num_heads),
             segment=self.segment,
             num_prefix=self.num_prefix,
-            statistics=cascades.needed_statistics(
-                self.cascade, self.layer, tokens.x.shape[1] - self.num_prefix
-            ),
             implementation=self.attention_implementation,
             dtype=self.dtype,
             name="MultiHeadDotProductAttention_0",
@@ -376,21 +364,25 @@ class EncoderBlock(nn.Module):
         norm_1 = layer_norm(self.ln_eps, "LayerNorm_1")
         drop_path = DropPath(self.drop_path_rate, deterministic=not train)
 
-        def attend(x, weights):
-            attended = attention(x, weights)
-            if attended.probs is not None:
-                self.sow("intermediates", "attention", attended.probs)
-            return attended._replace(update=drop_path(attended.update))
+        def attend_all(x, attend):
+            update = attention(x, attend)
+            if attend.probs is not None:
+                self.sow("intermediates", "attention", attend.probs)
+            rows = attend.position
+            if attend.weights is not None:
+                rows = jnp.where(attend.weights > 0, rows, -1)
+            self.sow("intermediates", "rows", rows)
+            return drop_path(update)
 
         def transform(x):
             return drop_path(mlp(x, train=train))
 
-        position = (self.cascade, self.layer)
+        place = (self.cascade, self.layer)
         prefix = {"num_prefix": self.num_prefix}
-        tokens = cascades.attention_layer(*position, tokens, norm_0, attend, **prefix)
+        tokens = cascades.pruned_attention(*place, tokens, norm_0, attend_all, **prefix)
         self.sow("intermediates", "tokens", tokens.position)
         self.sow("intermediates", "score", tokens.score)
-        return cascades.mlp_layer(*position, tokens, norm_1, transform, **prefix)
+        return cascades.pruned_mlp(*place, tokens, norm_1, transform, **prefix)
 
 
 class MlpBlock(nn.Module):
@@ -477,6 +469,57 @@ def make(variant: str, num_classes: int, patch_size: int, **options: Any) -> ViT
         patch_size=patch_size,
         **(VARIANTS[variant] | options),
     )
+
+
+class Observed(NamedTuple):
+    """What the attention of each layer does, for L layers.
+
+    Attributes:
+      attention: attention probabilities, queries first, L arrays (B, H, n, n). The n
+        rows are the prefix and the patches; in mode "compact" only those of the layer,
+        and with semantics "zero" a last row for all zeroed patches.
+      kept: the patches that the attention works on, bool (L, B, P). Merged patches
+        count as the one that they were merged into.
+    """
+
+    attention: tuple[jax.Array, ...]
+    kept: jax.Array
+
+
+def observe(model: ViT, params: Any, images: jax.Array) -> Observed:
+    """Attention and kept patches of every layer, for the figures of `vit.plots`.
+
+    Args:
+      model: the network, with or without a cascade.
+      params: its parameters.
+      images: (B, H, W, C), scaled as the parameters expect it.
+
+    Returns:
+      The observations.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import vit
+      >>> cascade = vit.schedules.from_ratios([0.0, 0.5], num_patches=6)
+      >>> model = vit.make("Ti", 10, patch_size=4, num_layers=2, cascade=cascade)
+      >>> images = jnp.zeros((1, 8, 12, 3))
+      >>> params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+      >>> observed = vit.observe(model, params, images)
+      >>> observed.kept.sum(2).tolist()  # patches of each layer and image
+      [[6], [3]]
+    """
+    variables = {"params": params}
+    _, captured = model.apply(variables, images, mutable=["intermediates"])
+    encoder = captured["intermediates"]["Transformer"]
+    blocks = [encoder[f"encoderblock_{i}"] for i in range(model.num_layers)]
+    num_patches = count_patches(images.shape[1:3], model.patch_size)
+    patches = model.num_prefix + jnp.arange(num_patches)
+    kept = [
+        jnp.any(block["rows"][0][..., None] == patches[None, None], axis=1)
+        for block in blocks
+    ]
+    attention = tuple(block["attention"][0] for block in blocks)
+    return Observed(attention, jnp.stack(kept))
 
 
 def per_layer(value: int | tuple[int, ...], layer: int) -> int:

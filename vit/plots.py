@@ -171,40 +171,44 @@ def speedup(
 
 
 def kept_patches(
-    images: np.ndarray, kept: np.ndarray, *, ratio_labels: bool = True
+    images: np.ndarray,
+    kept: np.ndarray,
+    *,
+    grid: tuple[int, int] | None = None,
+    ratio_labels: bool = True,
 ) -> Any:
     """Images over the layers of a cascade; pruned patches are faded.
 
     Args:
       images: (B, H, W, C) in [0, 1], C of 1 or 3.
-      kept: True where a patch is still computed after a layer, (L, B, N). Patches lie
-        in rows; N must be a square.
+      kept: True where a patch is computed in a layer, (L, B, N), as
+        `vit.observe(model, params, images).kept`. Patches lie in rows.
+      grid: rows and columns of patches; None means square patches.
       ratio_labels: writes the share of patches kept above each layer.
 
     Returns:
       The Figure, one row for each image, one column for each layer.
+
+    Raises:
+      ValueError: if the patches do not form the grid.
     """
     import matplotlib.pyplot as plt
 
+    kept = np.asarray(kept)
     num_layers, num_images, num_patches = kept.shape
-    grid = round(num_patches**0.5)
-    if grid**2 != num_patches:
-        raise ValueError(
-            f"kept must hold a square number of patches, got {kept.shape}."
-        )
+    height, width = images[0].shape[:2]
+    grid = _grid(num_patches, (height, width), grid)
     figure, axes = plt.subplots(
         num_images,
         num_layers + 1,
-        figsize=(1.1 * (num_layers + 1), 1.15 * num_images + 0.7),
+        figsize=(1.1 * (num_layers + 1), 1.15 * num_images * height / width + 0.7),
         squeeze=False,
         layout="constrained",
     )
     for row, image in enumerate(images):
         _show(axes[row, 0], image)
-        # The patch that each pixel lies in; an image may be smaller than the network's.
-        rows, columns = (np.arange(side) * grid // side for side in image.shape[:2])
         for layer in range(num_layers):
-            mask = kept[layer, row].reshape(grid, grid)[rows][:, columns, None]
+            mask = _over_pixels(kept[layer, row], grid, image)
             _show(axes[row, layer + 1], np.where(mask, image, 0.25 * image + 0.6))
     axes[0, 0].set_title("image", fontsize=8)
     for layer in range(num_layers):
@@ -213,32 +217,36 @@ def kept_patches(
     return figure
 
 
-def segments(image: np.ndarray, segments: np.ndarray) -> Any:
+def segments(
+    image: np.ndarray, segments: np.ndarray, *, grid: tuple[int, int] | None = None
+) -> Any:
     """Segments of the attention over an image: the brighter, the more attended.
 
     Args:
       image: (H, W, C) in [0, 1], C of 1 or 3.
       segments: segment of each patch in each head, from 0, (heads, N), as
-        `vit.importance.segments` returns for one image. Patches lie in rows; N must be
-        a square.
+        `vit.importance.segments` returns for one image. Patches lie in rows.
+      grid: rows and columns of patches; None means square patches.
 
     Returns:
       The Figure, a panel for the image and for each head.
+
+    Raises:
+      ValueError: if the patches do not form the grid.
     """
     import matplotlib.pyplot as plt
 
+    segments = np.asarray(segments)
     num_heads, num_patches = segments.shape
-    grid = round(num_patches**0.5)
-    if grid**2 != num_patches:
-        raise ValueError(
-            f"segments must hold a square number of patches, got {segments.shape}."
-        )
+    height, width = image.shape[:2]
+    grid = _grid(num_patches, (height, width), grid)
+    luminances = np.linspace(0.15, 1, max(3, segments.max() + 1))
     num_columns = min(num_heads + 1, 7)
     num_rows = -(-(num_heads + 1) // num_columns)
     figure, axes = plt.subplots(
         num_rows,
         num_columns,
-        figsize=(1.5 * num_columns, 1.7 * num_rows),
+        figsize=(1.5 * num_columns, (1.5 * height / width + 0.2) * num_rows),
         squeeze=False,
         layout="constrained",
     )
@@ -246,36 +254,48 @@ def segments(image: np.ndarray, segments: np.ndarray) -> Any:
         ax.set_axis_off()
     _show(axes.flat[0], image)
     axes.flat[0].set_title("image", fontsize=8)
-    rows, columns = (np.arange(side) * grid // side for side in image.shape[:2])
     for head in range(num_heads):
-        segment = segments[head].reshape(grid, grid)[rows][:, columns, None]
-        luminance = np.array([0.15, 0.5, 1.0])[segment]
+        luminance = _over_pixels(luminances[segments[head]], grid, image)
         _show(axes.flat[head + 1], luminance * image)
         axes.flat[head + 1].set_title(f"head {head}", fontsize=8)
     return figure
 
 
 def attention_maps(
-    attention: np.ndarray,
+    attention: Sequence[np.ndarray],
     *,
+    num_prefix: int = 1,
     layers: Sequence[int] | None = None,
     ranges: np.ndarray | None = None,
 ) -> Any:
     """Attention between the patches, one panel a layer.
 
     Args:
-      attention: probabilities of one image, mean over the heads, (L, T, T), queries
-        first. Token 0 is the class token and is left out.
+      attention: probabilities of one image, mean over the heads, (T, T) for each of
+        the L layers, queries first. In a pruned network the numbers on the axes are
+        those of the rows, not of the patches.
+      num_prefix: number of tokens before the patches, which are left out: 1 for a
+        class token, 2 for DeiT with distillation, 0 for patches alone. It is
+        `vit.ViT.num_prefix`.
       layers: which to show; None takes the first, the middle and the last.
       ranges: attention range of each layer, (L,), for the titles.
 
     Returns:
       The Figure.
+
+    Raises:
+      ValueError: if a layer to show has no token after the prefix.
     """
     import matplotlib.pyplot as plt
 
     if layers is None:
         layers = sorted({0, len(attention) // 2, len(attention) - 1})
+    maps = [np.asarray(attention[layer]) for layer in layers]
+    if small := [one.shape for one in maps if len(one) <= num_prefix]:
+        raise ValueError(
+            f"attention must have more than num_prefix = {num_prefix} tokens, got "
+            f"shape {small[0]}."
+        )
     figure, axes = plt.subplots(
         1,
         len(layers),
@@ -283,8 +303,8 @@ def attention_maps(
         layout="constrained",
         squeeze=False,
     )
-    for ax, layer in zip(axes[0], layers, strict=True):
-        patches = np.asarray(attention[layer])[1:, 1:]
+    for ax, layer, patches in zip(axes[0], layers, maps, strict=True):
+        patches = patches[num_prefix:, num_prefix:]
         # A few very large probabilities would darken the others.
         high = np.quantile(patches, 0.995)
         shown = ax.imshow(100 * patches, vmin=0, vmax=100 * high, cmap="viridis")
@@ -362,6 +382,34 @@ def attention_range(ranges: np.ndarray, *, ax: Any = None) -> Any:
         ax, "layer (number)", "queries whose strongest key is\n>= 3 patches away (%)"
     )
     return ax
+
+
+def _grid(num_patches, shape, grid):
+    """Rows and columns of the patches of an image with shape (height, width)."""
+    height, width = shape
+    if grid is None:
+        rows = max(round((num_patches * height / width) ** 0.5), 1)
+        grid = rows, num_patches // rows
+        if grid[0] * width != grid[1] * height or grid[0] * grid[1] != num_patches:
+            raise ValueError(
+                f"{num_patches} patches of an image of {height}x{width} pixels are not "
+                "square; give grid=(rows, columns)."
+            )
+    if grid[0] * grid[1] != num_patches:
+        raise ValueError(f"grid must have {num_patches} patches, got {grid}.")
+    return grid
+
+
+def _over_pixels(values, grid, image):
+    """Values (N,) of the patches over the pixels of an image, (H, W, 1).
+
+    An image may have other sides than the network's input.
+    """
+    rows, columns = (
+        np.arange(side) * patches // side
+        for side, patches in zip(image.shape[:2], grid, strict=True)
+    )
+    return values.reshape(grid)[rows][:, columns, None]
 
 
 def _style(number):

@@ -191,7 +191,13 @@ def range_ratios(
 
 
 def cp_vit(
-    ratio: float, *, num_layers: int, num_patches: int, **options: Any
+    ratio: float,
+    *,
+    num_layers: int,
+    num_patches: int,
+    first_layer: int | None = None,
+    length: int | None = None,
+    **options: Any,
 ) -> Cascade:
     """CP-ViT as in the report's Tables 6 and 7.
 
@@ -203,6 +209,8 @@ def cp_vit(
       ratio: pruned share on the plateau of the ramp, in [0, 1).
       num_layers: L.
       num_patches: P.
+      first_layer: see `ramp_ratios`.
+      length: see `ramp_ratios`.
       **options: other fields of `Cascade`, such as `score` or `semantics`.
 
     Returns:
@@ -217,7 +225,7 @@ def cp_vit(
       >>> cascade.keep, cascade.score
       ((16, 12, 8, 8), 'max')
     """
-    ratios = ramp_ratios(ratio, num_layers)
+    ratios = ramp_ratios(ratio, num_layers, first_layer=first_layer, length=length)
     return from_ratios(ratios, num_patches, **options)
 
 
@@ -254,7 +262,7 @@ def released_code(
         `stale_threshold` is combined with mode "compact".
     """
     slope = plateau * 2 / 15
-    largest = 1 / max(1, (num_layers - 1) * 2 / 15)
+    largest = largest_plateau(num_layers)
     if not 0 <= plateau < largest:
         raise ValueError(
             f"plateau must lie in [0, {largest:.3f}) with {num_layers} layers, because "
@@ -278,6 +286,11 @@ def released_code(
         resets=(num_layers - num_layers // 2,) if double_counter else (),
         stale_threshold=stale_threshold,
     )
+
+
+def largest_plateau(num_layers: int) -> float:
+    """Upper limit of the plateau of `released_code`, not included."""
+    return 1 / max(1, (num_layers - 1) * 2 / 15)
 
 
 def evit(
@@ -331,34 +344,57 @@ def evit(
     )
 
 
-def token_merging(num_merged: int, *, num_layers: int, num_patches: int) -> Cascade:
-    """Token merging: every layer merges `num_merged` tokens into similar ones.
+MERGE_SCHEDULES = ("constant", "decreasing")
 
-    A layer can merge at most half of its tokens, CLS not counted; late layers then
-    merge fewer than `num_merged`.
+
+def token_merging(
+    num_merged: int,
+    *,
+    num_layers: int,
+    num_patches: int,
+    schedule: str = "constant",
+) -> Cascade:
+    """Token merging: every layer merges tokens into similar ones.
+
+    The schedule "constant" merges `num_merged` = r tokens in each layer. "decreasing"
+    merges floor(2 r (1 - l / (L - 1))) in layer l, from 2 r in the first layer to 0 in
+    the last. It merges about as many in all, but earlier, so that it saves more
+    multiply-adds. Both are options of the authors' program. A layer can merge at most
+    half of its tokens, CLS not counted; it then merges fewer than its schedule says.
 
     Args:
-      num_merged: tokens that disappear in each layer, at least 0.
+      num_merged: r, tokens that disappear in each layer, or on average; at least 0.
       num_layers: L.
       num_patches: P.
+      schedule: one of `MERGE_SCHEDULES`.
 
     Returns:
       A `Cascade` of L layers with score "merge".
 
     Raises:
-      ValueError: if `num_merged` is negative.
+      ValueError: if `num_merged` is negative, or the schedule is unknown.
 
     Example:
       >>> from vit import schedules
-      >>> cascade = schedules.token_merging(3, num_layers=4, num_patches=16)
-      >>> cascade.keep_mlp
+      >>> sizes = {"num_layers": 4, "num_patches": 16}
+      >>> schedules.token_merging(3, **sizes).keep_mlp
       (13, 10, 7, 4)
+      >>> schedules.token_merging(3, **sizes, schedule="decreasing").keep_mlp
+      (10, 6, 4, 4)
     """
     if num_merged < 0:
         raise ValueError(f"num_merged must be at least 0, got {num_merged}.")
+    if schedule not in MERGE_SCHEDULES:
+        raise ValueError(
+            f"schedule must be one of {', '.join(MERGE_SCHEDULES)}; got {schedule!r}."
+        )
+    merged = [num_merged] * num_layers
+    if schedule == "decreasing" and num_layers > 1:
+        last = num_layers - 1
+        merged = [2 * num_merged * (last - i) // last for i in range(num_layers)]
     keep, keep_mlp, left = [], [], num_patches
-    for _ in range(num_layers):
+    for count in merged:
         keep.append(left)
-        left -= min(num_merged, left // 2)
+        left -= min(count, left // 2)
         keep_mlp.append(left)
     return Cascade(keep=tuple(keep), keep_mlp=tuple(keep_mlp), score="merge")

@@ -1,4 +1,4 @@
-"""The tokens between two layers: selecting, gathering, fusing and merging them.
+"""The tokens between two layers: selecting, gathering, fusing, merging, averaging.
 
 Nothing here knows of a cascade: counts are Python ints, scores are arrays.
 
@@ -164,3 +164,13 @@ def merge(tokens: Tokens, keys: jax.Array, keep: int, *, num_prefix: int = 1) ->
         score=jnp.concatenate(split(tokens.score), axis=1),
         weights=jnp.concatenate([split(sizes)[0], size], axis=1),
     )
+
+
+def mean_of_patches(tokens: Tokens, *, num_prefix: int = 1) -> jax.Array:
+    """Mean (B, D) of the patches, each counted as often as its weight says."""
+    x = tokens.x[:, num_prefix:]
+    if tokens.weights is None:
+        return jnp.mean(x, axis=1)
+    weights = tokens.weights[:, num_prefix:]
+    shares = weights / jnp.sum(weights, axis=1, keepdims=True)
+    return jnp.einsum("bn,bnd->bd", shares, x)

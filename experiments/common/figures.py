@@ -408,6 +408,7 @@ _TOKENS = {
     "random": "random patches",
     "resolution": "lower resolution",
     "norm": "largest norms",
+    "merge_decreasing": "token merging, decreasing",
 }
 _CASCADES = {
     "max": _TOKENS["max"],
@@ -561,17 +562,40 @@ def _heads(run):
     return figure
 
 
+def _square_grid(num_patches):
+    # The networks of prune_vit take square images; the pictures may have other sides.
+    return (round(num_patches**0.5),) * 2
+
+
+def _kept_patches(run):
+    kept = run.need("kept")
+    pictures = run.need("pictured") / 255
+    return vit_plots.kept_patches(pictures, kept, grid=_square_grid(kept.shape[-1]))
+
+
+def _attention(run):
+    attention, kept = run.need("attention"), run.need("kept")
+    return vit_plots.attention_maps(
+        attention,
+        num_prefix=attention.shape[-1] - kept.shape[-1],
+        ranges=run.need("attention_ranges"),
+    )
+
+
+def _segments(run):
+    segments = run.need("segments")
+    return vit_plots.segments(
+        run.need("pictured")[0] / 255,
+        segments,
+        grid=_square_grid(segments.shape[-1]),
+    )
+
+
 _ATTENTION_FIGURES = {
-    "kept_patches": lambda run: vit_plots.kept_patches(
-        run.need("pictured") / 255, run.need("kept")
-    ),
-    "attention": lambda run: vit_plots.attention_maps(
-        run.need("attention"), ranges=run.need("attention_ranges")
-    ),
+    "kept_patches": _kept_patches,
+    "attention": _attention,
     "informativeness": lambda run: vit_plots.informativeness(run.need("patch_scores")),
-    "segments": lambda run: vit_plots.segments(
-        run.need("pictured")[0] / 255, run.need("segments")
-    ),
+    "segments": _segments,
     "heads": _heads,
 }
 

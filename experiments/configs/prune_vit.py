@@ -77,7 +77,9 @@ BASE = {
     # an NVIDIA GPU.
     "attention_implementation": settings.Optional(str),
     # Methods and their ratios. A ratio is the plateau of the ramp over the layers;
-    # "evit", "merge" and "resolution" have the cost of the cascade "max" at that ratio.
+    # "evit", "merge", "merge_decreasing" (token merging that merges more in the first
+    # layers) and "resolution" have the cost of the cascade "max" at that ratio. (), no
+    # ratio, leaves a method out.
     "methods": settings.Open(
         {
             "max": _EVERY,
@@ -323,7 +325,7 @@ RULES = {
     "attention_implementation": settings.one_of(
         *(None, "xla", "cudnn", "pallas", "plain")
     ),
-    "methods.*": settings.each(settings.within("(0, 1)")),
+    "methods.*": settings.each(settings.within("(0, 1)"), empty=True),
     "budget": settings.optional(settings.within("(0, 1)")),
     "latency": settings.optional(settings.within("(0, 1)")),
     "parity_ratio": settings.within("(0, 1)"),

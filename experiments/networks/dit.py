@@ -76,23 +76,14 @@ class Block(nn.Module):
     def __call__(self, x, condition):
         width = x.shape[-1]
         attention = MultiHeadDotProductAttention(
-            self.num_heads,
-            width // self.num_heads,
-            heads=None,
-            segment=None,
-            num_prefix=0,
-            statistics=(),
-            implementation=None,
-            dtype=jnp.float32,
-            name="attention",
+            self.num_heads, width // self.num_heads, name="attention"
         )
         mlp = MlpBlock(
             self.mlp_dim, gelu="tanh", dropout_rate=0.0, dtype=jnp.float32, name="mlp"
         )
         values = _modulation(condition, width, 6)
         shift, scale, gate = values[:3]
-        update = attention(_norm(x) * (1 + scale) + shift, None).update
-        x = x + gate * update
+        x = x + gate * attention(_norm(x) * (1 + scale) + shift)
         shift, scale, gate = values[3:]
         return x + gate * mlp(_norm(x) * (1 + scale) + shift, train=False)
 

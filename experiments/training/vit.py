@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 from experiments.common import augmentation, devices, runs, settings
 from experiments.training import classifier, loop, optimizers
 from experiments.training.classifier import Images
-from vit import Cascade, ViT, cost, load_checkpoint, make
+from vit import Cascade, ViT, cost, load_checkpoint, make, observe
+from vit.model import Observed
 
 
 @struct.dataclass
@@ -83,14 +84,10 @@ class Problem(NamedTuple):
         logits = make_predict(self)(params, pixels)
         return np.flatnonzero(logits.argmax(-1) != labels)
 
-    def blocks(self, params: Any, pixels: jax.Array) -> list[dict[str, Any]]:
-        """What each layer sows ("attention", "tokens") for uint8 (B, H, W, C)."""
+    def observe(self, params: Any, pixels: jax.Array) -> Observed:
+        """`vit.observe` of uint8 images (B, H, W, C)."""
         inputs = prepare(self.images, pixels, self.image_size)
-        _, captured = self.model.apply(
-            {"params": params}, inputs, mutable=["intermediates"]
-        )
-        layers = captured["intermediates"]["Transformer"]
-        return [layers[f"encoderblock_{i}"] for i in range(self.model.num_layers)]
+        return observe(self.model, params, inputs)
 
 
 def load_images(config: ConfigDict) -> Images:

@@ -38,8 +38,8 @@ def prune(
       ratio: plateau of the ramp over the layers; for "constant" and "range" the mean
         over all layers except the first; for heads and neurons the share per layer; for
         segments always a third. The
-        cost of "evit", "merge" and "resolution" is as close as possible to that of
-        "max". Ratio 0 is the network itself.
+        cost of "evit", "merge", "merge_decreasing" and "resolution" is as close as
+        possible to that of "max". Ratio 0 is the network itself.
       problem: the dense network.
       scores: {method: scores} for the methods that need them: attention ranges (L,) for
         "range", scores of each layer's heads or neurons for "heads", "heads_lbi" and
@@ -69,14 +69,16 @@ def ratio_for_budget(
     Raises:
       ValueError: if no network of the method fits.
     """
-    low, high = 0, 1000
+    # Mean ratios by range end at 0.9.
+    end = 901 if method == "range" else 1000
+    low, high = 0, end
     while low < high:
         middle = (low + high) // 2
         if fits(prune(method, middle / 1000, problem, scores, seed)):
             high = middle
         else:
             low = middle + 1
-    if low == 1000:
+    if low == end:
         raise ValueError(f"no ratio of the method {method} is within it.")
     return low / 1000
 
@@ -131,9 +133,11 @@ def _keep_rates(problem):
         yield with_cascade(problem, schedules.evit, rate)
 
 
-def _merged_tokens(problem):
+def _merged_tokens(problem, schedule="constant"):
     for num_merged in range(problem.num_patches // 2):
-        yield with_cascade(problem, schedules.token_merging, num_merged)
+        yield with_cascade(
+            problem, schedules.token_merging, num_merged, schedule=schedule
+        )
 
 
 def _resolutions(problem):
@@ -328,6 +332,9 @@ METHODS = {
     "released_code": _released_code,
     "evit": _at_equal_cost(_keep_rates),
     "merge": _at_equal_cost(_merged_tokens),
+    "merge_decreasing": _at_equal_cost(
+        functools.partial(_merged_tokens, schedule="decreasing")
+    ),
     "resolution": _at_equal_cost(_resolutions),
     **_SEGMENTS,
     **{name: _slices(slicing.keep_heads, name) for name in _HEADS},
@@ -335,6 +342,8 @@ METHODS = {
     "heads_search": _by_search,
     "structure_lbi": _by_structure,
 }
+# Methods that do all the work, for study; no budget is within their reach.
+SAVE_NOTHING = ("released_code", *_SEGMENTS)
 # Methods that need images, for their scores.
 NEED_IMAGES = (
     *("range", "heads", "heads_lbi", "heads_search", "neurons_lbi", "structure_lbi"),
@@ -348,7 +357,7 @@ def attention_scores(problem: Problem, num_images: int) -> dict[str, np.ndarray]
 
     @jax.jit
     def observe(params, pixels):
-        probs = [block["attention"][0] for block in problem.blocks(params, pixels)]
+        probs = problem.observe(params, pixels).attention
         return {
             "heads": jnp.stack([importance.head_scores(p).mean(0) for p in probs]),
             "range": jnp.stack(

@@ -1,0 +1,230 @@
+"""A cascade in networks of Linen and NNX that know nothing of vit.ViT."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import vit_oracle
+from flax import linen as nn
+from flax import nnx
+from vit_oracle import run
+
+import vit
+from vit import schedules
+from vit.cascade import Cascade, initial_tokens, pruned_attention, pruned_mlp
+
+# 2 images of 15 x 20, 12 patches of 5 x 5, D 8, H 2, d 6, M 14, K 3, L 2; CLS and one
+# register.
+IMAGES = (2, 15, 20, 1)
+SIZES = {
+    "num_classes": 3,
+    "patch_size": 5,
+    "hidden_size": 8,
+    "num_layers": 2,
+    "num_heads": 2,
+    "head_dim": 6,
+    "mlp_dim": 14,
+    "num_registers": 1,
+}
+NORM = {"epsilon": 1e-6, "use_fast_variance": False}
+PREFIX = {"num_prefix": 2}
+
+
+def rows_of(attend):
+    """Positions of the tokens that the attention works on, -1 for the others."""
+    if attend.weights is None:
+        return attend.position
+    return jnp.where(attend.weights > 0, attend.position, -1)
+
+
+class LinenBlock(nn.Module):
+    cascade: Cascade | None
+    layer: int
+
+    @nn.compact
+    def __call__(self, tokens, rows):
+        def attention(x, attend):
+            rows.append(rows_of(attend))
+            layer = nn.MultiHeadDotProductAttention(
+                2, qkv_features=12, attention_fn=attend, name="attention"
+            )
+            return layer(x)
+
+        def mlp(x):
+            return nn.Dense(8, name="down")(nn.gelu(nn.Dense(14, name="up")(x)))
+
+        place = self.cascade, self.layer
+        first, second = (nn.LayerNorm(**NORM, name=f"norm_{i}") for i in range(2))
+        tokens = pruned_attention(*place, tokens, first, attention, **PREFIX)
+        return pruned_mlp(*place, tokens, second, mlp, **PREFIX)
+
+
+class LinenNetwork(nn.Module):
+    cascade: Cascade | None
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.Conv(8, (5, 5), 5, "VALID", name="embedding")(images).reshape(2, 12, 8)
+        prefix = self.param("prefix", nn.initializers.zeros, (1, 2, 8))
+        x = jnp.concatenate([jnp.broadcast_to(prefix, (2, 2, 8)), x], axis=1)
+        x = x + self.param("positions", nn.initializers.zeros, (1, 14, 8))
+        tokens, rows = initial_tokens(self.cascade, x), []
+        for layer in range(2):
+            block = LinenBlock(self.cascade, layer, name=f"block_{layer}")
+            tokens = block(tokens, rows)
+        x = nn.LayerNorm(**NORM, name="norm")(tokens.x[:, 0])
+        return nn.Dense(3, name="head")(x), rows
+
+
+class NNXBlock(nnx.Module):
+    def __init__(self, rngs):
+        self.norm_0, self.norm_1 = (nnx.LayerNorm(8, **NORM, rngs=rngs) for _ in "ab")
+        self.attention = nnx.MultiHeadAttention(2, 8, 12, decode=False, rngs=rngs)
+        self.up, self.down = nnx.Linear(8, 14, rngs=rngs), nnx.Linear(14, 8, rngs=rngs)
+
+    def __call__(self, cascade, layer, tokens, rows):
+        def attention(x, attend):
+            rows.append(rows_of(attend))
+            parts = self.attention
+            return parts.out(attend(parts.query(x), parts.key(x), parts.value(x)))
+
+        def mlp(x):
+            return self.down(nnx.gelu(self.up(x)))
+
+        place = cascade, layer
+        tokens = pruned_attention(*place, tokens, self.norm_0, attention, **PREFIX)
+        return pruned_mlp(*place, tokens, self.norm_1, mlp, **PREFIX)
+
+
+class NNXNetwork(nnx.Module):
+    def __init__(self, rngs):
+        self.embedding = nnx.Conv(1, 8, (5, 5), 5, padding="VALID", rngs=rngs)
+        self.prefix = nnx.Param(jnp.zeros((1, 2, 8)))
+        self.positions = nnx.Param(jnp.zeros((1, 14, 8)))
+        self.block_0, self.block_1 = NNXBlock(rngs), NNXBlock(rngs)
+        self.norm = nnx.LayerNorm(8, **NORM, rngs=rngs)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, cascade, images):
+        x = self.embedding(images).reshape(2, 12, 8)
+        prefix = jnp.broadcast_to(self.prefix[...], (2, 2, 8))
+        x = jnp.concatenate([prefix, x], axis=1) + self.positions[...]
+        tokens, rows = initial_tokens(cascade, x), []
+        for layer, block in enumerate((self.block_0, self.block_1)):
+            tokens = block(cascade, layer, tokens, rows)
+        return self.head(self.norm(tokens.x[:, 0])), rows
+
+
+def own_params(params):
+    """The parameters of vit.ViT with the names of these networks."""
+    encoder = params["Transformer"]
+    own = {name: params[name] for name in ("embedding", "head")}
+    own["prefix"] = jnp.concatenate([params["cls"], params["registers"]], axis=1)
+    own["positions"] = encoder["posembed_input"]["pos_embedding"]
+    own["norm"] = encoder["encoder_norm"]
+    for layer in range(2):
+        block = encoder[f"encoderblock_{layer}"]
+        own[f"block_{layer}"] = {
+            "attention": block["MultiHeadDotProductAttention_0"],
+            "norm_0": block["LayerNorm_0"],
+            "norm_1": block["LayerNorm_1"],
+            "up": block["MlpBlock_0"]["Dense_0"],
+            "down": block["MlpBlock_0"]["Dense_1"],
+        }
+    return own
+
+
+@functools.cache
+def split_nnx():
+    return nnx.split(nnx.eval_shape(lambda: NNXNetwork(nnx.Rngs(0))))
+
+
+def apply_nnx(cascade, params, images):
+    definition, state = split_nnx()
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(definition, state)(cascade, images)
+
+
+COUNTS = {"keep": (9, 6), "keep_mlp": (8, 5)}
+CASCADES = {
+    "whole": None,
+    "drop": Cascade(**COUNTS, alpha=0.5, keep_heads=(2, 1)),
+    "masked": Cascade(**COUNTS, score="norm", mode="masked"),
+    "skip": Cascade(keep=(6, 8), keep_mlp=(8, 5), semantics="skip", score="sum"),
+    "zero": Cascade(keep=(6, 8), keep_mlp=(8, 5), semantics="zero"),
+    "evit": Cascade(**COUNTS, score="cls", cumulative=False, fuse="sum"),
+    "merge": schedules.token_merging(3, num_layers=2, num_patches=12),
+}
+
+
+@pytest.mark.parametrize("name", CASCADES)
+def test_own_networks_are_vit_of_the_same_weights(name):
+    cascade = CASCADES[name]
+    model = vit.ViT(**SIZES, cascade=cascade)
+    params = vit_oracle.random_params(model, IMAGES)
+    images = vit_oracle.random_images(IMAGES)
+
+    def all_three(params):
+        logits, captured = model.apply(
+            {"params": params}, images, mutable=["intermediates"]
+        )
+        encoder = captured["intermediates"]["Transformer"]
+        rows = [encoder[f"encoderblock_{i}"]["rows"][0] for i in range(2)]
+        own = own_params(params)
+        linen = LinenNetwork(cascade).apply({"params": own}, images)
+        return (logits, rows), linen, apply_nnx(cascade, own, images)
+
+    with jax.default_matmul_precision("highest"):
+        (logits, rows), *others = run(all_three, params)
+    for found, kept in others:
+        np.testing.assert_allclose(found, logits, rtol=0, atol=1e-5)
+        for one, expected in zip(kept, rows, strict=True):
+            np.testing.assert_array_equal(one, expected)
+    # Fused tokens have no position, and may fuse again.
+    if cascade is not None and not cascade.fuse:
+        for kept, count in zip(rows, cascade.keep, strict=True):
+            assert np.all(np.sum(np.asarray(kept) >= 0, axis=1) == count + 2)
+
+
+def test_observed_patches_and_attention_are_those_of_the_layers():
+    cascade = Cascade(keep=(9, 6), keep_mlp=(8, 5), semantics="skip")
+    model = vit.ViT(**SIZES)
+    params = vit_oracle.random_params(model, IMAGES)
+    images = vit_oracle.random_images(IMAGES)
+    whole, pruned = run(
+        lambda p: [
+            vit.observe(model.clone(cascade=one), p, images) for one in (None, cascade)
+        ],
+        params,
+    )
+    assert whole.kept.shape == (2, 2, 12) and np.all(whole.kept)
+    assert [a.shape for a in whole.attention] == [(2, 2, 14, 14)] * 2
+    assert [a.shape for a in pruned.attention] == [(2, 2, 11, 11), (2, 2, 8, 8)]
+    # The first layer has no scores yet: the first patches are kept.
+    np.testing.assert_array_equal(pruned.kept[0], [[True] * 9 + [False] * 3] * 2)
+    np.testing.assert_array_equal(pruned.kept[1].sum(1), [6, 6])
+
+
+def attention_without_attend(x, attend):
+    del attend
+    return x
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        (attention_without_attend, "layer 0 must call attend.* the score 'max' needs"),
+        (lambda x, attend: attend(x, x, x, mask=x), "takes no bias and no mask"),
+        (
+            lambda x, attend: attend(x, x, x, dropout_rate=0.1, deterministic=False),
+            "has no dropout",
+        ),
+    ],
+)
+def test_attention_that_does_not_fit_is_refused(attention, message):
+    cascade = Cascade(keep=(4, 2))
+    tokens = initial_tokens(cascade, jnp.ones((1, 5, 3)))
+    with pytest.raises(ValueError, match=message):
+        pruned_attention(cascade, 0, tokens, lambda x: x, attention)
