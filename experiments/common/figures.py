@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from experiments.common import devices, files  # noqa: E402
 from functa import plots as functa_plots  # noqa: E402
-from landscape import curvature  # noqa: E402
+from landscape import curvature, probes  # noqa: E402
 from landscape import plots as landscape_plots  # noqa: E402
 from lbi import plots as lbi_plots  # noqa: E402
 from vit import plots as vit_plots  # noqa: E402
@@ -742,6 +742,8 @@ def _probe_landscape(run):
         figures |= {
             "loss_envelope": _loss_envelope,
             "along_the_gradient": _along_the_gradient,
+            "at_equal_loss": _at_equal_loss,
+            "gradient_at_equal_loss": _gradient_at_equal_loss,
             "consecutive_steps": _consecutive_steps,
         }
         if run.config["sharpness"]["every"]:
@@ -765,7 +767,8 @@ def landscape_arrays(workdir: Path, config: Mapping[str, Any]) -> dict[str, np.n
     Returns:
       {NETWORK/NAME: (rates, seeds, ...)} of the arrays and the log of each training.
       `logged_loss` are means over the intervals of the log, and `loss_step` their
-      middles. NETWORK/surface is that of the only training that has one.
+      middles; `progress_loss` and `progress_step` begin with the loss before the first
+      step. NETWORK/surface is that of the only training that has one.
 
     Raises:
       FileNotFoundError: if a training has no log.
@@ -804,6 +807,15 @@ def _training(folder):
     arrays["probe_step"] = np.array([m["step"] for m in probed])
     for key in probed[0]["probe"]:
         arrays[f"probe_{key}"] = np.array([m["probe"][key] for m in probed])
+    if "probe_loss" in arrays:
+        start = arrays["probe_step"][:1], arrays["probe_loss"][:1]
+        for name, first, later in zip(
+            ("progress_step", "progress_loss"),
+            start,
+            (arrays["loss_step"], losses),
+            strict=True,
+        ):
+            arrays[name] = np.concatenate([first, later])
     for prefix in ("", "preconditioned_"):
         steps, values = _logged(metrics, f"{prefix}eigenvalues")
         if steps.size:
@@ -846,6 +858,87 @@ def _loss_envelope(run, networks):
     for ax in axes[0, 1:-1]:
         ax.get_legend().remove()
     return figure
+
+
+def _at_equal_loss(run, networks):
+    """The band over the learning rates against the training loss, not the epoch."""
+    figure, axes = _panels(2, width=5)
+    lows, highs = [], []
+    for network in networks:
+        losses = run.need(f"{network}/progress_loss")
+        highs.append(np.nanmin(losses[..., 0]))
+        lows.append(np.nanmin(losses))
+    levels = np.linspace(min(highs), max(lows), 100)
+    widths, bands = {}, {}
+    for network, label in networks.items():
+        losses = run.need(f"{network}/progress_loss")  # (rates, seeds, K)
+        epochs = _in_epochs(run, f"{network}/progress_step")
+        width = probes.at_equal_loss(losses.mean(0), np.ptp(losses, 0), levels)
+        widths[label] = levels, width
+        reached = np.asarray(probes.at_equal_loss(losses, epochs, levels)).mean(1)
+        bands[label] = levels, reached
+    landscape_plots.curves(
+        widths,
+        x_label="mean training loss over the rates (nats)",
+        y_label="width of the band of losses (nats)",
+        ax=axes[0, 0],
+    )
+    # A band ends where the first of the rates no longer gets there.
+    landscape_plots.envelope(
+        bands,
+        x_label="training loss (nats)",
+        y_label="epochs until the loss is reached\n(fastest to slowest rate)",
+        log=True,
+        ax=axes[0, 1],
+    )
+    # The losses before the first interval of the log are interpolated.
+    steps = [run.need(f"{network}/progress_step")[..., 1] for network in networks]
+    axes[0, 1].set_ylim(bottom=np.min(steps) / run.need("steps_per_epoch"))
+    for ax in axes[0]:
+        ax.invert_xaxis()
+    axes[0, 0].get_legend().remove()
+    return figure
+
+
+def _gradient_at_equal_loss(run, networks):
+    """Measures along the gradient against the training loss at the probes."""
+    figure, axes = _rate_panels(run, rows=2, width=3, height=2.5, sharex=True)
+    measures = {
+        "grad_distances": "gradient distance (largest)",
+        "betas": "effective beta (largest)",
+    }
+    for row, (key, y_label) in zip(axes, measures.items(), strict=True):
+        x_label = "training loss (nats)" if key == "betas" else ""
+        for i, ax in enumerate(row):
+            curves = {}
+            for network, label in networks.items():
+                losses = loss_at_probes(run.arrays, network)[i].mean(0)
+                values = run.need(f"{network}/probe_{key}")[i].max(-1)
+                curves[label] = losses, values
+            landscape_plots.curves(
+                curves, x_label=x_label, y_label=y_label, log=True, ax=ax
+            )
+    axes[0, 0].invert_xaxis()  # shared
+    _share_labels(axes)
+    return figure
+
+
+def loss_at_probes(arrays: Mapping[str, np.ndarray], network: str) -> np.ndarray:
+    """The smallest training loss so far at each probe, (rates, seeds, P).
+
+    Args:
+      arrays: those of `landscape_arrays`.
+      network: one of the networks of the run.
+    """
+    if f"{network}/progress_loss" not in arrays:
+        raise _MissingError(f"{network}/progress_loss")
+    names = ("probe_step", "progress_step", "progress_loss")
+    probed, steps, losses = (arrays[f"{network}/{name}"] for name in names)
+    lowest = np.fmin.accumulate(losses, axis=-1)
+    found = np.empty(probed.shape)
+    for i in np.ndindex(probed.shape[:2]):
+        found[i] = np.interp(probed[i], steps[i], lowest[i])
+    return found
 
 
 def _consecutive_steps(run, networks):
