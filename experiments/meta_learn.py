@@ -47,7 +47,16 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def _adopt(config, learner):
-    """Uses the model and the inner loop of the run config.init_from."""
+    """Uses the model, the cells and the inner loop of the run config.init_from."""
+    grid = config.model.get("grid")
+    trained = learner.model_config.get("grid", ())
+    if grid is not None and tuple(grid) != tuple(trained):
+        raise ValueError(
+            f"model.grid is {tuple(grid)}, but {config.init_from} was trained with "
+            + (f"the grid {tuple(trained)}." if trained else "one latent for an image.")
+        )
+    if config.cell is None:
+        config.cell = learner.cell
     dtype = {"derivative_dtype": config.model.derivative_dtype}
     config.model = ConfigDict(learner.model_config | dtype)
     for name, value in learner.inner.items():
