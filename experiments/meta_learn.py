@@ -286,7 +286,7 @@ def _showcase(learner, dataset, mse, further_psnr, batch_size):
     images = dataset["test"]["image"][:4]
     steps = [draw(fit(images, n)) for n in range(num_steps + 1)]
     arrays["over_steps"] = np.stack([*steps, data.to_float(images)])
-    latents = fit(images)
+    arrays["latents"] = latents = fit(images)
     weights = np.linspace(0, 1, 9, dtype=np.float32)
     weights = weights.reshape(-1, *[1] * (latents.ndim - 1))
     arrays["interpolation"] = draw((1 - weights) * latents[0] + weights * latents[-1])

@@ -284,6 +284,24 @@ def _super_resolution(run):
     )
 
 
+def _error_maps(run):
+    steps = run.need("over_steps")
+    label = f"field,\n{len(steps) - 2} inner steps"
+    return functa_plots.reconstructions(steps[-1], {label: steps[-2]})
+
+
+def _latent_channels(run):
+    """Of the first test image."""
+    return functa_plots.latent_channels(run.need("latents")[0])
+
+
+def _meta_learn(run):
+    figures = dict(_META_LEARN)
+    if run.config["model"]["type"] == "SpatialSiren":
+        figures["latent_channels"] = _latent_channels
+    return _bind(figures, run)
+
+
 def _fit_image(run):
     tasks = list(dict.fromkeys(m["task"] for m in run.metrics))
     figures = _bind({"psnr": _fit_psnr}, run, tasks)
@@ -1204,7 +1222,71 @@ def _psnr_against_size(run):
         # With more components the image is exact once it is rounded to 8 bits.
         psnr = psnr[psnr <= functa_plots.EXACT_TO_8_BITS]
         curves[label] = num_cells * np.arange(1, 1 + len(psnr)), psnr
-    return functa_plots.against_num_values(curves, y_label="test PSNR (dB)").figure
+    fields = _fields_in_results(run.config["dataset"]["name"], run.summary)
+    return functa_plots.against_num_values(
+        curves, fields, y_label="test PSNR (dB)"
+    ).figure
+
+
+def _fields_in_results(dataset, controls):
+    """{kind: (numbers per image, test PSNR, deviation)} of fields in `results/`.
+
+    Of runs that were tested on as many images of the data set as the controls.
+    """
+    points = {}
+    for folder in sorted(_RESULTS.glob("meta_learn_*")):
+        if not f"{folder.name}_".startswith(f"meta_learn_{dataset}_"):
+            continue
+        summary = files.read_json(folder / "summary.json")
+        if summary["num_test_images"] != controls["num_test_images"]:
+            continue
+        kind, size, _ = _code_of(folder)
+        point = (size, summary["test_psnr"], summary.get("test_psnr_std", np.nan))
+        points.setdefault(f"field, {kind}", []).append(point)
+    return {kind: tuple(np.transpose(rows)) for kind, rows in points.items()}
+
+
+def _code_of(folder):
+    """Kind and size of the latents of a run in `results/`, and its configuration."""
+    config = files.read_json(folder / "config.json")
+    if "run" in config:  # make_functaset
+        return _code_of(_RESULTS / "_".join(Path(config["run"]).parts[1:]))
+    model = config["model"]
+    if model["type"] != "SpatialSiren":
+        return "one latent", model["latent_dim"], config
+    kind = f"grid of {'x'.join(map(str, model['grid']))}"
+    return kind, math.prod(model["grid"]) * model["channels"], config
+
+
+def _accuracy_against_size(run):
+    """Of all heads in `results/` on latents and pixels of the data set."""
+    dataset, points = run.config["dataset"]["name"], {}
+    for folder in sorted(_RESULTS.glob("classify_functa_*")):
+        config = files.read_json(folder / "config.json")
+        summary = files.read_json(folder / "summary.json")
+        parts = Path(config["functaset"].replace("/seed{seed}", "")).parts[1:-1]
+        field = _RESULTS / "_".join(parts)
+        if dataset not in field.name.split("_") or not field.exists():
+            continue
+        features = config.get("features") or "latents"
+        kind, size, made = _code_of(field)
+        if features == "patches":
+            kind = "pixels of the cells"
+            model = made["model"]
+            size = math.prod((*model["grid"], *made["cell"], model["out_channels"]))
+        elif features != "latents":
+            continue
+        head = config["model"].get("type", "mlp")
+        label = f"{kind}: {head}"
+        deviation = summary.get("test_accuracy_std", np.nan)
+        point = (size, 100 * summary["test_accuracy"], 100 * deviation)
+        points.setdefault(label, []).append(point)
+    if not points:
+        raise _MissingError("accuracies in results/")
+    points = {label: tuple(np.transpose(rows)) for label, rows in points.items()}
+    return functa_plots.against_num_values(
+        {}, points, y_label="test accuracy (%)"
+    ).figure
 
 
 _CODES = {
@@ -1213,7 +1295,9 @@ _CODES = {
     "webp": "WebP without headers",
     "jpeg2000": "JPEG 2000 without headers",
 }
-_PUBLISHED = Path(__file__).parents[2] / "results" / "published" / "summary.json"
+# An installed copy has no results.
+_RESULTS = Path(__file__).parents[2] / "results"
+_PUBLISHED = _RESULTS / "published" / "summary.json"
 
 
 def _compress_functa(run):
@@ -1229,7 +1313,6 @@ def _psnr_against_bits(run):
         grid = name.removeprefix("klt_")
         label = _CODES.get(name, f"components of patches, grid of {grid}")
         curves[label] = curve["bpp"], curve["psnr"]
-    # An installed copy has no results.
     if run.summary["dataset"] == "cifar10" and _PUBLISHED.exists():
         published = files.read_json(_PUBLISHED)["coin_pp"]
         curves["COIN++, as published"] = published["bpp"], published["psnr"]
@@ -1361,12 +1444,16 @@ _META_LEARN = {
     "best_and_worst": _best_and_worst,
     "over_inner_steps": _over_inner_steps,
     "interpolation": _interpolation,
+    "reconstructions": _error_maps,
     "super_resolution": _super_resolution,
 }
 _CLASSIFY = {"accuracy": _classifier_accuracy, "confusion": _confusion}
-_CONTROLS = {"psnr_against_size": _psnr_against_size}
+_CONTROLS = {
+    "psnr_against_size": _psnr_against_size,
+    "accuracy_against_size": _accuracy_against_size,
+}
 _FIGURES: dict[str, Callable[[Run], dict[str, Callable[[], Any]]]] = {
-    "meta_learn": functools.partial(_bind, _META_LEARN),
+    "meta_learn": _meta_learn,
     "fit_image": _fit_image,
     "classify_functa": functools.partial(_bind, _CLASSIFY),
     "train_vit": functools.partial(_bind, {"training": _vit_training}),
