@@ -443,6 +443,25 @@ def test_a_run_with_arrays_draws_everything(tmp_path):
     assert drawn(tmp_path) == names
 
 
+def test_two_runs_are_compared(tmp_path):
+    rng = np.random.default_rng(0)
+    steps = rng.random((3, 2, 4, 4, 1))
+    for name, images in (
+        ("a", steps),
+        ("b", steps),
+        ("other", 1 - steps),
+        ("none", None),
+    ):
+        arrays = {"over_steps": images, "super_resolved": rng.random((2, 16, 16, 1))}
+        meta_learn_run(tmp_path / name, images is not None and arrays)
+    figures.compare(tmp_path / "a", tmp_path / "b")
+    assert drawn(tmp_path / "a") == {"super_resolution_compared"}
+    with pytest.raises(ValueError, match="other test images"):
+        figures.compare(tmp_path / "a", tmp_path / "other")
+    with pytest.raises(ValueError, match="none has no enlarged images"):
+        figures.compare(tmp_path / "none", tmp_path / "a")
+
+
 def test_fields_of_the_data_set_stand_with_the_controls(tmp_path, monkeypatch):
     grid = {"type": "SpatialSiren", "grid": [2, 4], "channels": 3}
     for name, model, psnr, num_images in (

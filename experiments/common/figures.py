@@ -109,6 +109,38 @@ def draw(workdir: Path, summary: Mapping[str, Any] | None = None) -> None:
         )
 
 
+def compare(workdir: Path, other: Path) -> None:
+    """Draws test images enlarged by the fields of two runs of meta_learn, side by side.
+
+    Into `<workdir>/figures/super_resolution_compared.png`; for example of cells with
+    interpolation "nearest" and "bilinear".
+
+    Raises:
+      FileNotFoundError: if a folder does not contain a run.
+      ValueError: if a run has no enlarged images, or their images differ.
+    """
+    columns, images = {}, []
+    for folder in (Path(workdir), Path(other)):
+        run = read_run(folder)
+        if not {"super_resolved", "over_steps"} <= run.arrays.keys():
+            raise ValueError(f"{folder} has no enlarged images of a run of meta_learn.")
+        images.append(run.arrays["over_steps"][-1])
+        label = run.config["model"].get("interpolation", "one latent")
+        label = f"{folder.name}, {label}" if label in columns else label
+        columns[label] = run.arrays["super_resolved"]
+    if not np.array_equal(*images):
+        raise ValueError(f"{workdir} and {other} have other test images.")
+    figure = functa_plots.super_resolution({"image": images[0], **columns})
+    titles = [describe(read_run(Path(folder))) for folder in (workdir, other)]
+    figure.suptitle("\n".join(titles), fontsize=9)
+    files.write_atomic(
+        Path(workdir) / "figures" / "super_resolution_compared.png",
+        functools.partial(figure.savefig, dpi=130, bbox_inches="tight"),
+        mode="wb",
+    )
+    plt.close("all")
+
+
 def read_run(workdir: Path) -> Run:
     """Reads the files of the folder; only `config.json` is required."""
     if not (workdir / "config.json").exists():
