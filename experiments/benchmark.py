@@ -44,6 +44,7 @@ from experiments.common import (
     streams,
 )
 from experiments.configs import benchmark as configs
+from experiments.configs import classify_functa as classify_functa_configs
 from experiments.configs import compress_functa as compress_functa_configs
 from experiments.configs import fit_image as fit_image_configs
 from experiments.configs import generate_functa as generate_functa_configs
@@ -51,7 +52,7 @@ from experiments.configs import meta_learn as meta_learn_configs
 from experiments.configs import probe_landscape as probe_landscape_configs
 from experiments.configs import train_lbi as train_lbi_configs
 from experiments.configs import train_vit as train_vit_configs
-from experiments.networks import dit, registry
+from experiments.networks import dit, heads, registry
 from experiments.peers import pyhessian_curvature as pyhessian
 from experiments.training import classifier, encoding, flow, meta, siren
 from experiments.training import lbi as lbi_training
@@ -279,16 +280,21 @@ def _encode(*, variant, batch_size, image_size, **model):
         )
         return state, outputs
 
+    is_grid = isinstance(network, functa.SpatialSiren)
     multiply_adds = count_siren(
         width=network.width,
         depth=network.depth,
         channels=3,
         num_points=image_size**2,
-        latent_dim=network.latent_dim,
+        # Of a grid, each latent is an input of the cells of its window.
+        latent_dim=math.prod(network.latent_shape)
+        * (network.kernel_size ** len(network.grid) if is_grid else 1),
     )
     # Each step has a forward pass and a backward pass to the latent; the last error has
-    # a forward pass. The first forward pass is shared by all images.
-    passes = 2 * learner.inner["num_steps"] * batch_size + 1
+    # a forward pass. All images share the first forward pass, but for grids.
+    passes = 2 * learner.inner["num_steps"] * batch_size + (
+        batch_size if is_grid else 1
+    )
     return HotPath(
         step,
         (),
@@ -383,6 +389,44 @@ def _trace(*, function, variant, patch_size, image_size, **model):
         return state, ()
 
     return HotPath(step, (), (), unit="networks", units=1, flops=0, jitted=False)
+
+
+def _head(*, variant, shape, batch_size, num_steps, **model):
+    """Steps of AdamW of a head on grids of latents, without augmentation."""
+    config = classify_functa_configs.get_config(variant)
+    config.model.update(model)
+    head = heads.make_head(config.model.to_dict(), _NUM_CLASSES, tuple(shape))
+    params = jax.jit(head.init)(jax.random.key(0))
+    optimizer = optax.adamw(1e-3)
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(batch_size, *shape)).astype(np.float32)
+    labels = rng.integers(0, _NUM_CLASSES, batch_size)
+
+    def step(state, latents, labels):
+        def loss_fn(params, key):
+            logits = head.apply(params, latents, key=key)
+            cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+            return cross_entropy(logits, labels).mean()
+
+        def update(state, number):
+            params, opt_state = state
+            key = jax.random.fold_in(jax.random.key(1), number)
+            grads = jax.grad(loss_fn)(params, key)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        return jax.lax.scan(update, state, jnp.arange(num_steps))[0], ()
+
+    multiply_adds = registry.count_multiply_adds(head.model, {"params": params}, shape)
+    return HotPath(
+        step,
+        devices.replicate((params, optimizer.init(params))),
+        devices.divide((latents, labels)),
+        unit="latents",
+        units=batch_size,
+        flops=2 * 3 * multiply_adds * batch_size,
+        num_steps=num_steps,
+    )
 
 
 def _fit_image(*, variant, num_images, image_size, num_steps, **model):
@@ -583,6 +627,7 @@ _KINDS = {
     "compress": _compress,
     "sample": _sample,
     "trace": _trace,
+    "head": _head,
     "fit_image": _fit_image,
     "train": _train,
     "vit_forward": _vit_forward,

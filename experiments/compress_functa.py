@@ -159,6 +159,7 @@ def load_signals(config: ConfigDict, learner: encoding.Learner) -> Signals:
     latents, images, labels = {}, {}, {}
     for split, limit in ("train", config.num_train_images), ("test", config.num_images):
         pixels, rows = features.load_images(whole, split, config.data_dir)
+        features.check_grid(path, whole, learner, pixels)
         images[split] = pixels[: limit or len(pixels)]
         rows = rows[: len(images[split])]
         latents[split], labels[split] = whole.latent[rows], whole.label[rows]

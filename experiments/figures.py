@@ -1,7 +1,8 @@
 """Draws the figures of a run from its files: python -m experiments.figures WORKDIR.
 
 A figure is a function of `metrics.jsonl`, `arrays.npz` and `summary.json`. No network
-is trained.
+is trained. With a second folder the images of two runs of meta_learn are drawn side by
+side, four times enlarged: python -m experiments.figures WORKDIR OTHER.
 """
 
 import sys
@@ -16,9 +17,10 @@ def main() -> None:
             print(__doc__)
             return
         launch.expand_home()
-        if len(sys.argv) != 2:
-            raise ValueError("usage: python -m experiments.figures WORKDIR")
-        figures.draw(Path(sys.argv[1]))
+        if len(sys.argv) not in (2, 3):
+            raise ValueError("usage: python -m experiments.figures WORKDIR [OTHER]")
+        draw = figures.draw if len(sys.argv) == 2 else figures.compare
+        draw(*map(Path, sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -104,6 +104,7 @@ def load_signals(config: ConfigDict, seed: int) -> Signals:
     learner = encoding.load_learner(run)
     whole = features.load_renderable(path, run, learner)
     images, rows = features.load_images(whole, "train", config.data_dir)
+    features.check_grid(path, whole, learner, images)
     learner = learner.for_shape(images.shape[1:3])
     train = _select(whole, images, rows)
     if config.num_validation:

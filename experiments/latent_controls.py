@@ -50,7 +50,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 curves[name] = controls.psnr_per_size(*images.values(), grid=grid)
             summary[f"patch_pca_psnr_{name}x{channels}"] = curves[name][channels]
         files.write_npz(run.workdir / "arrays.npz", curves)
-        figures.draw(run.workdir)
+        figures.draw(run.workdir, summary)
         return summary
 
     return runs.run_once(workdir, config, measure)

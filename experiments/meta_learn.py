@@ -47,7 +47,16 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def _adopt(config, learner):
-    """Uses the model and the inner loop of the run config.init_from."""
+    """Uses the model, the cells and the inner loop of the run config.init_from."""
+    grid = config.model.get("grid")
+    trained = learner.model_config.get("grid", ())
+    if grid is not None and tuple(grid) != tuple(trained):
+        raise ValueError(
+            f"model.grid is {tuple(grid)}, but {config.init_from} was trained with "
+            + (f"the grid {tuple(trained)}." if trained else "one latent for an image.")
+        )
+    if config.cell is None:
+        config.cell = learner.cell
     dtype = {"derivative_dtype": config.model.derivative_dtype}
     config.model = ConfigDict(learner.model_config | dtype)
     for name, value in learner.inner.items():
@@ -277,7 +286,7 @@ def _showcase(learner, dataset, mse, further_psnr, batch_size):
     images = dataset["test"]["image"][:4]
     steps = [draw(fit(images, n)) for n in range(num_steps + 1)]
     arrays["over_steps"] = np.stack([*steps, data.to_float(images)])
-    latents = fit(images)
+    arrays["latents"] = latents = fit(images)
     weights = np.linspace(0, 1, 9, dtype=np.float32)
     weights = weights.reshape(-1, *[1] * (latents.ndim - 1))
     arrays["interpolation"] = draw((1 - weights) * latents[0] + weights * latents[-1])

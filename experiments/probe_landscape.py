@@ -41,6 +41,8 @@ from landscape import curvature, probes, surface
 _NETWORKS = ("bn", "plain")
 # Widths of the envelope: over all steps, over the last epoch, and of runs that learn.
 _WIDTHS = ("", "_at_the_end", "_without_dead")
+# Losses at which the networks are compared at equal progress.
+_NUM_LEVELS = 7
 # Points of a surface between two writes of the file.
 _PIECE = 25
 
@@ -554,7 +556,68 @@ def make_table(
             # The envelope of a single run has no width.
             is_known = plain is not None and bn
             table[f"envelope_width_ratio{suffix}"] = plain / bn if is_known else None
+    if config.num_epochs:
+        table |= equal_loss_table(config, arrays)
     return table
+
+
+def equal_loss_table(config: ConfigDict, arrays: dict[str, np.ndarray]) -> dict:
+    """Results at equal training loss, from the logs of the trainings alone.
+
+    `NETWORK.envelope_width_at_equal_loss` is the width of the band over the learning
+    rates, averaged over losses that the mean over the rates reaches with every network.
+    `at_equal_loss` compares single trainings, at losses that each of them reaches: the
+    epochs until it is reached, and the measures along the gradient. `low` and `high`
+    are the smallest and the largest over the rates, means over the seeds. Values
+    between two probes are interpolated.
+
+    Returns:
+      The entries of the table; without those that need a loss that all have reached.
+    """
+    losses = {n: arrays[f"{n}/progress_loss"] for n in config.networks}
+    table, widths = {}, {}
+    levels = _shared_levels({n: x.mean(0) for n, x in losses.items()})
+    for network, values in losses.items() if levels is not None else ():
+        name = f"{network}.envelope_width_at_equal_loss"
+        band = probes.at_equal_loss(values.mean(0), np.ptp(values, 0), levels)
+        table |= _mean_and_std(name, np.asarray(band).mean(-1))
+        widths[network] = table[name]
+    if set(widths) == set(_NETWORKS) and widths["bn"]:
+        ratio = widths["plain"] / widths["bn"]
+        table["envelope_width_ratio_at_equal_loss"] = ratio
+    levels = _shared_levels(losses)
+    if levels is None:
+        return table
+    compared = {"loss": levels.tolist()}
+    for network in config.networks:
+        curves = {
+            key: arrays[f"{network}/{key}"].max(-1)
+            for key in ("probe_grad_distances", "probe_betas")
+        }
+        epochs = arrays[f"{network}/progress_step"] / arrays["steps_per_epoch"]
+        probed = figures.loss_at_probes(arrays, network)
+        compared[network] = {}
+        for name, progress, values in (
+            ("epochs", losses[network], epochs),
+            ("gradient_predictiveness", probed, curves["probe_grad_distances"]),
+            ("effective_beta", probed, curves["probe_betas"]),
+        ):
+            found = np.asarray(probes.at_equal_loss(progress, values, levels))
+            compared[network][name] = {
+                "low": found.min(0).mean(0).tolist(),
+                "high": found.max(0).mean(0).tolist(),
+            }
+    return table | {"at_equal_loss": compared}
+
+
+def _shared_levels(losses):
+    """Losses (K,) that all curves of {name: (..., T)} pass; None if there is none."""
+    highest = min(values[..., 0].min() for values in losses.values())
+    lowest = max(np.fmin.reduce(values, -1).max() for values in losses.values())
+    if not highest > lowest:
+        return None
+    # Not the ends: rounding must not decide whether a loss is reached.
+    return np.linspace(highest, lowest, _NUM_LEVELS + 2)[1:-1]
 
 
 def _measures_to_average(config, curves, steps_per_epoch):

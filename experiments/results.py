@@ -12,7 +12,9 @@ In the other documents a number is a marker, `<!--= FOLDER KEY FORMAT -->value<!
   student report states are in results/published.
 * KEY is a dotted path into summary.json, with indices into lists. `A:B` is the ratio of
   two keys and `A-B` their difference. Where the run itself went over several seeds,
-  KEY_std is its deviation.
+  KEY_std is its deviation. `seconds_until(METRIC,LEVEL)` is the time at which a metric
+  of metrics.jsonl first reaches a level. `A+B` is a sum, and a term `OTHER/KEY` is read
+  from another folder.
 * FORMAT is `d`, `.Nf` or `.Ng`, with a prefix for the unit: `%` times 100, `min`
   seconds to minutes, `M` millions.
 

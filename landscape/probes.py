@@ -12,6 +12,7 @@ three quantities of the paper are ranges of this profile:
 Some authors use the same names for two other quantities. Here they have their own
 names: `consecutive_change` compares the gradients of two training steps on two batches,
 and `envelope` is the band of the losses of runs with different learning rates.
+`at_equal_loss` reads such runs at equal training loss in place of equal steps.
 
 All functions need only a `loss_fn(params, batch)` that returns a scalar. This function
 defines what else the loss depends on, in particular the mode of batch normalization:
@@ -39,7 +40,7 @@ The paper uses the mode of training; the frozen mode hides the coupling of the e
 by the normalization. A random loss, for example with dropout, should take its key from
 the batch, so that all points use the same draw.
 
-Axes: S step sizes, R runs, T training steps.
+Axes: S step sizes, R runs, T training steps, K levels of the loss.
 """
 
 import math
@@ -357,6 +358,58 @@ def envelope(losses: Array, is_dead: Array | None = None) -> tuple[Array, Array]
     low = jnp.min(jnp.where(dead, jnp.inf, losses), axis=0)
     high = jnp.max(jnp.where(dead, -jnp.inf, losses), axis=0)
     return low, high
+
+
+def at_equal_loss(losses: Array, values: Array, levels: Array) -> Array:
+    """Values of runs where their training loss first reaches given levels.
+
+    Runs that learn at different speeds are compared at equal progress, not at equal
+    steps. The loss of a run is the smallest so far, and the values are linear in it
+    between two steps.
+
+    Args:
+      losses: training losses, (..., T); those that are not finite count as no progress.
+      values: a value of each run at each step, (..., T), for example the step itself.
+      levels: losses, (K,).
+
+    Returns:
+      The values at the levels, (..., K); nan where a run starts below a level or does
+      not reach it.
+
+    Raises:
+      ValueError: if the shapes do not fit.
+
+    Example:
+      >>> losses = np.array([[4.0, 2.0, 1.0], [4.0, 3.0, 2.0]])
+      >>> at_equal_loss(losses, np.array([[0, 1, 2], [0, 1, 2]]), np.array([3.0, 1.5]))
+      Array([[0.5, 1.5],
+             [1. , nan]], dtype=float32)
+    """
+    losses, values, levels = (_widen(x) for x in (losses, values, levels))
+    if losses.ndim == 0 or losses.shape[-1] == 0 or losses.shape != values.shape:
+        raise ValueError(
+            "losses and values must be (..., T), T > 0, of the same shape, got "
+            f"{losses.shape} and {values.shape}."
+        )
+    if levels.ndim != 1:
+        raise ValueError(f"levels must be (K,), got shape {levels.shape}.")
+    levels = jnp.broadcast_to(levels, (*losses.shape[:-1], *levels.shape))  # (..., K)
+    losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
+    lowest = jax.lax.cummin(losses, axis=losses.ndim - 1)[..., None, :]  # (..., 1, T)
+    is_reached = lowest <= levels[..., None]  # (..., K, T)
+    after = jnp.argmax(is_reached, axis=-1)
+    before = jnp.maximum(after - 1, 0)
+    (low_before, low_after), (value_before, value_after) = (
+        [jnp.take_along_axis(array, i, axis=-1) for i in (before, after)]
+        for array in (lowest[..., 0, :], values)
+    )
+    # From no finite loss to a finite one, or at the first step, nothing lies between.
+    is_between = jnp.isfinite(low_before) & (low_before > low_after)
+    weight = _divide(low_before - levels, low_before - low_after, otherwise=1)
+    weight = jnp.where(is_between, weight, 1)
+    found = value_before + weight * (value_after - value_before)
+    starts_below = (after == 0) & (low_after < levels)
+    return jnp.where(is_reached.any(-1) & ~starts_below, found, jnp.nan)
 
 
 def is_dead(

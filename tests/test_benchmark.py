@@ -1,6 +1,7 @@
 """The benchmark: consistent numbers, and the operation counts of XLA."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,6 +9,7 @@ from experiments import benchmark
 from experiments.common import devices
 from experiments.configs import benchmark as configs
 from experiments.configs import generate_functa as generate_configs
+from experiments.networks import convnext, registry
 from experiments.networks.dit import DiT
 from experiments.training import encoding
 
@@ -102,6 +104,26 @@ def test_arithmetic_of_a_meta_step_is_what_xla_counts(num_steps):
     # XLA also counts what is done element by element, but for jnp.sin: a few in a
     # hundred at this width.
     assert 1 <= counted / path.flops < 1.06
+
+
+def test_arithmetic_of_a_convnext():
+    model = convnext.ConvNeXt(5, widths=(6, 10), depths=(2, 1))
+    shape = (4, 8, 3)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *shape)))
+    # Stem, blocks of 8 D^2 at each cell, the merging of 2x2 cells, and the classes.
+    expected = 32 * (3 * 6 + 2 * 8 * 6**2) + 8 * (4 * 6 * 10 + 8 * 10**2) + 10 * 5
+    assert registry.count_multiply_adds(model, variables, shape) == expected
+
+
+@pytest.mark.parametrize("name", ["encode_grids", "head"])
+def test_paths_of_grids_run(name):
+    path = benchmark.make_path(configs.get_config("smoke"), name)
+    compiled = jax.jit(path.step).lower(path.state, *path.inputs).compile()
+    state, outputs = compiled(path.state, *path.inputs)
+    for array in jax.tree.leaves((state, outputs)):
+        assert np.isfinite(array).all()
+    shapes = {"encode_grids": [(4, 2, 2, 3), (4, 4)], "head": []}
+    assert [x.shape for x in jax.tree.leaves(outputs)] == shapes[name]
 
 
 def test_arithmetic_of_a_siren():

@@ -9,7 +9,7 @@ import functa
 from experiments import compress_functa
 from experiments.common import data, figures, files, streams
 from experiments.configs import compress_functa as configs
-from experiments.training import encoding
+from experiments.training import encoding, latent_classifier
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +156,18 @@ def test_bad_fields_are_refused(trained, tmp_path, field, value, message):
     refused(config, tmp_path / "run", message)
 
 
+def test_a_trained_head_takes_no_other_grid(trained):
+    folder, whole, *_ = trained
+    with pytest.raises(ValueError, match=r"grids \(2, 2\), and the .* are \(4, 4\)"):
+        latent_classifier.load(
+            folder / "classify",
+            num_classes=10,
+            latent_shape=(4, 4, 3),
+            dataset="digits",
+            params_sha256=whole.params_sha256,
+        )
+
+
 def test_other_latents_and_runs_are_refused(trained, tmp_path):
     folder, whole, *_ = trained
     path, workdir = tmp_path / "functaset.npz", tmp_path / "run"
@@ -164,6 +176,10 @@ def test_other_latents_and_runs_are_refused(trained, tmp_path):
         functa.save_functaset(path, whole._replace(**changes))
         refused(smoke(folder, functaset=str(path)), workdir, message, error)
 
+    with_functaset(
+        r"has latents \(4, 4, 3\), but those of the field are \(2, 2, 3\)",
+        latent=np.zeros((len(whole.latent), 4, 4, 3), np.float32),
+    )
     with_functaset("were fitted with other weights", params_sha256="0" * 64)
     padded = whole.config | {"padding": 1}
     with_functaset("has the latents of padded images", config=padded)

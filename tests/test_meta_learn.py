@@ -263,6 +263,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
         "interpolation.png",
         "over_inner_steps.png",
         "psnr.png",
+        "reconstructions.png",
         "super_resolution.png",
     }
     functaset = functa.load_functaset(tmp_path / "whole" / "functaset.npz")

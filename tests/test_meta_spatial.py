@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from functa_runs import make_runs
 
 import functa
 from experiments import meta_learn
@@ -242,3 +243,23 @@ def test_padded_copies_are_moved_by_less_than_a_cell_and_mirrored():
         ]
         [(row, column)] = places
         assert 0 <= 4 - row < 4 and 0 <= 4 - column < 4
+
+
+def test_a_field_of_another_grid_is_refused(tmp_path):
+    make_runs(tmp_path, {"train": 4, "test": 2})
+    config = small_config(model__grid=(4, 4), init_from=str(tmp_path / "meta"))
+    with pytest.raises(ValueError, match=r"\(4, 4\), but .*meta was .* grid \(2, 2\)"):
+        meta_learn.train_and_evaluate(config, tmp_path / "run")
+    # A global latent in the configuration takes the field of the run, whose cells have
+    # 4x4 pixels.
+    for split in data.SPLITS:
+        images = np.zeros((9, 16, 16, 1), np.uint8)
+        np.savez(tmp_path / f"{split}.npz", image=images)
+    config = configs.get_config("smoke")
+    config.init_from = str(tmp_path / "meta")
+    config.dataset.update({"name": "npz", "data_dir": str(tmp_path)})
+    with pytest.raises(
+        ValueError, match=r"cell is \(4, 4\), but .* of \(8, 8\) pixels"
+    ):
+        meta_learn.train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

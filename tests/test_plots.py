@@ -438,6 +438,7 @@ def meta_learn_run(folder, arrays=None):
         "coarse_steps": 2,
         "coarse_factor": 2,
         "inner": {"num_steps": 2},
+        "model": {"type": "SpatialSiren"},
     }
     metrics = [{"step": s, "psnr_per_step": [9.0, 12.0 + s, 14.0]} for s in (2, 4)]
     summary = {"test_psnr_per_step": [9.0, 13.0, 15.0]}
@@ -461,6 +462,7 @@ def test_a_run_with_arrays_draws_everything(tmp_path):
         "over_steps": rng.random((4, 2, 3, 5, 1)),
         "interpolation": rng.random((3, 3, 5, 1)),
         "super_resolved": rng.random((2, 12, 20, 1)),
+        "latents": rng.normal(size=(2, 3, 5, 9)),
     }
     for name in ("train_best", "train_worst", "test_best", "test_worst"):
         arrays[name] = rng.random((2, 2, 3, 5, 1))
@@ -468,7 +470,46 @@ def test_a_run_with_arrays_draws_everything(tmp_path):
     meta_learn_run(tmp_path, arrays)
     figures.draw(tmp_path)
     names = {"psnr", "best_and_worst", "over_inner_steps", "interpolation"}
-    assert drawn(tmp_path) == {*names, "super_resolution"}
+    names |= {"super_resolution", "reconstructions", "latent_channels"}
+    assert drawn(tmp_path) == names
+
+
+def test_two_runs_are_compared(tmp_path):
+    rng = np.random.default_rng(0)
+    steps = rng.random((3, 2, 4, 4, 1))
+    for name, images in (
+        ("a", steps),
+        ("b", steps),
+        ("other", 1 - steps),
+        ("none", None),
+    ):
+        arrays = {"over_steps": images, "super_resolved": rng.random((2, 16, 16, 1))}
+        meta_learn_run(tmp_path / name, images is not None and arrays)
+    figures.compare(tmp_path / "a", tmp_path / "b")
+    assert drawn(tmp_path / "a") == {"super_resolution_compared"}
+    with pytest.raises(ValueError, match="other test images"):
+        figures.compare(tmp_path / "a", tmp_path / "other")
+    with pytest.raises(ValueError, match="none has no enlarged images"):
+        figures.compare(tmp_path / "none", tmp_path / "a")
+
+
+def test_fields_of_the_data_set_stand_with_the_controls(tmp_path, monkeypatch):
+    grid = {"type": "SpatialSiren", "grid": [2, 4], "channels": 3}
+    for name, model, psnr, num_images in (
+        ("digits", {"type": "LatentModulatedSiren", "latent_dim": 5}, 30.0, 10),
+        ("digits_spatial", grid, 40.0, 10),
+        ("digits_few", grid, 50.0, 9),  # of other test images
+        ("digits100", grid, 60.0, 10),  # another data set
+    ):
+        summary = {"test_psnr": psnr, "num_test_images": num_images}
+        folder = tmp_path / f"meta_learn_{name}"
+        write_run(folder, {"model": model}, summary=summary | {"test_psnr_std": 0.5})
+    monkeypatch.setattr(figures, "_RESULTS", tmp_path)
+    points = figures._fields_in_results("digits", {"num_test_images": 10})
+    assert {label: np.ravel(rows).tolist() for label, rows in points.items()} == {
+        "field, one latent": [5, 30, 0.5],
+        "field, grid of 2x4": [24, 40, 0.5],
+    }
 
 
 def test_a_broken_figure_costs_a_warning(tmp_path, capsys):

@@ -6,12 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
 from experiments import probe_landscape
-from experiments.common import data, figures, files, runs
+from experiments.common import data, evidence, figures, files, runs
 from experiments.configs import probe_landscape as configs
 from experiments.networks import registry
 from experiments.training import classifier
+
+RUNS = sorted(evidence.RESULTS.glob("probe_landscape_*"))
 
 
 def tiny_config(**changes):
@@ -170,6 +173,7 @@ def test_files_and_table(finished):
     assert runs.load_summary(workdir) == summary
     for name in (
         *("loss_envelope", "consecutive_steps", "along_the_gradient"),
+        *("at_equal_loss", "gradient_at_equal_loss"),
         *("beta_profile", "eigenvalues", "surfaces"),
     ):
         assert (workdir / "figures" / f"{name}.png").exists()
@@ -196,12 +200,67 @@ def test_files_and_table(finished):
             summary[f"plain.envelope_width{suffix}"]
             / summary[f"bn.envelope_width{suffix}"]
         )
+    start = arrays["plain/probe_loss"][..., :1]
+    np.testing.assert_array_equal(arrays["plain/progress_loss"][..., :1], start)
+    assert arrays["plain/progress_step"][0, 0].tolist() == [0, 1, 3, 5, 7]
     # From the end of the first epoch, step 4, on: probes of steps 4, 6 and 8.
     later = arrays["bn/probe_grad_distances"][1, 0, 2:].max(-1)
     assert summary["bn.rate0.002.gradient_predictiveness"] == pytest.approx(
         later.mean(), rel=1e-5
     )
     assert summary["runs"]["bn_rate0.001_seed0"]["num_params"] > 0
+
+
+def test_equal_loss_by_hand():
+    # Loss and epochs of two rates: the second network needs twice as long.
+    losses = np.array([[[4.0, 2.0, 0.0]], [[4.0, 3.0, 2.0]]])
+    arrays = {"steps_per_epoch": 10}
+    for network, pace in (("bn", 1), ("plain", 2)):
+        steps = np.broadcast_to(pace * np.array([0, 10, 20]), losses.shape)
+        measure = pace * np.stack([losses, 0 * losses], -1)  # the largest step size
+        arrays |= {
+            f"{network}/progress_loss": losses,
+            f"{network}/progress_step": steps,
+            f"{network}/probe_step": steps,
+            f"{network}/probe_grad_distances": measure,
+            f"{network}/probe_betas": 10 * measure,
+        }
+    config = ConfigDict({"networks": ("bn", "plain")})
+    table = probe_landscape.equal_loss_table(config, arrays)
+    # The mean over the rates falls from 4 to 1 and the band widens from 0 to 2.
+    middle = pytest.approx(1.0, rel=1e-5)
+    assert table["bn.envelope_width_at_equal_loss"] == middle
+    assert table["envelope_width_ratio_at_equal_loss"] == middle
+    compared = table["at_equal_loss"]
+    levels = np.array(compared["loss"])  # between 4 and 2, where both rates arrive
+    np.testing.assert_allclose(levels, 4 - np.arange(1, 8) / 4)
+    for network, pace in (("bn", 1), ("plain", 2)):
+        rows = compared[network]
+        np.testing.assert_allclose(
+            [rows["epochs"]["low"], rows["epochs"]["high"]],
+            [pace * (4 - levels) / 2, pace * (4 - levels)],
+            rtol=1e-5,
+        )
+        np.testing.assert_allclose(
+            rows["effective_beta"]["high"], 10 * pace * levels, rtol=1e-5
+        )
+
+
+def test_nothing_is_compared_where_no_loss_is_shared():
+    losses = np.array([[[4.0, 3.0]], [[2.0, 1.0]]])
+    arrays = {"bn/progress_loss": losses, "plain/progress_loss": losses - 2}
+    config = ConfigDict({"networks": ("bn", "plain")})
+    assert probe_landscape.equal_loss_table(config, arrays) == {}
+
+
+@pytest.mark.parametrize("folder", RUNS, ids=lambda folder: folder.name)
+def test_summaries_hold_what_the_logs_give_at_equal_loss(folder):
+    config = ConfigDict(files.read_json(folder / "config.json"))
+    arrays = figures.landscape_arrays(folder, config)
+    table = probe_landscape.equal_loss_table(config, arrays)
+    summary = files.read_json(folder / "summary.json")
+    kept = {name: summary.get(name) for name in table}
+    chex.assert_trees_all_close(kept, table, rtol=1e-4)  # single precision
 
 
 @pytest.mark.slow

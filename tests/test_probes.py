@@ -12,6 +12,7 @@ import pytest
 from flax import linen as nn
 from jax.flatten_util import ravel_pytree
 
+from landscape import probes
 from landscape.probes import (
     ConsecutiveChange,
     GradientProbe,
@@ -665,6 +666,58 @@ def test_envelope_refuses_what_does_not_fit():
         envelope(CURVES, np.ones(2, bool))
     with pytest.raises(ValueError, match=re.escape("bool (3,), got int32 (3,)")):
         envelope(CURVES, np.ones(3, np.int32))
+
+
+def at_equal_loss_by_hand(losses, values, levels):
+    """A loop over the steps of one run."""
+    found = np.full(len(levels), np.nan)
+    for k, level in enumerate(levels):
+        lowest = losses[0]
+        if lowest == level:
+            found[k] = values[0]
+        for t in range(1, len(losses)):
+            if np.isnan(found[k]) and lowest > level >= losses[t]:
+                part = (lowest - level) / (lowest - losses[t])
+                found[k] = (1 - part) * values[t - 1] + part * values[t]
+            lowest = np.fmin(lowest, losses[t])
+    return found
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_at_equal_loss_is_the_first_passage(wrap):
+    rng = np.random.default_rng(0)
+    losses = np.linspace(3, 1, 12) + rng.normal(0, 0.3, (2, 3, 12))
+    losses[1, 1, 6:] = np.nan  # diverged
+    values = rng.normal(size=(2, 3, 12))
+    # The second run of the first group starts below the first level.
+    losses[0, 1, 0] = 2.5
+    levels = np.array([2.7, 2.0, losses[0, 0].min(), 0.1])
+    found = np.asarray(wrap(probes.at_equal_loss)(losses, values, levels))
+    expected = [
+        [
+            at_equal_loss_by_hand(*run, np.float32(levels))
+            for run in zip(*rows, strict=True)
+        ]
+        for rows in zip(np.float32(losses), values, strict=True)
+    ]
+    # Single precision, and differences of losses in the denominator.
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert np.isnan(found[..., -1]).all() and np.isnan(found[0, 1, 0])
+    assert np.isfinite(found[0, 0, :3]).all()
+
+
+def test_at_equal_loss_of_a_run_that_begins_without_a_loss():
+    found = probes.at_equal_loss(
+        np.array([np.nan, 2.0, 1.0]), np.array([7.0, 8.0, 9.0]), np.array([2.5, 1.5])
+    )
+    np.testing.assert_allclose(found, [8, 8.5])
+
+
+def test_at_equal_loss_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match=re.escape("got (2, 3) and (3,)")):
+        probes.at_equal_loss(np.ones((2, 3)), np.ones(3), np.ones(1))
+    with pytest.raises(ValueError, match=re.escape("(K,), got shape ()")):
+        probes.at_equal_loss(np.ones(3), np.ones(3), 1.0)
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])

@@ -198,6 +198,23 @@ def test_columns_say_how_a_number_was_made(tmp_path):
     assert evidence.fill(text.format("`x` |", 1), tmp_path) == text.format(row, 2)
 
 
+def test_times_until_a_level_and_sums_over_folders(tmp_path):
+    make_run(tmp_path, "field", {"seconds": 90.0}, seeds=[0])
+    make_run(tmp_path, "head", {"seconds": 30.0}, seeds=[0])
+    lines = [(0, None), (10, 35.5), (20, 34.0), (30, 37.0)]  # without the first PSNR
+    log = [
+        {"step": 2 * s, "seconds": s} | ({} if psnr is None else {"psnr": psnr})
+        for s, psnr in lines
+    ]
+    field = tmp_path / "results" / "field"
+    (field / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
+    assert evidence.render(field, "seconds_until(psnr,35)", "d") == "10"
+    assert evidence.render(field, "seconds_until(psnr,36)", "min.1f") == "0.5"
+    assert evidence.render(field, "seconds_until(step,40)+head/seconds", "d") == "50"
+    with pytest.raises(ValueError, match=r"no number 'seconds_until\(psnr,38\)'"):
+        evidence.render(field, "seconds_until(psnr,38)", "d")
+
+
 def test_a_variant_without_a_folder_is_not_run_yet(tmp_path):
     (tmp_path / "results").mkdir()
     folder = tmp_path / "results" / "fit_image_report"

@@ -6,6 +6,7 @@ A folder is one of results/ or a run folder, with `config.json`, `environment.js
 
 import functools
 import importlib
+import math
 import re
 import shlex
 import statistics
@@ -22,6 +23,8 @@ NOT_RUN = "not run yet"
 # The columns that say how the numbers of a folder were made.
 ORIGIN = ("command", "seeds", "time", "machine", "commit", "evidence")
 _CODE_OR_MARKER = re.compile(rf"^```.*?^```|`[^`\n]*`|{MARKER.pattern}", re.S | re.M)
+# seconds_until(METRIC,LEVEL): a number of metrics.jsonl, not of summary.json.
+_UNTIL = re.compile(r"seconds_until\((\w+),([\d.]+)\)")
 _SCALES = {"%": 100.0, "min": 1 / 60, "M": 1e-6, "": 1.0}
 # Settings in which the members of a group may differ: the seed and what comes of it.
 _SEED_FIELDS = ("seed", "seeds", "functaset", "init_from", "run", *FILLED)
@@ -86,7 +89,7 @@ def num_seeds(folder: Path) -> int:
 def measure(folder: Path, key: str) -> tuple[float, float | None]:
     """Mean, and deviation over seeds or None for one seed."""
     folders = members(folder)
-    values = [_value(read(member), key) for member in folders]
+    values = [_value(member, key) for member in folders]
     if len(values) > 1:
         return statistics.mean(values), statistics.stdev(values)
     stem, index = re.fullmatch(r"(.*?)((?:\.\d+)?)", key).groups()
@@ -97,7 +100,31 @@ def measure(folder: Path, key: str) -> tuple[float, float | None]:
     return values[0], deviation if num_seeds(folder) > 1 else None
 
 
-def _value(summary, key):
+def seconds_until(folder: Path, metric: str, level: float) -> float:
+    """Seconds from the start of a run until a logged metric is at least at a level.
+
+    Args:
+      folder: one of results/ or a run folder, with `metrics.jsonl`.
+      metric: a number of the log; it counts at the end of its interval.
+      level: the smallest value that counts.
+
+    Raises:
+      KeyError: if no line of the log reaches the level.
+    """
+    for line in files.read_metrics(folder / "metrics.jsonl"):
+        if line.get(metric, -math.inf) >= level:
+            return line["seconds"]
+    raise KeyError(f"{metric} >= {level:g}")
+
+
+def _value(folder, key):
+    if "+" in key:
+        return sum(_value(folder, term) for term in key.split("+"))
+    name, _, key = key.rpartition("/")
+    folder = folder.with_name(name) if name else folder
+    if match := _UNTIL.fullmatch(key):
+        return seconds_until(folder, match[1], float(match[2]))
+    summary = read(folder)
     first, operator, second = re.fullmatch(r"([^:-]*)([:-]?)(.*)", key).groups()
     value = lookup(summary, first)
     if not operator:

@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from experiments.common import devices, files  # noqa: E402
 from functa import plots as functa_plots  # noqa: E402
-from landscape import curvature  # noqa: E402
+from landscape import curvature, probes  # noqa: E402
 from landscape import plots as landscape_plots  # noqa: E402
 from lbi import plots as lbi_plots  # noqa: E402
 from vit import plots as vit_plots  # noqa: E402
@@ -107,6 +107,38 @@ def draw(workdir: Path, summary: Mapping[str, Any] | None = None) -> None:
             f"{workdir}: not drawn, because the array in parentheses is missing: "
             f"{', '.join(missing)}"
         )
+
+
+def compare(workdir: Path, other: Path) -> None:
+    """Draws test images enlarged by the fields of two runs of meta_learn, side by side.
+
+    Into `<workdir>/figures/super_resolution_compared.png`; for example of cells with
+    interpolation "nearest" and "bilinear".
+
+    Raises:
+      FileNotFoundError: if a folder does not contain a run.
+      ValueError: if a run has no enlarged images, or their images differ.
+    """
+    columns, images = {}, []
+    for folder in (Path(workdir), Path(other)):
+        run = read_run(folder)
+        if not {"super_resolved", "over_steps"} <= run.arrays.keys():
+            raise ValueError(f"{folder} has no enlarged images of a run of meta_learn.")
+        images.append(run.arrays["over_steps"][-1])
+        label = run.config["model"].get("interpolation", "one latent")
+        label = f"{folder.name}, {label}" if label in columns else label
+        columns[label] = run.arrays["super_resolved"]
+    if not np.array_equal(*images):
+        raise ValueError(f"{workdir} and {other} have other test images.")
+    figure = functa_plots.super_resolution({"image": images[0], **columns})
+    titles = [describe(read_run(Path(folder))) for folder in (workdir, other)]
+    figure.suptitle("\n".join(titles), fontsize=9)
+    files.write_atomic(
+        Path(workdir) / "figures" / "super_resolution_compared.png",
+        functools.partial(figure.savefig, dpi=130, bbox_inches="tight"),
+        mode="wb",
+    )
+    plt.close("all")
 
 
 def read_run(workdir: Path) -> Run:
@@ -282,6 +314,24 @@ def _super_resolution(run):
         ],
         size=1.8,
     )
+
+
+def _error_maps(run):
+    steps = run.need("over_steps")
+    label = f"field,\n{len(steps) - 2} inner steps"
+    return functa_plots.reconstructions(steps[-1], {label: steps[-2]})
+
+
+def _latent_channels(run):
+    """Of the first test image."""
+    return functa_plots.latent_channels(run.need("latents")[0])
+
+
+def _meta_learn(run):
+    figures = dict(_META_LEARN)
+    if run.config["model"]["type"] == "SpatialSiren":
+        figures["latent_channels"] = _latent_channels
+    return _bind(figures, run)
 
 
 def _fit_image(run):
@@ -771,6 +821,8 @@ def _probe_landscape(run):
         figures |= {
             "loss_envelope": _loss_envelope,
             "along_the_gradient": _along_the_gradient,
+            "at_equal_loss": _at_equal_loss,
+            "gradient_at_equal_loss": _gradient_at_equal_loss,
             "consecutive_steps": _consecutive_steps,
         }
         if run.config["sharpness"]["every"]:
@@ -794,7 +846,8 @@ def landscape_arrays(workdir: Path, config: Mapping[str, Any]) -> dict[str, np.n
     Returns:
       {NETWORK/NAME: (rates, seeds, ...)} of the arrays and the log of each training.
       `logged_loss` are means over the intervals of the log, and `loss_step` their
-      middles. NETWORK/surface is that of the only training that has one.
+      middles; `progress_loss` and `progress_step` begin with the loss before the first
+      step. NETWORK/surface is that of the only training that has one.
 
     Raises:
       FileNotFoundError: if a training has no log.
@@ -833,6 +886,15 @@ def _training(folder):
     arrays["probe_step"] = np.array([m["step"] for m in probed])
     for key in probed[0]["probe"]:
         arrays[f"probe_{key}"] = np.array([m["probe"][key] for m in probed])
+    if "probe_loss" in arrays:
+        start = arrays["probe_step"][:1], arrays["probe_loss"][:1]
+        for name, first, later in zip(
+            ("progress_step", "progress_loss"),
+            start,
+            (arrays["loss_step"], losses),
+            strict=True,
+        ):
+            arrays[name] = np.concatenate([first, later])
     for prefix in ("", "preconditioned_"):
         steps, values = _logged(metrics, f"{prefix}eigenvalues")
         if steps.size:
@@ -875,6 +937,87 @@ def _loss_envelope(run, networks):
     for ax in axes[0, 1:-1]:
         ax.get_legend().remove()
     return figure
+
+
+def _at_equal_loss(run, networks):
+    """The band over the learning rates against the training loss, not the epoch."""
+    figure, axes = _panels(2, width=5)
+    lows, highs = [], []
+    for network in networks:
+        losses = run.need(f"{network}/progress_loss")
+        highs.append(np.nanmin(losses[..., 0]))
+        lows.append(np.nanmin(losses))
+    levels = np.linspace(min(highs), max(lows), 100)
+    widths, bands = {}, {}
+    for network, label in networks.items():
+        losses = run.need(f"{network}/progress_loss")  # (rates, seeds, K)
+        epochs = _in_epochs(run, f"{network}/progress_step")
+        width = probes.at_equal_loss(losses.mean(0), np.ptp(losses, 0), levels)
+        widths[label] = levels, width
+        reached = np.asarray(probes.at_equal_loss(losses, epochs, levels)).mean(1)
+        bands[label] = levels, reached
+    landscape_plots.curves(
+        widths,
+        x_label="mean training loss over the rates (nats)",
+        y_label="width of the band of losses (nats)",
+        ax=axes[0, 0],
+    )
+    # A band ends where the first of the rates no longer gets there.
+    landscape_plots.envelope(
+        bands,
+        x_label="training loss (nats)",
+        y_label="epochs until the loss is reached\n(fastest to slowest rate)",
+        log=True,
+        ax=axes[0, 1],
+    )
+    # The losses before the first interval of the log are interpolated.
+    steps = [run.need(f"{network}/progress_step")[..., 1] for network in networks]
+    axes[0, 1].set_ylim(bottom=np.min(steps) / run.need("steps_per_epoch"))
+    for ax in axes[0]:
+        ax.invert_xaxis()
+    axes[0, 0].get_legend().remove()
+    return figure
+
+
+def _gradient_at_equal_loss(run, networks):
+    """Measures along the gradient against the training loss at the probes."""
+    figure, axes = _rate_panels(run, rows=2, width=3, height=2.5, sharex=True)
+    measures = {
+        "grad_distances": "gradient distance (largest)",
+        "betas": "effective beta (largest)",
+    }
+    for row, (key, y_label) in zip(axes, measures.items(), strict=True):
+        x_label = "training loss (nats)" if key == "betas" else ""
+        for i, ax in enumerate(row):
+            curves = {}
+            for network, label in networks.items():
+                losses = loss_at_probes(run.arrays, network)[i].mean(0)
+                values = run.need(f"{network}/probe_{key}")[i].max(-1)
+                curves[label] = losses, values
+            landscape_plots.curves(
+                curves, x_label=x_label, y_label=y_label, log=True, ax=ax
+            )
+    axes[0, 0].invert_xaxis()  # shared
+    _share_labels(axes)
+    return figure
+
+
+def loss_at_probes(arrays: Mapping[str, np.ndarray], network: str) -> np.ndarray:
+    """The smallest training loss so far at each probe, (rates, seeds, P).
+
+    Args:
+      arrays: those of `landscape_arrays`.
+      network: one of the networks of the run.
+    """
+    if f"{network}/progress_loss" not in arrays:
+        raise _MissingError(f"{network}/progress_loss")
+    names = ("probe_step", "progress_step", "progress_loss")
+    probed, steps, losses = (arrays[f"{network}/{name}"] for name in names)
+    lowest = np.fmin.accumulate(losses, axis=-1)
+    found = np.empty(probed.shape)
+    for i in np.ndindex(probed.shape[:2]):
+        found[i] = np.interp(probed[i], steps[i], lowest[i])
+    return found
 
 
 def _consecutive_steps(run, networks):
@@ -1140,7 +1283,71 @@ def _psnr_against_size(run):
         # With more components the image is exact once it is rounded to 8 bits.
         psnr = psnr[psnr <= functa_plots.EXACT_TO_8_BITS]
         curves[label] = num_cells * np.arange(1, 1 + len(psnr)), psnr
-    return functa_plots.against_num_values(curves, y_label="test PSNR (dB)").figure
+    fields = _fields_in_results(run.config["dataset"]["name"], run.summary)
+    return functa_plots.against_num_values(
+        curves, fields, y_label="test PSNR (dB)"
+    ).figure
+
+
+def _fields_in_results(dataset, controls):
+    """{kind: (numbers per image, test PSNR, deviation)} of fields in `results/`.
+
+    Of runs that were tested on as many images of the data set as the controls.
+    """
+    points = {}
+    for folder in sorted(_RESULTS.glob("meta_learn_*")):
+        if not f"{folder.name}_".startswith(f"meta_learn_{dataset}_"):
+            continue
+        summary = files.read_json(folder / "summary.json")
+        if summary["num_test_images"] != controls["num_test_images"]:
+            continue
+        kind, size, _ = _code_of(folder)
+        point = (size, summary["test_psnr"], summary.get("test_psnr_std", np.nan))
+        points.setdefault(f"field, {kind}", []).append(point)
+    return {kind: tuple(np.transpose(rows)) for kind, rows in points.items()}
+
+
+def _code_of(folder):
+    """Kind and size of the latents of a run in `results/`, and its configuration."""
+    config = files.read_json(folder / "config.json")
+    if "run" in config:  # make_functaset
+        return _code_of(_RESULTS / "_".join(Path(config["run"]).parts[1:]))
+    model = config["model"]
+    if model["type"] != "SpatialSiren":
+        return "one latent", model["latent_dim"], config
+    kind = f"grid of {'x'.join(map(str, model['grid']))}"
+    return kind, math.prod(model["grid"]) * model["channels"], config
+
+
+def _accuracy_against_size(run):
+    """Of all heads in `results/` on latents and pixels of the data set."""
+    dataset, points = run.config["dataset"]["name"], {}
+    for folder in sorted(_RESULTS.glob("classify_functa_*")):
+        config = files.read_json(folder / "config.json")
+        summary = files.read_json(folder / "summary.json")
+        parts = Path(config["functaset"].replace("/seed{seed}", "")).parts[1:-1]
+        field = _RESULTS / "_".join(parts)
+        if dataset not in field.name.split("_") or not field.exists():
+            continue
+        features = config.get("features") or "latents"
+        kind, size, made = _code_of(field)
+        if features == "patches":
+            kind = "pixels of the cells"
+            model = made["model"]
+            size = math.prod((*model["grid"], *made["cell"], model["out_channels"]))
+        elif features != "latents":
+            continue
+        head = config["model"].get("type", "mlp")
+        label = f"{kind}: {head}"
+        deviation = summary.get("test_accuracy_std", np.nan)
+        point = (size, 100 * summary["test_accuracy"], 100 * deviation)
+        points.setdefault(label, []).append(point)
+    if not points:
+        raise _MissingError("accuracies in results/")
+    points = {label: tuple(np.transpose(rows)) for label, rows in points.items()}
+    return functa_plots.against_num_values(
+        {}, points, y_label="test accuracy (%)"
+    ).figure
 
 
 _CODES = {
@@ -1149,7 +1356,9 @@ _CODES = {
     "webp": "WebP without headers",
     "jpeg2000": "JPEG 2000 without headers",
 }
-_PUBLISHED = Path(__file__).parents[2] / "results" / "published" / "summary.json"
+# An installed copy has no results.
+_RESULTS = Path(__file__).parents[2] / "results"
+_PUBLISHED = _RESULTS / "published" / "summary.json"
 
 
 def _compress_functa(run):
@@ -1165,7 +1374,6 @@ def _psnr_against_bits(run):
         grid = name.removeprefix("klt_")
         label = _CODES.get(name, f"components of patches, grid of {grid}")
         curves[label] = curve["bpp"], curve["psnr"]
-    # An installed copy has no results.
     if run.summary["dataset"] == "cifar10" and _PUBLISHED.exists():
         published = files.read_json(_PUBLISHED)["coin_pp"]
         curves["COIN++, as published"] = published["bpp"], published["psnr"]
@@ -1297,12 +1505,16 @@ _META_LEARN = {
     "best_and_worst": _best_and_worst,
     "over_inner_steps": _over_inner_steps,
     "interpolation": _interpolation,
+    "reconstructions": _error_maps,
     "super_resolution": _super_resolution,
 }
 _CLASSIFY = {"accuracy": _classifier_accuracy, "confusion": _confusion}
-_CONTROLS = {"psnr_against_size": _psnr_against_size}
+_CONTROLS = {
+    "psnr_against_size": _psnr_against_size,
+    "accuracy_against_size": _accuracy_against_size,
+}
 _FIGURES: dict[str, Callable[[Run], dict[str, Callable[[], Any]]]] = {
-    "meta_learn": functools.partial(_bind, _META_LEARN),
+    "meta_learn": _meta_learn,
     "fit_image": _fit_image,
     "classify_functa": functools.partial(_bind, _CLASSIFY),
     "train_vit": functools.partial(_bind, {"training": _vit_training}),

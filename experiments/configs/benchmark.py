@@ -18,6 +18,8 @@ Variants:
   tracing: the channel graph and the structure of ViT-B/16, by lbi; without compiling.
   patches: the meta-step over 1,024 patches of 4x4 pixels, in groups of several sizes;
     under a minute on two cores.
+  spatial: encoding of 32 images into grids of 8x8 latents, with and without neighboring
+    cells, and a training step of the ConvNeXt on 32 grids; results/ has no run of it.
   curvature: eigenvalues, trace and density of the Hessian of an MLP; with
     --config.peers=experiments/peers those of PyHessian too; two minutes.
   paper: the meta-step at the size of the paper, with each sine and dtype. It needs a
@@ -72,6 +74,9 @@ def _tiny_sizes():
     rounded = {"dtype": "bfloat16", "reference": "meta"}
     sizes |= {"meta": tiny, "meta_bfloat16": tiny | rounded}
     sizes["encode"] = _encode("smoke", 4, 8)
+    sizes["encode_grids"] = _encode("smoke_spatial", 4, 8)
+    convnext = {"widths": (6, 8), "depths": (1, 1)}
+    sizes["head"] = _head(shape=(2, 2, 3), batch_size=4, num_steps=2) | convnext
     sizes |= _fits("smoke", "num_images", (1, 2), image_size=8, num_steps=2)
     methods = ("adam", "dessilbi_adam")
     sizes |= _trainings("lenet", "mnist", methods, batch_size=8, num_steps=2)
@@ -104,6 +109,23 @@ def _meta_step(width, depth, latent_dim, batch_size):
 def _encode(variant, batch_size, image_size):
     return dict(
         kind="encode", variant=variant, batch_size=batch_size, image_size=image_size
+    )
+
+
+def _head(**sizes):
+    return dict(kind="head", variant="cifar10_spatial_cpu", **sizes)
+
+
+def _spatial():
+    """Encoding of grids of latents, and the head on them."""
+    return _measured(
+        _products(1024, 8)
+        | {
+            "encode_grids": _encode("cifar10_spatial_cpu", 32, 32),
+            "encode_cells": _encode("cifar10_cells_cpu", 32, 32),
+            # A group of images of the variant's batches.
+            "head": _head(shape=(8, 8, 16), batch_size=32, num_steps=2),
+        }
     )
 
 
@@ -312,6 +334,7 @@ VARIANTS = {
     "tracing": _tracing(),
     "scaling": _scaling(),
     "patches": _patches(),
+    "spatial": _spatial(),
     "curvature": _curvature(),
     "paper": _paper(),
     "vit_b16": _vit_b16(),

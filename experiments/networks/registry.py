@@ -71,10 +71,18 @@ def count_multiply_adds(
         variables,
         jnp.zeros((1, *image_shape)),
     )
-    outputs = captured["intermediates"]
-    # Each weight of a kernel is used once per position of the output.
-    return sum(
-        math.prod(outputs[name]["__call__"][0].shape[1:-1]) * layer["kernel"].size
-        for name, layer in variables["params"].items()
-        if "kernel" in layer
-    )
+
+    def count(params, outputs):
+        total = 0
+        for name, layer in params.items():
+            if not isinstance(layer, dict):
+                continue  # a parameter of the module itself, in no matrix product
+            if "kernel" in layer:
+                # Each weight is used once per position of the output.
+                positions = outputs[name]["__call__"][0].shape[1:-1]
+                total += math.prod(positions) * layer["kernel"].size
+            else:
+                total += count(layer, outputs[name])
+        return total
+
+    return count(variables["params"], captured["intermediates"])

@@ -162,6 +162,20 @@ def load_renderable(path: str, run: str, learner: encoding.Learner) -> Functaset
     return whole
 
 
+def check_grid(path: str, functaset: Functaset, learner: encoding.Learner, images):
+    """Compares the latents with those that a field has for images (N, H, W, C).
+
+    Raises:
+      ValueError: if their shapes differ.
+    """
+    expected = tuple(learner.for_shape(images.shape[1:3]).model.latent_shape)
+    if functaset.latent.shape[1:] != expected:
+        raise ValueError(
+            f"{path} has latents {functaset.latent.shape[1:]}, but those of the field "
+            f"are {expected} for images of {images.shape[1]}x{images.shape[2]}."
+        )
+
+
 def load_images(functaset, split, data_dir):
     """The images of a split of a functaset.
 

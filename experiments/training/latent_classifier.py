@@ -89,15 +89,19 @@ def load(
     )
     if str(source["params_sha256"]) != params_sha256:
         raise ValueError(f"{path} classifies the latents of other weights.")
-    classified = json.loads(str(source["config"])).get("dataset")
+    made = json.loads(str(source["config"]))
+    classified = made.get("dataset")
     if classified != dataset:
         raise ValueError(
             f"{path} classifies {classified}, and the latents here are "
             f"those of {dataset}."
         )
-    if config.crop and tuple(config.crop) != latent_shape[:-1]:
+    grid = config.crop
+    if not grid and not made.get("padding"):
+        grid = made.get("model", {}).get("grid")
+    if grid and tuple(grid) != latent_shape[:-1]:
         raise ValueError(
-            f"{path} classifies windows {tuple(config.crop)}, and the grids here are "
+            f"{path} classifies grids {tuple(grid)}, and the grids here are "
             f"{latent_shape[:-1]}."
         )
     chosen = int(np.argmax(state["best"]["accuracy"]))
