@@ -137,8 +137,13 @@ def init_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     learner: encoding.Learner | None = None,
+    *,
+    num_coords: int = 2,
 ) -> TrainState:
-    """The state before the first step, from the seed or from a learner."""
+    """The state before the first step, from the seed or from a learner.
+
+    The positions of the points have `num_coords` coordinates.
+    """
     if learner is None:
         key_params, key_rates = jax.random.split(jax.random.key(config.seeds[0]))
         latent = model.initial_latent()
@@ -148,7 +153,8 @@ def init_state(
             shape = (config.inner.num_steps, *(shape or (1,)))
         low, high = config.inner.rate_range
         rates = jax.random.uniform(key_rates, shape, minval=low, maxval=high)
-        params = jax.jit(model.init)(key_params, jnp.zeros((1, 2)), latent)["params"]
+        coords = jnp.zeros((1, num_coords))
+        params = jax.jit(model.init)(key_params, coords, latent)["params"]
     else:
         params, latent, rates = learner.params, learner.latent, learner.learning_rate
     weights = {"params": params, "learning_rate": rates}
@@ -167,7 +173,13 @@ def init_state(
 
 
 def calibrated_rate(
-    model: nn.Module, params: Any, shape: Sequence[int], fraction: float
+    model: nn.Module,
+    params: Any,
+    shape: Sequence[int],
+    fraction: float,
+    *,
+    coords: np.ndarray | None = None,
+    weight: np.ndarray | None = None,
 ) -> jax.Array:
     """Learning rate of the inner loop at fraction / (largest eigenvalue at its start).
 
@@ -179,13 +191,17 @@ def calibrated_rate(
       params: its weights.
       shape: points of a signal along each axis.
       fraction: below 2.
+      coords: positions (*shape, d) of the points; by default those of a regular grid.
+      weight: weights (*shape) of the points, or None.
     """
-    coords = functa.coordinate_grid(shape)
+    coords = functa.coordinate_grid(shape) if coords is None else coords
 
     @jax.jit
     def find_eigenvalue(params):
         return functa.largest_eigenvalue(
-            lambda z: model.apply({"params": params}, coords, z), model.initial_latent()
+            lambda z: model.apply({"params": params}, coords, z),
+            model.initial_latent(),
+            weight=weight,
         )
 
     return fraction / (find_eigenvalue(params) * _num_cells(model))
@@ -229,9 +245,10 @@ def make_update(
     optimizer: optax.GradientTransformation,
     apply_fn: Callable[..., jax.Array] | None = None,
 ):
-    """The jitted outer step: (state, coords, targets, key) -> ...
+    """The jitted outer step: (state, coords, targets, key, weight) -> ...
 
     Coordinates are (N, d) and targets (B, N, C), or what `apply_fn` takes and returns.
+    The weights of the points are (N,), or None.
 
     Args:
       config: configuration of the run.
@@ -247,7 +264,7 @@ def make_update(
     apply_fn = apply_fn or model.apply
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated())
-    def update(state, coords, targets, key):
+    def update(state, coords, targets, key, weight=None):
         batch_size, num_points = len(targets), math.prod(targets.shape[1:-1])
         noise = None
         if inner.noise_std:
@@ -264,6 +281,7 @@ def make_update(
             noise=noise,
             num_groups=_num_groups(batch_size, num_points, config.points_per_group),
             first_order=inner.first_order,
+            weight=weight,
             **encoding.fit_options(config),
         )
         rate_grads = _num_cells(model) * rate_grads
@@ -352,10 +370,24 @@ def make_warm_update(
     return update
 
 
+def select_points(config: ConfigDict, num_points: int, step: int) -> Any:
+    """Index of the points of update number `step`: config.num_pixels of them, or all."""
+    if not 0 < config.num_pixels < num_points:
+        return slice(None)
+    rng = np.random.default_rng((config.seeds[0], step, 1))
+    return rng.choice(num_points, config.num_pixels, replace=False)
+
+
 def make_batch(
-    config: ConfigDict, images: np.ndarray, step: int
+    config: ConfigDict,
+    images: np.ndarray,
+    step: int,
+    coords: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The coordinates (N, d) and targets (B, N, C) of update number `step`."""
+    """The coordinates (N, d) and targets (B, N, C) of update number `step`.
+
+    The points of a signal are at `coords` (*shape, d), by default a regular grid.
+    """
     indices = data.batch_indices(
         config.seeds[0], step, num_examples=len(images), batch_size=config.batch_size
     )
@@ -365,13 +397,12 @@ def make_batch(
         factor = config.coarse_factor
         cells = (height // factor, factor, width // factor, factor)
         targets = targets.reshape(batch, *cells, channels).mean((2, 4))
-    coords = functa.coordinate_grid(targets.shape[1:3]).reshape(-1, 2)
+    if coords is None:
+        coords = functa.coordinate_grid(targets.shape[1:-1])
+    coords = coords.reshape(-1, coords.shape[-1])
     targets = targets.reshape(len(targets), -1, targets.shape[-1])  # (B, N, C)
-    if config.num_pixels and config.num_pixels < len(coords):
-        rng = np.random.default_rng((config.seeds[0], step, 1))
-        kept = rng.choice(len(coords), config.num_pixels, replace=False)
-        coords, targets = coords[kept], targets[:, kept]
-    return coords, targets
+    kept = select_points(config, len(coords), step)
+    return coords[kept], targets[:, kept]
 
 
 def train(
@@ -379,14 +410,19 @@ def train(
     model: nn.Module,
     images: np.ndarray,
     learner: encoding.Learner | None = None,
+    *,
+    coords: np.ndarray | None = None,
+    weight: np.ndarray | None = None,
 ) -> TrainState:
     """Meta-learns on images according to run.config; resumes from a checkpoint.
 
     Args:
       run: the open run folder.
       model: the field.
-      images: uint8 (N, H, W, C).
+      images: uint8 (N, H, W, C), or the values of fields, float32 (N, *shape, C).
       learner: start of the training; None starts from random weights.
+      coords: positions (*shape, d) of the points; by default those of a regular grid.
+      weight: weights (*shape) of the points in the loss, or None.
     """
     config = run.config
     num_steps = config.num_steps
@@ -394,10 +430,10 @@ def train(
     view = None
     if config.by_cells:
         # A cell is a signal of its own; a batch has cells of different images.
-        images = functa.spatial.layout(model, images.shape[1:3]).split(images)
+        images = functa.spatial.layout(model, images.shape[1:-1]).split(images)
         model = model.cell()
     elif config.cell:
-        view = functa.spatial.layout(model, images.shape[1:3], separate=False)
+        view = functa.spatial.layout(model, images.shape[1:-1], separate=False)
     apply_fn = view.apply_fn if view else model.apply
     optimizer = make_optimizer(config)
     update = make_update(config, model, optimizer, apply_fn)
@@ -417,22 +453,26 @@ def train(
     def advance(state, start, stop):
         losses, psnrs = [], []
         for step in range(start, stop):
-            coords, targets = make_batch(config, images, step)
+            points, targets = make_batch(config, images, step, coords)
+            weights = None
+            if weight is not None:
+                weights = weight.ravel()
+                weights = weights[select_points(config, len(weights), step)]
             if view:
                 targets = view.split(targets.reshape(-1, *images.shape[1:]))
-                coords = view.coords
+                points = view.coords
             if targets.shape not in compiled:
                 compiled.add(targets.shape)
                 run.say(f"compiling the outer step for batches of {targets.shape} ...")
             if step < num_warm_steps:
                 codes = warm.codes(targets, model.latent_shape)
                 state, loss, psnr = warm_update(
-                    state, coords, *devices.divide((targets, codes))
+                    state, points, *devices.divide((targets, codes))
                 )
             else:
                 step_key = jax.random.fold_in(key, step)
                 state, loss, psnr = update(
-                    state, coords, devices.divide(targets), step_key
+                    state, points, devices.divide(targets), step_key, weights
                 )
             losses.append(loss)
             psnrs.append(psnr)
@@ -452,12 +492,18 @@ def train(
             metrics["num_recoveries"] = int(state.guard.num_recoveries)
         return state, losses, metrics
 
-    state = init_state(config, model, optimizer, learner)
+    num_coords = images.ndim - 2 if coords is None else coords.shape[-1]
+    state = init_state(config, model, optimizer, learner, num_coords=num_coords)
     if warm is not None:
         state = _fill_rates(state, warm.rate)
     elif config.inner.calibration and learner is None:
         rate = calibrated_rate(
-            model, state.weights["params"], images.shape[1:-1], config.inner.calibration
+            model,
+            state.weights["params"],
+            images.shape[1:-1],
+            config.inner.calibration,
+            coords=coords,
+            weight=weight,
         )
         state = _fill_rates(state, rate)
     return loop.train(
