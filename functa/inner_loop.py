@@ -228,9 +228,7 @@ def optimize_latent(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def loss_fn(z):
-        return reconstruction_loss(
-            field, z, target, l2_weight=l2_weight, weight=weight
-        )
+        return reconstruction_loss(field, z, target, l2_weight=l2_weight, weight=weight)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 

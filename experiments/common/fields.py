@@ -29,6 +29,7 @@ from typing import NamedTuple
 import numpy as np
 
 import functa
+from experiments.common import files
 
 # Where the Debian packages put their files.
 WINDS = Path("/usr/share/ferret-vis/data")
@@ -271,6 +272,20 @@ def _make_synthetic_speech(root, say):
     return _make_speech(clips, ("low", "high"), [])
 
 
+def write_wav(path: Path, samples: np.ndarray) -> None:
+    """Writes samples (T,) in [-1, 1] as a WAV file; larger ones are clipped."""
+    content = np.int16(np.rint(np.clip(samples, -1, 1) * (2**15 - 1))).astype("<i2")
+
+    def write(file):
+        with wave.open(file, "wb") as sound:
+            sound.setnchannels(1)
+            sound.setsampwidth(2)
+            sound.setframerate(SAMPLE_RATE)
+            sound.writeframes(content.tobytes())
+
+    files.write_atomic(path, write, mode="wb")
+
+
 # --- furniture ---
 
 
@@ -383,9 +398,7 @@ def _read_model(file, entry):
         rotation = np.array(entry["modelRotation"].split(), np.float64)
         vertices = vertices @ rotation.reshape(3, 3).T
     # The models have y upward and z to the front.
-    return voxelize(
-        vertices[:, [0, 2, 1]], triangles, num_points=_NUM_SURFACE_POINTS
-    )
+    return voxelize(vertices[:, [0, 2, 1]], triangles, num_points=_NUM_SURFACE_POINTS)
 
 
 def _load_furniture(root, say):

@@ -19,7 +19,8 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from experiments.common import devices, files  # noqa: E402
+from experiments.common import devices, fields, files  # noqa: E402
+from functa import metrics as functa_metrics  # noqa: E402
 from functa import plots as functa_plots  # noqa: E402
 from landscape import curvature  # noqa: E402
 from landscape import plots as landscape_plots  # noqa: E402
@@ -281,6 +282,49 @@ def _super_resolution(run):
             for name, images in rows.items()
         ],
         size=1.8,
+    )
+
+
+def _meta_learn(run):
+    if run.config["dataset"]["name"] in fields.NAMES:
+        return _bind({"psnr": _meta_psnr, "fields": _fields}, run)
+    return _bind(_META_LEARN, run)
+
+
+def _fields(run):
+    """Signals beside their fields and linear control, drawn by their number of axes."""
+    signals, code = run.need("signals"), run.need("fields")
+    model = run.config["model"]
+    if "grid" in model:
+        cells = "x".join(map(str, model["grid"]))
+        labels = [f"field, {cells}x{model['channels']} numbers", "principal components"]
+    else:
+        labels = [f"field, {model['latent_dim']} numbers", "EOF"]
+    codes = dict(zip(labels, (code, run.need("controls")), strict=True))
+    if signals.ndim == 3:
+        noise, power = (np.square(x).mean((1, 2)) for x in (code - signals, signals))
+        return functa_plots.waveforms(
+            signals[..., 0],
+            {label: values[..., 0] for label, values in codes.items()},
+            sample_rate=fields.SAMPLE_RATE,
+            row_labels=[
+                f"SNR of the field {snr:.1f} dB" for snr in 10 * np.log10(power / noise)
+            ],
+        )
+    if signals.ndim == 5:
+        rows = {"shape": signals} | codes
+        return functa_plots.voxel_grid(
+            {label: values[..., 0] for label, values in rows.items()},
+            column_titles=[
+                f"IoU of the field {value:.2f}"
+                for value in np.asarray(functa_metrics.iou(code, signals))
+            ],
+        )
+    return functa_plots.globes(
+        signals,
+        codes,
+        run.need("coords"),
+        row_labels=["least error", "", "", "largest error"],
     )
 
 
@@ -1273,7 +1317,7 @@ _META_LEARN = {
 _CLASSIFY = {"accuracy": _classifier_accuracy, "confusion": _confusion}
 _CONTROLS = {"psnr_against_size": _psnr_against_size}
 _FIGURES: dict[str, Callable[[Run], dict[str, Callable[[], Any]]]] = {
-    "meta_learn": functools.partial(_bind, _META_LEARN),
+    "meta_learn": _meta_learn,
     "fit_image": _fit_image,
     "classify_functa": functools.partial(_bind, _CLASSIFY),
     "train_vit": functools.partial(_bind, {"training": _vit_training}),

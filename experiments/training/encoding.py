@@ -137,13 +137,34 @@ def load_learner(workdir: str | Path) -> Learner:
         if learner.cell is not None:
             # Training on cells stores the latent of one cell.
             latent = model.initial_latent()
-        coords = jnp.zeros((1, learner.params["layer_0"]["kernel"].shape[0]))
+        coords = jnp.zeros((1, len(learner.params["layer_0"]["kernel"])))
         variables = {"params": learner.params}
         jax.eval_shape(model.apply, variables, coords, latent)
     for leaf in jax.tree.leaves(learner[1:4]):
         if not np.isfinite(leaf).all():
             raise ValueError(f"the weights of {workdir} are not finite.")
     return learner
+
+
+def points_of(
+    model: nn.Module, dataset: data.Dataset
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The positions and weights of the points of a data set, as `Learner` has them.
+
+    Raises:
+      ValueError: if the model has a grid of latents and the points are no regular grid
+        or have weights.
+    """
+    coords, weight = dataset.coords, dataset.weight
+    if coords is None or not isinstance(model, functa.SpatialSiren):
+        return coords, weight
+    regular = functa.coordinate_grid(coords.shape[:-1])
+    if weight is not None or not np.array_equal(coords, regular):
+        raise ValueError(
+            "a SpatialSiren needs points on a regular grid without weights; for points "
+            "of the sphere set model.type to LatentModulatedSiren."
+        )
+    return None, None
 
 
 def make_learner(config: ConfigDict, state: dict[str, Any]) -> Learner:
