@@ -116,7 +116,8 @@ def fit_latent(
       learning_rate: one rate (); one per latent entry (*Z), as in Meta-SGD; or rates
         per step (S, ...), whose axes after the first broadcast to (*Z). A shape
         equal to (*Z) always means one rate per entry.
-      l2_weight, weight: see `reconstruction_loss`.
+      l2_weight: see `reconstruction_loss`.
+      weight: see `reconstruction_loss`.
       noise: (*Z), added to the fitted latent before the last loss is computed, which
         makes the weights robust to it; None adds nothing.
       first_order: treat each gradient as a constant when differentiating the result.
@@ -220,7 +221,8 @@ def optimize_latent(
       target: the signal, any shape.
       optimizer: applied to the latent; `optax.lbfgs()` with its line search works too.
       num_steps: S, a Python int.
-      l2_weight, weight: see `reconstruction_loss`.
+      l2_weight: see `reconstruction_loss`.
+      weight: see `reconstruction_loss`.
 
     Returns:
       The fitted latent (*Z) and the losses before each step and after the last.

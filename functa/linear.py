@@ -113,7 +113,7 @@ def fit_pca(
 
 
 def _fit_few(signals, num_components, grid):
-    """Components of fewer cells than a cell has values, by the singular value decomposition."""
+    """Components of fewer cells than a cell has values, by singular vectors."""
     cells = np.concatenate(list(_blocks(signals, grid)), dtype=np.float64)
     if not np.isfinite(cells).all():
         raise ValueError("signals have values that are not finite.")

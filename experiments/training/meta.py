@@ -371,7 +371,7 @@ def make_warm_update(
 
 
 def select_points(config: ConfigDict, num_points: int, step: int) -> Any:
-    """Index of the points of update number `step`: config.num_pixels of them, or all."""
+    """Index of the points of update `step`: config.num_pixels of them, or all."""
     if not 0 < config.num_pixels < num_points:
         return slice(None)
     rng = np.random.default_rng((config.seeds[0], step, 1))
