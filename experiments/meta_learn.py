@@ -306,7 +306,8 @@ def _compare_fields(run, learner, loaded):
         if (name, key) != ("test", "psnr")  # That of the encoding stands for it.
     }
     # The signals at four places of the order of their errors.
-    order = np.argsort(np.square(codes["test"] - test).mean(range(1, test.ndim)))
+    axes = tuple(range(1, test.ndim))
+    order = np.argsort(np.square(codes["test"] - test).mean(axes))
     chosen = order[np.linspace(0, len(order) - 1, 4).round().astype(int)]
     low, high = loaded.bounds
     shown = {"signals": test, "fields": codes["test"], "controls": codes["pca"]}
