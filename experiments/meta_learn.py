@@ -96,23 +96,17 @@ def _complete_config(config, shape, *, is_image):
             f"num_pixels must be at most {math.prod(points)}, the points of one of the "
             f"{kind}, got {config.num_pixels}."
         )
-    if config.warm_start_steps and config.num_pixels:
-        raise ValueError(
-            "warm_start_steps needs all points of a signal; set num_pixels to 0."
-        )
 
 
 def _check_training(config, loaded):
     """Makes model and optimizers, to refuse their fields before the training."""
     with settings.blamed_on("model"):
         model = functaset.make_model(config.model.to_dict())
-        coords, weight = encoding.points_of(model, loaded)
+        coords, _ = encoding.points_of(model, loaded)
         num_coords = data.signals(loaded.splits["train"]).ndim - 2
         num_coords = num_coords if coords is None else coords.shape[-1]
         point, latent = jnp.zeros((1, num_coords)), model.initial_latent()
         jax.eval_shape(model.init, jax.random.key(0), point, latent)
-    if config.warm_start_steps and weight is not None:
-        raise ValueError("warm_start_steps is for points without weights; set it to 0.")
     meta.make_optimizer(config)
     with settings.blamed_on("eval.optimizer"):
         optimizer = _make_further_optimizer(config.eval)

@@ -85,16 +85,19 @@ def test_points_of_weight_zero_have_no_influence():
 
 
 def test_weighted_meta_gradient_is_that_of_the_whole_loss():
-    model = functa.LatentModulatedSiren(width=5, depth=3, latent_dim=2, out_channels=2)
+    def apply_fn(variables, coords, latent):
+        params = variables["params"]
+        return jnp.sin(coords @ params["a"] + jnp.expand_dims(latent @ params["b"], 0))
+
     coords = fields.sphere(np.array([-40.0, 10.0, 70.0]), np.array([0.0, 90.0, 200.0]))
-    latent = model.initial_latent()
-    params = model.init(jax.random.key(0), coords, latent)["params"]
+    latent = jnp.zeros(2)
+    params = {"a": jnp.arange(6.0).reshape(3, 2), "b": jnp.array([[1.0, 2], [3, -1]])}
     targets = jax.random.normal(jax.random.key(1), (4, 3, 2))
     options = {"num_steps": 2, "weight": jnp.array(WEIGHT)}
 
     def outer(params, rate):
         _, info = functa.fit_batch(
-            model.apply,
+            apply_fn,
             params,
             latent,
             coords,
@@ -106,7 +109,7 @@ def test_weighted_meta_gradient_is_that_of_the_whole_loss():
 
     rate = jnp.array([0.1, 0.2])
     grads, _ = functa.meta_gradient(
-        model.apply,
+        apply_fn,
         params,
         latent,
         coords,
@@ -308,7 +311,7 @@ def test_clips_that_cannot_be_used(tmp_path):
     bad.unlink()
     for path in (tmp_path / "it_X_f_A").rglob("*.wav"):
         write_clip(path, np.ones(100))
-    with pytest.raises(ValueError, match="window of it: clips must have at least 8000"):
+    with pytest.raises(ValueError, match="there is no .* window of"):
         fields.load_fields("speech", tmp_path, say=lambda line: None)
 
 

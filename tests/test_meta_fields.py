@@ -49,8 +49,6 @@ def test_smoke_runs(tmp_path, name, shape):
     [
         ({"coarse_steps": 5}, "coarse_steps is for images"),
         ({"num_pixels": 313}, "num_pixels must be at most 312"),
-        ({"warm_start_steps": 5}, "set num_pixels to 0"),
-        ({"warm_start_steps": 5, "num_pixels": 0}, "points without weights"),
         ({"by_cells": True}, "by_cells needs model.type SpatialSiren"),
     ],
 )

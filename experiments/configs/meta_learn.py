@@ -189,6 +189,7 @@ _WINDS = {
     "num_steps": 3000,
     "optimizer.ema_decay": 0.99,
     "points_per_group": 4096,
+    "warm_start_steps": 1000,
 }
 _SPEECH = {
     **_SPATIAL,
@@ -222,6 +223,7 @@ VARIANTS = {
         "dataset.name": "synthetic_winds",
         "model.latent_dim": 8,
         "num_pixels": 100,
+        "warm_start_steps": 5,
     },
     "speech": _SPEECH,
     "smoke_speech": {

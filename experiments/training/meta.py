@@ -293,9 +293,13 @@ def make_update(
     return update
 
 
-# Deviation of the warm-started latents: components are divided by this number. The
-# latents of CIFAR-10 then have deviations below 0.2, and the rates are near 0.3.
-_WARM_SCALE = 9.0
+def _warm_scale(size):
+    """Number by which components of signals of `size` values are divided.
+
+    The latents of CIFAR-10, with 48 values in a cell, then have deviations below 0.2,
+    and the rates are near 0.3. The components of larger signals are larger.
+    """
+    return 9.0 * max(size / 48, 1) ** 0.5
 
 
 class WarmStart(NamedTuple):
@@ -321,7 +325,7 @@ class WarmStart(NamedTuple):
         The targets are (B, N, C), with n values each, or grids of cells of n values.
         """
         flat = targets.reshape(-1, len(self.mean)) - self.mean
-        codes = flat @ self.components.T / _WARM_SCALE
+        codes = flat @ self.components.T / _warm_scale(len(self.mean))
         size = math.prod(shape) * len(targets) // len(codes)
         codes = np.pad(codes, ((0, 0), (0, size - codes.shape[1])))
         return np.float32(codes.reshape(-1, *shape))
@@ -331,10 +335,11 @@ def make_warm_start(signals: np.ndarray, latent_size: int) -> WarmStart:
     """Principal components of the signals (N, *shape, C), at most 10^6 of them."""
     size = math.prod(signals.shape[1:])
     signals = signals[:: max(1, len(signals) // 10**6)]
-    pca = functa.linear.fit_pca(signals, min(latent_size, size))
-    return WarmStart(
-        np.float32(pca.mean), np.float32(pca.components), size / (2 * _WARM_SCALE**2)
-    )
+    # Few signals have fewer components than values.
+    num = min(latent_size, size, max(len(signals) - 1, 1))
+    pca = functa.linear.fit_pca(signals, num)
+    rate = size / (2 * _warm_scale(size) ** 2)
+    return WarmStart(np.float32(pca.mean), np.float32(pca.components), rate)
 
 
 def make_warm_update(
@@ -345,15 +350,18 @@ def make_warm_update(
 ):
     """The jitted regression of targets (B, ..., C) on their codes (B, *Z).
 
-    The arguments are those of `make_update`.
+    The arguments are those of `make_update`; the function that is returned also takes
+    the weights of the points, (...), or None.
     """
     apply_fn = apply_fn or model.apply
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated())
-    def update(state, coords, targets, codes):
+    def update(state, coords, targets, codes, weight=None):
         def loss_fn(params):
             fields = jax.vmap(lambda z: apply_fn({"params": params}, coords, z))
             error = jnp.square(fields(codes) - targets)
+            if weight is not None:
+                error = error * (weight / weight.mean()).reshape(1, *weight.shape, 1)
             return error.mean(range(1, error.ndim))
 
         def mean_loss(params):
@@ -378,6 +386,12 @@ def select_points(config: ConfigDict, num_points: int, step: int) -> Any:
     return rng.choice(num_points, config.num_pixels, replace=False)
 
 
+def _batch_indices(config, images, step):
+    return data.batch_indices(
+        config.seeds[0], step, num_examples=len(images), batch_size=config.batch_size
+    )
+
+
 def make_batch(
     config: ConfigDict,
     images: np.ndarray,
@@ -388,10 +402,7 @@ def make_batch(
 
     The points of a signal are at `coords` (*shape, d), by default a regular grid.
     """
-    indices = data.batch_indices(
-        config.seeds[0], step, num_examples=len(images), batch_size=config.batch_size
-    )
-    targets = data.to_float(images[indices])
+    targets = data.to_float(images[_batch_indices(config, images, step)])
     if step < config.coarse_steps:
         batch, height, width, channels = targets.shape
         factor = config.coarse_factor
@@ -437,7 +448,7 @@ def train(
     apply_fn = view.apply_fn if view else model.apply
     optimizer = make_optimizer(config)
     update = make_update(config, model, optimizer, apply_fn)
-    warm, num_warm_steps = None, 0
+    warm, all_codes, num_warm_steps = None, None, 0
     if config.warm_start_steps and learner is None:
         num_warm_steps = config.warm_start_steps
         signals, size = images, math.prod(model.latent_shape)
@@ -445,7 +456,12 @@ def train(
             signals = functa.spatial.split_cells(images, model.grid)
             signals = signals.reshape(-1, *config.cell, images.shape[-1])
             size = model.channels
+        if weight is not None:  # The components have the weights of the loss.
+            signals = signals * np.sqrt(weight)[..., None]
         warm = make_warm_start(signals, size)
+        if config.num_pixels or weight is not None:
+            # A batch does not have all values that the codes are made of.
+            all_codes = warm.codes(data.to_float(signals), model.latent_shape)
         warm_update = make_warm_update(config, model, optimizer, apply_fn)
     key = jax.random.key(config.seeds[0] + 1)
     compiled = set()
@@ -465,9 +481,12 @@ def train(
                 compiled.add(targets.shape)
                 run.say(f"compiling the outer step for batches of {targets.shape} ...")
             if step < num_warm_steps:
-                codes = warm.codes(targets, model.latent_shape)
+                if all_codes is None:
+                    codes = warm.codes(targets, model.latent_shape)
+                else:
+                    codes = all_codes[_batch_indices(config, images, step)]
                 state, loss, psnr = warm_update(
-                    state, points, *devices.divide((targets, codes))
+                    state, points, *devices.divide((targets, codes)), weights
                 )
             else:
                 step_key = jax.random.fold_in(key, step)
