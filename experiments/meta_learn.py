@@ -299,9 +299,12 @@ def _compare_fields(run, learner, loaded):
         for key, value in values.items()
         if (name, key) != ("test", "psnr")  # That of the encoding stands for it.
     }
-    # The signals at four places of the order of their errors.
+    # Four signals of at least median power, from the least relative error on.
     axes = tuple(range(1, test.ndim))
-    order = np.argsort(np.square(codes["test"] - test).mean(axes))
+    power = np.square(test - test.mean(axis=axes[:-1], keepdims=True)).mean(axes)
+    error = np.square(codes["test"] - test).mean(axes) / np.maximum(power, 1e-12)
+    order = np.argsort(np.where(power >= np.median(power), error, np.inf))
+    order = order[: (len(order) + 1) // 2]
     chosen = order[np.linspace(0, len(order) - 1, 4).round().astype(int)]
     low, high = loaded.bounds
     shown = {"signals": test, "fields": codes["test"], "controls": codes["pca"]}

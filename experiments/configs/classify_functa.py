@@ -216,8 +216,7 @@ VARIANTS = {
     "digits_spatial_vit": _DIGITS_VIT,
     "speech": _DIGITS_VIT
     | {"functaset": "runs/meta_learn/speech/functaset.npz", "num_epochs": 30},
-    "furniture": _DIGITS_VIT
-    | {"functaset": "runs/meta_learn/furniture/functaset.npz"},
+    "furniture": _DIGITS_VIT | {"functaset": "runs/meta_learn/furniture/functaset.npz"},
     "fashion_mnist": _DIGITS_VIT
     | {
         "candidates.ema_decay": (0.998,),
