@@ -21,6 +21,7 @@ import time
 import warnings
 import wave
 import zipfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,6 +43,15 @@ LANGUAGES = ("en", "es", "fr", "it", "ru")
 NUM_VOXELS = 16
 # Points on the surface of a model. Its faces have at most 6 x 16^2 voxels in a box.
 _NUM_SURFACE_POINTS = 60_000
+# What `zipfile` raises on damaged and on encrypted files.
+_BROKEN_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    KeyError,
+    OSError,
+    EOFError,
+    RuntimeError,
+)
 # Bytes of a 3-D model as text; the largest of the package has 9 MB.
 _MAX_MODEL_BYTES = 2**27
 
@@ -423,7 +433,7 @@ def _load_furniture(root, say):
                     if time.monotonic() - last > 10:
                         say(f"{path.name}: model {number} of {len(entries)}")
                         last = time.monotonic()
-        except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
+        except _BROKEN_ZIP as error:
             raise ValueError(
                 f"{path} is not a readable library of furniture: {error}"
             ) from None

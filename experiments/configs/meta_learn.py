@@ -25,12 +25,17 @@ Variants:
   cifar10_spatial: the grid of cifar10_spatial_cpu at the size of Spatial Functa, width
     256 and depth 6; 38.7 dB in 3 minutes on one H200
     (results/meta_learn_cifar10_spatial).
-  winds: monthly winds over the globe as fields on the sphere, 64 numbers each
-    (apt-get install ferret-datasets); results/ has no run of it.
-  speech: seconds of speech as 40 cells of 200 samples, 32 numbers each (apt-get install
-    asterisk-core-sounds-{en,es,fr,it,ru}-wav); results/ has no run of it.
-  furniture: 3-D models as 16x16x16 voxels with a 4x4x4 grid of latents of 16 numbers
-    (apt-get install sweethome3d-furniture); results/ has no run of it.
+  winds: monthly winds over the globe as fields on the sphere, 64 numbers each, beside
+    64 EOF of the same months (apt-get install ferret-datasets); a quarter of an hour is
+    expected on two cores; results/ has no run of it.
+  speech: seconds of speech as 40 cells of 200 samples, 32 numbers each, beside 32
+    principal components of the cells (apt-get install
+    asterisk-core-sounds-{en,es,fr,it,ru}-wav); half an hour is expected on two cores;
+    results/ has no run of it.
+  furniture: 3-D models as 16x16x16 voxels with a 4x4x4 grid of latents of 16 numbers,
+    beside 16 principal components of the cells (apt-get install
+    sweethome3d-furniture); half an hour is expected on two cores; results/ has no run
+    of it.
   smoke_winds, smoke_speech, smoke_furniture: the synthetic twins of these data sets,
     which need no download, with tiny networks and 20 steps; seconds.
   folder: photographs of --config.dataset.data_dir at 64x64 pixels, with a 16x16 grid of
@@ -193,7 +198,7 @@ _WINDS = {
 }
 _SPEECH = {
     **_SPATIAL,
-    "batch_size": 64,
+    "batch_size": 32,
     "dataset.name": "speech",
     "eval.more_steps": 17,
     "log_every": 200,
