@@ -53,7 +53,7 @@ def test_one_weighted_step_is_the_closed_form():
     expected = -0.1 * 2 * np.einsum("ncz,nc->z", matrix, error)
     chex.assert_trees_all_close(z, expected, rtol=1e-4)
     _, last = functa.reconstruction_loss(field, z, target, weight=WEIGHT)
-    assert info.mse[-1] == pytest.approx(last, rel=1e-6)
+    assert info.mse[-1] == pytest.approx(float(last), rel=1e-6)
 
 
 def test_equal_weights_are_no_weights_and_none_is_the_same_program():
