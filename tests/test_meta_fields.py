@@ -12,7 +12,11 @@ from experiments.training import controls, encoding
 
 @pytest.mark.parametrize(
     "name, shape",
-    [("winds", (8,)), ("speech", (40, 6)), ("furniture", (4, 4, 4, 4))],
+    [
+        ("winds", (8,)),
+        pytest.param("speech", (40, 6), marks=pytest.mark.slow),
+        pytest.param("furniture", (4, 4, 4, 4), marks=pytest.mark.slow),
+    ],
 )
 def test_smoke_runs(tmp_path, name, shape):
     config = configs.get_config(f"smoke_{name}")

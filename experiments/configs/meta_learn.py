@@ -30,8 +30,8 @@ Variants:
     expected on two cores; results/ has no run of it.
   speech: seconds of speech as 40 cells of 200 samples, 32 numbers each, beside 32
     principal components of the cells (apt-get install
-    asterisk-core-sounds-{en,es,fr,it,ru}-wav); half an hour is expected on two cores;
-    results/ has no run of it.
+    asterisk-core-sounds-{en,es,fr,it,ru}-wav); an hour is expected on two cores, half
+    of it for the functaset; results/ has no run of it.
   furniture: 3-D models as 16x16x16 voxels with a 4x4x4 grid of latents of 16 numbers,
     beside 16 principal components of the cells (apt-get install
     sweethome3d-furniture); half an hour is expected on two cores; results/ has no run
@@ -200,7 +200,9 @@ _SPEECH = {
     **_SPATIAL,
     "batch_size": 32,
     "dataset.name": "speech",
+    "eval.more_images": 16,
     "eval.more_steps": 17,
+    "eval.num_images": 300,
     "log_every": 200,
     # A cell has 200 samples: the first layer needs high frequencies.
     "model": _SPATIAL["model"]
