@@ -26,8 +26,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         learner = learner.with_steps(config.inner.num_steps)
     dataset = load_dataset(config, learner.model_config["out_channels"])
     devices.say(dataset.found)
-    shape = next(iter(dataset.splits.values()))["image"].shape[1:3]
-    learner.for_padded(shape, config.padding)
+    signals = data.signals(next(iter(dataset.splits.values())))
+    learner.for_padded(signals.shape[1:-1], config.padding)
+    coords, weight = encoding.points_of(learner.model, dataset)
+    learner = learner._replace(coords=coords, weight=weight)
 
     def experiment(run):
         run.say("compiling the inner loop ...")
@@ -49,7 +51,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def load_dataset(config: ConfigDict, out_channels: int) -> data.Dataset:
-    """The first config.num_images images and labels of each split of config.splits.
+    """The first config.num_images signals and labels of each split of config.splits.
 
     Without a name in config.dataset, its fields that are not set become those of
     config.run.
@@ -59,15 +61,17 @@ def load_dataset(config: ConfigDict, out_channels: int) -> data.Dataset:
         channels of the images differs from that of the model.
     """
     _adopt_dataset(config)
-    dataset = data.load_dataset(splits=config.splits, **config.dataset)
+    dataset = data.load_dataset(
+        splits=config.splits, with_fields=True, **config.dataset
+    )
     for split, arrays in dataset.splits.items():
-        channels = arrays["image"].shape[-1]
+        channels = data.signals(arrays).shape[-1]
         if channels != out_channels:
             raise ValueError(
-                f"the images of {config.dataset.name} have {channels} channels, but "
+                f"the signals of {config.dataset.name} have {channels} channels, but "
                 f"the fields of {config.run} have {out_channels}."
             )
-        stop = config.num_images or len(arrays["image"])
+        stop = config.num_images or len(arrays["label"])
         dataset.splits[split] = {name: array[:stop] for name, array in arrays.items()}
     return dataset
 

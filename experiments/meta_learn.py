@@ -17,7 +17,15 @@ import optax
 from ml_collections import ConfigDict
 
 import functa
-from experiments.common import data, devices, figures, files, launch, settings
+from experiments.common import (
+    data,
+    devices,
+    fields,
+    figures,
+    files,
+    launch,
+    settings,
+)
 from experiments.common.sweep import sweep
 from experiments.configs import meta_learn as configs
 from experiments.training import controls, encoding, meta, optimizers
@@ -27,20 +35,23 @@ from functa import functaset
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
     settings.check(config, configs.RULES)
-    loaded = data.load_dataset(**config.dataset)
+    loaded = data.load_dataset(with_fields=True, **config.dataset)
     devices.say(loaded.found)
     dataset = loaded.splits
     learner = None
     if config.init_from:
         learner = encoding.load_learner(config.init_from)
         _adopt(config, learner)
-    _complete_config(config, dataset["train"]["image"].shape)
-    _check_training(config)
+    signals = data.signals(dataset["train"])
+    _complete_config(config, signals.shape, is_image=signals.dtype == np.uint8)
+    _check_training(config, loaded)
 
     def experiment(run):
         model = functaset.make_model(run.config.model.to_dict())
-        state = meta.train(run, model, dataset["train"]["image"], learner)
+        coords, weight = encoding.points_of(model, loaded)
+        state = meta.train(run, model, signals, learner, coords=coords, weight=weight)
         trained = encoding.make_learner(run.config, vars(state))
+        trained = trained._replace(coords=coords, weight=weight)
         return _evaluate(run, trained, loaded)
 
     return sweep(config, workdir, experiment)
@@ -63,12 +74,13 @@ def _adopt(config, learner):
         config.inner[name] = value
 
 
-def _complete_config(config, shape):
+def _complete_config(config, shape, *, is_image):
     """Sets the number of channels, and checks the fields that depend on the data."""
-    num_images, height, width, channels = shape
+    num_images, *points, channels = shape
+    kind = "images" if is_image else "fields"
     if config.model.out_channels not in (None, channels):
         raise ValueError(
-            f"config.model.out_channels is {config.model.out_channels}, but the images "
+            f"config.model.out_channels is {config.model.out_channels}, but the {kind} "
             f"have {channels} channels."
         )
     config.model.out_channels = channels
@@ -77,30 +89,33 @@ def _complete_config(config, shape):
             raise ValueError(
                 f"model.{name} must be at least 1, got {config.model[name]}."
             )
-    _complete_cells(config, (height, width))
+    _complete_cells(config, points, kind)
     if config.by_cells:
         num_images *= math.prod(config.model.grid)
     # Refuses a batch that is larger than the data set.
     data.batch_indices(0, 0, num_examples=num_images, batch_size=config.batch_size)
     devices.check_divisible(config.batch_size)
-    factor = config.coarse_factor
-    if config.coarse_steps and (height % factor or width % factor):
+    factor, by = config.coarse_factor, "x".join(map(str, points))
+    if config.coarse_steps and not is_image:
+        raise ValueError("coarse_steps is for images; set it to 0.")
+    if config.coarse_steps and any(side % factor for side in points):
+        raise ValueError(f"coarse_factor {factor} does not divide the images' {by}.")
+    if config.num_pixels > math.prod(points):
         raise ValueError(
-            f"coarse_factor {factor} does not divide the images' {height}x{width}."
-        )
-    if config.num_pixels > height * width:
-        raise ValueError(
-            f"num_pixels must be at most {height * width}, the pixels of an image, got "
-            f"{config.num_pixels}."
+            f"num_pixels must be at most {math.prod(points)}, the points of one of the "
+            f"{kind}, got {config.num_pixels}."
         )
 
 
-def _check_training(config):
+def _check_training(config, loaded):
     """Makes model and optimizers, to refuse their fields before the training."""
     with settings.blamed_on("model"):
         model = functaset.make_model(config.model.to_dict())
-        latent = model.initial_latent()
-        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2)), latent)
+        coords, _ = encoding.points_of(model, loaded)
+        num_coords = data.signals(loaded.splits["train"]).ndim - 2
+        num_coords = num_coords if coords is None else coords.shape[-1]
+        point, latent = jnp.zeros((1, num_coords)), model.initial_latent()
+        jax.eval_shape(model.init, jax.random.key(0), point, latent)
     meta.make_optimizer(config)
     with settings.blamed_on("eval.optimizer"):
         optimizer = _make_further_optimizer(config.eval)
@@ -120,7 +135,7 @@ def _make_further_optimizer(settings):
     return make(optax.cosine_decay_schedule(settings.learning_rate, steps))
 
 
-def _complete_cells(config, shape):
+def _complete_cells(config, shape, kind):
     """Sets the size of a cell; checks the fields that concern grids of latents."""
     model = functaset.make_model(config.model.to_dict())
     spatial = isinstance(model, functa.SpatialSiren)
@@ -133,14 +148,14 @@ def _complete_cells(config, shape):
             raise ValueError("cell is for a SpatialSiren with interpolation nearest.")
     if not spatial:
         return
-    grid = "x".join(map(str, model.grid))
-    if len(model.grid) != 2 or any(
+    grid, by = ("x".join(map(str, sizes)) for sizes in (model.grid, shape))
+    if len(model.grid) != len(shape) or any(
         cells < 1 or points % cells
         for points, cells in zip(shape, model.grid, strict=True)
     ):
         raise ValueError(
-            f"model.grid must divide the images of {shape[0]}x{shape[1]} pixels, got "
-            f"{grid}."
+            f"model.grid must divide the {kind} of {by} "
+            f"{'pixels' if kind == 'images' else 'points'}, got {grid}."
         )
     if model.interpolation != "nearest":
         return
@@ -153,7 +168,7 @@ def _complete_cells(config, shape):
     if config.by_cells and not model.separable:
         raise ValueError(
             f"by_cells needs model.kernel_size 1, got {model.kernel_size}; with "
-            "by_cells=False whole images are trained."
+            f"by_cells=False whole {kind} are trained."
         )
     if config.coarse_steps or config.num_pixels:
         raise ValueError(
@@ -168,7 +183,7 @@ def _evaluate(run, learner, loaded):
     batch_size = config.eval.batch_size
     mse = {}
     for split, num_images in ("test", config.eval.num_images), ("train", _NUM_TRAIN):
-        images = dataset[split]["image"]
+        images = data.signals(dataset[split])
         encoded = encoding.encode(
             learner, images[: num_images or len(images)], batch_size=batch_size
         )
@@ -185,19 +200,28 @@ def _evaluate(run, learner, loaded):
             say=run.say,
         )
         written = {f"functaset_{name}": value for name, value in summary.items()}
-    further = _fit_further(learner, dataset["test"]["image"], config.eval)
+    further = _fit_further(learner, data.signals(dataset["test"]), config.eval)
     further_psnr = np.asarray(functa.psnr(further)).mean(0)
     num_steps = learner.inner["num_steps"]
-    arrays = _showcase(learner, dataset, mse, further_psnr, batch_size)
+    # What linear codes with as many values reach on the same images.
+    if "image" in dataset["test"]:
+        linear = controls.linear_controls(
+            dataset, learner.model.latent_shape, num_images=config.eval.num_images
+        )
+        arrays = _showcase(learner, dataset, mse, batch_size)
+    else:
+        run.say("computing the linear control ...")
+        linear, arrays = _compare_fields(run, learner, loaded)
+    arrays |= {
+        "further_psnr": further_psnr,
+        "num_steps": np.array(num_steps),
+        "test_psnr": np.asarray(functa.psnr(mse["test"][:, -1])),
+    }
     files.write_npz(run.workdir / "arrays.npz", arrays)
     figures.draw(run.workdir)
     metrics = run.metrics()
     if config.max_drop and metrics:
         written["num_recoveries"] = metrics[-1]["num_recoveries"]
-    # What linear codes with as many values reach on the same images.
-    linear = controls.linear_controls(
-        dataset, learner.model.latent_shape, num_images=config.eval.num_images
-    )
     return {
         "test_psnr": functa.mean_psnr(mse["test"][:, -1]),
         **linear,
@@ -219,8 +243,10 @@ _NUM_TRAIN = 1000
 
 def _fit_further(learner, images, settings):
     """MSE (B, S + more_steps + 1) of the inner loop and the additional steps."""
-    model, shape = learner.model, images.shape[1:3]
-    apply_fn, coords = model.apply, functa.coordinate_grid(shape)
+    model, shape = learner.model, images.shape[1:-1]
+    apply_fn, coords = model.apply, learner.coords
+    if coords is None:
+        coords = functa.coordinate_grid(shape)
     latent_shape, split = model.latent_shape, np.asarray
     if isinstance(model, functa.SpatialSiren):
         apply_fn, latent, coords, _, split = functa.spatial.layout(model, shape)
@@ -236,6 +262,7 @@ def _fit_further(learner, images, settings):
             target,
             optimizer=optimizer,
             num_steps=settings.more_steps,
+            weight=learner.weight,
         )
 
     mse = []
@@ -252,7 +279,60 @@ def _fit_further(learner, images, settings):
     return np.concatenate(mse)
 
 
-def _showcase(learner, dataset, mse, further_psnr, batch_size):
+def _compare_fields(run, learner, loaded):
+    """The quality of fields and of their linear control; arrays for the figures."""
+    config = run.config.eval
+    train, test = (data.signals(loaded.splits[split]) for split in data.SPLITS)
+    test = test[: config.num_images or len(test)]
+    [*grid, channels] = learner.model.latent_shape
+    codes = {"pca": controls.linear_code(train, test, channels, grid, loaded.weight)}
+    latents = [
+        latents
+        for latents, _ in encoding.encode(learner, test, batch_size=config.batch_size)
+    ]
+    codes["test"] = functaset.render(
+        learner.model,
+        learner.params,
+        np.concatenate(latents),
+        test.shape[1:-1],
+        batch_size=config.batch_size,
+        coords=learner.coords,
+    )
+    quality = {
+        name: controls.measure(train, test, code, loaded.weight)
+        for name, code in codes.items()
+    }
+    summary = {
+        f"{name}_{key}": value
+        for name, values in quality.items()
+        for key, value in values.items()
+        if (name, key) != ("test", "psnr")  # That of the encoding stands for it.
+    }
+    # Four signals of at least median power, from the least relative error on.
+    axes = tuple(range(1, test.ndim))
+    power = np.square(test - test.mean(axis=axes[:-1], keepdims=True)).mean(axes)
+    error = np.square(codes["test"] - test).mean(axes) / np.maximum(power, 1e-12)
+    order = np.argsort(np.where(power >= np.median(power), error, np.inf))
+    order = order[: (len(order) + 1) // 2]
+    chosen = order[np.linspace(0, len(order) - 1, 4).round().astype(int)]
+    low, high = loaded.bounds
+    shown = {"signals": test, "fields": codes["test"], "controls": codes["pca"]}
+    arrays = {
+        name: np.float32(low + (high - low) * values[chosen])
+        for name, values in shown.items()
+    }
+    if learner.coords is not None:
+        arrays["coords"] = learner.coords
+    if arrays["signals"].ndim == 3:
+        # Sound, to listen to: a file for each signal and each code.
+        for name, sounds in arrays.items():
+            for number, sound in enumerate(sounds):
+                path = run.workdir / "sounds" / f"{number}_{name[:-1]}.wav"
+                fields.write_wav(path, sound[:, 0])
+    return summary, arrays
+
+
+def _showcase(learner, dataset, mse, batch_size):
     """Arrays for the figures."""
     model, params = learner.model, learner.params
     shape = dataset["test"]["image"].shape[1:3]
@@ -270,11 +350,7 @@ def _showcase(learner, dataset, mse, further_psnr, batch_size):
     def draw(latents, shape=shape):
         return functaset.render(model, params, latents, shape, batch_size=batch_size)
 
-    arrays = {
-        "further_psnr": further_psnr,
-        "num_steps": np.array(num_steps),
-        "test_psnr": np.asarray(functa.psnr(mse["test"][:, -1])),
-    }
+    arrays = {}
     for split in data.SPLITS:
         order = np.argsort(mse[split][:, -1])
         for name, chosen in ("best", order[:4]), ("worst", order[-4:]):

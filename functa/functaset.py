@@ -383,6 +383,7 @@ def render(
     shape: Sequence[int],
     *,
     batch_size: int = 16,
+    coords: np.ndarray | None = None,
 ) -> np.ndarray:
     """Evaluates the fields of N latents on a grid of any shape.
 
@@ -393,11 +394,12 @@ def render(
       latents: (N, *Z), where Z is the shape of one latent.
       shape: number of cells along each axis, for example (H, W).
       batch_size: number of fields evaluated at once, which limits the memory.
+      coords: positions (*shape, d) of the points; by default `coordinate_grid(shape)`.
 
     Returns:
       float32 (N, *shape, C).
     """
-    coords = jnp.asarray(coordinate_grid(shape))
+    coords = jnp.asarray(coordinate_grid(shape) if coords is None else coords)
     if isinstance(model, Siren):
         start = jax.eval_shape(model.init, jax.random.key(0), coords)["params"]
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), start)

@@ -43,30 +43,52 @@ class FitInfo(NamedTuple):
 
 
 def reconstruction_loss(
-    field: Field, latent: jax.Array, target: jax.Array, *, l2_weight: float = 0.0
+    field: Field,
+    latent: jax.Array,
+    target: jax.Array,
+    *,
+    l2_weight: float = 0.0,
+    weight: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """mean((field(latent) - target)^2) + l2_weight * sum(latent^2).
+    """mean(w (field(latent) - target)^2) / mean(w) + l2_weight * sum(latent^2).
 
     Args:
       field: maps a latent to a prediction shaped like `target`.
       latent: (*Z).
       target: the signal, any shape.
       l2_weight: weight of the penalty, >= 0.
+      weight: w, a weight >= 0 of each point: the shape of `target` without its last
+        axis, the channels. For example the areas that the points of a sphere stand for.
+        None weighs all points equally.
 
     Returns:
       The loss and the mean squared error without the penalty, two scalars.
+
+    Example:
+      >>> target = jnp.array([[1.0], [3.0]])
+      >>> loss, _ = reconstruction_loss(
+      ...     lambda z: z * jnp.ones((2, 1)), jnp.zeros(()), target,
+      ...     weight=jnp.array([3.0, 1.0]),
+      ... )
+      >>> print(loss)  # (3 * 1^2 + 1 * 3^2) / (3 + 1)
+      3.0
     """
-    return _loss(field(latent), latent, target, l2_weight)
+    return _loss(field(latent), latent, target, l2_weight, weight)
 
 
-def _loss(prediction, latent, target, l2_weight):
+def _loss(prediction, latent, target, l2_weight, weight=None):
     chex.assert_equal_shape([prediction, target])
     if not jnp.issubdtype(target.dtype, jnp.floating):
         raise ValueError(
             f"target must be floating point, got {target.dtype}; images of 8 bits are "
             "divided by 255."
         )
-    mse = jnp.mean(jnp.square(prediction - target))
+    squares = jnp.square(prediction - target)
+    if weight is None:
+        mse = jnp.mean(squares)
+    else:
+        chex.assert_shape(weight, target.shape[:-1])
+        mse = jnp.mean(weight * squares.mean(-1)) / jnp.mean(weight)
     return mse + l2_weight * jnp.sum(jnp.square(latent)), mse
 
 
@@ -78,6 +100,7 @@ def fit_latent(
     num_steps: int,
     learning_rate: float | jax.Array,
     l2_weight: float = 0.0,
+    weight: jax.Array | None = None,
     noise: jax.Array | None = None,
     first_order: bool = False,
     unroll: bool = True,
@@ -94,6 +117,7 @@ def fit_latent(
         per step (S, ...), whose axes after the first broadcast to (*Z). A shape
         equal to (*Z) always means one rate per entry.
       l2_weight: see `reconstruction_loss`.
+      weight: see `reconstruction_loss`.
       noise: (*Z), added to the fitted latent before the last loss is computed, which
         makes the weights robust to it; None adds nothing.
       first_order: treat each gradient as a constant when differentiating the result.
@@ -129,7 +153,7 @@ def fit_latent(
 
     def step(z, rate, evaluation=None):
         prediction, pullback = evaluation or jax.vjp(field, z)
-        losses, (cotangent, grad) = grad_fn(prediction, z, target, l2_weight)
+        losses, (cotangent, grad) = grad_fn(prediction, z, target, l2_weight, weight)
         grad = grad + pullback(cotangent)[0]
         if first_order:
             grad = jax.lax.stop_gradient(grad)
@@ -146,7 +170,9 @@ def fit_latent(
         before = map(jnp.append, before, later)
     if noise is not None:
         latent = latent + noise
-    last = reconstruction_loss(field, latent, target, l2_weight=l2_weight)
+    last = reconstruction_loss(
+        field, latent, target, l2_weight=l2_weight, weight=weight
+    )
     return latent, FitInfo(*map(jnp.append, before, last))
 
 
@@ -181,6 +207,7 @@ def optimize_latent(
     optimizer: optax.GradientTransformation,
     num_steps: int,
     l2_weight: float = 0.0,
+    weight: jax.Array | None = None,
 ) -> tuple[jax.Array, FitInfo]:
     """Fits a latent to one signal with any optax optimizer, for many steps.
 
@@ -195,6 +222,7 @@ def optimize_latent(
       optimizer: applied to the latent; `optax.lbfgs()` with its line search works too.
       num_steps: S, a Python int.
       l2_weight: see `reconstruction_loss`.
+      weight: see `reconstruction_loss`.
 
     Returns:
       The fitted latent (*Z) and the losses before each step and after the last.
@@ -202,7 +230,7 @@ def optimize_latent(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def loss_fn(z):
-        return reconstruction_loss(field, z, target, l2_weight=l2_weight)
+        return reconstruction_loss(field, z, target, l2_weight=l2_weight, weight=weight)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -244,7 +272,7 @@ def fit_batch(
       targets: (B, ..., C).
       noise: (B, *Z), added to the fitted latents before the last loss, or None.
       start: `field_vjp` at the initial latent, if several batches share it.
-      **options: other keywords of `fit_latent`.
+      **options: other keywords of `fit_latent`; all signals have the same `weight`.
 
     Returns:
       Fitted latents (B, *Z) and losses (B, S + 1).
@@ -319,17 +347,23 @@ def _pull_back(jacobian, latent, cotangent):
 
 
 def largest_eigenvalue(
-    field: Field, latent: jax.Array, *, num_iterations: int = 50
+    field: Field,
+    latent: jax.Array,
+    *,
+    weight: jax.Array | None = None,
+    num_iterations: int = 50,
 ) -> jax.Array:
-    """Largest eigenvalue of the Gauss-Newton matrix 2 J^T J / n of the squared error.
+    """Largest eigenvalue of the Gauss-Newton matrix 2 J^T W J of the squared error.
 
-    J is the Jacobian of the n predicted values at `latent`. The matrix does not depend
-    on the signal. A step of the inner loop contracts the error of the linearized field
+    J is the Jacobian of the n predicted values at `latent`, and W is 1/n, or the
+    weights of the values divided by their sum. The matrix does not depend on the
+    signal. A step of the inner loop contracts the error of the linearized field
     if its learning rate is below 2 / eigenvalue.
 
     Args:
       field: maps a latent to a prediction.
       latent: (*Z).
+      weight: see `reconstruction_loss`.
       num_iterations: steps of the power iteration.
 
     Returns:
@@ -344,6 +378,8 @@ def largest_eigenvalue(
 
     def multiply(vector):
         _, tangent = jax.jvp(field, (latent,), (vector,))
+        if weight is not None:
+            tangent = tangent * (weight / jnp.mean(weight))[..., None]
         return pullback(tangent)[0] * (2 / prediction.size)
 
     def iterate(vector, _):

@@ -60,8 +60,8 @@ def fit_pca(
     Args:
       signals: (N, ..., C), any number of axes between the first and the last; uint8 in
         [0, 255], or floats.
-      num_components: K, at most D; None keeps all D. The time grows with D^3: D = 3,072
-        takes seconds.
+      num_components: K, at most D; None keeps all D. The time grows with D^3, and D =
+        3,072 takes seconds; with K < N < D, for N cells, it grows with N^2 D.
       grid: number of cells along each axis between the first and the last; () is one
         cell, the whole signal.
 
@@ -92,6 +92,8 @@ def fit_pca(
     count = len(signals) * math.prod(grid)
     if count < 2:
         raise ValueError(f"principal components need two cells, got {count}.")
+    if num_components < count < size:
+        return _fit_few(signals, num_components, grid)
     # About an offset near the mean, because subtracting the square of a large mean
     # from the second moment would cancel digits.
     offset = next(_blocks(signals, grid)).mean(0)
@@ -106,10 +108,27 @@ def fit_pca(
     covariance = (products - count * np.outer(mean, mean)) / (count - 1)
     variance, vectors = np.linalg.eigh(covariance)  # in increasing order
     components = vectors.T[::-1][:num_components]
-    largest = np.argmax(np.abs(components), axis=1, keepdims=True)
-    components = components * np.sign(np.take_along_axis(components, largest, axis=1))
     variance = np.maximum(variance[::-1][:num_components], 0)
-    return PCA(offset + mean, components, variance, grid, shape)
+    return PCA(offset + mean, _orient(components), variance, grid, shape)
+
+
+def _fit_few(signals, num_components, grid):
+    """Components of fewer cells than a cell has values, by singular vectors."""
+    cells = np.concatenate(list(_blocks(signals, grid)), dtype=np.float64)
+    if not np.isfinite(cells).all():
+        raise ValueError("signals have values that are not finite.")
+    mean = cells.mean(0)
+    cells -= mean
+    _, scales, components = np.linalg.svd(cells, full_matrices=False)
+    variance = np.square(scales[:num_components]) / (len(cells) - 1)
+    components = _orient(components[:num_components])
+    return PCA(mean, components, variance, grid, tuple(signals.shape[1:]))
+
+
+def _orient(components):
+    """Rows whose entries of the largest magnitude are positive."""
+    largest = np.argmax(np.abs(components), axis=1, keepdims=True)
+    return components * np.sign(np.take_along_axis(components, largest, axis=1))
 
 
 def encode(pca: PCA, signals: np.ndarray) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""Peak signal-to-noise ratio (PSNR) of a data set, under its two usual definitions.
+"""Quality of reconstructions: PSNR, SNR, and the overlap (IoU) of shapes.
+
+The peak signal-to-noise ratio (PSNR) of a data set has two usual definitions.
 
 Both definitions use mean squared errors of signals in [0, 1] (peak 1). The prediction
 is not clamped, as in google-deepmind/functa. By Jensen's inequality `psnr_of_mean` is
@@ -43,3 +45,45 @@ def mean_psnr(mse: jax.Array) -> jax.Array:
 def psnr_of_mean(mse: jax.Array) -> jax.Array:
     """Returns the PSNR of the mean of the errors `mse` (B,); scalar, in dB."""
     return psnr(jnp.mean(mse))
+
+
+def snr(power: jax.Array, mse: jax.Array) -> jax.Array:
+    """Signal-to-noise ratio of a data set, 10 log10(mean(power) / mean(mse)) in dB.
+
+    The means are over the signals, so that a loud one counts as much as its power.
+
+    Args:
+      power: mean squared deviation of each signal from the mean of all, (B,).
+      mse: mean squared error of each signal, (B,).
+
+    Returns:
+      Scalar. A reconstruction that is constant and correct on average has 0 dB.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(snr(jnp.array([3.0, 1.0]), jnp.array([0.01, 0.03])))
+      20.0
+    """
+    return 10 * jnp.log10(jnp.mean(power) / jnp.mean(mse))
+
+
+def iou(prediction: jax.Array, target: jax.Array, *, threshold: float = 0.5):
+    """Intersection over union of the points above a threshold, of each signal.
+
+    Args:
+      prediction: (B, ...).
+      target: (B, ...).
+      threshold: a point belongs to a shape if its value is above it.
+
+    Returns:
+      (B,); 1 if both shapes are empty.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(iou(jnp.array([[0.9, 0.8, 0.1]]), jnp.array([[1.0, 0.0, 0.0]])))
+      [0.5]
+    """
+    axes = tuple(range(1, prediction.ndim))
+    a, b = prediction > threshold, target > threshold
+    both, either = (a & b).sum(axes), (a | b).sum(axes)
+    return jnp.where(either == 0, 1.0, both / jnp.maximum(either, 1))

@@ -524,6 +524,266 @@ def show_image(image: np.ndarray, *, ax: Any = None) -> Any:
     return ax
 
 
+def globe(
+    values: np.ndarray,
+    coords: np.ndarray,
+    *,
+    center: tuple[float, float] = (15.0, -40.0),
+    limits: tuple[float, float] | None = None,
+    cmap: str = "viridis",
+    arrows: np.ndarray | None = None,
+    ax: Any = None,
+) -> Any:
+    """A scalar on the sphere, seen from far away (orthographic projection).
+
+    Args:
+      values: (H, W), on a regular grid of latitudes and longitudes.
+      coords: points of the unit sphere, (H, W, 3); rows have one latitude.
+      center: latitude and longitude in degrees of the middle of the picture.
+      limits: the values of the ends of the color scale; by default the extremes.
+      cmap: name of the color map.
+      arrows: eastward and northward parts of vectors, (H, W, 2), drawn at some points.
+      ax: Axes; None makes new ones.
+
+    Returns:
+      The Axes, without ticks; `ax.images[0]` is what a color bar needs.
+    """
+    ax = _axes(ax, size=(4.0, 4.0))
+    size = 300
+    side = np.linspace(-1, 1, size)
+    x, y = np.meshgrid(side, side)
+    depth = np.sqrt(np.maximum(1 - x**2 - y**2, 0))
+    east, north, out = _view(center)
+    points = x[..., None] * east + y[..., None] * north + depth[..., None] * out
+    # The nearest row and column: the picture shows the resolution of the values.
+    rows = np.abs(points[..., 2].ravel()[:, None] - coords[:, 0, 2]).argmin(1)
+    equator = coords[len(coords) // 2, :, :2]
+    columns = (points[..., :2].reshape(-1, 2) @ equator.T).argmax(1)
+    picture = np.asarray(values)[rows, columns].reshape(size, size)
+    picture = np.ma.masked_where(x**2 + y**2 > 1, picture)
+    low, high = limits or (None, None)
+    ax.imshow(
+        picture, extent=(-1, 1, -1, 1), origin="lower", cmap=cmap, vmin=low, vmax=high
+    )
+    for line in _graticule():
+        seen = np.where((line @ out > 0)[:, None], line, np.nan)
+        ax.plot(seen @ east, seen @ north, color="0.3", linewidth=0.4, alpha=0.6)
+    if arrows is not None:
+        every = (slice(2, -2, max(len(coords) // 18, 1)),)
+        every += (slice(None, None, max(coords.shape[1] // 36, 1)),)
+        at, parts = coords[every], np.asarray(arrows)[every]
+        eastward = np.stack([-at[..., 1], at[..., 0], 0 * at[..., 0]], -1)
+        eastward /= np.linalg.norm(eastward, axis=-1, keepdims=True)
+        vectors = parts[..., :1] * eastward + parts[..., 1:] * np.cross(at, eastward)
+        kept = at @ out > 0.2
+        at, vectors = at[kept], vectors[kept]
+        ax.quiver(
+            *(at @ east, at @ north, vectors @ east, vectors @ north),
+            **{"color": "white", "scale": 250, "width": 0.004},
+        )
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.set_frame_on(False)
+    return ax
+
+
+def globes(
+    data: np.ndarray,
+    codes: Mapping[str, np.ndarray],
+    coords: np.ndarray,
+    *,
+    row_labels: Sequence[str] | None = None,
+    unit: str = "m/s",
+    size: float = 2.2,
+) -> Any:
+    """Vector fields on the sphere beside their reconstructions and the errors.
+
+    Args:
+      data: eastward and northward parts, (B, H, W, 2).
+      codes: {label: reconstructions (B, H, W, 2)}.
+      coords: points of the unit sphere, (H, W, 3); rows have one latitude.
+      row_labels: text at the left of each row.
+      unit: unit of the values.
+      size: inches of a globe.
+
+    Returns:
+      The Figure, one row for each field. Colors are the length of the vectors and of
+      the errors.
+    """
+    import matplotlib.pyplot as plt
+
+    columns = [("data", data, False)]
+    for label, code in codes.items():
+        columns += [(label, code, False), (f"error of\n{label}", code - data, True)]
+    lengths = [np.linalg.norm(values, axis=-1) for _, values, _ in columns]
+    tops = {False: np.max(lengths[0]), True: np.max(lengths[2::2], initial=0)}
+    figure, axes = plt.subplots(
+        len(data),
+        len(columns),
+        figsize=(size * len(columns), size * len(data) + 0.6),
+        layout="constrained",
+        squeeze=False,
+    )
+    for number, (title, values, is_error) in enumerate(columns):
+        for row, ax in enumerate(axes[:, number]):
+            globe(
+                lengths[number][row],
+                coords,
+                limits=(0, tops[is_error]),
+                cmap="magma" if is_error else "viridis",
+                arrows=None if is_error else values[row],
+                ax=ax,
+            )
+            if row_labels and not number:
+                ax.set_ylabel(row_labels[row], fontsize=8)
+        axes[0, number].set_title(title, fontsize=8)
+        bar = figure.colorbar(
+            ax.images[0], ax=axes[:, number], location="bottom", shrink=0.8
+        )
+        what = "length of the error" if is_error else "speed"
+        bar.set_label(f"{what} ({unit})", fontsize=7)
+        bar.ax.tick_params(labelsize=6)
+    return figure
+
+
+def waveforms(
+    data: np.ndarray,
+    codes: Mapping[str, np.ndarray],
+    *,
+    sample_rate: float,
+    window: float = 0.03,
+    row_labels: Sequence[str] | None = None,
+) -> Any:
+    """Sounds, and a short window of each with its reconstructions.
+
+    Args:
+      data: samples in [-1, 1], (B, T).
+      codes: {label: reconstructions (B, T)}.
+      sample_rate: samples per second.
+      window: length of the window in seconds; it is around the loudest sample.
+      row_labels: text above the windows, one for each sound.
+
+    Returns:
+      The Figure: one row for each sound, whole at the left, its window at the right.
+    """
+    import matplotlib.pyplot as plt
+
+    times = np.arange(data.shape[1]) / sample_rate
+    figure, axes = plt.subplots(
+        len(data),
+        2,
+        figsize=(10, 1.6 * len(data) + 0.4),
+        layout="constrained",
+        squeeze=False,
+        width_ratios=(1, 1.4),
+    )
+    length = min(max(round(window * sample_rate), 2), len(times))
+    for row, ((whole, part), sound) in enumerate(zip(axes, data, strict=True)):
+        start = np.clip(np.abs(sound).argmax() - length // 2, 0, len(times) - length)
+        kept = slice(start, start + length)
+        _curve(whole, times, sound, 6, "data", markers=None)
+        whole.axvspan(times[start], times[kept][-1], color="#E69F00", alpha=0.5)
+        _curve(part, 1000 * times[kept], sound[kept], 6, "data", markers=None)
+        for number, (label, code) in enumerate(codes.items()):
+            _curve(part, 1000 * times[kept], code[row][kept], number, label)
+        last = row == len(data) - 1
+        _finish(whole, "time (s)" if last else "", "pressure\n(full scale 1)")
+        _finish(part, "time (ms)" if last else "", "")
+        whole.get_legend().remove()
+        if row:
+            part.get_legend().remove()
+        if row_labels:
+            part.set_title(row_labels[row], fontsize=8)
+    return figure
+
+
+def voxels(
+    shape: np.ndarray, *, threshold: float = 0.5, color: str = "#0072B2", ax: Any = None
+) -> Any:
+    """The voxels of a volume (X, Y, Z) above a threshold, Z upward; returns the Axes.
+
+    `ax` needs the projection "3d".
+    """
+    if ax is None:
+        import matplotlib.pyplot as plt
+
+        ax = plt.figure(figsize=(4, 4)).add_subplot(projection="3d")
+    filled = np.asarray(shape) > threshold
+    ax.voxels(filled, facecolors=color, edgecolor=(0, 0, 0, 0.3), linewidth=0.2)
+    ax.set(xlim=(0, filled.shape[0]), ylim=(0, filled.shape[1]))
+    ax.set(zlim=(0, filled.shape[2]), box_aspect=filled.shape)
+    ax.view_init(elev=25, azim=-60)
+    ax.set_axis_off()
+    return ax
+
+
+def voxel_grid(
+    rows: Mapping[str, np.ndarray],
+    *,
+    column_titles: Sequence[str] | None = None,
+    size: float = 2.2,
+) -> Any:
+    """Volumes side by side, for example shapes and their reconstructions.
+
+    Args:
+      rows: {label: volumes (B, X, Y, Z)}.
+      column_titles: text above each column.
+      size: inches of a volume.
+
+    Returns:
+      The Figure, one row for each entry.
+    """
+    import matplotlib.pyplot as plt
+
+    num = len(next(iter(rows.values())))
+    figure, axes = plt.subplots(
+        len(rows),
+        num,
+        figsize=(size * num, size * len(rows)),
+        layout="constrained",
+        squeeze=False,
+        subplot_kw={"projection": "3d"},
+    )
+    for row, (label, shapes) in enumerate(rows.items()):
+        color = _STYLES[row % len(_STYLES)][0]
+        for column, shape in enumerate(shapes):
+            ax = voxels(shape, color=color, ax=axes[row, column])
+            if not column:
+                ax.text2D(
+                    0,
+                    0.5,
+                    label,
+                    rotation=90,
+                    va="center",
+                    fontsize=8,
+                    transform=ax.transAxes,
+                )
+            if not row and column_titles:
+                ax.set_title(column_titles[column], fontsize=8)
+    return figure
+
+
+def _view(center):
+    """Unit vectors to the east, to the north and outward at a place in degrees."""
+    latitude, longitude = np.deg2rad(center)
+    (s, c), (sin, cos) = ((np.sin(a), np.cos(a)) for a in (latitude, longitude))
+    east = np.array([-sin, cos, 0])
+    north = np.array([-s * cos, -s * sin, c])
+    return east, north, np.array([c * cos, c * sin, s])
+
+
+def _graticule():
+    """Circles of latitude and longitude every 30 degrees, each (K, 3)."""
+    turn, half = np.linspace(-np.pi, np.pi, 181), np.linspace(-np.pi / 2, np.pi / 2, 91)
+    parallels = [(np.deg2rad(d) + 0 * turn, turn) for d in range(-60, 61, 30)]
+    meridians = [(half, np.deg2rad(d) + 0 * half) for d in range(0, 360, 30)]
+    for latitude, longitude in parallels + meridians:
+        c = np.cos(latitude)
+        yield np.stack(
+            [c * np.cos(longitude), c * np.sin(longitude), np.sin(latitude)], 1
+        )
+
+
 def confusion_matrix(
     confusion: np.ndarray,
     *,

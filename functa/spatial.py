@@ -49,6 +49,9 @@ class SpatialSiren(nn.Module):
       kernel_size: k, odd. The modulation of a cell is a linear function of the k^d
         latents around it, a convolution with zeros beyond the grid. It starts as the
         map of kernel_size 1: the weights of the neighbors are zero.
+      coord_scale: factor of the positions that the network sees. Above 1 the first
+        layer starts with higher frequencies, for cells with many points such as those
+        of sound.
       modulate_scale, modulate_shift: as in `ModulatedSiren`.
 
     Example:
@@ -72,6 +75,7 @@ class SpatialSiren(nn.Module):
     modulate_shift: bool = True
     fast_sine: bool = False
     derivative_dtype: str = "float32"
+    coord_scale: float = 1.0
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -122,7 +126,7 @@ class SpatialSiren(nn.Module):
             (None if scale is None else 1 + scale, shift)
             for scale, shift in siren.split_modulation(self, modulation)
         ]
-        return siren.apply_layers(self, coords, layers)
+        return siren.apply_layers(self, self.coord_scale * coords, layers)
 
 
 class _Neighborhood(nn.Module):
@@ -283,7 +287,8 @@ def _apply_to_cells(model):
         modulation = _make_map(model).apply(to_modulation, latent)  # (*grid, M)
         # A modulation of zeros means scales of 1 here.
         modulation += jnp.expand_dims(network.initial_latent(), range(latent.ndim - 1))
-        values = jax.vmap(lambda m: network.apply({"params": layers}, coords, m))(
+        scaled = model.coord_scale * coords
+        values = jax.vmap(lambda m: network.apply({"params": layers}, scaled, m))(
             modulation.reshape(-1, modulation.shape[-1])
         )
         return values.reshape(*model.grid, *values.shape[1:])

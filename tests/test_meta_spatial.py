@@ -70,7 +70,7 @@ def test_warm_start_has_the_codes_and_the_rate_of_the_linear_control():
     codes = warm.codes(targets, (1, 1, 5))
     assert codes.shape == (100, 1, 1, 5)
     # One step of gradient descent at `rate` for the linear field m + s V z, from zero.
-    jacobian = meta._WARM_SCALE * warm.components  # (5, 16)
+    jacobian = meta._warm_scale(16) * warm.components  # (5, 16)
     error = targets.reshape(100, 16) - warm.mean
     step = warm.rate * (2 / 16) * error @ jacobian.T
     np.testing.assert_allclose(step, codes.reshape(100, 5), atol=1e-6)

@@ -126,6 +126,7 @@ def test_every_public_function_of_one_panel_is_tested(name):
         *("image_grid", "field_and_gradient", "show_image", "kept_patches"),
         *("latent_channels", "reconstructions", "over_inner_steps"),
         *("super_resolution", "measures"),
+        *("globe", "globes", "waveforms", "voxels", "voxel_grid"),
         *("attention_maps", "informativeness", "filter_norms", "pruned_layer"),
         *("surface_3d", "robust_limits", "segments"),
     }
@@ -293,6 +294,65 @@ def test_super_resolution_enlarges_the_same_window():
     [frame] = whole.patches
     assert (*frame.get_xy(), frame.get_width(), frame.get_height()) == (1.5, 1.5, 4, 2)
     figure.canvas.draw()
+
+
+def sphere(latitude, longitude):
+    """Points (H, W, 3) of the unit sphere, from angles in degrees."""
+    a, b = np.meshgrid(np.deg2rad(latitude), np.deg2rad(longitude), indexing="ij")
+    return np.stack([np.cos(a) * np.cos(b), np.cos(a) * np.sin(b), np.sin(a)], -1)
+
+
+def test_globe_shows_the_place_that_it_faces():
+    latitude, longitude = np.linspace(-90, 90, 13), np.arange(0, 360, 15)
+    values = latitude[:, None] + 1000.0 * longitude
+    coords = sphere(latitude, longitude)
+    _, ax = plt.subplots()
+    assert functa.plots.globe(values, coords, center=(30, 90), ax=ax) is ax
+    picture = ax.images[0].get_array()
+    size = len(picture)
+    assert picture[size // 2, size // 2] == 30 + 1000 * 90
+    assert picture.mask[0, 0]
+    # North is at the top, east at the right: here the place 30 degrees from the middle.
+    north = picture[round(size * (0.5 + 0.25)), size // 2]
+    assert north == 60 + 1000 * 90
+    functa.plots.globe(values, coords, center=(0, 90), ax=ax)
+    picture = ax.images[-1].get_array()
+    assert picture[size // 2, round(size * 0.75)] == 1000 * 120
+
+
+def test_globes_have_rows_of_data_codes_and_errors():
+    coords = sphere(np.linspace(-90, 90, 7), np.arange(0, 360, 45))
+    data = np.random.default_rng(0).normal(size=(2, 7, 8, 2))
+    figure = functa.plots.globes(data, {"a": data + [3, 4]}, coords)
+    panels = figure.axes[:6]
+    lengths = panels[2].images[0].get_array().compressed()
+    np.testing.assert_allclose(lengths, 5)  # The error is (3, 4) everywhere.
+    assert [ax.get_xlabel() for ax in figure.axes[6:]] == [
+        *("speed (m/s)", "speed (m/s)", "length of the error (m/s)")
+    ]
+
+
+def test_waveforms_show_the_loudest_part():
+    sounds = np.zeros((2, 1000))
+    sounds[:, 700] = 0.5
+    codes = {"field": sounds / 2, "other": 0 * sounds}
+    figure = functa.plots.waveforms(sounds, codes, sample_rate=1000.0, window=0.1)
+    whole, part = figure.axes[:2]
+    assert whole.get_ylabel().startswith("pressure")
+    data, field, _ = part.lines
+    np.testing.assert_array_equal(data.get_ydata(), sounds[0, 650:750])
+    np.testing.assert_array_equal(field.get_ydata(), sounds[0, 650:750] / 2)
+    assert figure.axes[-1].get_xlabel() == "time (ms)"
+
+
+def test_voxels_above_the_threshold_are_drawn():
+    shape = np.zeros((3, 4, 5))
+    shape[1, 2, 3] = 0.6
+    ax = functa.plots.voxels(shape)
+    [box] = ax.collections
+    assert len(box.get_facecolor()) == 6  # the faces of one cube
+    figure = functa.plots.voxel_grid({"a": [shape, shape], "b": [shape, 0 * shape]})
+    assert [len(ax.collections) for ax in figure.axes] == [1, 1, 1, 0]
 
 
 def test_sizes_are_on_a_logarithmic_axis():

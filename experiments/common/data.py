@@ -1,4 +1,4 @@
-"""Data sets of images as arrays in memory.
+"""Data sets of images and of other fields as arrays in memory.
 
 * `digits`: the 1,797 gray 8x8 images of scikit-learn; needs no download.
 * `folder`: a directory of image files, with splits and classes or without
@@ -7,6 +7,8 @@
   `label`.
 * `fashion_mnist`: the files of the Debian package `dataset-fashion-mnist`, where they
   are installed or in a directory; without them that of TensorFlow Datasets.
+* `winds`, `speech`, `furniture` and their synthetic twins: fields over other points
+  than pixels (`experiments.common.fields`), for the commands that read them.
 * any other name: an image data set of TensorFlow Datasets, read without TensorFlow.
 """
 
@@ -23,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.common import image_folder
+from experiments.common import devices, fields, image_folder
 from experiments.common.image_folder import read_image, resize_and_crop, some
 from functa import npz
 
@@ -48,14 +50,22 @@ class Dataset(NamedTuple):
 
     Attributes:
       splits: {split: {"image": uint8 (N, H, W, C), "label": int32 (N,)}}; C is 1 (gray)
-        or 3 (RGB). All splits have the same (H, W, C). Without labels they are -1.
+        or 3 (RGB). All splits have the same (H, W, C). Without labels they are -1. A
+        data set of fields has "value", float32 (N, *grid, C), in place of "image".
       class_names: the name of each label, or None if they have no names.
       found: one line that says what was read, for the user.
+      coords: positions of the points of a field, float32 (*grid, d). None for images,
+        which have `functa.coordinate_grid`.
+      weight: weights of these points with the mean 1, (*grid), or None.
+      bounds: the physical values of 0 and 1.
     """
 
     splits: dict[str, Arrays]
     class_names: list[str] | None
     found: str
+    coords: np.ndarray | None = None
+    weight: np.ndarray | None = None
+    bounds: tuple[float, float] = (0.0, 1.0)
 
 
 def load_dataset(
@@ -66,6 +76,7 @@ def load_dataset(
     image_size: int | None = None,
     train_split: str | None = None,
     test_split: str | None = None,
+    with_fields: bool = False,
 ) -> Dataset:
     """Loads a data set.
 
@@ -82,6 +93,7 @@ def load_dataset(
         folders and files in any usual spelling.
       test_split: the same for the test split. None means `test`; folders and files
         without `test` use `val`.
+      with_fields: whether the caller can use data sets of `experiments.common.fields`.
 
     Raises:
       ValueError: if an argument is wrong or would not be read, or if the files are not
@@ -112,6 +124,23 @@ def load_dataset(
             test_split=test_split,
         )
         loaded, class_names, notes = _load_digits(splits)
+    elif name in fields.NAMES:
+        if not with_fields:
+            raise ValueError(
+                f"data set {name} holds fields that are no images; they are for "
+                "meta_learn and make_functaset."
+            )
+        refuse_unread(
+            f"the data set {name}",
+            image_size=image_size,
+            train_split=train_split,
+            test_split=test_split,
+        )
+        found = fields.load_fields(name, data_dir, say=devices.say)
+        loaded = {split: found.splits[split] for split in splits}
+        line = _describe(source, loaded, found.class_names, found.notes)
+        points = found.coords, found.weight, found.bounds
+        return Dataset(loaded, found.class_names, line, *points)
     else:
         if name in ("folder", "npz") and data_dir is None:
             raise ValueError(
@@ -173,8 +202,15 @@ def refuse_unread(what: str, **fields: Any) -> None:
             )
 
 
+def signals(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The images or the values of the fields of a split, (N, *shape, C)."""
+    return arrays["image"] if "image" in arrays else arrays["value"]
+
+
 def to_float(images: np.ndarray) -> np.ndarray:
-    """uint8 images -> float32 in [0, 1]."""
+    """uint8 images -> float32 in [0, 1]; the values of fields are left as they are."""
+    if images.dtype != np.uint8:
+        return images
     return np.float32(images) / np.float32(255)
 
 
@@ -593,10 +629,16 @@ def _describe(
     notes: Sequence[str],
 ) -> str:
     """One line: images, size, classes with their counts, and notes."""
-    shape = next(iter(loaded.values()))["image"].shape[1:]
+    first = next(iter(loaded.values()))
+    shape = signals(first).shape[1:]
     numbers = " + ".join(f"{len(a['label'])} {split}" for split, a in loaded.items())
-    kind = "gray" if shape[-1] == 1 else "RGB"
-    parts = [f"{source}: {numbers} images, {_size(shape)} {kind}"]
+    if "image" in first:
+        kind = "gray" if shape[-1] == 1 else "RGB"
+        parts = [f"{source}: {numbers} images, {_size(shape)} {kind}"]
+    else:
+        points = "x".join(map(str, shape[:-1]))
+        values = "1 value" if shape[-1] == 1 else f"{shape[-1]} values"
+        parts = [f"{source}: {numbers} fields of {points} points with {values}"]
     labels = {split: a["label"] for split, a in loaded.items() if a["label"].max() >= 0}
     if not labels:
         parts.append("no labels")

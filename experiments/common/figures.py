@@ -19,7 +19,8 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from experiments.common import devices, files  # noqa: E402
+from experiments.common import devices, fields, files  # noqa: E402
+from functa import metrics as functa_metrics  # noqa: E402
 from functa import plots as functa_plots  # noqa: E402
 from landscape import curvature, probes  # noqa: E402
 from landscape import plots as landscape_plots  # noqa: E402
@@ -328,10 +329,49 @@ def _latent_channels(run):
 
 
 def _meta_learn(run):
+    if run.config["dataset"]["name"] in fields.NAMES:
+        return _bind({"psnr": _meta_psnr, "fields": _fields}, run)
     figures = dict(_META_LEARN)
     if run.config["model"]["type"] == "SpatialSiren":
         figures["latent_channels"] = _latent_channels
     return _bind(figures, run)
+
+
+def _fields(run):
+    """Signals beside their fields and linear control, drawn by their number of axes."""
+    signals, code = run.need("signals"), run.need("fields")
+    model = run.config["model"]
+    if "grid" in model:
+        cells = "x".join(map(str, model["grid"]))
+        labels = [f"field, {cells}x{model['channels']} numbers", "principal components"]
+    else:
+        labels = [f"field, {model['latent_dim']} numbers", "EOF"]
+    codes = dict(zip(labels, (code, run.need("controls")), strict=True))
+    if signals.ndim == 3:
+        noise, power = (np.square(x).mean((1, 2)) for x in (code - signals, signals))
+        return functa_plots.waveforms(
+            signals[..., 0],
+            {label: values[..., 0] for label, values in codes.items()},
+            sample_rate=fields.SAMPLE_RATE,
+            row_labels=[
+                f"SNR of the field {snr:.1f} dB" for snr in 10 * np.log10(power / noise)
+            ],
+        )
+    if signals.ndim == 5:
+        rows = {"shape": signals} | codes
+        return functa_plots.voxel_grid(
+            {label: values[..., 0] for label, values in rows.items()},
+            column_titles=[
+                f"IoU of the field {value:.2f}"
+                for value in np.asarray(functa_metrics.iou(code, signals))
+            ],
+        )
+    return functa_plots.globes(
+        signals,
+        codes,
+        run.need("coords"),
+        row_labels=["least error", "", "", "largest error"],
+    )
 
 
 def _fit_image(run):

@@ -26,6 +26,11 @@ Variants:
     (results/classify_functa_digits_spatial_vit).
   fashion_mnist: the same Vision Transformer on the grids of meta_learn's fashion_mnist
     variant; results/ has no run of it.
+  speech: the same Vision Transformer on the 40 cells of seconds of speech of
+    meta_learn's speech variant; the classes are five languages with one speaker each.
+    results/ has no run of it.
+  furniture: the same on the 4x4x4 cells of meta_learn's furniture variant; results/ has
+    no run of it.
   smoke_spatial: the digits_spatial_vit variant for 2 epochs, to check that it runs.
   cifar10_spatial_cpu: a ConvNeXt of 6 blocks on the grids of latents of
     make_functaset's cifar10_spatial_cpu variant; 81 % in 47 minutes on two cores that
@@ -209,6 +214,9 @@ VARIANTS = {
     | {"candidates.weight_decay": (0.0001,), "num_epochs": 500},
     "digits_spatial": {"functaset": "runs/meta_learn/digits_spatial/functaset.npz"},
     "digits_spatial_vit": _DIGITS_VIT,
+    "speech": _DIGITS_VIT
+    | {"functaset": "runs/meta_learn/speech/functaset.npz", "num_epochs": 30},
+    "furniture": _DIGITS_VIT | {"functaset": "runs/meta_learn/furniture/functaset.npz"},
     "fashion_mnist": _DIGITS_VIT
     | {
         "candidates.ema_decay": (0.998,),

@@ -25,6 +25,19 @@ Variants:
   cifar10_spatial: the grid of cifar10_spatial_cpu at the size of Spatial Functa, width
     256 and depth 6; 38.7 dB in 3 minutes on one H200
     (results/meta_learn_cifar10_spatial).
+  winds: monthly winds over the globe as fields on the sphere, 64 numbers each, beside
+    64 EOF of the same months (apt-get install ferret-datasets); a quarter of an hour is
+    expected on two cores; results/ has no run of it.
+  speech: seconds of speech as 40 cells of 200 samples, 32 numbers each, beside 32
+    principal components of the cells (apt-get install
+    asterisk-core-sounds-{en,es,fr,it,ru}-wav); an hour is expected on two cores, half
+    of it for the functaset; results/ has no run of it.
+  furniture: 3-D models as 16x16x16 voxels with a 4x4x4 grid of latents of 16 numbers,
+    beside 16 principal components of the cells (apt-get install
+    sweethome3d-furniture); half an hour is expected on two cores; results/ has no run
+    of it.
+  smoke_winds, smoke_speech, smoke_furniture: the synthetic twins of these data sets,
+    which need no download, with tiny networks and 20 steps; seconds.
   folder: photographs of --config.dataset.data_dir at 64x64 pixels, with a 16x16 grid of
     latents of 16 numbers. For another size set dataset.image_size and model.grid; the
     time of the training depends on neither.
@@ -99,7 +112,7 @@ BASE = {
     # coarse_factor x coarse_factor pixels.
     "coarse_steps": 0,
     "coarse_factor": 2,
-    # Random pixels of each image per update; 0 uses all.
+    # Random pixels of each image, or points of each field, per update; 0 uses all.
     "num_pixels": 0,
     # Whether to train on random cells of different images; batch_size then counts them.
     # For a SpatialSiren with interpolation "nearest" and kernel_size 1, whose cells are
@@ -156,8 +169,87 @@ _SPATIAL = {
     "optimizer.warmup_steps": 100,
     "warm_start_steps": 400,
 }
+_SMOKE = {
+    "checkpoint_every": 10,
+    "eval.more_images": 4,
+    "eval.more_steps": 4,
+    "eval.num_images": 8,
+    "log_every": 5,
+    "model.depth": 3,
+    "model.width": 16,
+    "num_steps": 20,
+    "optimizer.warmup_steps": 2,
+}
+_WINDS = {
+    "batch_size": 16,
+    "dataset.name": "winds",
+    "eval.more_images": 16,
+    "eval.more_steps": 17,
+    "inner.calibration": 0.8,
+    "inner.rate_clip": (1e-6, 10.0),
+    "model.depth": 4,
+    "model.latent_dim": 64,
+    "model.width": 64,
+    "num_pixels": 1024,
+    "num_steps": 3000,
+    "optimizer.ema_decay": 0.99,
+    "points_per_group": 4096,
+    "warm_start_steps": 1000,
+}
+_SPEECH = {
+    **_SPATIAL,
+    "batch_size": 32,
+    "dataset.name": "speech",
+    "eval.more_images": 16,
+    "eval.more_steps": 17,
+    "eval.num_images": 300,
+    "log_every": 200,
+    # A cell has 200 samples: the first layer needs high frequencies.
+    "model": _SPATIAL["model"]
+    | {"channels": 32, "coord_scale": 5.0, "grid": (40,), "omega_0": 30.0},
+    "num_steps": 8000,
+    "points_per_group": 2048,
+}
+_FURNITURE = {
+    **_SPATIAL,
+    "batch_size": 256,
+    "dataset.name": "furniture",
+    "eval.more_steps": 17,
+    "log_every": 200,
+    "model.grid": (4, 4, 4),
+    "num_steps": 4000,
+    "points_per_group": 2048,
+}
 VARIANTS = {
     "digits": {},
+    "winds": _WINDS,
+    "smoke_winds": {
+        **_WINDS,
+        **_SMOKE,
+        "batch_size": 4,
+        "dataset.name": "synthetic_winds",
+        "model.latent_dim": 8,
+        "num_pixels": 100,
+        "warm_start_steps": 5,
+    },
+    "speech": _SPEECH,
+    "smoke_speech": {
+        **_SPEECH,
+        **_SMOKE,
+        "batch_size": 16,
+        "dataset.name": "synthetic_speech",
+        "model.channels": 6,
+        "warm_start_steps": 5,
+    },
+    "furniture": _FURNITURE,
+    "smoke_furniture": {
+        **_FURNITURE,
+        **_SMOKE,
+        "batch_size": 64,
+        "dataset.name": "synthetic_furniture",
+        "model.channels": 4,
+        "warm_start_steps": 5,
+    },
     "smoke": {
         "batch_size": 16,
         "checkpoint_every": 10,
@@ -310,6 +402,7 @@ RULES = {
     "model.channels?": settings.whole(1),
     "model.kernel_size?": settings.whole(1),
     "model.omega_0?": settings.above(0),
+    "model.coord_scale?": settings.above(0),
     "model.layer_sizes?": settings.each(settings.whole(1), empty=True),
     "model.derivative_dtype?": settings.one_of("float32", "bfloat16"),
     "inner.num_steps": settings.whole(1),

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+import functa
 from experiments.common import data
-from functa import linear
+from functa import linear, metrics
 
 # Larger images have no control by their own components: their covariance would need
 # minutes and gigabytes.
@@ -61,6 +62,68 @@ def psnr_per_size(
     pca = linear.fit_pca(train, grid=grid)
     mse = np.maximum(linear.truncation_mse(pca, test), _ROUNDING)
     return np.mean(-10 * np.log10(mse), axis=0)
+
+
+def linear_code(
+    train: np.ndarray,
+    test: np.ndarray,
+    num_components: int,
+    grid: Sequence[int] = (),
+    weight: np.ndarray | None = None,
+) -> np.ndarray:
+    """Reconstructs test fields from principal components of the training fields.
+
+    With the weights of points these are the empirical orthogonal functions (EOF) of
+    meteorology: the components of the fields times the square roots of the weights.
+
+    Args:
+      train: (N, *shape, C).
+      test: (N', *shape, C).
+      num_components: components of a cell. There are at most one less than cells in
+        `train`, and at most as many as values in a cell.
+      grid: number of cells along each axis; () is the whole field.
+      weight: weights > 0 of the points, (*shape), or None.
+
+    Returns:
+      float32 (N', *shape, C).
+    """
+    scale = np.float32(1)
+    if weight is not None:
+        scale = np.sqrt(np.float32(weight))[..., None]
+    cells = math.prod(grid)
+    size = math.prod(train.shape[1:]) // cells
+    num = min(num_components, size, len(train) * cells - 1)
+    pca = linear.fit_pca(train * scale, num, grid=grid)
+    return linear.decode(pca, linear.encode(pca, test * scale)) / scale
+
+
+def measure(
+    train: np.ndarray,
+    test: np.ndarray,
+    code: np.ndarray,
+    weight: np.ndarray | None = None,
+) -> dict[str, float]:
+    """Quality of reconstructions (N', *shape, C) of test fields.
+
+    Args:
+      train: (N, *shape, C); its mean per channel is what the SNR compares with.
+      test: the fields, (N', *shape, C).
+      code: their reconstructions.
+      weight: weights of the points with the mean 1, (*shape), or None.
+
+    Returns:
+      "psnr": mean over the fields, "snr", both in dB; for fields of zeros and ones,
+      such as voxels, also "iou", the mean overlap of the values above 1/2.
+    """
+    scale = np.float32(1) if weight is None else np.float32(weight)[..., None]
+    axes = tuple(range(1, test.ndim))
+    offset = (scale * train).mean(axes[:-1]).mean(0)
+    power = (scale * np.square(test - offset)).mean(axes)
+    mse = np.maximum((scale * np.square(test - code)).mean(axes), _ROUNDING)
+    quality = {"psnr": functa.mean_psnr(mse), "snr": metrics.snr(power, mse)}
+    if np.isin(test, (0, 1)).all():
+        quality["iou"] = metrics.iou(code, test).mean()
+    return {name: float(value) for name, value in quality.items()}
 
 
 def _at(curve, num_components):

@@ -42,6 +42,9 @@ class Learner(NamedTuple):
       inner: keywords of `functa.fit_latent`: num_steps, l2_weight, unroll.
       cell: points of a cell along each axis, for a model whose cells are separate
         signals, otherwise None.
+      coords: positions (*shape, d) of the points of a signal, if they are not those of
+        `functa.coordinate_grid`.
+      weight: weights (*shape) of the points in the loss, or None.
     """
 
     model_config: dict[str, Any]
@@ -50,19 +53,25 @@ class Learner(NamedTuple):
     learning_rate: np.ndarray
     inner: dict[str, Any]
     cell: tuple[int, ...] | None = None
+    coords: np.ndarray | None = None
+    weight: np.ndarray | None = None
 
     @property
     def model(self):
         return functaset.make_model(self.model_config)
 
     def for_shape(self, shape: Sequence[int]) -> "Learner":
-        """The learner of signals of another size (H, W): a grid has more cells then.
+        """The learner of signals of another size: a grid has more cells then.
 
         Raises:
           ValueError: if cells do not fill the signals.
         """
         if self.cell is None:
             return self
+        if len(shape) != len(self.cell):
+            raise ValueError(
+                f"cells of {_by(self.cell)} points do not fill signals of {_by(shape)}."
+            )
         if any(size % points for size, points in zip(shape, self.cell, strict=True)):
             raise ValueError(
                 f"cells of {_by(self.cell)} points do not fill images of {_by(shape)}; "
@@ -131,12 +140,34 @@ def load_learner(workdir: str | Path) -> Learner:
         if learner.cell is not None:
             # Training on cells stores the latent of one cell.
             latent = model.initial_latent()
-        variables, coords = {"params": learner.params}, jnp.zeros((1, 2))
+        coords = jnp.zeros((1, len(learner.params["layer_0"]["kernel"])))
+        variables = {"params": learner.params}
         jax.eval_shape(model.apply, variables, coords, latent)
     for leaf in jax.tree.leaves(learner[1:4]):
         if not np.isfinite(leaf).all():
             raise ValueError(f"the weights of {workdir} are not finite.")
     return learner
+
+
+def points_of(
+    model: nn.Module, dataset: data.Dataset
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The positions and weights of the points of a data set, as `Learner` has them.
+
+    Raises:
+      ValueError: if the model has a grid of latents and the points are no regular grid
+        or have weights.
+    """
+    coords, weight = dataset.coords, dataset.weight
+    if coords is None or not isinstance(model, functa.SpatialSiren):
+        return coords, weight
+    regular = functa.coordinate_grid(coords.shape[:-1])
+    if weight is not None or not np.array_equal(coords, regular):
+        raise ValueError(
+            "a SpatialSiren needs points on a regular grid without weights; for points "
+            "of the sphere set model.type to LatentModulatedSiren."
+        )
+    return None, None
 
 
 def make_learner(config: ConfigDict, state: dict[str, Any]) -> Learner:
@@ -171,11 +202,11 @@ def fit_options(config: ConfigDict) -> dict[str, Any]:
 def encode(
     learner: Learner, images: np.ndarray, *, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Fits a latent to every image.
+    """Fits a latent to every image or field.
 
     Args:
       learner: weights and inner loop.
-      images: uint8 (N, H, W, C).
+      images: uint8 (N, H, W, C), or the values of fields, float32 (N, *shape, C).
       batch_size: B, number of images fitted at once, rounded up to a multiple of the
         number of devices of this process. The last batch is padded, to SHARD_SIZE or
         the number of images at most.
@@ -185,15 +216,17 @@ def encode(
     """
     batch_size = min(batch_size, max(len(images), SHARD_SIZE))
     batch_size += -batch_size % jax.local_device_count()
-    learner = learner.for_shape(images.shape[1:3])
+    learner = learner.for_shape(images.shape[1:-1])
     fixed = devices.replicate(learner[1:4], local=True)
+    points = devices.replicate((learner.coords, learner.weight), local=True)
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         # A batch of another size would be compiled separately.
-        padding = [(0, batch_size - len(batch))] + [(0, 0)] * 3
+        padding = [(0, batch_size - len(batch))] + [(0, 0)] * (batch.ndim - 1)
         latents, mse = fit_batch(
             *fixed,
             devices.divide(np.pad(batch, padding), local=True),
+            *points,
             model=learner.model,
             inner=tuple(learner.inner.items()),
         )
@@ -207,27 +240,32 @@ def fit_batch(
     latent: jax.Array,
     learning_rate: jax.Array,
     images: jax.Array,
+    coords: jax.Array | None = None,
+    weight: jax.Array | None = None,
     *,
     model: nn.Module,
     inner: tuple[tuple[str, Any], ...],
 ) -> tuple[jax.Array, jax.Array]:
-    """Fits the latents of one batch of uint8 images (B, H, W, C) on the device.
+    """Fits the latents of one batch of signals (B, *shape, C) on the device.
 
-    The first three arguments are those of a `Learner`; `inner` is the items of its
-    `inner`, as static arguments must be hashable.
+    Signals of uint8 are divided by 255. The other arguments are those of a `Learner`;
+    `inner` is the items of its `inner`, as static arguments must be hashable.
 
     Returns:
       latents (B, *Z) and mean squared errors (B, S + 1).
     """
-    targets = jnp.float32(images) / 255
+    targets = jnp.float32(images)
+    if images.dtype == jnp.uint8:
+        targets = targets / 255
     options = {"learning_rate": learning_rate, **dict(inner)}
     # Reported PSNR is measured at full precision, also if training used less.
     with jax.default_matmul_precision("highest"):
         if isinstance(model, functa.SpatialSiren):
             return functa.spatial.fit_grids(model, params, targets, **options)
-        coords = functa.coordinate_grid(images.shape[1:3])
+        if coords is None:
+            coords = functa.coordinate_grid(images.shape[1:-1])
         latents, info = functa.fit_batch(
-            model.apply, params, latent, coords, targets, **options
+            model.apply, params, latent, coords, targets, weight=weight, **options
         )
     return latents, info.mse
 
@@ -305,8 +343,13 @@ def write_functaset(
     Returns:
       {"num_signals", "images_per_second" of this process, "<split>_psnr" mean in dB}.
     """
-    shape = next(iter(dataset.values()))["image"].shape[1:3]
-    learner = learner.for_padded(shape, padding)
+    signals = {split: data.signals(arrays) for split, arrays in dataset.items()}
+    first = next(iter(signals.values()))
+    if first.dtype != np.uint8 and (copies > 1 or flip or padding):
+        raise ValueError(
+            "copies, flip and padding are for images; fields are encoded once."
+        )
+    learner = learner.for_padded(first.shape[1:-1], padding)
     config = {
         "model": learner.model_config,
         "inner": learner.inner,
@@ -318,8 +361,8 @@ def write_functaset(
     }
     params_sha256 = functaset.hash_params(learner.params)
     total = sum(
-        len(arrays["image"]) * (copies if split == "train" else 1)
-        for split, arrays in dataset.items()
+        len(values) * (copies if split == "train" else 1)
+        for split, values in signals.items()
     )
     needed = total * learner.latent.nbytes
     free = shutil.disk_usage(path.parent).free
@@ -332,38 +375,39 @@ def write_functaset(
     identity = {
         "config": config,
         "learner": functaset.hash_params(learner[1:4]),
-        "num": {split: len(arrays["image"]) for split, arrays in dataset.items()},
+        "num": {split: len(values) for split, values in signals.items()},
     }
     if devices.is_main():
         _open_parts(parts, json.loads(json.dumps(identity)))
     devices.wait_for_all("parts are open")
     todo = [
         (split, copy, start)
-        for split, arrays in dataset.items()
+        for split, values in signals.items()
         for copy in range(copies if split == "train" else 1)
-        for start in range(0, len(arrays["image"]), SHARD_SIZE)
+        for start in range(0, len(values), SHARD_SIZE)
     ]
     done = encoded = 0
     started = last = time.monotonic()
     shards = []
     for number, (split, copy, start) in enumerate(todo):
-        arrays = dataset[split]
-        stop = min(start + SHARD_SIZE, len(arrays["image"]))
+        stop = min(start + SHARD_SIZE, len(signals[split]))
         shard = parts / f"{split}-{copy:03d}-{start:09d}.npz"
         shards.append((shard, split, stop - start))
         mine = number % jax.process_count() == jax.process_index()
-        images, labels = arrays["image"][start:stop], arrays["label"][start:stop]
+        images = signals[split][start:stop]
+        labels = dataset[split]["label"][start:stop]
         if mine and not _is_whole(shard, images, labels):
             source = _source(shard, images, labels)
-            images = copy_images(
-                images,
-                copy,
-                number=copy * total + start,
-                seed=seed,
-                flip=flip,
-                padding=padding,
-                cell=learner.cell,
-            )
+            if images.dtype == np.uint8:
+                images = copy_images(
+                    images,
+                    copy,
+                    number=copy * total + start,
+                    seed=seed,
+                    flip=flip,
+                    padding=padding,
+                    cell=learner.cell,
+                )
             latents, mse = zip(
                 *encode(learner, images, batch_size=batch_size), strict=True
             )

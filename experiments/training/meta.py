@@ -137,8 +137,13 @@ def init_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     learner: encoding.Learner | None = None,
+    *,
+    num_coords: int = 2,
 ) -> TrainState:
-    """The state before the first step, from the seed or from a learner."""
+    """The state before the first step, from the seed or from a learner.
+
+    The positions of the points have `num_coords` coordinates.
+    """
     if learner is None:
         key_params, key_rates = jax.random.split(jax.random.key(config.seeds[0]))
         latent = model.initial_latent()
@@ -148,7 +153,8 @@ def init_state(
             shape = (config.inner.num_steps, *(shape or (1,)))
         low, high = config.inner.rate_range
         rates = jax.random.uniform(key_rates, shape, minval=low, maxval=high)
-        params = jax.jit(model.init)(key_params, jnp.zeros((1, 2)), latent)["params"]
+        coords = jnp.zeros((1, num_coords))
+        params = jax.jit(model.init)(key_params, coords, latent)["params"]
     else:
         params, latent, rates = learner.params, learner.latent, learner.learning_rate
     weights = {"params": params, "learning_rate": rates}
@@ -167,7 +173,13 @@ def init_state(
 
 
 def calibrated_rate(
-    model: nn.Module, params: Any, shape: Sequence[int], fraction: float
+    model: nn.Module,
+    params: Any,
+    shape: Sequence[int],
+    fraction: float,
+    *,
+    coords: np.ndarray | None = None,
+    weight: np.ndarray | None = None,
 ) -> jax.Array:
     """Learning rate of the inner loop at fraction / (largest eigenvalue at its start).
 
@@ -179,13 +191,17 @@ def calibrated_rate(
       params: its weights.
       shape: points of a signal along each axis.
       fraction: below 2.
+      coords: positions (*shape, d) of the points; by default those of a regular grid.
+      weight: weights (*shape) of the points, or None.
     """
-    coords = functa.coordinate_grid(shape)
+    coords = functa.coordinate_grid(shape) if coords is None else coords
 
     @jax.jit
     def find_eigenvalue(params):
         return functa.largest_eigenvalue(
-            lambda z: model.apply({"params": params}, coords, z), model.initial_latent()
+            lambda z: model.apply({"params": params}, coords, z),
+            model.initial_latent(),
+            weight=weight,
         )
 
     return fraction / (find_eigenvalue(params) * _num_cells(model))
@@ -229,9 +245,10 @@ def make_update(
     optimizer: optax.GradientTransformation,
     apply_fn: Callable[..., jax.Array] | None = None,
 ):
-    """The jitted outer step: (state, coords, targets, key) -> ...
+    """The jitted outer step: (state, coords, targets, key, weight) -> ...
 
     Coordinates are (N, d) and targets (B, N, C), or what `apply_fn` takes and returns.
+    The weights of the points are (N,), or None.
 
     Args:
       config: configuration of the run.
@@ -247,7 +264,7 @@ def make_update(
     apply_fn = apply_fn or model.apply
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated())
-    def update(state, coords, targets, key):
+    def update(state, coords, targets, key, weight=None):
         batch_size, num_points = len(targets), math.prod(targets.shape[1:-1])
         noise = None
         if inner.noise_std:
@@ -264,6 +281,7 @@ def make_update(
             noise=noise,
             num_groups=_num_groups(batch_size, num_points, config.points_per_group),
             first_order=inner.first_order,
+            weight=weight,
             **encoding.fit_options(config),
         )
         rate_grads = _num_cells(model) * rate_grads
@@ -275,9 +293,13 @@ def make_update(
     return update
 
 
-# Deviation of the warm-started latents: components are divided by this number. The
-# latents of CIFAR-10 then have deviations below 0.2, and the rates are near 0.3.
-_WARM_SCALE = 9.0
+def _warm_scale(size):
+    """Number by which components of signals of `size` values are divided.
+
+    The latents of CIFAR-10, with 48 values in a cell, then have deviations below 0.2,
+    and the rates are near 0.3. The components of larger signals are larger.
+    """
+    return 9.0 * max(size / 48, 1) ** 0.5
 
 
 class WarmStart(NamedTuple):
@@ -303,7 +325,7 @@ class WarmStart(NamedTuple):
         The targets are (B, N, C), with n values each, or grids of cells of n values.
         """
         flat = targets.reshape(-1, len(self.mean)) - self.mean
-        codes = flat @ self.components.T / _WARM_SCALE
+        codes = flat @ self.components.T / _warm_scale(len(self.mean))
         size = math.prod(shape) * len(targets) // len(codes)
         codes = np.pad(codes, ((0, 0), (0, size - codes.shape[1])))
         return np.float32(codes.reshape(-1, *shape))
@@ -313,10 +335,11 @@ def make_warm_start(signals: np.ndarray, latent_size: int) -> WarmStart:
     """Principal components of the signals (N, *shape, C), at most 10^6 of them."""
     size = math.prod(signals.shape[1:])
     signals = signals[:: max(1, len(signals) // 10**6)]
-    pca = functa.linear.fit_pca(signals, min(latent_size, size))
-    return WarmStart(
-        np.float32(pca.mean), np.float32(pca.components), size / (2 * _WARM_SCALE**2)
-    )
+    # Few signals have fewer components than values.
+    num = min(latent_size, size, max(len(signals) - 1, 1))
+    pca = functa.linear.fit_pca(signals, num)
+    rate = size / (2 * _warm_scale(size) ** 2)
+    return WarmStart(np.float32(pca.mean), np.float32(pca.components), rate)
 
 
 def make_warm_update(
@@ -327,15 +350,18 @@ def make_warm_update(
 ):
     """The jitted regression of targets (B, ..., C) on their codes (B, *Z).
 
-    The arguments are those of `make_update`.
+    The arguments are those of `make_update`; the function that is returned also takes
+    the weights of the points, (...), or None.
     """
     apply_fn = apply_fn or model.apply
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated())
-    def update(state, coords, targets, codes):
+    def update(state, coords, targets, codes, weight=None):
         def loss_fn(params):
             fields = jax.vmap(lambda z: apply_fn({"params": params}, coords, z))
             error = jnp.square(fields(codes) - targets)
+            if weight is not None:
+                error = error * (weight / weight.mean()).reshape(1, *weight.shape, 1)
             return error.mean(range(1, error.ndim))
 
         def mean_loss(params):
@@ -352,26 +378,42 @@ def make_warm_update(
     return update
 
 
-def make_batch(
-    config: ConfigDict, images: np.ndarray, step: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The coordinates (N, d) and targets (B, N, C) of update number `step`."""
-    indices = data.batch_indices(
+def select_points(config: ConfigDict, num_points: int, step: int) -> Any:
+    """Index of the points of update `step`: config.num_pixels of them, or all."""
+    if not 0 < config.num_pixels < num_points:
+        return slice(None)
+    rng = np.random.default_rng((config.seeds[0], step, 1))
+    return rng.choice(num_points, config.num_pixels, replace=False)
+
+
+def _batch_indices(config, images, step):
+    return data.batch_indices(
         config.seeds[0], step, num_examples=len(images), batch_size=config.batch_size
     )
-    targets = data.to_float(images[indices])
+
+
+def make_batch(
+    config: ConfigDict,
+    images: np.ndarray,
+    step: int,
+    coords: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The coordinates (N, d) and targets (B, N, C) of update number `step`.
+
+    The points of a signal are at `coords` (*shape, d), by default a regular grid.
+    """
+    targets = data.to_float(images[_batch_indices(config, images, step)])
     if step < config.coarse_steps:
         batch, height, width, channels = targets.shape
         factor = config.coarse_factor
         cells = (height // factor, factor, width // factor, factor)
         targets = targets.reshape(batch, *cells, channels).mean((2, 4))
-    coords = functa.coordinate_grid(targets.shape[1:3]).reshape(-1, 2)
+    if coords is None:
+        coords = functa.coordinate_grid(targets.shape[1:-1])
+    coords = coords.reshape(-1, coords.shape[-1])
     targets = targets.reshape(len(targets), -1, targets.shape[-1])  # (B, N, C)
-    if config.num_pixels and config.num_pixels < len(coords):
-        rng = np.random.default_rng((config.seeds[0], step, 1))
-        kept = rng.choice(len(coords), config.num_pixels, replace=False)
-        coords, targets = coords[kept], targets[:, kept]
-    return coords, targets
+    kept = select_points(config, len(coords), step)
+    return coords[kept], targets[:, kept]
 
 
 def train(
@@ -379,14 +421,19 @@ def train(
     model: nn.Module,
     images: np.ndarray,
     learner: encoding.Learner | None = None,
+    *,
+    coords: np.ndarray | None = None,
+    weight: np.ndarray | None = None,
 ) -> TrainState:
     """Meta-learns on images according to run.config; resumes from a checkpoint.
 
     Args:
       run: the open run folder.
       model: the field.
-      images: uint8 (N, H, W, C).
+      images: uint8 (N, H, W, C), or the values of fields, float32 (N, *shape, C).
       learner: start of the training; None starts from random weights.
+      coords: positions (*shape, d) of the points; by default those of a regular grid.
+      weight: weights (*shape) of the points in the loss, or None.
     """
     config = run.config
     num_steps = config.num_steps
@@ -394,14 +441,14 @@ def train(
     view = None
     if config.by_cells:
         # A cell is a signal of its own; a batch has cells of different images.
-        images = functa.spatial.layout(model, images.shape[1:3]).split(images)
+        images = functa.spatial.layout(model, images.shape[1:-1]).split(images)
         model = model.cell()
     elif config.cell:
-        view = functa.spatial.layout(model, images.shape[1:3], separate=False)
+        view = functa.spatial.layout(model, images.shape[1:-1], separate=False)
     apply_fn = view.apply_fn if view else model.apply
     optimizer = make_optimizer(config)
     update = make_update(config, model, optimizer, apply_fn)
-    warm, num_warm_steps = None, 0
+    warm, all_codes, num_warm_steps = None, None, 0
     if config.warm_start_steps and learner is None:
         num_warm_steps = config.warm_start_steps
         signals, size = images, math.prod(model.latent_shape)
@@ -409,7 +456,12 @@ def train(
             signals = functa.spatial.split_cells(images, model.grid)
             signals = signals.reshape(-1, *config.cell, images.shape[-1])
             size = model.channels
+        if weight is not None:  # The components have the weights of the loss.
+            signals = signals * np.sqrt(weight)[..., None]
         warm = make_warm_start(signals, size)
+        if config.num_pixels or weight is not None:
+            # A batch does not have all values that the codes are made of.
+            all_codes = warm.codes(data.to_float(signals), model.latent_shape)
         warm_update = make_warm_update(config, model, optimizer, apply_fn)
     key = jax.random.key(config.seeds[0] + 1)
     compiled = set()
@@ -417,22 +469,29 @@ def train(
     def advance(state, start, stop):
         losses, psnrs = [], []
         for step in range(start, stop):
-            coords, targets = make_batch(config, images, step)
+            points, targets = make_batch(config, images, step, coords)
+            weights = None
+            if weight is not None:
+                weights = weight.ravel()
+                weights = weights[select_points(config, len(weights), step)]
             if view:
                 targets = view.split(targets.reshape(-1, *images.shape[1:]))
-                coords = view.coords
+                points = view.coords
             if targets.shape not in compiled:
                 compiled.add(targets.shape)
                 run.say(f"compiling the outer step for batches of {targets.shape} ...")
             if step < num_warm_steps:
-                codes = warm.codes(targets, model.latent_shape)
+                if all_codes is None:
+                    codes = warm.codes(targets, model.latent_shape)
+                else:
+                    codes = all_codes[_batch_indices(config, images, step)]
                 state, loss, psnr = warm_update(
-                    state, coords, *devices.divide((targets, codes))
+                    state, points, *devices.divide((targets, codes)), weights
                 )
             else:
                 step_key = jax.random.fold_in(key, step)
                 state, loss, psnr = update(
-                    state, coords, devices.divide(targets), step_key
+                    state, points, devices.divide(targets), step_key, weights
                 )
             losses.append(loss)
             psnrs.append(psnr)
@@ -452,12 +511,18 @@ def train(
             metrics["num_recoveries"] = int(state.guard.num_recoveries)
         return state, losses, metrics
 
-    state = init_state(config, model, optimizer, learner)
+    num_coords = images.ndim - 2 if coords is None else coords.shape[-1]
+    state = init_state(config, model, optimizer, learner, num_coords=num_coords)
     if warm is not None:
         state = _fill_rates(state, warm.rate)
     elif config.inner.calibration and learner is None:
         rate = calibrated_rate(
-            model, state.weights["params"], images.shape[1:-1], config.inner.calibration
+            model,
+            state.weights["params"],
+            images.shape[1:-1],
+            config.inner.calibration,
+            coords=coords,
+            weight=weight,
         )
         state = _fill_rates(state, rate)
     return loop.train(

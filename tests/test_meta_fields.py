@@ -1,0 +1,63 @@
+"""meta_learn on fields over the sphere, over time and over voxels."""
+
+import numpy as np
+import pytest
+
+import functa
+from experiments import meta_learn
+from experiments.common import data, fields
+from experiments.configs import meta_learn as configs
+from experiments.training import controls, encoding
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("winds", (8,)),
+        pytest.param("speech", (40, 6), marks=pytest.mark.slow),
+        pytest.param("furniture", (4, 4, 4, 4), marks=pytest.mark.slow),
+    ],
+)
+def test_smoke_runs(tmp_path, name, shape):
+    config = configs.get_config(f"smoke_{name}")
+    summary = meta_learn.train_and_evaluate(config, tmp_path)
+    whole = functa.load_functaset(tmp_path / "functaset.npz")
+    loaded = data.load_dataset(f"synthetic_{name}", with_fields=True)
+    num = {split: len(arrays["value"]) for split, arrays in loaded.splits.items()}
+    assert whole.latent.shape == (num["train"] + num["test"], *shape)
+    assert whole.config["class_names"] == loaded.class_names
+    test = loaded.splits["test"]["value"][: summary["num_test_images"]]
+    # The exported latents give the fields whose quality the summary states.
+    learner = encoding.load_learner(tmp_path)
+    coords, weight = encoding.points_of(learner.model, loaded)
+    latents = whole.latent[whole.split == "test"][: len(test)]
+    code = functa.functaset.render(
+        learner.model, learner.params, latents, test.shape[1:-1], coords=coords
+    )
+    quality = controls.measure(
+        loaded.splits["train"]["value"], test, code, loaded.weight
+    )
+    assert quality["psnr"] == pytest.approx(summary["test_psnr"], abs=0.01)
+    assert quality["snr"] == pytest.approx(summary["test_snr"], abs=0.01)
+    assert ("test_iou" in summary) == (name == "furniture")
+    assert summary["pca_snr"] > 0
+    assert (tmp_path / "figures" / "fields.png").exists()
+    if name == "speech":
+        samples = fields._read_clip(tmp_path / "sounds" / "0_signal.wav")
+        shown = np.load(tmp_path / "arrays.npz")["signals"][0, :, 0]
+        assert samples / 2**15 == pytest.approx(shown, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"coarse_steps": 5}, "coarse_steps is for images"),
+        ({"num_pixels": 313}, "num_pixels must be at most 312"),
+        ({"by_cells": True}, "by_cells needs model.type SpatialSiren"),
+    ],
+)
+def test_bad_settings(tmp_path, changes, message):
+    config = configs.get_config("smoke_winds")
+    config.update(changes)
+    with pytest.raises(ValueError, match=message):
+        meta_learn.train_and_evaluate(config, tmp_path)
