@@ -40,6 +40,11 @@ class TrainState:
         """The parts that an update changes."""
         return self.weights, self.opt_state, self.average
 
+    def with_trained(self, parts: tuple[Any, ...]) -> "TrainState":
+        """The state with other parts that an update changes."""
+        weights, opt_state, average = parts
+        return self.replace(weights=weights, opt_state=opt_state, average=average)
+
 
 @struct.dataclass
 class Guard:
@@ -102,11 +107,8 @@ def keep_or_recover(
         scale=_SLOWER * guard.scale,
         num_recoveries=num_recoveries,
     )
-    weights, opt_state, average = jax.tree.map(jnp.copy, guard.good)
-    state = state.replace(
-        weights=weights, opt_state=opt_state, average=average, guard=guard
-    )
-    return state, True
+    state = state.with_trained(jax.tree.map(jnp.copy, guard.good))
+    return state.replace(guard=guard), True
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
@@ -156,14 +158,18 @@ def init_state(
     average = jax.tree.map(jnp.copy, weights) if config.optimizer.ema_decay else None
     state = TrainState(weights, jax.jit(optimizer.init)(weights), average, latent)
     if config.max_drop:
-        guard = Guard(
-            *[jax.tree.map(jnp.copy, state.trained()) for _ in range(2)],
-            best_psnr=jnp.array(-jnp.inf),
-            scale=jnp.array(1.0),
-            num_recoveries=jnp.array(0),
-        )
-        state = state.replace(guard=guard)
+        state = state.replace(guard=make_guard(state.trained()))
     return devices.replicate(state)
+
+
+def make_guard(trained: Any) -> Guard:
+    """The guard before the first step, of the parts that an update changes."""
+    return Guard(
+        *[jax.tree.map(jnp.copy, trained) for _ in range(2)],
+        best_psnr=jnp.array(-jnp.inf),
+        scale=jnp.array(1.0),
+        num_recoveries=jnp.array(0),
+    )
 
 
 def calibrated_rate(
@@ -191,6 +197,32 @@ def calibrated_rate(
     return fraction / (find_eigenvalue(params) * _num_cells(model))
 
 
+def set_first_rates(
+    config: ConfigDict,
+    model: nn.Module,
+    state: TrainState,
+    shape: Sequence[int],
+    warm: "WarmStart | None",
+) -> TrainState:
+    """The state with the rates of a warm start, or else with calibrated ones.
+
+    Args:
+      config: configuration of the run.
+      model: the field.
+      state: the state before the first step, from the seed.
+      shape: points of a signal along each axis.
+      warm: the warm start, if any.
+    """
+    if warm is not None:
+        return _fill_rates(state, warm.rate)
+    if not config.inner.calibration:
+        return state
+    params = state.weights["params"]
+    return _fill_rates(
+        state, calibrated_rate(model, params, shape, config.inner.calibration)
+    )
+
+
 def _fill_rates(state, rate):
     """The state with one value for all learning rates of the inner loop."""
 
@@ -207,7 +239,12 @@ def _num_cells(model):
     return getattr(model, "num_cells", 1)
 
 
-def _apply(config, optimizer, state, grads):
+def apply_gradients(
+    config: ConfigDict,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    grads: dict[str, Any],
+) -> TrainState:
     """The state after one update by the gradients of its weights."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.weights)
     if state.guard is not None:
@@ -262,13 +299,13 @@ def make_update(
             # The loss is a mean over the cells; the rates are those of one cell.
             learning_rate=_num_cells(model) * state.weights["learning_rate"],
             noise=noise,
-            num_groups=_num_groups(batch_size, num_points, config.points_per_group),
+            num_groups=count_groups(batch_size, num_points, config.points_per_group),
             first_order=inner.first_order,
             **encoding.fit_options(config),
         )
         rate_grads = _num_cells(model) * rate_grads
         grads = {"params": grads, "learning_rate": rate_grads}
-        state = _apply(config, optimizer, state, grads)
+        state = apply_gradients(config, optimizer, state, grads)
         psnr = functa.psnr(info.mse).mean(0)
         return state, info.loss[:, -1].mean(), psnr
 
@@ -319,6 +356,17 @@ def make_warm_start(signals: np.ndarray, latent_size: int) -> WarmStart:
     )
 
 
+def make_warm_start_of(
+    model: nn.Module, images: np.ndarray, *, by_cells: bool
+) -> WarmStart:
+    """The warm start of a field: each image has a code or, `by_cells`, each cell."""
+    if not by_cells:
+        return make_warm_start(images, math.prod(model.latent_shape))
+    cells = functa.spatial.split_cells(images, model.grid)
+    cells = cells.reshape(-1, *cells.shape[len(model.grid) + 1 :])
+    return make_warm_start(cells, model.channels)
+
+
 def make_warm_update(
     config: ConfigDict,
     model: nn.Module,
@@ -345,7 +393,7 @@ def make_warm_update(
         grads, loss = jax.grad(mean_loss, has_aux=True)(state.weights["params"])
         rates = state.weights["learning_rate"]
         grads = {"params": grads, "learning_rate": jnp.zeros_like(rates)}
-        state = _apply(config, optimizer, state, grads)
+        state = apply_gradients(config, optimizer, state, grads)
         psnr = jnp.full(config.inner.num_steps + 1, functa.psnr(loss).mean())
         return state, loss.mean(), psnr
 
@@ -404,12 +452,7 @@ def train(
     warm, num_warm_steps = None, 0
     if config.warm_start_steps and learner is None:
         num_warm_steps = config.warm_start_steps
-        signals, size = images, math.prod(model.latent_shape)
-        if view:  # Each cell has a code.
-            signals = functa.spatial.split_cells(images, model.grid)
-            signals = signals.reshape(-1, *config.cell, images.shape[-1])
-            size = model.channels
-        warm = make_warm_start(signals, size)
+        warm = make_warm_start_of(model, images, by_cells=view is not None)
         warm_update = make_warm_update(config, model, optimizer, apply_fn)
     key = jax.random.key(config.seeds[0] + 1)
     compiled = set()
@@ -453,13 +496,8 @@ def train(
         return state, losses, metrics
 
     state = init_state(config, model, optimizer, learner)
-    if warm is not None:
-        state = _fill_rates(state, warm.rate)
-    elif config.inner.calibration and learner is None:
-        rate = calibrated_rate(
-            model, state.weights["params"], images.shape[1:-1], config.inner.calibration
-        )
-        state = _fill_rates(state, rate)
+    if learner is None:
+        state = set_first_rates(config, model, state, images.shape[1:-1], warm)
     return loop.train(
         run,
         state,
@@ -470,7 +508,7 @@ def train(
     )
 
 
-def _num_groups(batch_size, num_points, points_per_group):
+def count_groups(batch_size: int, num_points: int, points_per_group: int) -> int:
     """Smallest number of groups with at most points_per_group points on a device."""
     if not points_per_group:
         return 1
