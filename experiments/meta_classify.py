@@ -132,10 +132,11 @@ def _make_networks(config, shape, classes):
         latent = model.initial_latent()
         view = meta_classifier.make_view(model, shape[1:3])
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2)), latent)
+    num_classes = 1 + int(classes.max())
+    head = heads.make_head(
+        config.head.to_dict(), num_classes, model.latent_shape, entry="head"
+    )
     with settings.blamed_on("head"):
-        head = heads.make_head(
-            config.head.to_dict(), 1 + int(classes.max()), model.latent_shape
-        )
         params = jax.eval_shape(head.init, jax.random.key(0))
         jax.eval_shape(head.apply, params, latent[None])
     return model, view, head
