@@ -42,14 +42,15 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     problem = make_problem(config, loaded)
 
     def finish(run, summaries):
-        rows = {
-            method: [s for name, s in summaries.items() if name.startswith(method)]
-            for method in config.methods
-        }
-        table = {
-            method: mean_and_std([{k: row[k] for k in _RESULTS} for row in chosen])
-            for method, chosen in rows.items()
-        }
+        table = {}
+        for method in config.methods:
+            rows = [
+                {key: summary[key] for key in _RESULTS}
+                for name, summary in summaries.items()
+                if name.startswith(method)
+            ]
+            mean = mean_and_std(rows)
+            table |= {f"{method}_{key}": value for key, value in mean.items()}
         # What linear codes with as many values reach on the same images.
         table |= controls.linear_controls(loaded.splits, problem.model.latent_shape)
         table |= {f"num_{name}": len(problem[i].label) for i, name in enumerate(_PARTS)}
@@ -69,7 +70,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 _PARTS = ("train", "validation", "test")
 _RESULTS = (
     *("test_accuracy", "test_psnr", "validation_accuracy", "validation_psnr"),
-    *("step", "num_field_params", "num_head_params"),
+    *("step", "num_recoveries", "num_field_params", "num_head_params"),
 )
 
 
@@ -153,9 +154,8 @@ def _run(run: runs.Run, problem: Problem) -> dict[str, Any]:
         found[f"{name}_accuracy"] = np.mean(predicted == part.label)
         found[f"{name}_psnr"] = psnr.mean()
     metrics = run.metrics()
-    if run.config.max_drop:
-        found["num_recoveries"] = metrics[-1]["num_recoveries"]
     return found | {
+        "num_recoveries": max(m.get("num_recoveries", 0) for m in metrics),
         "step": best["step"],
         "num_field_params": _count(best["weights"]["params"]),
         "num_head_params": _count(best["head"]),

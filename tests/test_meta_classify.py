@@ -189,7 +189,7 @@ def test_smoke_run_stopped_and_resumed_ends_as_one_left_alone(tmp_path, monkeypa
     assert summary["patch_pca_psnr"] > 0
     for method in config.methods:
         inner = summary["runs"][f"{method}_seed0"]
-        assert summary[method]["test_accuracy"] == inner["test_accuracy"]
+        assert summary[f"{method}_test_accuracy"] == inner["test_accuracy"]
         assert 0 <= inner["test_accuracy"] <= 1 and inner["test_psnr"] > 5
         curve = dict(inner["curves"]["validation_accuracy"])
         # The selected step is the best one, and was measured in the same way.

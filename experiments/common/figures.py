@@ -1307,10 +1307,9 @@ def _accuracy_against_psnr(run):
             psnr,
             100 * accuracy.mean(0),
         )
-        tested = run.summary[method]
         points[f"{title}: test"] = (
-            np.array([tested["test_psnr"]]),
-            np.array([100 * tested["test_accuracy"]]),
+            np.array([run.summary[f"{method}_test_psnr"]]),
+            np.array([100 * run.summary[f"{method}_test_accuracy"]]),
         )
     return functa_plots.accuracy_curves(points, x_label="PSNR (dB)").figure
 

@@ -133,6 +133,7 @@ VARIANTS = {
         "model.grid": (2, 2),
         "model.width": 16,
         "num_steps": 24,
+        "optimizer.ema_decay": 0.5,
         "optimizer.warmup_steps": 2,
         "warm_start_steps": 6,
     },

@@ -392,7 +392,8 @@ def train(run: runs.Run, problem: Problem) -> TrainState:
         losses = metrics.pop("loss")
         metrics = jax.tree.map(lambda values: values.mean(0), metrics)
         metrics["psnr"] = metrics["psnr_per_step"][-1]
-        if config.max_drop:
+        # In the phase of the head the field rests.
+        if config.max_drop and phase != "head":
             compared = -np.inf if phase == "warm" else metrics["psnr"]
             state, recovered = meta.keep_or_recover(
                 state, compared, max_drop=config.max_drop
