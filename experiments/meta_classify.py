@@ -131,6 +131,8 @@ def _make_networks(config, shape, classes):
     with settings.blamed_on("model"):
         model = functaset.make_model(config.model.to_dict())
         latent = model.initial_latent()
+        if not latent.size:
+            raise ValueError(f"a latent needs entries, got the shape {latent.shape}.")
         view = meta_classifier.make_view(model, shape[1:3])
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2)), latent)
     num_classes = 1 + int(classes.max())

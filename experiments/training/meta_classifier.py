@@ -188,9 +188,14 @@ def init_state(config: ConfigDict, problem: Problem, warm: Any) -> TrainState:
     best = _copy(_evaluated(field, head))
     best |= {"accuracy": jnp.array(-1.0), "step": jnp.array(0)}
     state = TrainState(field, head, best)
-    if config.max_drop:
+    if is_guarded(config):
         state = state.replace(guard=meta.make_guard(state.trained()))
     return devices.replicate(state)
+
+
+def is_guarded(config: ConfigDict) -> bool:
+    """Whether a fall of the PSNR is a collapse; without reconstruction it may fall."""
+    return bool(config.max_drop and config.reconstruction_weight)
 
 
 def _copy(tree):
@@ -393,7 +398,7 @@ def train(run: runs.Run, problem: Problem) -> TrainState:
         metrics = jax.tree.map(lambda values: values.mean(0), metrics)
         metrics["psnr"] = metrics["psnr_per_step"][-1]
         # In the phase of the head the field rests.
-        if config.max_drop and phase != "head":
+        if is_guarded(config) and phase != "head":
             compared = -np.inf if phase == "warm" else metrics["psnr"]
             state, recovered = meta.keep_or_recover(
                 state, compared, max_drop=config.max_drop
@@ -417,5 +422,5 @@ def train(run: runs.Run, problem: Problem) -> TrainState:
         advance,
         stops=loop.every(ends[-1], config.log_every).union(ends),
         saves=loop.every(ends[-1], config.checkpoint_every),
-        may_diverge=bool(config.max_drop),
+        may_diverge=is_guarded(config),
     )
