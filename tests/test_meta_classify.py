@@ -18,11 +18,13 @@ LINEAR = {"type": "mlp", "hidden_sizes": ()}
 
 def small_config(**changes):
     config = configs.get_config("smoke")
-    config.inner.num_steps = 1
     config.head = LINEAR
     config.methods = ("joint",)
+    # Compilation takes most of the time.
+    config.inner.num_steps = 1
+    config.model.update(depth=2, fast_sine=False, kernel_size=1)
+    config.optimizer.ema_decay = config.max_drop = 0.0
     config.warm_start_steps = 0
-    config.optimizer.ema_decay = 0.0
     for name, value in changes.items():
         group, _, field = name.rpartition("__")
         (config[group] if group else config)[field] = value
@@ -89,25 +91,24 @@ def meta_config(config):
     return config
 
 
-def test_a_label_moves_the_field_and_only_in_the_joint_phase(digits):
+def test_a_label_moves_the_field(digits):
     config = small_config(optimizer__warmup_steps=0)
-    problem, _ = start(config, digits)
+    problem, state = start(config, digits)
     images, labels = batch(problem, config)
-    weights, heads = {}, {}
-    for phase, shift in ("joint", 0), ("joint", 1), ("field", 0), ("field", 1):
-        state = training.init_state(config, problem, None)
-        update = training.make_update(config, problem, phase)
-        state, metrics = update(state, images, (labels + shift) % 10, jax.random.key(0))
-        weights[phase, shift] = jax.device_get(state.field.weights)
-        heads[phase, shift] = jax.device_get(state.head)
-        assert ("cross_entropy" in metrics) == (phase == "joint")
-    kernels = [w["params"]["latent_to_modulation"]["kernel"] for w in weights.values()]
+    update = training.make_update(config, problem, "joint")
+    kernels = []
+    for shift in (0, 1):
+        state, metrics = update(
+            training.init_state(config, problem, None),
+            images,
+            (labels + shift) % 10,
+            jax.random.key(0),
+        )
+        params = jax.device_get(state.field.weights["params"])
+        kernels.append(params["latent_to_modulation"]["kernel"])
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-5
-    np.testing.assert_array_equal(kernels[2], kernels[3])
-    # Without its phase the head keeps its weights and moments.
-    first = jax.device_get(training.init_state(config, problem, None).head)
-    chex.assert_trees_all_equal(heads["field", 0], first)
-    assert heads["joint", 0].num_batches == 1
+    assert state.head.num_batches == 1
+    assert np.isfinite(metrics["cross_entropy"])
 
 
 def test_phase_of_the_head_keeps_the_field(digits):
