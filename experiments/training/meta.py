@@ -203,6 +203,7 @@ def set_first_rates(
     state: TrainState,
     shape: Sequence[int],
     warm: "WarmStart | None",
+    **points: Any,
 ) -> TrainState:
     """The state with the rates of a warm start, or else with calibrated ones.
 
@@ -212,15 +213,16 @@ def set_first_rates(
       state: the state before the first step, from the seed.
       shape: points of a signal along each axis.
       warm: the warm start, if any.
+      **points: other keywords of `calibrated_rate`.
     """
     if warm is not None:
         return _fill_rates(state, warm.rate)
-    if not config.inner.calibration:
+    fraction = config.inner.calibration
+    if not fraction:
         return state
     params = state.weights["params"]
-    return _fill_rates(
-        state, calibrated_rate(model, params, shape, config.inner.calibration)
-    )
+    rate = calibrated_rate(model, params, shape, fraction, **points)
+    return _fill_rates(state, rate)
 
 
 def _fill_rates(state, rate):
@@ -356,15 +358,17 @@ def make_warm_start(signals: np.ndarray, latent_size: int) -> WarmStart:
     )
 
 
-def make_warm_start_of(
+def coded_signals(
     model: nn.Module, images: np.ndarray, *, by_cells: bool
-) -> WarmStart:
-    """The warm start of a field: each image has a code or, `by_cells`, each cell."""
+) -> tuple[np.ndarray, int]:
+    """What has a code in a warm start, and how many components the code has.
+
+    These are the images or, `by_cells`, their cells (N, *cell, C).
+    """
     if not by_cells:
-        return make_warm_start(images, math.prod(model.latent_shape))
+        return images, math.prod(model.latent_shape)
     cells = functa.spatial.split_cells(images, model.grid)
-    cells = cells.reshape(-1, *cells.shape[len(model.grid) + 1 :])
-    return make_warm_start(cells, model.channels)
+    return cells.reshape(-1, *cells.shape[len(model.grid) + 1 :]), model.channels
 
 
 def make_warm_update(
@@ -452,7 +456,8 @@ def train(
     warm, num_warm_steps = None, 0
     if config.warm_start_steps and learner is None:
         num_warm_steps = config.warm_start_steps
-        warm = make_warm_start_of(model, images, by_cells=view is not None)
+        signals, size = coded_signals(model, images, by_cells=view is not None)
+        warm = make_warm_start(signals, size)
         warm_update = make_warm_update(config, model, optimizer, apply_fn)
     key = jax.random.key(config.seeds[0] + 1)
     compiled = set()

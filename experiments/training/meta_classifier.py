@@ -354,7 +354,9 @@ def train(run: runs.Run, problem: Problem) -> TrainState:
     warm = None
     if config.warm_start_steps:
         by_cells = getattr(problem.model, "interpolation", "") == "nearest"
-        warm = meta.make_warm_start_of(problem.model, train.image, by_cells=by_cells)
+        warm = meta.make_warm_start(
+            *meta.coded_signals(problem.model, train.image, by_cells=by_cells)
+        )
     key = jax.random.key(config.seeds[0] + 1)
 
     @functools.cache
