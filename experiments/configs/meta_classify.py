@@ -9,11 +9,12 @@ Each method trains the field and the head for `num_steps` steps with the same ba
   two_stage: the control. First the field without labels, then the head.
 
 Variants:
-  digits: the 8x8 gray digits of scikit-learn with a 4x4 grid of latents of 4 numbers,
-    as many as pixels, and a Vision Transformer of 2 layers.
+  digits: the 8x8 gray digits of scikit-learn with a 4x4 grid of latents of 2 numbers,
+    half as many as pixels, and a Vision Transformer of 2 layers.
   smoke: digits with tiny networks and 24 steps, to check that the command runs;
     seconds.
-  fashion_mnist: Fashion-MNIST with a 7x7 grid of latents of 8 numbers.
+  fashion_mnist: Fashion-MNIST with a 7x7 grid of latents of 8 numbers; results/ has no
+    run of it.
   cifar10: CIFAR-10 with an 8x8 grid of latents of 16 numbers and a Vision Transformer
     of 6 layers. It needs a GPU; results/ has no run of it.
 
@@ -50,7 +51,7 @@ BASE = {
             "width": 64,
             "depth": 4,
             "grid": (4, 4),
-            "channels": 4,
+            "channels": 2,
             "omega_0": 10.0,
             "interpolation": "nearest",
             "kernel_size": 3,
@@ -72,7 +73,7 @@ BASE = {
     # head; the averages are evaluated.
     "optimizer": meta_learn.BASE["optimizer"]
     | {"learning_rate": 2e-3, "clip_norm": 1.0, "ema_decay": 0.99},
-    "warm_start_steps": 200,
+    "warm_start_steps": 100,
     # As in meta_learn; labels may lower the PSNR, so that only a large fall is one.
     "max_drop": 10.0,
     "points_per_group": 0,
@@ -107,7 +108,7 @@ BASE = {
     "label_smoothing": 0.1,
     # Random windows of the zero-padded images, and mirror images.
     "augmentation": {"padding": 0, "flip": False},
-    "num_steps": 1500,
+    "num_steps": 1000,
     "batch_size": 64,
     "log_every": 100,
     "checkpoint_every": 500,
