@@ -244,8 +244,9 @@ def make_update(
             field = both["field"]
 
             def label_loss(latents, group):
-                targets, keys = group
-                key_latents, key_model = jax.random.split(keys[0])
+                targets, numbers = group
+                key_group = jax.random.fold_in(key_head, numbers[0])
+                key_latents, key_model = jax.random.split(key_group)
                 inputs = drop(
                     key_latents, state.head.normalize(latents), config.latent_dropout
                 )
@@ -259,7 +260,7 @@ def make_update(
                 view.coords,
                 view.split(jnp.float32(images) / 255),
                 label_loss,
-                (smooth, jax.random.split(key_head, batch_size)),
+                (smooth, jnp.arange(batch_size)),
                 # The loss is a mean over the cells; the rates are those of one cell.
                 learning_rate=view.num_cells * field["learning_rate"],
                 reconstruction_weight=config.reconstruction_weight,
