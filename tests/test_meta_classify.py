@@ -112,7 +112,11 @@ def test_a_label_moves_the_field(digits):
 
 
 def test_phase_of_the_head_keeps_the_field(digits):
-    config = small_config(head_optimizer__warmup_steps=0)
+    config = small_config(
+        latent_dropout=0.0,
+        head_optimizer__warmup_steps=0,
+        head_optimizer__learning_rate=0.03,
+    )
     problem, state = start(config, digits)
     images, labels = batch(problem, config)
     before = jax.device_get((state.field, state.head.params))
@@ -123,7 +127,7 @@ def test_phase_of_the_head_keeps_the_field(digits):
         losses.append(float(metrics["cross_entropy"]))
     assert update._cache_size() == 1
     chex.assert_trees_all_equal(jax.device_get(state.field), before[0])
-    assert losses[-1] < losses[1]
+    assert losses[-1] < 0.9 * losses[1]
     assert state.head.num_batches == 8
 
 
