@@ -1531,6 +1531,70 @@ def _as_float(run, name):
     return np.float32(run.need(name)) / 255
 
 
+def _methods(run):
+    """{title: {measure: (steps (K,), values (R, K))}} of R seeds of each method."""
+    table = {}
+    for method in run.config["methods"]:
+        curves = [
+            inner["curves"]
+            for name, inner in run.summary["runs"].items()
+            if name.startswith(method)
+        ]
+        table[_JOINT[method]] = {
+            measure: (
+                np.array(curves[0][measure])[:, 0],
+                np.array([curve[measure] for curve in curves])[:, :, 1],
+            )
+            for measure in curves[0]
+        }
+    return table
+
+
+def _joint_training(run):
+    curves = _methods(run)
+    _, axes = _panels(2)
+    functa_plots.accuracy_curves(
+        {
+            title: (measured["validation_accuracy"][0], 100 * values)
+            for title, measured in curves.items()
+            for values in [measured["validation_accuracy"][1]]
+        },
+        x_label="step",
+        y_label="validation accuracy (%)",
+        ax=axes[0, 0],
+    )
+    functa_plots.psnr_curves(
+        {title: measured["validation_psnr"] for title, measured in curves.items()},
+        y_label="validation PSNR (dB)",
+        ax=axes[0, 1],
+    )
+    axes[0, 0].get_legend().remove()
+    return axes[0, 0].figure
+
+
+def _accuracy_against_psnr(run):
+    points = {}
+    for (title, measured), method in zip(
+        _methods(run).items(), run.config["methods"], strict=True
+    ):
+        steps, accuracy = measured["validation_accuracy"]
+        all_steps, psnr = measured["validation_psnr"]
+        psnr = psnr[:, np.isin(all_steps, steps)].mean(0)
+        points[f"{title}:\nvalidation, during training"] = (
+            psnr,
+            100 * accuracy.mean(0),
+        )
+        points[f"{title}: test"] = (
+            np.array([run.summary[f"{method}_test_psnr"]]),
+            np.array([100 * run.summary[f"{method}_test_accuracy"]]),
+        )
+    return functa_plots.accuracy_curves(points, x_label="PSNR (dB)").figure
+
+
+# The names of the methods of meta_classify.
+_JOINT = {"joint": "labels in the loop", "two_stage": "field, then classifier"}
+
+
 _EXTRACTORS = {"classifier": "classifier", "random": "random network"}
 _GENERATE = {
     "training": _flow_training,
@@ -1547,6 +1611,10 @@ _META_LEARN = {
     "interpolation": _interpolation,
     "reconstructions": _error_maps,
     "super_resolution": _super_resolution,
+}
+_META_CLASSIFY = {
+    "training": _joint_training,
+    "accuracy_against_psnr": _accuracy_against_psnr,
 }
 _CLASSIFY = {"accuracy": _classifier_accuracy, "confusion": _confusion}
 _CONTROLS = {
@@ -1568,4 +1636,5 @@ _FIGURES: dict[str, Callable[[Run], dict[str, Callable[[], Any]]]] = {
     "latent_controls": functools.partial(_bind, _CONTROLS),
     "compress_functa": _compress_functa,
     "generate_functa": functools.partial(_bind, _GENERATE),
+    "meta_classify": functools.partial(_bind, _META_CLASSIFY),
 }

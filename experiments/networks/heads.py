@@ -37,7 +37,11 @@ class Head(NamedTuple):
 
 
 def make_head(
-    settings: Mapping[str, Any], num_classes: int, latent_shape: tuple[int, ...]
+    settings: Mapping[str, Any],
+    num_classes: int,
+    latent_shape: tuple[int, ...],
+    *,
+    entry: str = "model",
 ) -> Head:
     """Makes the network settings["type"] with the other settings as its fields.
 
@@ -47,6 +51,7 @@ def make_head(
         of the cells that a training step removes from each grid.
       num_classes: K.
       latent_shape: *Z.
+      entry: name of `settings` in the config, for errors.
 
     Raises:
       ValueError: if the type or a field is unknown, or if the network does not take
@@ -57,28 +62,28 @@ def make_head(
     name = fields.pop("type")
     if name not in _HEADS:
         raise ValueError(
-            f"config.model.type must be one of {', '.join(_HEADS)}; got {name!r}."
+            f"config.{entry}.type must be one of {', '.join(_HEADS)}; got {name!r}."
         )
     if not 0 <= fields.get("token_drop", 0) < 1:
         raise ValueError(
-            f"config.model.token_drop must be in [0, 1), got {fields['token_drop']}."
+            f"config.{entry}.token_drop must be in [0, 1), got {fields['token_drop']}."
         )
     if name != "mlp" and len(latent_shape) < 2:
         raise ValueError(
-            f"the head {name} needs grids of latents (N, h, w, C), but the functaset "
-            f"has one latent per image, {latent_shape}; use the head mlp."
+            f"the head {name} needs grids of latents (N, h, w, C), but an image here "
+            f"has one latent, {latent_shape}; use the head mlp."
         )
     try:
         return _HEADS[name](fields, num_classes, latent_shape)
-    except TypeError as error:
-        raise ValueError(f"config.model: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config.{entry}: {error}") from None
 
 
 def _mlp(fields, num_classes, latent_shape):
     model = MLP(**fields, num_classes=num_classes)
     if not all(type(width) is int and width > 0 for width in model.hidden_sizes):
         raise ValueError(
-            "config.model.hidden_sizes must be a tuple of positive integers, got "
+            "hidden_sizes must be a tuple of positive integers, got "
             f"{model.hidden_sizes}."
         )
     size = math.prod(latent_shape)
@@ -130,18 +135,16 @@ def _convnext(fields, num_classes, latent_shape):
         type(size) is int and size > 0 for size in sizes
     ):
         raise ValueError(
-            f"config.model.widths {model.widths} and depths {model.depths} must have "
+            f"widths {model.widths} and depths {model.depths} must have "
             "one positive integer per stage."
         )
     if model.activation not in ("gelu", "relu", "silu"):
         raise ValueError(
-            "config.model.activation must be one of gelu, relu, silu; got "
-            f"{model.activation!r}."
+            f"activation must be one of gelu, relu, silu; got {model.activation!r}."
         )
     if not 0 <= model.drop_path_rate < 1:
         raise ValueError(
-            f"config.model.drop_path_rate must be in [0, 1), got "
-            f"{model.drop_path_rate}."
+            f"drop_path_rate must be in [0, 1), got {model.drop_path_rate}."
         )
     factor = 2 ** (len(model.widths) - 1)
     grid = latent_shape[:-1]

@@ -40,6 +40,11 @@ class TrainState:
         """The parts that an update changes."""
         return self.weights, self.opt_state, self.average
 
+    def with_trained(self, parts: tuple[Any, ...]) -> "TrainState":
+        """The state with other parts that an update changes."""
+        weights, opt_state, average = parts
+        return self.replace(weights=weights, opt_state=opt_state, average=average)
+
 
 @struct.dataclass
 class Guard:
@@ -102,11 +107,8 @@ def keep_or_recover(
         scale=_SLOWER * guard.scale,
         num_recoveries=num_recoveries,
     )
-    weights, opt_state, average = jax.tree.map(jnp.copy, guard.good)
-    state = state.replace(
-        weights=weights, opt_state=opt_state, average=average, guard=guard
-    )
-    return state, True
+    state = state.with_trained(jax.tree.map(jnp.copy, guard.good))
+    return state.replace(guard=guard), True
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
@@ -162,14 +164,18 @@ def init_state(
     average = jax.tree.map(jnp.copy, weights) if config.optimizer.ema_decay else None
     state = TrainState(weights, jax.jit(optimizer.init)(weights), average, latent)
     if config.max_drop:
-        guard = Guard(
-            *[jax.tree.map(jnp.copy, state.trained()) for _ in range(2)],
-            best_psnr=jnp.array(-jnp.inf),
-            scale=jnp.array(1.0),
-            num_recoveries=jnp.array(0),
-        )
-        state = state.replace(guard=guard)
+        state = state.replace(guard=make_guard(state.trained()))
     return devices.replicate(state)
+
+
+def make_guard(trained: Any) -> Guard:
+    """The guard before the first step, of the parts that an update changes."""
+    return Guard(
+        *[jax.tree.map(jnp.copy, trained) for _ in range(2)],
+        best_psnr=jnp.array(-jnp.inf),
+        scale=jnp.array(1.0),
+        num_recoveries=jnp.array(0),
+    )
 
 
 def calibrated_rate(
@@ -207,6 +213,34 @@ def calibrated_rate(
     return fraction / (find_eigenvalue(params) * _num_cells(model))
 
 
+def set_first_rates(
+    config: ConfigDict,
+    model: nn.Module,
+    state: TrainState,
+    shape: Sequence[int],
+    warm: "WarmStart | None",
+    **points: Any,
+) -> TrainState:
+    """The state with the rates of a warm start, or else with calibrated ones.
+
+    Args:
+      config: configuration of the run.
+      model: the field.
+      state: the state before the first step, from the seed.
+      shape: points of a signal along each axis.
+      warm: the warm start, if any.
+      **points: other keywords of `calibrated_rate`.
+    """
+    if warm is not None:
+        return _fill_rates(state, warm.rate)
+    fraction = config.inner.calibration
+    if not fraction:
+        return state
+    params = state.weights["params"]
+    rate = calibrated_rate(model, params, shape, fraction, **points)
+    return _fill_rates(state, rate)
+
+
 def _fill_rates(state, rate):
     """The state with one value for all learning rates of the inner loop."""
 
@@ -223,7 +257,12 @@ def _num_cells(model):
     return getattr(model, "num_cells", 1)
 
 
-def _apply(config, optimizer, state, grads):
+def apply_gradients(
+    config: ConfigDict,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    grads: dict[str, Any],
+) -> TrainState:
     """The state after one update by the gradients of its weights."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.weights)
     if state.guard is not None:
@@ -279,14 +318,14 @@ def make_update(
             # The loss is a mean over the cells; the rates are those of one cell.
             learning_rate=_num_cells(model) * state.weights["learning_rate"],
             noise=noise,
-            num_groups=_num_groups(batch_size, num_points, config.points_per_group),
+            num_groups=count_groups(batch_size, num_points, config.points_per_group),
             first_order=inner.first_order,
             weight=weight,
             **encoding.fit_options(config),
         )
         rate_grads = _num_cells(model) * rate_grads
         grads = {"params": grads, "learning_rate": rate_grads}
-        state = _apply(config, optimizer, state, grads)
+        state = apply_gradients(config, optimizer, state, grads)
         psnr = functa.psnr(info.mse).mean(0)
         return state, info.loss[:, -1].mean(), psnr
 
@@ -342,6 +381,19 @@ def make_warm_start(signals: np.ndarray, latent_size: int) -> WarmStart:
     return WarmStart(np.float32(pca.mean), np.float32(pca.components), rate)
 
 
+def coded_signals(
+    model: nn.Module, images: np.ndarray, *, by_cells: bool
+) -> tuple[np.ndarray, int]:
+    """What has a code in a warm start, and how many components the code has.
+
+    These are the images or, `by_cells`, their cells (N, *cell, C).
+    """
+    if not by_cells:
+        return images, math.prod(model.latent_shape)
+    cells = functa.spatial.split_cells(images, model.grid)
+    return cells.reshape(-1, *cells.shape[len(model.grid) + 1 :]), model.channels
+
+
 def make_warm_update(
     config: ConfigDict,
     model: nn.Module,
@@ -371,7 +423,7 @@ def make_warm_update(
         grads, loss = jax.grad(mean_loss, has_aux=True)(state.weights["params"])
         rates = state.weights["learning_rate"]
         grads = {"params": grads, "learning_rate": jnp.zeros_like(rates)}
-        state = _apply(config, optimizer, state, grads)
+        state = apply_gradients(config, optimizer, state, grads)
         psnr = jnp.full(config.inner.num_steps + 1, functa.psnr(loss).mean())
         return state, loss.mean(), psnr
 
@@ -451,11 +503,7 @@ def train(
     warm, all_codes, num_warm_steps = None, None, 0
     if config.warm_start_steps and learner is None:
         num_warm_steps = config.warm_start_steps
-        signals, size = images, math.prod(model.latent_shape)
-        if view:  # Each cell has a code.
-            signals = functa.spatial.split_cells(images, model.grid)
-            signals = signals.reshape(-1, *config.cell, images.shape[-1])
-            size = model.channels
+        signals, size = coded_signals(model, images, by_cells=view is not None)
         if weight is not None:  # The components have the weights of the loss.
             signals = signals * np.sqrt(weight)[..., None]
         warm = make_warm_start(signals, size)
@@ -513,18 +561,10 @@ def train(
 
     num_coords = images.ndim - 2 if coords is None else coords.shape[-1]
     state = init_state(config, model, optimizer, learner, num_coords=num_coords)
-    if warm is not None:
-        state = _fill_rates(state, warm.rate)
-    elif config.inner.calibration and learner is None:
-        rate = calibrated_rate(
-            model,
-            state.weights["params"],
-            images.shape[1:-1],
-            config.inner.calibration,
-            coords=coords,
-            weight=weight,
-        )
-        state = _fill_rates(state, rate)
+    if learner is None:
+        points = {"coords": coords, "weight": weight}
+        shape = images.shape[1:-1]
+        state = set_first_rates(config, model, state, shape, warm, **points)
     return loop.train(
         run,
         state,
@@ -535,7 +575,7 @@ def train(
     )
 
 
-def _num_groups(batch_size, num_points, points_per_group):
+def count_groups(batch_size: int, num_points: int, points_per_group: int) -> int:
     """Smallest number of groups with at most points_per_group points on a device."""
     if not points_per_group:
         return 1

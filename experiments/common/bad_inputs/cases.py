@@ -11,6 +11,7 @@ COMMANDS = (
     *("meta_learn", "make_functaset", "classify_functa", "fit_image", "train_lbi"),
     *("prune_lbi", "probe_landscape", "train_vit", "prune_vit", "scaling"),
     *("latent_controls", "compare_pruning", "compress_functa", "generate_functa"),
+    "meta_classify",
 )
 # Runs that cases and kills start from: command and the options beyond `smoke`.
 RUNS = {
@@ -196,8 +197,9 @@ def _of_files() -> Iterator[Case]:
             made = case(command, "dataset.data_dir", name)
             options = f"--config.dataset.name={kind}", "--config.batch_size=2"
             yield made._replace(arguments=made.arguments + options)
-    made = case("train_lbi", "dataset.data_dir", "flat", ("label",))
-    yield made._replace(arguments=(*made.arguments, "--config.dataset.name=folder"))
+    for command in ("train_lbi", "meta_classify"):
+        made = case(command, "dataset.data_dir", "flat", ("label",))
+        yield made._replace(arguments=(*made.arguments, "--config.dataset.name=folder"))
     for name in tables.BAD_IMAGES:
         yield case("fit_image", "image", name)
     for name in tables.BAD_FUNCTASETS:
