@@ -176,6 +176,12 @@ VARIANTS = {
         "warm_start_steps": 400,
     },
 }
+_OF_OTHER_FIELDS = (
+    "inner.noise_std",
+    "model.coord_scale?",
+    "model.latent_dim?",
+    "model.layer_sizes?",
+)
 RULES = {
     **settings.DATASET_RULES,
     "seeds": settings.SEEDS,
@@ -185,7 +191,7 @@ RULES = {
         name: rule
         for name, rule in meta_learn.RULES.items()
         if name.startswith(("model.", "inner.", "optimizer."))
-        and name not in ("inner.noise_std", "model.latent_dim?", "model.layer_sizes?")
+        and name not in _OF_OTHER_FIELDS
     },
     "warm_start_steps": settings.whole(0),
     "max_drop": settings.at_least(0),
