@@ -2,8 +2,9 @@
 
 Compilation takes most of the time of the tests. XLA therefore emits small code with few
 of LLVM's optimizations, which compiles three times as fast; level 0, without any
-optimization, computes some gradients of VGG wrongly. The tests and the processes that
-they start share a cache of compiled functions.
+optimization, computes some gradients of VGG wrongly. Modules that train no such network
+use `unoptimized` to compile at level 0. The tests and the processes that they start
+share a cache of compiled functions.
 """
 
 import atexit
@@ -16,6 +17,8 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=1"
+    # Of a program that is cut into parts, each part has fixed costs.
+    " --xla_cpu_parallel_codegen_split_count=1"
     # XLA ignores the names here that it does not know.
     " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
     ",xla_cpu_disable_loop_unrolling,xla_cpu_disable_slp_vectorizer"
@@ -39,6 +42,14 @@ def pytest_collection_finish():
     """Keeps the garbage collector from the modules, which tracing makes it visit."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def unoptimized():
+    """Compiles at level 0, which takes half of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -95,24 +95,27 @@ def test_values_and_statistics_match_numpy(name, weighted):
 def test_kernel_agrees_with_plain_at_the_sizes_of_networks(num_tokens, width, dtype):
     inputs = inputs_of(1, num_tokens, 1, width, dtype=dtype, weighted=True)
     names = ("column_max", "row_max")
+    kernel = functools.partial(pallas_attention, interpret=True)
     with jax.default_matmul_precision("highest"):
-        for attend in (
-            functools.partial(pallas_attention, interpret=True),
-            blocked_attention,
-        ):
-            out, found = run(functools.partial(attend, names=names), *inputs)
-            expected, statistics = plain_attention(*inputs, names)
-            assert out.dtype == dtype and found.column_sum is found.cls is None
-            # bfloat16 rounds the output and the probabilities to 8 bits; the statistics
-            # are float32 in every case.
-            tolerance = 2e-2 if dtype == jnp.bfloat16 else 1e-5
+        (expected, statistics), *others = run(
+            lambda *inputs: [
+                attend(*inputs, names=names)
+                for attend in (plain_attention, kernel, blocked_attention)
+            ],
+            *inputs,
+        )
+    for out, found in others:
+        assert out.dtype == dtype and found.column_sum is found.cls is None
+        # bfloat16 rounds the output and the probabilities to 8 bits; the statistics
+        # are float32 in every case.
+        tolerance = 2e-2 if dtype == jnp.bfloat16 else 1e-5
+        np.testing.assert_allclose(
+            *(np.asarray(x, np.float32) for x in (out, expected)), atol=tolerance
+        )
+        for field in names:
             np.testing.assert_allclose(
-                *(np.asarray(x, np.float32) for x in (out, expected)), atol=tolerance
+                getattr(found, field), getattr(statistics, field), atol=1e-5
             )
-            for field in names:
-                np.testing.assert_allclose(
-                    getattr(found, field), getattr(statistics, field), atol=1e-5
-                )
 
 
 # Newer versions of JAX warn that this backend will be removed.

@@ -13,6 +13,8 @@ from experiments.networks import convnext, registry
 from experiments.networks.dit import DiT
 from experiments.training import encoding
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 FUNCTA = """
 print("torch width=16 depth=3 latent=8 B=4: step 0.002s 2000.0 img/s")
 print("torch width=99 depth=9 latent=9 B=9: step 1.000s 9.0 img/s")

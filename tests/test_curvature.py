@@ -26,6 +26,8 @@ from landscape.curvature import (
     trace,
 )
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 # Float32 sums of some ten terms of order 1.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -9,6 +9,8 @@ from experiments import benchmark
 from experiments.configs import benchmark as configs
 from experiments.peers import pyhessian_curvature as peer
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 SIZES = {"width": 6, "depth": 2, "batch_size": 20}
 
 

@@ -14,6 +14,8 @@ from experiments.configs import probe_landscape as configs
 from experiments.networks import custom
 from experiments.training import classifier
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4, 4, 1)), jnp.float32)
 
 SOURCE = """

@@ -22,6 +22,8 @@ from functa.inner_loop import fit_latent
 from functa.metrics import psnr
 from functa.siren import LatentModulatedSiren, ModulatedSiren, coordinate_grid
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 HERE = Path(__file__).resolve().parent
 # Numbers of tests/goldens/make_functa_goldens.py, and DeepMind's own where they are
 # present.

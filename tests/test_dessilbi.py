@@ -21,6 +21,8 @@ from goldens.make_dessilbi_goldens import replay as numpy_replay
 import lbi
 from lbi import L1, GroupL2
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 HERE = Path(__file__).resolve().parent
 # Of the NumPy program in goldens/make_dessilbi_goldens.py, and, where they are present,
 # of the authors' own program.

@@ -22,6 +22,8 @@ from jax.sharding import PartitionSpec as P
 import lbi
 from lbi import L1, GroupL2
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

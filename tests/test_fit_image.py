@@ -13,6 +13,8 @@ from experiments.common import data, settings
 from experiments.configs import fit_image as configs
 from experiments.training import loop
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def tiny_config(**changes):
     config = configs.get_config("smoke")

@@ -17,6 +17,8 @@ from functa.inner_loop import (
 )
 from functa.siren import LatentModulatedSiren, coordinate_grid
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 TARGET = jnp.array([1.0, -2.0, 0.5])
 START = jnp.array([0.25, 1.0, -1.5])
 unrolled_or_scanned = pytest.mark.parametrize(

@@ -31,6 +31,7 @@ FILE = str(ROOT / "experiments/configs/meta_learn.py")
         (f"--config={ROOT}/README.md", "README.md: SyntaxError"),
         ("--confg=x", "Unknown command line flag 'confg'. Did you mean: config"),
         ("stray", "unexpected arguments: stray"),
+        ("--process_id=1", "need --multihost"),
         ("--config.num_stepz=3", r"no field num_stepz. Did you mean num_steps\?"),
         ("--config.inner.num_stps=3", "Did you mean num_steps.* inner has num_steps, "),
         ("--config.num_steps.x=3", "num_steps is no entry"),
@@ -43,8 +44,9 @@ FILE = str(ROOT / "experiments/configs/meta_learn.py")
     ],
 )
 def test_mistakes_are_named(argument, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         launch.parse("meta_learn", [argument])
+    assert launch.is_of_user(caught.value)  # one line, without a traceback
 
 
 def test_options_set_fields():

@@ -8,6 +8,8 @@ import pytest
 
 from functa.matmul import matmul as product
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 H = np.random.default_rng(0).standard_normal((2, 5, 3)).astype(np.float32)
 W = np.random.default_rng(1).standard_normal((3, 4)).astype(np.float32)
 

@@ -14,6 +14,8 @@ from experiments.common import data, files, runs
 from experiments.configs import meta_learn as configs
 from experiments.training import encoding, meta
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def small_config(**changes):
     config = configs.get_config("smoke_spatial")
@@ -43,9 +45,9 @@ def test_calibrated_rate_contracts_the_linearized_field():
     params = state.weights["params"]
     rate = meta.calibrated_rate(model, params, (4, 4), 0.8)
     coords = functa.coordinate_grid((4, 4))
-    jacobian = jax.jacobian(lambda z: model.apply({"params": params}, coords, z))(
-        state.latent
-    ).reshape(16, 3)
+    jacobian = jax.jit(
+        jax.jacobian(lambda z: model.apply({"params": params}, coords, z))
+    )(state.latent).reshape(16, 3)
     largest = np.linalg.eigvalsh(2 / 16 * jacobian.T @ jacobian)[-1]
     np.testing.assert_allclose(rate * largest, 0.8, rtol=1e-3)
 

@@ -14,6 +14,8 @@ from experiments.configs import probe_landscape as configs
 from experiments.networks import registry
 from experiments.training import classifier
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 RUNS = sorted(evidence.RESULTS.glob("probe_landscape_*"))
 
 

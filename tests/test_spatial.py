@@ -10,6 +10,8 @@ import pytest
 import functa
 from functa import inner_loop, spatial
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 COORDS = functa.coordinate_grid((6, 8))
 
 

@@ -16,6 +16,8 @@ import functa
 from experiments import benchmark
 from experiments.configs import benchmark as benchmark_configs
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 GRID, IMAGE, OMEGA = (2, 3), (4, 9), 10.0
 WIDTH, DEPTH, CHANNELS, STEPS = 4, 3, 2, 2
 

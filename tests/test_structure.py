@@ -16,6 +16,8 @@ import vit
 from lbi import L1, GroupL2, pruning
 from lbi.penalty import Layer, named_leaves
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 RNG = np.random.default_rng(0)
 BIAS, SCALE = Layer("bias"), Layer("scale")
 
