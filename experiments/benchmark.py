@@ -534,7 +534,7 @@ def _probe(*, variant, batch_size, num_step_sizes, **model):
     loss_fn = classifier.make_loss(model, config.bn_mode)
     pixels, labels = images.train
     batch = {
-        "inputs": devices.divide(np.asarray(classifier.normalise(images, pixels))),
+        "inputs": devices.divide(np.asarray(classifier.normalize(images, pixels))),
         "labels": devices.divide(labels),
         "batch_stats": devices.replicate(variables["batch_stats"]),
     }

@@ -248,7 +248,7 @@ def _gradients(config, problem, state):
     @jax.jit
     def gradients(variables, batches):
         def gradient(batch):
-            inputs = classifier.normalise(problem.images, batch[0])
+            inputs = classifier.normalize(problem.images, batch[0])
             data = {"inputs": inputs, "labels": batch[1]}
             data["batch_stats"] = variables["batch_stats"]
             return jax.grad(loss_fn)(variables["params"], data)

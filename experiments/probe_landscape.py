@@ -280,10 +280,10 @@ def _make_optimizer(config):
 
 def _as_batch(images, pixels, labels, batch_stats, calibration):
     return {
-        "inputs": classifier.normalise(images, pixels),
+        "inputs": classifier.normalize(images, pixels),
         "labels": labels,
         "batch_stats": batch_stats,
-        "calibration": classifier.normalise(images, calibration),
+        "calibration": classifier.normalize(images, calibration),
     }
 
 

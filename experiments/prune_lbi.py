@@ -366,7 +366,7 @@ def _compress(run, name, trained, importance):
 def _milliseconds(config, model, variables, trained):
     """Median time of the forward pass of a batch."""
     pixels = trained.problem.images.test[0][: config.timing_batch_size]
-    batch = classifier.normalise(trained.problem.images, jnp.asarray(pixels))
+    batch = classifier.normalize(trained.problem.images, jnp.asarray(pixels))
     forward = jax.jit(model.apply)
     jax.block_until_ready(forward(variables, batch))
     times = []

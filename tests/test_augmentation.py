@@ -98,7 +98,7 @@ COLOUR_ORACLES = {
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", COLOUR_ORACLES)
-def test_colours_are_pillow_s(name, channels):
+def test_colors_are_pillow_s(name, channels):
     strengths = [-1.0, -0.45, 0.0, 0.3, 1.0]
     # 256 pixels, one of them the brightest: Pillow's equalize divides by 255 // 255.
     images = 20 + noise(5, 8, 32, channels) % 180
@@ -181,7 +181,7 @@ def test_rotation_turns_as_pillow_s():
         assert (turned == np.asarray(expected)).all(axis=-1).mean() > 0.99
 
 
-def test_colours_come_in_order_and_before_geometry():
+def test_colors_come_in_order_and_before_geometry():
     images = noise(5, 8, 32, 3)
     solarize, color, shear = ("solarize", 0.6), ("color", 0.5), ("shear_y", 1.0)
     expected = operate(operate(operate(images, solarize), color), shear)

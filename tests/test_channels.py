@@ -172,7 +172,7 @@ def test_zeroed_filters_and_biases_are_not_enough_for_every_network(name):
     if name in ("lenet", "vgg"):
         assert error < THIN_TOLERANCE  # relu(0) = 0, and nothing between
     else:
-        # Batch normalisation makes a constant of zero, and so does the sigmoid.
+        # Batch normalization makes a constant of zero, and so does the sigmoid.
         assert error > 0.01
 
 

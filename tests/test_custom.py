@@ -249,7 +249,7 @@ def test_a_network_is_measured_as_it_is_made(path, tmp_path):
     arrays = files.read_npz(tmp_path / "plain_rate0.001_seed0" / "arrays.npz")
     images = classifier.load_images(config)
     count = config.sharpness.num_images
-    inputs = classifier.normalise(images, images.train[0][:count]).reshape(count, -1)
+    inputs = classifier.normalize(images, images.train[0][:count]).reshape(count, -1)
     # The Hessian of the squares: 2 / (N K) X^T X for every output, X with ones.
     rows = np.concatenate([np.float64(inputs), np.ones((count, 1))], axis=1)
     values = np.linalg.eigvalsh(2 / (10 * count) * rows.T @ rows)
@@ -276,7 +276,7 @@ def test_a_network_is_trained_with_another_loss(path, tmp_path):
     )
     variables = classifier.init_variables(network, images, 0)
     order = np.random.default_rng((0, 0)).permutation(128)[:32]
-    inputs = classifier.normalise(images, images.train[0][order])
+    inputs = classifier.normalize(images, images.train[0][order])
     logits = network.apply(variables, inputs)
     targets = np.eye(10)[images.train[1][order]]
     np.testing.assert_allclose(

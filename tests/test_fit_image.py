@@ -104,7 +104,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_reads_grey_and_colour_files(images, tmp_path, channels):
+def test_reads_grey_and_color_files(images, tmp_path, channels):
     pixels = images[0][..., :channels]
     Image.fromarray(pixels.squeeze()).save(tmp_path / "image.png")
     config = tiny_config(image=str(tmp_path / "image.png"), resolution=(7,))

@@ -192,7 +192,7 @@ def test_the_saved_transformer_reads_the_grids_as_images(tmp_path):
     accuracy = problem.test_accuracy(problem.params)
     assert accuracy == pytest.approx(summary["test_accuracy"])
     # What the head saw: (latent - mean) / std, and zero for a constant channel.
-    inputs = classifier.normalise(images, images.train[0])
+    inputs = classifier.normalize(images, images.train[0])
     np.testing.assert_allclose(inputs.mean((0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(inputs.std((0, 1, 2)), [1, 1, 0], atol=1e-5)
 

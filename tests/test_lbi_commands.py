@@ -294,7 +294,7 @@ def test_recalibration_gives_the_statistics_of_the_data():
         model, images, variables, num_batches=2, batch_size=32
     )
     # The first layer's inputs do not depend on any statistics.
-    batches = classifier.normalise(images, jnp.asarray(images.train[0]))
+    batches = classifier.normalize(images, jnp.asarray(images.train[0]))
     kernel = variables["params"]["conv1"]["kernel"]
     outputs = jax.lax.conv_general_dilated(
         batches, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")

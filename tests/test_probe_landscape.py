@@ -78,7 +78,7 @@ def train_by_hand(config, num_steps):
         indices = data.batch_indices(
             0, step, num_examples=len(images.train[0]), batch_size=config.batch_size
         )
-        inputs = classifier.normalise(images, images.train[0][indices])
+        inputs = classifier.normalize(images, images.train[0][indices])
         labels = images.train[1][indices]
         (loss, updated), grads = grad(params, batch_stats, inputs, labels)
         history.append((params, batch_stats, grads, loss, inputs, labels))
@@ -149,7 +149,7 @@ def test_largest_eigenvalue_is_that_of_the_hessian(finished):
     params = classifier.init_variables(model, images, 0)["params"]
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     count = config.sharpness.num_images
-    inputs = classifier.normalise(images, images.train[0][:count])
+    inputs = classifier.normalize(images, images.train[0][:count])
     labels = images.train[1][:count]
 
     @jax.jit
@@ -391,7 +391,7 @@ def test_recorder_leaves_updates_alone_and_compiles_once():
 
 
 @pytest.mark.parametrize("mode", classifier.BN_MODES)
-def test_modes_of_batch_normalisation(mode):
+def test_modes_of_batch_normalization(mode):
     images = classifier.load_images(tiny_config())
     settings = {"type": "VGG", "stages": ((4,), (5,)), "hidden": (6, 7)}
     model = registry.make_model(settings, images.num_classes)
@@ -400,7 +400,7 @@ def test_modes_of_batch_normalisation(mode):
     batch_stats = jax.tree.map(drift, variables["batch_stats"])
     pixels = images.train[0]
     inputs, calibration = (
-        classifier.normalise(images, x) for x in (pixels[:16], pixels[16:48])
+        classifier.normalize(images, x) for x in (pixels[:16], pixels[16:48])
     )
     labels = images.train[1][:16]
     batch = {"inputs": inputs, "labels": labels, "batch_stats": batch_stats}
@@ -431,7 +431,7 @@ def test_modes_agree_where_they_must():
     """Calibrated on the batch itself, recalibrated is batch; without BN all agree."""
     config = tiny_config()
     images = classifier.load_images(config)
-    inputs = classifier.normalise(images, images.train[0][:16])
+    inputs = classifier.normalize(images, images.train[0][:16])
     for batch_norm in (True, False):
         settings = config.model.to_dict() | {"batch_norm": batch_norm}
         model = registry.make_model(settings, images.num_classes)

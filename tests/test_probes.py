@@ -404,7 +404,7 @@ def test_cosines_stay_within_one():
 
 
 def scale_invariant_loss(params, batch):
-    """A convolution whose outputs are normalised over the batch, without epsilon."""
+    """A convolution whose outputs are normalized over the batch, without epsilon."""
     outputs = jax.lax.conv_general_dilated(
         batch["image"],
         params["kernel"],
@@ -419,7 +419,7 @@ def scale_invariant_loss(params, batch):
 
 
 @pytest.mark.parametrize("scale", [8.0, 0.3])
-def test_scale_of_a_normalised_convolution(scale):
+def test_scale_of_a_normalized_convolution(scale):
     rng = np.random.default_rng(0)
     batch = {"image": rng.normal(size=(5, 4, 6, 2)), "target": rng.normal(size=(5, 3))}
     params, batch = jax.tree.map(
@@ -470,10 +470,10 @@ def test_step_into_a_minimum_has_cosine_zero():
     assert probe.relative_grad_distances[0] == probe.betas[0] == 1
 
 
-# Batch normalisation.
+# Batch normalization.
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     momentum: float = 0.9
 
     @nn.compact
@@ -485,7 +485,7 @@ class Normalised(nn.Module):
         return nn.Dense(5, name="fc2")(jnp.tanh(x))
 
 
-def normalised():
+def normalized():
     """(params, batch): the batch holds the running statistics as well."""
     params, batch = mlp()
     params["bn"] = {"bias": jnp.linspace(-1, 1, 4), "scale": jnp.linspace(1, 2, 4)}
@@ -495,19 +495,19 @@ def normalised():
 
 def in_batch_mode(params, batch):
     variables = {"params": params, "batch_stats": batch["stats"]}
-    logits, _ = Normalised().apply(variables, batch["x"], True, mutable=["batch_stats"])
+    logits, _ = Normalized().apply(variables, batch["x"], True, mutable=["batch_stats"])
     return cross_entropy(logits, batch["label"])
 
 
 def in_frozen_mode(params, batch):
     variables = {"params": params, "batch_stats": batch["stats"]}
     return cross_entropy(
-        Normalised().apply(variables, batch["x"], False), batch["label"]
+        Normalized().apply(variables, batch["x"], False), batch["label"]
     )
 
 
 def in_recalibrated_mode(params, batch):
-    model = Normalised(momentum=0.0)
+    model = Normalized(momentum=0.0)
     variables = {"params": params, "batch_stats": batch["stats"]}
     _, fresh = model.apply(variables, batch["others"], True, mutable=["batch_stats"])
     logits = model.apply({"params": params, **fresh}, batch["x"], False)
@@ -520,18 +520,18 @@ def largest_difference(left, right):
 
 
 def test_batch_mode_leaves_the_statistics_alone():
-    params, batch = normalised()
+    params, batch = normalized()
     before = jax.tree.map(np.array, batch["stats"])
     first = probe_jitted(in_batch_mode, params, batch)
     chex.assert_trees_all_equal(batch["stats"], before)
-    # Nor are they read: the base and every step are normalised by the batch itself.
+    # Nor are they read: the base and every step are normalized by the batch itself.
     others = batch | {"stats": jax.tree.map(lambda s: 2 * s, batch["stats"])}
     second = probe_jitted(in_batch_mode, params, others)
     chex.assert_trees_all_equal(first, second)
 
 
 def test_frozen_mode_is_another_function():
-    params, batch = normalised()
+    params, batch = normalized()
     frozen = probe_jitted(in_frozen_mode, params, batch)
     batch_mode = probe_jitted(in_batch_mode, params, batch)
     assert largest_difference(frozen, batch_mode) > 0.05
@@ -544,7 +544,7 @@ def test_frozen_mode_is_another_function():
 
 
 def test_recalibration_on_the_batch_itself_is_batch_mode():
-    params, batch = normalised()
+    params, batch = normalized()
     expected = probe_jitted(in_batch_mode, params, batch)
     own = batch | {"others": batch["x"]}
     probe = probe_jitted(in_recalibrated_mode, params, own)

@@ -167,7 +167,7 @@ def test_orthogonal_to_nearly_the_same_direction():
         np.testing.assert_allclose(cosines, 0, atol=1e-5)
 
 
-def test_surface_does_not_see_the_scale_before_a_normalisation():
+def test_surface_does_not_see_the_scale_before_a_normalization():
     params, x = (
         random_tree(shapes={"w1": (5, 4), "w2": (4, 3)}),
         random_tree(9, {"x": (8, 5)})["x"],

@@ -119,7 +119,7 @@ def test_either_convolution_gives_the_same_batch_statistics():
             return model.apply(variables, images, train=True, mutable=["batch_stats"])
 
         results.append(run(train, random_variables(model, image_shape), images))
-    # Float32 rounding of sums, twice normalised.
+    # Float32 rounding of sums, twice normalized.
     chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
 
 
@@ -190,7 +190,7 @@ def test_training_moves_the_statistics_to_those_of_the_batch(momentum):
     assert all(jax.tree.leaves(changed)), changed
 
 
-def test_training_normalises_with_the_statistics_of_the_batch():
+def test_training_normalizes_with_the_statistics_of_the_batch():
     image_shape = (3, 8, 12, 2)
     model = VGG(**SHORT, bn_momentum=0.0)
     variables, images = random_variables(model, image_shape), random_images(image_shape)

@@ -626,7 +626,7 @@ def test_bad_options_of_pruning(untrained, tmp_path, changes, message):
         ({"model": {"variant": "cifar"}}, "variant must be one of .* got 'cifar'"),
         ({"model": {"hiden": 3}}, "model: .*hiden"),
         ({"model": {"patch_size": 3}}, "do not divide into patches"),
-        ({"normalisation": "none"}, "normalisation must be one of dataset, google"),
+        ({"normalization": "none"}, "normalization must be one of dataset, google"),
         ({"patch_dropout": 0.0}, r"must be in \(0, 1\], got 0.0"),
         ({"stages": ((0.5, {"patch_dropout": 2}),)}, r"stages\[0\]: .*\(0, 1\], got 2"),
         ({"stages": ((1.0, {}),)}, r"shares of the epochs in \[0, 1\)"),

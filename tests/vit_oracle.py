@@ -100,7 +100,7 @@ def embed(params, image, epsilon):
 
 
 def stem(image, params, epsilon):
-    """3x3 convolution, stride 2, zeros around; normalisation; GELU."""
+    """3x3 convolution, stride 2, zeros around; normalization; GELU."""
     height, width, _ = image.shape
     out = np.zeros((height // 2, width // 2, params["kernel"].shape[-1]))
     for row in range(height // 2):
@@ -117,7 +117,7 @@ def attention_half(trace, cascade, layer, block, batch, epsilon):
     keep = None if cascade is None else cascade.keep[layer]
     worked = [choose(trace, cascade, keep, tokens) for tokens in batch]
     batch = [tokens for tokens, _ in worked]
-    # What the attention sees: numbers in the list and their normalised rows.
+    # What the attention sees: numbers in the list and their normalized rows.
     inputs = [rows_of(cascade, block["LayerNorm_0"], *pair, epsilon) for pair in worked]
     params = block["MultiHeadDotProductAttention_0"]
     sizes = [

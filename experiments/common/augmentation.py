@@ -162,10 +162,10 @@ def apply_operations(
     chex.assert_equal_shape_prefix([images, operations], 1)
     steps = (operations.T, strengths.T)  # (S, B)
 
-    def recolour(images, step):
+    def recolor(images, step):
         return _blend(_map_levels(images, *step), *step), None
 
-    images, _ = jax.lax.scan(recolour, images, steps)
+    images, _ = jax.lax.scan(recolor, images, steps)
     return _warp(images, *steps)
 
 

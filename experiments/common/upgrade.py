@@ -34,15 +34,21 @@ def _gradient_batch_size(config):
 
 
 _SEED = {"seed": ("seeds", _one_seed)}
+_NORMALIZATION = {"normalisation": ("normalization", _same)}
 
 # command: {old field: (new field, function of the value)}.
 RENAMED: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
     "meta_learn": {**_SEED, "model.dtype": ("model.derivative_dtype", _same)},
     "classify_functa": _SEED,
     "fit_image": _SEED,
-    "train_vit": {**_SEED, "patch_dropout": ("patch_dropout", _constant)},
+    "train_vit": {
+        **_SEED,
+        **_NORMALIZATION,
+        "patch_dropout": ("patch_dropout", _constant),
+    },
     "prune_vit": {
         **_SEED,
+        **_NORMALIZATION,
         "tuning.training.patch_dropout": ("tuning.training.patch_dropout", _constant),
     },
 }

@@ -55,7 +55,7 @@ from experiments.configs.train_vit import TRAINING_RULES
 _EVERY, _SOME = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6), (0.2, 0.3, 0.4, 0.6)
 BASE = {
     "seeds": (0,),
-    # The next three fields, image_size and normalisation are those of train_vit.
+    # The next three fields, image_size and normalization are those of train_vit.
     "dataset": settings.dataset(settings.Optional(str, "cifar10")),
     "num_train": 0,
     "num_test": 0,
@@ -63,7 +63,7 @@ BASE = {
     # train_vit has not seen them if its num_train is the number of the images before.
     "num_validation": 0,
     "image_size": 32,
-    "normalisation": "dataset",
+    "normalization": "dataset",
     # A file that train_vit wrote, or another one that vit.load_checkpoint reads.
     "checkpoint": settings.Optional(str, "runs/train_vit/digits/model.npz"),
     # What the file does not tell, as keywords of vit.load_checkpoint: num_heads, gelu,
@@ -273,7 +273,7 @@ VARIANTS = {
         "dtype": "bfloat16",
         "image_size": 224,
         "methods.resolution": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
-        "normalisation": "google",
+        "normalization": "google",
         "timing.batch_sizes": (1, 128),
         "tuning.training.augment.crop_padding": 0,
         "tuning.training.augment.min_area": 0.05,
@@ -293,7 +293,7 @@ VARIANTS = {
             "resolution": (0.6,),
             "zero": (0.6,),
         },
-        "normalisation": "google",
+        "normalization": "google",
         "timing.gradient_batch_size": 0,
         "timing.num_rounds": 3,
         "tuning.num_epochs": 0,
@@ -320,7 +320,7 @@ RULES = {
     "num_test": settings.whole(0),
     "num_validation": settings.whole(0),
     "image_size": settings.whole(1, 2**16),
-    "normalisation": settings.one_of("dataset", "google"),
+    "normalization": settings.one_of("dataset", "google"),
     "dtype": settings.one_of("float32", "bfloat16"),
     "attention_implementation": settings.one_of(
         *(None, "xla", "cudnn", "pallas", "plain")

@@ -31,7 +31,7 @@ BASE = {
     "image_size": 32,
     # "dataset": normalized by the mean and standard deviation of each channel of the
     # training images; "google": scaled to [-1, 1].
-    "normalisation": "dataset",
+    "normalization": "dataset",
     # A file that vit.load_checkpoint reads, to start from. Its shapes define the model.
     "checkpoint": settings.Optional(str),
     # What the file does not tell, as keywords of vit.load_checkpoint: num_heads, gelu,
@@ -163,7 +163,7 @@ VARIANTS = {
     # Google's recipe for CIFAR-10, at 224 pixels and with a batch that fits one GPU.
     "finetune_b16": {
         "image_size": 224,
-        "normalisation": "google",
+        "normalization": "google",
         "checkpoint": "B_16.npz",
         "model.drop_path_rate": 0.0,
         "augment.crop_padding": 0,
@@ -211,7 +211,7 @@ RULES = {
     "num_train": settings.whole(0),
     "num_test": settings.whole(0),
     "image_size": settings.whole(1, 2**16),
-    "normalisation": settings.one_of("dataset", "google"),
+    "normalization": settings.one_of("dataset", "google"),
     "model.dtype": settings.one_of("float32", "bfloat16"),
     **TRAINING_RULES,
 }

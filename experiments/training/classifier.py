@@ -333,7 +333,7 @@ def make_update(
         if augmented:
             key = jax.random.fold_in(jax.random.key(seed), step)
             batch = augmentation.crop_flip(key, batch)
-        batch = normalise(images, batch)
+        batch = normalize(images, batch)
 
         def loss_fn(params):
             logits, updated = model.apply(
@@ -413,7 +413,7 @@ def make_steps(
     return run
 
 
-def normalise(images: Images, batch: jax.Array) -> jax.Array:
+def normalize(images: Images, batch: jax.Array) -> jax.Array:
     """Normalizes uint8 (B, H, W, C), or latents, to the inputs of the network."""
     # Avoids a division by zero for a channel that is constant over the data set.
     std = jnp.maximum(images.std, 1e-6)
@@ -426,7 +426,7 @@ def make_predict(
 ) -> Callable[[dict[str, Any], np.ndarray], np.ndarray]:
     """Evaluation with running statistics: (variables, uint8 (N, ...)) -> logits."""
     return in_batches(
-        lambda variables, batch: model.apply(variables, normalise(images, batch)),
+        lambda variables, batch: model.apply(variables, normalize(images, batch)),
         _EVALUATED_AT_ONCE,
     )
 
@@ -476,7 +476,7 @@ def recalibrate(
     total = None
     for i in range(num_batches):
         batch = pixels[i * batch_size : (i + 1) * batch_size]
-        stats = _statistics(fresh, variables, normalise(images, batch))
+        stats = _statistics(fresh, variables, normalize(images, batch))
         total = stats if total is None else jax.tree.map(jnp.add, total, stats)
     mean = jax.tree.map(lambda x: x / num_batches, total)
     return variables | {"batch_stats": mean}

@@ -91,12 +91,12 @@ class Problem(NamedTuple):
 
 
 def load_images(config: ConfigDict) -> Images:
-    """Loads config.dataset; mean and std are 0.5 if config.normalisation is "google".
+    """Loads config.dataset; mean and std are 0.5 if config.normalization is "google".
 
     Images are resized on the device if necessary.
     """
     images = classifier.load_images(ConfigDict({**config, "image_size": 0}))
-    if config.normalisation == "google":
+    if config.normalization == "google":
         half = np.full_like(images.mean, 0.5)
         images = images._replace(mean=half, std=half)
     return images
@@ -350,7 +350,7 @@ def prepare(images: Images, pixels: jax.Array, image_size: int) -> jax.Array:
     """Resizes (B, H, W, C) to the size of the model if necessary, and normalizes."""
     if pixels.shape[1:3] != (image_size, image_size):
         pixels = augmentation.resize(pixels, image_size)
-    return classifier.normalise(images, pixels)
+    return classifier.normalize(images, pixels)
 
 
 def make_predict(
