@@ -711,7 +711,8 @@ def voxels(
     filled = np.asarray(shape) > threshold
     ax.voxels(filled, facecolors=color, edgecolor=(0, 0, 0, 0.3), linewidth=0.2)
     ax.set(xlim=(0, filled.shape[0]), ylim=(0, filled.shape[1]))
-    ax.set(zlim=(0, filled.shape[2]), box_aspect=filled.shape)
+    ax.set_zlim(0, filled.shape[2])
+    ax.set_box_aspect(filled.shape, zoom=1.3)
     ax.view_init(elev=25, azim=-60)
     ax.set_axis_off()
     return ax
