@@ -376,6 +376,8 @@ def test_an_empty_model_has_no_surface():
     for text in (b"", b"v 0 0 0\nv 1 0 0\nv 2 0 0\n", b"v 1 1 1\nf 1 1 1\n"):
         with pytest.raises(ValueError, match="no surface"):
             fields.voxelize(*fields.read_obj(text), num_points=10)
+    with pytest.raises(ValueError, match="fewer than three"):
+        fields.read_obj(b"v 1 2\nv 3 4\n")
 
 
 def write_library(path, num_models):

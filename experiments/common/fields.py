@@ -312,7 +312,9 @@ def read_obj(text: bytes) -> tuple[np.ndarray, np.ndarray]:
     of_faces = [line[2:] for line in lines if line[:2] == b"f "]
     # The first three numbers are the position.
     vertices = _numbers(b" ".join(of_vertices), np.float64)
-    vertices = vertices.reshape(len(of_vertices), -1)[:, :3]
+    vertices = vertices.reshape(len(of_vertices), -1 if of_vertices else 3)[:, :3]
+    if vertices.shape[1] < 3:
+        raise ValueError("a vertex has fewer than three numbers")
     # Only the first number of a corner counts, and a zero ends a face.
     corners = re.sub(rb"/\S*", b"", b" 0 ".join(of_faces) + b" 0 ")
     corners = _numbers(corners, np.int64)

@@ -171,7 +171,7 @@ def describe(run: Run) -> str:
         parts += [name for name in [(config.get("dataset") or {}).get("name")] if name]
         for source in ("functaset", "run", "checkpoint"):
             # runs/meta_learn/digits/functaset.npz -> meta_learn/digits
-            path = Path(config.get(source) or "")
+            path = Path((config.get(source) or "").replace("/seed{seed}", ""))
             folder = path.parent if path.suffix == ".npz" else path
             names = [name for name in folder.parts if name not in ("runs", "/")]
             name = "/".join(names[-2:])

@@ -36,8 +36,10 @@ Variants:
     beside 16 principal components of the cells (apt-get install
     sweethome3d-furniture); half an hour is expected on two cores; results/ has no run
     of it.
-  smoke_winds, smoke_speech, smoke_furniture: the synthetic twins of these data sets,
-    which need no download, with tiny networks and 20 steps; seconds.
+  smoke_winds: winds on synthetic months, which need no package, with a tiny network and
+    20 steps; seconds.
+  smoke_speech: the same for speech.
+  smoke_furniture: the same for furniture.
   folder: photographs of --config.dataset.data_dir at 64x64 pixels, with a 16x16 grid of
     latents of 16 numbers. For another size set dataset.image_size and model.grid; the
     time of the training depends on neither.
@@ -222,34 +224,6 @@ _FURNITURE = {
 }
 VARIANTS = {
     "digits": {},
-    "winds": _WINDS,
-    "smoke_winds": {
-        **_WINDS,
-        **_SMOKE,
-        "batch_size": 4,
-        "dataset.name": "synthetic_winds",
-        "model.latent_dim": 8,
-        "num_pixels": 100,
-        "warm_start_steps": 5,
-    },
-    "speech": _SPEECH,
-    "smoke_speech": {
-        **_SPEECH,
-        **_SMOKE,
-        "batch_size": 16,
-        "dataset.name": "synthetic_speech",
-        "model.channels": 6,
-        "warm_start_steps": 5,
-    },
-    "furniture": _FURNITURE,
-    "smoke_furniture": {
-        **_FURNITURE,
-        **_SMOKE,
-        "batch_size": 64,
-        "dataset.name": "synthetic_furniture",
-        "model.channels": 4,
-        "warm_start_steps": 5,
-    },
     "smoke": {
         "batch_size": 16,
         "checkpoint_every": 10,
@@ -340,6 +314,34 @@ VARIANTS = {
         "optimizer.warmup_steps": 200,
         "points_per_group": 0,
         "write_functaset": False,
+    },
+    "winds": _WINDS,
+    "smoke_winds": {
+        **_WINDS,
+        **_SMOKE,
+        "batch_size": 4,
+        "dataset.name": "synthetic_winds",
+        "model.latent_dim": 8,
+        "num_pixels": 100,
+        "warm_start_steps": 5,
+    },
+    "speech": _SPEECH,
+    "smoke_speech": {
+        **_SPEECH,
+        **_SMOKE,
+        "batch_size": 16,
+        "dataset.name": "synthetic_speech",
+        "model.channels": 6,
+        "warm_start_steps": 5,
+    },
+    "furniture": _FURNITURE,
+    "smoke_furniture": {
+        **_FURNITURE,
+        **_SMOKE,
+        "batch_size": 64,
+        "dataset.name": "synthetic_furniture",
+        "model.channels": 4,
+        "warm_start_steps": 5,
     },
     "folder": {
         **_SPATIAL,
