@@ -1,4 +1,4 @@
-"""The outer loss with labels: a task is trained through the latents that were fitted.
+"""The outer loss with labels: a task trains the field through the fitted latents.
 
 The inner loop reconstructs a signal and sees no label. The outer loss adds the loss of
 a task on the fitted latents, such as the cross-entropy of a classifier. Its gradient
@@ -6,7 +6,7 @@ passes through all inner steps (second order) into the weights and the learning 
 The network thus learns to put into the latents what the task needs.
 
 Sources: MWT (Gielisse and van Gemert 2025, arXiv 2503.18123) trains a field and a
-classifier of its weights end to end; MetaLF does so for latents, and divides each loss
+classifier of its weights end to end. MetaLF does so for latents and divides each loss
 by its own value.
 
 Axes: B batch, (*Z) shape of a latent, S steps, d coordinates of a point, C channels.
@@ -26,7 +26,7 @@ TaskLoss = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 
 
 class JointInfo(NamedTuple):
-    """What the outer loss with labels consists of.
+    """The parts of the outer loss with labels.
 
     Attributes:
       latents: fitted latents, (B, *Z).
@@ -42,11 +42,11 @@ class JointInfo(NamedTuple):
 
 
 def normalized_sum(losses: Sequence[jax.Array], weights: Sequence[float]) -> jax.Array:
-    """sum_i w_i L_i / sg(L_i), where the gradient sg(L_i) is zero (MetaLF).
+    """sum_i w_i L_i / sg(L_i), where sg stops the gradient (MetaLF).
 
-    The value is the sum of the weights, and the gradient is sum_i w_i grad log L_i. It
-    does not depend on the scales of the losses, so that they can be added without
-    finding weights for their scales.
+    The value is the sum of the weights, and the gradient is sum_i w_i grad log L_i. The
+    gradient does not depend on the scales of the losses, so that no weights are needed
+    to balance them.
 
     Args:
       losses: positive scalars. A loss of zero has no gradient.
@@ -72,7 +72,7 @@ def normalized_sum(losses: Sequence[jax.Array], weights: Sequence[float]) -> jax
 
 
 def scale_gradient(x: jax.Array, factor: float) -> jax.Array:
-    """Returns x; its gradient is multiplied by `factor`, and cut off at 0."""
+    """Returns x. Its gradient is multiplied by `factor`; at 0 no gradient passes."""
     stopped = jax.lax.stop_gradient(x)
     return stopped + factor * (x - stopped) if factor else stopped
 
@@ -99,7 +99,7 @@ def joint_loss(
     L_rec is the mean reconstruction loss after the inner loop, L_task the mean loss of
     the task; both are means over the whole batch. The gradient of L_task is multiplied
     by `label_weight` where it enters the latents. The weight thus acts on the network
-    of the fields only; that of the task has the same gradient at every weight.
+    of the fields only; the gradient of the network of the task does not depend on it.
 
     This differs from MetaLF: the source has no weights, and the weight of MWT (0.01)
     belongs to a sum of losses that are not divided.
@@ -117,7 +117,7 @@ def joint_loss(
       label_weight: at 0 no label reaches the network of the fields.
       normalize: whether the losses are divided by their values.
       num_groups: number of parts of the batch that are computed one after the other, a
-        divisor of B. Memory is needed for one of them; each is computed twice. Group g
+        divisor of B. Memory is needed for one part; each is computed twice. Group g
         holds the signals g, g + num_groups, ..., as in `functa.meta_gradient`.
       **options: other keywords of `functa.fit_latent`, such as `learning_rate`.
 

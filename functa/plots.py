@@ -660,11 +660,11 @@ def waveforms(
       data: samples in [-1, 1], (B, T).
       codes: {label: reconstructions (B, T)}.
       sample_rate: samples per second.
-      window: length of the window in seconds; it is around the loudest sample.
+      window: length in seconds of the window around the loudest sample.
       row_labels: text above the windows, one for each sound.
 
     Returns:
-      The Figure: one row for each sound, whole at the left, its window at the right.
+      The Figure: one row for each sound, whole on the left, its window on the right.
     """
     import matplotlib.pyplot as plt
 

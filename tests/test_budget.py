@@ -100,7 +100,7 @@ def test_the_ratio_is_the_smallest_that_fits():
             "released_code needs at least 1.000 of the cost",
         ),
         (0.7, {"method": "range"}, "needs `ranges`, .* of the 12 layers .* got 0"),
-        (0.7, {"method": "neurons"}, "no cascade leaves out neurons"),
+        (0.7, {"method": "neurons"}, "a cascade cannot leave out neurons"),
     ],
 )
 def test_budgets_that_cannot_be_met_are_refused(share, options, message):
@@ -131,7 +131,7 @@ def test_the_time_is_used_and_not_exceeded(method, options, step):
 
 
 def test_heads_and_unknown_units_are_refused():
-    with pytest.raises(ValueError, match="which the method heads leaves as they are"):
+    with pytest.raises(ValueError, match="which the method heads does not change"):
         for_latency(SMALL, 224, 0.75, TABLE, method="heads")
     with pytest.raises(ValueError, match="one of heads, neurons; got 'patches'"):
         budget.units_for_budget(SMALL, 224, 0.7, units="patches")

@@ -412,7 +412,7 @@ def test_a_library_of_furniture(tmp_path):
 
 
 def test_commands_of_images_refuse_fields():
-    with pytest.raises(ValueError, match="holds fields that are no images"):
+    with pytest.raises(ValueError, match="holds fields that are not images"):
         data.load_dataset("synthetic_winds")
     with pytest.raises(ValueError, match="dataset.image_size=8 is not read"):
         data.load_dataset("synthetic_winds", image_size=8, with_fields=True)

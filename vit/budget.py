@@ -164,7 +164,7 @@ def for_latency(
     if method == "heads":
         raise ValueError(
             "time is predicted from the numbers of tokens, which the method heads "
-            "leaves as they are."
+            "does not change."
         )
 
     def cost_of(model):
@@ -210,7 +210,7 @@ def _search(method, model, image_size, share, cost_of, options):
     """The first cascade, from the dearest on, that costs at most a share."""
     if method == "neurons":
         raise ValueError(
-            "no cascade leaves out neurons, which are cut out of the weights: use "
+            "a cascade cannot leave out neurons; to cut them out of the weights, use "
             "vit.budget.units_for_budget and vit.slicing.keep_neurons."
         )
     if method not in METHODS:

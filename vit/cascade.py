@@ -342,7 +342,7 @@ def pruned_attention(
       The tokens after the attention; with score "merge" also merged.
 
     Raises:
-      ValueError: if the cascade needs the attention, and `attend` was not called.
+      ValueError: if the cascade needs what `attend` records, and it was not called.
 
     Example:
       >>> import jax.numpy as jnp

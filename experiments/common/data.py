@@ -127,8 +127,8 @@ def load_dataset(
     elif name in fields.NAMES:
         if not with_fields:
             raise ValueError(
-                f"data set {name} holds fields that are no images; they are for "
-                "meta_learn and make_functaset."
+                f"data set {name} holds fields that are not images; only "
+                "meta_learn and make_functaset read them."
             )
         refuse_unread(
             f"the data set {name}",

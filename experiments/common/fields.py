@@ -5,15 +5,17 @@
   eastward and northward, at 73 x 144 points of the sphere. The first 100 months are for
   training, the last 32 for the test.
 * `speech`: one second of speech, 8,000 samples at 8 kHz, from the Debian packages
-  `asterisk-core-sounds-LANGUAGE-wav` (CC BY-SA and CC BY). The label is the language,
-  which has one speaker each. The windows of a clip are all in one split.
+  `asterisk-core-sounds-LANGUAGE-wav` (CC BY-SA and CC BY). The label is the language.
+  Each language has one speaker. The windows of a clip are all in one split.
 * `furniture`: the surfaces of 3-D models as 16 x 16 x 16 voxels, from the Debian
   package `sweethome3d-furniture` (CC BY and CC0). The label is the category.
 
 Each has a synthetic twin (`synthetic_winds`, ...) of the same kind, which needs no
 download: random smooth winds, two kinds of tones, boxes and balls.
 
-The values are scaled such that 0 and 1 are the least and the largest value, for PSNR.
+The values are scaled to [0, 1], the range to which the PSNR refers. For winds its ends
+are the smallest and the largest value of the training months, for speech those of the
+full scale.
 """
 
 import re
@@ -242,7 +244,7 @@ def _make_speech(clips, class_names, notes):
                     f"there is no {split} window of {name}: clips must have at least "
                     f"{SAMPLE_RATE} samples that are not silent."
                 )
-    # In place of several temporary arrays: the windows are the largest arrays here.
+    # In place, because the windows are the largest arrays here.
     values = windows[..., None].astype(np.float32)
     values /= 2**16
     values += 0.5
@@ -305,7 +307,7 @@ def read_obj(text: bytes) -> tuple[np.ndarray, np.ndarray]:
     Polygons are divided into fans of triangles.
 
     Raises:
-      ValueError: if the text is no such model.
+      ValueError: if the text is not such a model.
     """
     lines = text.split(b"\n")
     of_vertices = [line[2:] for line in lines if line[:2] == b"v "]
@@ -330,7 +332,7 @@ def read_obj(text: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 def _numbers(text, dtype):
     with warnings.catch_warnings():
-        # Of text that is no number, which ends the reading.
+        # NumPy warns of text that is not a number, and stops reading there.
         warnings.simplefilter("error", DeprecationWarning)
         try:
             return np.fromstring(text, dtype, sep=" ")
@@ -441,7 +443,10 @@ def _load_furniture(root, say):
             ) from None
     class_names = sorted({category for category, _ in found})
     if len(class_names) < 2 or len(found) < 10:
-        raise ValueError(f"{root} has {len(found)} models that can be read; needs 10.")
+        raise ValueError(
+            f"{root} must have at least 10 readable models in 2 categories, found "
+            f"{len(found)} in {len(class_names)}."
+        )
     models = [(class_names.index(category), voxels) for category, voxels in found]
     notes = [f"{num_unread} models cannot be read"] * bool(num_unread)
     return _make_furniture(models, class_names, notes)

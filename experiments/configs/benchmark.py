@@ -15,7 +15,8 @@ Variants:
   latents: compression of images, from pixels to bytes and back, and sampling of
     latents, with random weights; about a minute on two cores. It needs the range coder
     of constriction (pip install constriction).
-  tracing: the channel graph and the structure of ViT-B/16, by lbi; without compiling.
+  tracing: the channel graph and the structure of ViT-B/16, traced by lbi without
+    compiling.
   patches: the meta-step over 1,024 patches of 4x4 pixels, in groups of several sizes;
     under a minute on two cores.
   spatial: encoding of 32 images into grids of 8x8 latents, with and without neighboring

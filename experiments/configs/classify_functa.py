@@ -26,8 +26,8 @@ Variants:
     (results/classify_functa_digits_spatial_vit).
   fashion_mnist: the same Vision Transformer on the grids of meta_learn's fashion_mnist
     variant; results/ has no run of it.
-  speech: the same Vision Transformer on the 40 cells of seconds of speech of
-    meta_learn's speech variant; the classes are five languages with one speaker each.
+  speech: the same Vision Transformer on the 40 cells of each second of speech of
+    meta_learn's speech variant. The classes are five languages with one speaker each.
     results/ has no run of it.
   furniture: the same on the 4x4x4 cells of meta_learn's furniture variant; results/ has
     no run of it.

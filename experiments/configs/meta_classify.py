@@ -3,7 +3,8 @@
     python -m experiments.meta_classify \\
         --config=experiments/configs/meta_classify.py:VARIANT
 
-Each method trains the field and the head for `num_steps` steps with the same batches:
+Each method trains the field for `num_steps` steps. The head is trained for as many
+steps as the field is after its warm start:
 
   joint: both at once; the gradient of the labels reaches the field (MetaLF, MWT).
   two_stage: the control. First the field without labels, then the head.
@@ -25,7 +26,7 @@ A linear head, as in MetaLF, sees all latents as one vector:
 
     --config.head="{'type':'mlp','hidden_sizes':()}"
 
-The ends between which the joint loss lies:
+The two limits of the joint loss:
 
     --config.label_weight=0            the labels train the head only
     --config.reconstruction_weight=0   the field is trained by the labels only
@@ -75,7 +76,7 @@ BASE = {
     "optimizer": meta_learn.BASE["optimizer"]
     | {"learning_rate": 2e-3, "clip_norm": 1.0, "ema_decay": 0.99},
     "warm_start_steps": 100,
-    # As in meta_learn; labels may lower the PSNR, so that only a large fall is one.
+    # As in meta_learn. Labels may lower the PSNR, so only a large fall is a collapse.
     "max_drop": 10.0,
     "points_per_group": 0,
     # type: vit, convnext or mlp (experiments/networks/heads.py), with the fields of the
@@ -104,7 +105,7 @@ BASE = {
     "reconstruction_weight": 1.0,
     "label_weight": 1.0,
     "normalize_losses": True,
-    # Share of the entries of a latent that the head does not see in training.
+    # Share of the entries of a latent that are zero for the head in training.
     "latent_dropout": 0.1,
     "label_smoothing": 0.1,
     # Random windows of the zero-padded images, and mirror images.

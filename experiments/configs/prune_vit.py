@@ -21,7 +21,7 @@ Variants:
     heads; section 2.3.1 of the report.
   cifar10_cpu_heads: the same network without a quarter or half of its heads: those of
     the smallest maxima, those that entered last in DessiLBI, random ones, and those
-    that an A* search over all layers finds; results/ has no run of it.
+    that an A* search over all layers finds. results/ has no run of it.
   cifar10: the network of train_vit's cifar10 variant. Fine-tuning needs a GPU; results/
     has no run of it.
   b16: a ViT-B/16 that train_vit's finetune_b16 variant has fine-tuned (Tables 6 and 7
@@ -59,8 +59,9 @@ BASE = {
     "dataset": settings.dataset(settings.Optional(str, "cifar10")),
     "num_train": 0,
     "num_test": 0,
-    # The last so many training images take the place of the test images. A network of
-    # train_vit has not seen them if its num_train is the number of the images before.
+    # Number of the last training images that take the place of the test images. A
+    # network of train_vit has not seen them if its num_train is the number of the
+    # training images before them.
     "num_validation": 0,
     "image_size": 32,
     "normalization": "dataset",

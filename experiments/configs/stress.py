@@ -5,8 +5,9 @@
 Variants:
   all: inputs, kills and flips for all commands.
   inputs: every bad input of experiments/common/bad_inputs, and some good ones; 25
-    minutes on two cores (results/stress_inputs). This variant and the next two have the
-    commands of the runs in results/, without generate_functa and compare_pruning.
+    minutes on two cores (results/stress_inputs). This variant and the next two test the
+    commands that the runs in results/ tested, without generate_functa and
+    compare_pruning.
   kills: runs that are killed in training and in writing, then resumed and compared.
   flips: one bit at a time in checkpoints and functasets.
   smoke: a few inputs and one killed run of meta_learn, to check that the command runs.

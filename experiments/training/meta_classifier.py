@@ -1,7 +1,7 @@
 """Trains a field and a classifier of its latents, jointly or one after the other.
 
 A method is a sequence of phases (`phases`). In each of them the field, the classifier
-(head) or both are trained, on the same batches and with the same augmentation:
+(head) or both are trained, on the same images and with the same augmentation:
 
     joint       field and head, with the gradient of the labels in both
     two_stage   the field without labels, then the head on the latents of this field
@@ -33,7 +33,7 @@ from experiments.training import encoding, loop, meta, optimizers
 from experiments.training.latent_classifier import LatentClassifier
 from functa import classifier, joint
 
-# A batch moves the moments of the latents by this share, the first ones by more.
+# Share by which a batch moves the moments of the latents; the first ones move more.
 _MOMENT_RATE = 0.01
 # What each phase trains.
 _TRAINED = {"joint": ("field", "head"), "field": ("field",), "head": ("head",)}
@@ -168,7 +168,7 @@ def phases(config: ConfigDict) -> list[tuple[str, int]]:
 def init_state(config: ConfigDict, problem: Problem, warm: Any) -> TrainState:
     """The state before the first step, from the seed."""
     field_optimizer, head_optimizer = make_optimizers(config)
-    # The guard is that of both parts.
+    # One guard covers both the field and the head.
     without = config.copy_and_resolve_references()
     without.max_drop = 0.0
     model, shape = problem.model, problem.train.image.shape[1:3]
@@ -194,7 +194,7 @@ def init_state(config: ConfigDict, problem: Problem, warm: Any) -> TrainState:
 
 
 def is_guarded(config: ConfigDict) -> bool:
-    """Whether a fall of the PSNR is a collapse; without reconstruction it may fall."""
+    """Whether a fall of the PSNR is a collapse; not without a reconstruction loss."""
     return bool(config.max_drop and config.reconstruction_weight)
 
 
@@ -298,7 +298,7 @@ def make_update(
 
 
 def drop(key: jax.Array, latents: jax.Array, rate: float) -> jax.Array:
-    """Dropout: a share `rate` of the entries is zero, the others are enlarged."""
+    """Dropout: zeroes a share `rate` of the entries, divides the rest by 1 - rate."""
     if not rate:
         return latents
     keep = jax.random.bernoulli(key, 1 - rate, latents.shape)
@@ -400,7 +400,7 @@ def train(run: runs.Run, problem: Problem) -> TrainState:
         losses = metrics.pop("loss")
         metrics = jax.tree.map(lambda values: values.mean(0), metrics)
         metrics["psnr"] = metrics["psnr_per_step"][-1]
-        # In the phase of the head the field rests.
+        # The field is not trained in the phase of the head.
         if is_guarded(config) and phase != "head":
             compared = -np.inf if phase == "warm" else metrics["psnr"]
             state, recovered = meta.keep_or_recover(
