@@ -461,7 +461,7 @@ def _fit_image(*, variant, num_images, image_size, num_steps, **model):
 def _train(*, variant, method, batch_size, num_steps):
     config = train_lbi_configs.get_config(variant)
     channels = 1 if config.model.type == "LeNet" else 3
-    images = _labelled_images(batch_size * num_steps, config.image_size, channels)
+    images = _labeled_images(batch_size * num_steps, config.image_size, channels)
     model = registry.make_model(config.model.to_dict(), _NUM_CLASSES)
     # Copies: the buffers of the state are donated.
     variables = jax.tree.map(jnp.copy, _init(model, images.train[0].shape[1:]))
@@ -529,7 +529,7 @@ def _probe(*, variant, batch_size, num_step_sizes, **model):
     config = probe_landscape_configs.get_config(variant)
     fields = config.model.to_dict() | {"batch_norm": True, **model}
     model = registry.make_model(fields, _NUM_CLASSES)
-    images = _labelled_images(batch_size, config.image_size, 3)
+    images = _labeled_images(batch_size, config.image_size, 3)
     variables = _init(model, images.train[0].shape[1:])
     loss_fn = classifier.make_loss(model, config.bn_mode)
     pixels, labels = images.train
@@ -648,7 +648,7 @@ def _random_images(count, side, channels):
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def _labelled_images(count, side, channels):
+def _labeled_images(count, side, channels):
     labels = np.random.default_rng(1).integers(0, _NUM_CLASSES, count)
     split = _random_images(count, side, channels), labels.astype(np.int32)
     scale = np.full((1, 1, 1, channels), 0.5, np.float32)

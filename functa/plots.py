@@ -41,7 +41,7 @@ def psnr_curves(
     """PSNR against steps or seconds.
 
     Above `EXACT_TO_8_BITS` an image is reproduced exactly once it is rounded to 8 bits.
-    The axis ends there, with a labelled line.
+    The axis ends there, with a labeled line.
 
     Args:
       curves: {label: (x (K,), PSNR (K,) or (B, K))}. Of B signals the mean is drawn,
@@ -50,7 +50,7 @@ def psnr_curves(
         drawn as markers with error bars. A label of `curves` keeps its color.
       x_label: name and unit of the x axis.
       y_label: name and unit of the y axis.
-      marks: {text: x}: labelled vertical lines, for example a change of resolution.
+      marks: {text: x}: labeled vertical lines, for example a change of resolution.
       log_x: the x axis is linear up to this value and logarithmic above it.
       ax: Axes to draw into; None makes a figure.
 
@@ -121,7 +121,7 @@ def accuracy_curves(
         and a band from the lowest to the highest.
       x_label: name and unit of the x axis.
       y_label: name and unit of the y axis.
-      marks: {text: x}: labelled vertical lines.
+      marks: {text: x}: labeled vertical lines.
       ax: Axes to draw into; None makes a figure.
 
     Returns:
@@ -882,7 +882,7 @@ def _curve(ax, x, values, number, label, *, band="deviation", markers=False):
 
 
 def _finish(ax, x_label, y_label, marks=None):
-    """Names, grid, labelled vertical lines, and the legend right of the panel."""
+    """Names, grid, labeled vertical lines, and the legend right of the panel."""
     ax.set_xlabel(x_label)
     ax.set_ylabel(y_label)
     ax.grid(alpha=0.3)

@@ -92,7 +92,7 @@ SINGLE = {
 
 
 @pytest.mark.parametrize("name", SINGLE)
-def test_single_panel_returns_labelled_axes(name):
+def test_single_panel_returns_labeled_axes(name):
     own = SINGLE[name](None)
     _, given = plt.subplots()
     assert SINGLE[name](given) is given

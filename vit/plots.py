@@ -37,7 +37,7 @@ def training_curves(
         and a band from the lowest to the highest.
       y_label: name and unit of the y axis.
       x_label: name and unit of the x axis.
-      marks: {text: x}: labelled vertical lines, for example a stage of the training.
+      marks: {text: x}: labeled vertical lines, for example a stage of the training.
       ax: Axes to draw into; None makes a figure.
 
     Returns:
