@@ -353,6 +353,8 @@ def test_dead_runs_are_counted_and_left_out_of_the_second_width():
         "plain/probe_step": np.tile([0, 4], (3, 1, 1)),
         "plain/probe_grad_norm": np.ones((3, 1, 2)),
         "plain/test_accuracy": np.tile([0.1, 0.7], (3, 1, 1)),
+        "plain/progress_loss": losses[..., :2],
+        "plain/progress_step": np.tile([0, 7], (3, 1, 1)),
     }
     for key in ("grad_distances", "relative_grad_distances", "betas"):
         arrays[f"plain/probe_{key}"] = np.arange(12.0).reshape(3, 1, 2, 2)
