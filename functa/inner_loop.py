@@ -21,6 +21,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 Field = Callable[[jax.Array], jax.Array]
@@ -64,6 +65,10 @@ def reconstruction_loss(
     Returns:
       The loss and the mean squared error without the penalty, two scalars.
 
+    Raises:
+      ValueError: if the target is not floating point, or the weights have another
+        shape, are negative or not finite, or are all zero.
+
     Example:
       >>> target = jnp.array([[1.0], [3.0]])
       >>> loss, _ = reconstruction_loss(
@@ -87,9 +92,25 @@ def _loss(prediction, latent, target, l2_weight, weight=None):
     if weight is None:
         mse = jnp.mean(squares)
     else:
-        chex.assert_shape(weight, target.shape[:-1])
+        _check_weight(weight, target.shape[:-1])
         mse = jnp.mean(weight * squares.mean(-1)) / jnp.mean(weight)
     return mse + l2_weight * jnp.sum(jnp.square(latent)), mse
+
+
+def _check_weight(weight, shape):
+    """Raises ValueError for weights of another shape, or whose mean weighs nothing."""
+    if jnp.shape(weight) != shape:
+        raise ValueError(
+            f"weight must have the shape {shape} of the points, "
+            f"got {jnp.shape(weight)}."
+        )
+    if isinstance(weight, jax.core.Tracer):
+        return  # Its values are known when the program runs.
+    weight = np.asarray(weight)
+    if not (np.isfinite(weight).all() and weight.min() >= 0 and weight.max() > 0):
+        raise ValueError(
+            "weight must be finite and >= 0, with at least one point above 0."
+        )
 
 
 def fit_latent(
@@ -375,6 +396,8 @@ def largest_eigenvalue(
       9.0
     """
     prediction, pullback = jax.vjp(field, latent)
+    if weight is not None:
+        _check_weight(weight, prediction.shape[:-1])
 
     def multiply(vector):
         _, tangent = jax.jvp(field, (latent,), (vector,))

@@ -75,6 +75,29 @@ def test_equal_weights_are_no_weights_and_none_is_the_same_program():
     assert programs[0] == programs[1]
 
 
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ([0.0, 0.0, 0.0], "at least one point"),
+        ([1.0, -0.5, 1.0], ">= 0"),
+        ([1.0, np.nan, 1.0], "finite"),
+        ([1.0, 2.0], "shape"),
+    ],
+)
+def test_weights_that_weigh_nothing_are_refused(weight, message):
+    weight, target = jnp.array(weight), jnp.ones((3, 2))
+    for compiled in (lambda f: f, jax.jit):
+        loss = compiled(
+            lambda z: functa.reconstruction_loss(
+                lambda z: z * target, z, target, weight=weight
+            )
+        )
+        with pytest.raises(ValueError, match=message):
+            loss(jnp.ones(()))
+    with pytest.raises(ValueError, match=message):
+        inner_loop.largest_eigenvalue(lambda z: z * target, jnp.ones(()), weight=weight)
+
+
 def test_points_of_weight_zero_have_no_influence():
     field, _ = affine(jax.random.key(0))
     target = jax.random.normal(jax.random.key(1), (3, 2))

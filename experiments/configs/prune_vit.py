@@ -37,8 +37,8 @@ Variants:
     that DessiLBI ranks; a minute on two cores. The command story uses it.
   smoke_story: the same for the smoke_spatial variants, to check that the command runs.
 
-To choose settings, measure on images that are held out of the training split, with a
-network that train_vit has not trained on them:
+To choose settings, hold images out of the training split. train_vit trains on the
+others, and prune_vit measures on the held-out images:
 
     python -m experiments.train_vit --config=experiments/configs/train_vit.py:digits \
         --config.num_train=1200 --workdir=runs/train_vit/digits_1200
