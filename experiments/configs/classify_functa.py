@@ -25,7 +25,7 @@ Variants:
   digits_spatial_vit: a Vision Transformer of 4 layers on the same grids
     (results/classify_functa_digits_spatial_vit).
   fashion_mnist: the same Vision Transformer on the grids of meta_learn's fashion_mnist
-    variant; results/ has no run of it.
+    variant; 88 % in 11 minutes (results/classify_functa_fashion_mnist).
   speech: the same Vision Transformer on the 40 cells of each second of speech of
     meta_learn's speech variant. The classes are five languages with one speaker each.
     results/ has no run of it.
