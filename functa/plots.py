@@ -812,7 +812,7 @@ def confusion_matrix(
     if num_classes <= 30:
         for i, j in np.argwhere(confusion > 0):
             color = "white" if share[i, j] > 50 else "black"
-            text = f"{share[i, j]:.0f}" if share[i, j] >= 0.5 else "<1"
+            text = f"{share[i, j]:.0f}" if share[i, j] > 0.5 else "<1"
             ax.text(j, i, text, ha="center", va="center", color=color, fontsize=7)
         names = range(num_classes) if class_names is None else class_names
         ax.set_xticks(range(num_classes), names, rotation=90 if class_names else 0)

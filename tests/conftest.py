@@ -3,11 +3,12 @@
 Compilation takes most of the time of the tests. XLA therefore emits small code with few
 of LLVM's optimizations, which compiles three times as fast; level 0, without any
 optimization, computes some gradients of VGG wrongly. Modules that train no such network
-use `unoptimized` to compile at level 0. The tests and the processes that they start
-share a cache of compiled functions.
+use `unoptimized` to compile at level 0. The processes that tests start share a cache of
+compiled functions; the tests do not, because few of them compile the same function.
 """
 
 import atexit
+import collections
 import gc
 import os
 import shutil
@@ -33,9 +34,22 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+jax.config.update("jax_enable_compilation_cache", False)
 jax.config.update("jax_num_cpu_devices", 2)  # before the first computation
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before "slow" is selected
+def pytest_collection_modifyitems(items):
+    """Marks what follows the first `n` cases of a test with `slow_after(n)` as slow."""
+    numbers = collections.Counter()
+    for item in items:
+        if mark := item.get_closest_marker("slow_after"):
+            name = item.nodeid.partition("[")[0]
+            numbers[name] += 1
+            if numbers[name] > mark.args[0]:
+                item.add_marker("slow")
 
 
 def pytest_collection_finish():

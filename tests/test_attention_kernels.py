@@ -20,6 +20,8 @@ from vit.attention_kernels import (
 )
 from vit.model import ViT
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 IMPLEMENTATIONS = {
     "plain": plain_attention,
     "blocked": functools.partial(blocked_attention, block_size=7),
@@ -68,6 +70,7 @@ def numpy_attention(query, key, value, weights):
     return out, found
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_values_and_statistics_match_numpy(name, weighted):
@@ -82,6 +85,7 @@ def test_values_and_statistics_match_numpy(name, weighted):
         np.testing.assert_allclose(getattr(found, field), value, atol=1e-5)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("num_tokens", "width", "dtype"),
     [
@@ -212,6 +216,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("score", ["max", "cls"])
 def test_pruned_network_holds_no_square_of_the_tokens(score):
     shape = 3, 16, 16, 1

@@ -12,6 +12,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from experiments.common import augmentation
 from experiments.common.augmentation import OPERATIONS
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 apply_operations = jax.jit(augmentation.apply_operations)
 # Of a function of a key and images, each with the type that it is meant for.
 RANDOM = {
@@ -236,6 +238,7 @@ def test_magnitude_zero_is_the_identity():
         np.testing.assert_array_equal(operate(images, (name, 0.0)), images)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", RANDOM)
 def test_an_image_s_draw_depends_on_the_key_and_not_on_the_others(name):
     function, dtype = RANDOM[name]
@@ -249,6 +252,7 @@ def test_an_image_s_draw_depends_on_the_key_and_not_on_the_others(name):
     assert (others[5:] != result[5:]).any()
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", RANDOM)
 def test_an_image_s_draw_does_not_depend_on_the_batch_size(name):
     function, dtype = RANDOM[name]

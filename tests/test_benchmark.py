@@ -88,6 +88,7 @@ def test_a_finished_run_shows_its_table(smoke, capsys):
     assert (workdir / "table.md").read_text() in capsys.readouterr().out
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_arithmetic_of_a_meta_step_is_what_xla_counts(num_steps):
     config = configs.get_config("smoke")
@@ -117,6 +118,7 @@ def test_arithmetic_of_a_convnext():
     assert registry.count_multiply_adds(model, variables, shape) == expected
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", ["encode_grids", "head"])
 def test_paths_of_grids_run(name):
     path = benchmark.make_path(configs.get_config("smoke"), name)

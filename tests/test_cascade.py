@@ -15,6 +15,8 @@ from vit import schedules, tokens
 from vit.cascade import Cascade
 from vit.model import ViT
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 # All axes differ: 2 images of 15 x 20, 12 patches of 5 x 5, D 10, H 4, d 6, M 14, K 7.
 SIZES = {
     "num_classes": 7,
@@ -121,6 +123,7 @@ def name_of(cascade):
 DIFFERENTIATED = CASES[1::3]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     "cascade", [case for case in CASES if case not in DIFFERENTIATED], ids=name_of
 )
@@ -206,6 +209,7 @@ SPECIAL = {
 }
 
 
+@pytest.mark.slow_after(6)
 @pytest.mark.parametrize(("options", "modes"), SPECIAL.values(), ids=SPECIAL.keys())
 def test_further_options_match_numpy(options, modes):
     check_against_oracle(Cascade(**options), modes, seed=50)
@@ -231,6 +235,7 @@ def test_cases_let_tokens_come_back_and_images_differ():
 # Masked against compact.
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("cascade", DIFFERENTIATED, ids=name_of)
 def test_both_modes_match_numpy_and_their_gradients_are_equal(cascade):
     models = [make(cascade) for cascade in in_modes(cascade)]
@@ -259,6 +264,7 @@ def test_both_modes_match_numpy_and_their_gradients_are_equal(cascade):
         np.testing.assert_allclose(leaf, same, rtol=0, atol=1e-4 * scale)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("semantics", cascades.SEMANTICS)
 def test_bfloat16_modes_keep_the_same_tokens(semantics):
     cascade = Cascade(**COUNTS[semantics], semantics=semantics)
@@ -360,6 +366,7 @@ def test_masked_attention_looks_at_the_kept_alone(semantics):
             assert np.flatnonzero(row).tolist() == trace.attention[layer][image]
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("semantics", cascades.SEMANTICS)
 def test_cls_is_kept_though_it_scores_lowest(semantics):
     cascade = Cascade(keep=(3, 3), semantics=semantics, score="norm")
@@ -380,6 +387,7 @@ def test_cls_is_kept_though_it_scores_lowest(semantics):
         assert all(0 not in kept for kept in trace.attention[0])
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("mode", cascades.MODES)
 @pytest.mark.parametrize("semantics", cascades.SEMANTICS)
 def test_what_is_pruned_everywhere_has_no_effect_and_no_gradient(semantics, mode):

@@ -197,6 +197,7 @@ def check(graph, keep, params, x, apply_fn, smaller_fn=None):
     return thinned
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", PLAIN)
 def test_masked_network_equals_the_smaller_one(name):
     apply_fn, params, shape, sizes = PLAIN[name]

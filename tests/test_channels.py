@@ -144,6 +144,7 @@ def relative_error(actual, expected):
 THIN_TOLERANCE = 1e-5
 
 
+@pytest.mark.slow_after(1)
 @networks
 def test_masked_network_equals_the_thinner_one(name):
     model, variables, images, keep, channel_map, thinner = set_up(name)
@@ -176,6 +177,7 @@ def test_zeroed_filters_and_biases_are_not_enough_for_every_network(name):
         assert error > 0.01
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", ["lenet", "vgg_bn_positions", "positions"])
 def test_gradients_of_the_masked_network_are_those_of_the_thinner_one(name):
     model, variables, images, keep, channel_map, thinner = set_up(name)

@@ -14,6 +14,8 @@ from experiments.configs import classify_functa as classify_functa_config
 from experiments.networks import heads
 from functa import classifier, functaset
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 # Three well separated classes of latents with entries of very different size.
 CENTERS = np.array([[3.0, 0, 0, 1], [0, 3, 0, 1], [0, 0, 3, 1]]) * [1, 10, 0.1, 0]
 

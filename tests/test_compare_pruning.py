@@ -116,6 +116,7 @@ GROUPS = {
 }
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("grain", pruning.GRAINS)
 def test_number_of_groups_of_a_grain(grain):
     structure, params = lenet_structure(grain), lenet_variables()["params"]
@@ -211,6 +212,7 @@ def test_gradual_pruning_keeps_what_it_removed_at_zero():
     assert zeros == [[], [0, 1], [0, 1, 2], [0, 1, 2]]
 
 
+@pytest.mark.slow
 def test_a_filter_that_nothing_reads_has_no_first_order_effect():
     config = smoke_config(batch_size=16)
     config.model = {"type": "LeNet", "features": LENET.features, "hidden": 6}
@@ -241,6 +243,7 @@ def test_validation_images_are_not_trained_on():
     assert training.test is images.test
 
 
+@pytest.mark.slow_after(7)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -11,6 +11,8 @@ from experiments.common import data, figures, files, streams
 from experiments.configs import compress_functa as configs
 from experiments.training import encoding, latent_classifier
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):

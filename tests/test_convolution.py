@@ -131,6 +131,7 @@ def num_operations(name, conv, *arguments, **options):
     return sum(equation.primitive.name == name for equation in jaxpr.eqns)
 
 
+@pytest.mark.slow_after(1)
 @plain_convolutions
 def test_plain_convolutions_equal_those_of_xla(
     image_shape, kernel_shape, padding, num_products
@@ -198,6 +199,7 @@ def test_matches_numpy(image_shape, kernel_shape, pads):
     assert_close(run(conv, image, kernel), numpy_conv(image, kernel, pads))
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize("name", ["winograd", "band", "few_channels"])
 @pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (1, 3)])
 def test_vmap_equals_a_loop(name, in_axes):

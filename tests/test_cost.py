@@ -11,6 +11,8 @@ from vit import model as models
 from vit.cascade import MODES, Cascade
 from vit.model import ViT
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 SIZES = {"num_layers": 12, "num_patches": 196}
 
 
@@ -155,11 +157,13 @@ def check_against_xla(model, *, uncounted=0):
     assert abs(analysis["flops"] / 2 / expected - 1) < 0.02
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("cascade", CASCADES.values(), ids=CASCADES.keys())
 def test_products_are_those_of_the_program(cascade):
     check_against_xla(ViT(**SMALL, cascade=cascade))
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     "options",
     [
@@ -188,6 +192,7 @@ def test_products_of_merging_and_of_fusing():
 # Parameters.
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("variant", "count"),
     [("Ti", 5_717_416), ("S", 22_050_664), ("B", 86_567_656), ("L", 304_326_632)],
@@ -198,6 +203,7 @@ def test_variants_have_the_published_parameters(variant, count):
     assert real_count(model, 224) == count
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("variant", [name for name in models.VARIANTS if "_" in name])
 @pytest.mark.parametrize("stem", [(), (48, 96)])
 def test_small_variants_have_the_counted_parameters(variant, stem):
@@ -205,6 +211,7 @@ def test_small_variants_have_the_counted_parameters(variant, stem):
     assert cost.count_params(model, 32) == real_count(model, 32)
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize(
     "options",
     [

@@ -38,6 +38,7 @@ def find(name, **options):
     return jax.jit(path.step)(path.state, *path.inputs)[1]
 
 
+@pytest.mark.slow
 def test_paths_measure_the_hessian_of_the_problem():
     hessian = hessian_of(*peer.make_problem(**SIZES))
     expected = np.linalg.eigvalsh(hessian)[::-1]

@@ -141,6 +141,7 @@ def load(path, name, **options):
     )
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     "name", ["linen", "of_nnx", "haiku_with_norm", "haiku", "plain"]
 )
@@ -239,6 +240,7 @@ def tiny_config(**changes):
     return config
 
 
+@pytest.mark.slow
 def test_a_network_is_measured_as_it_is_made(path, tmp_path):
     config = tiny_config(num_epochs=0)
     config.network, config.loss = f"{path}:plain", f"{path}:squares"
@@ -265,6 +267,7 @@ def test_a_network_is_measured_as_it_is_made(path, tmp_path):
     assert probe_landscape.train_and_evaluate(config, tmp_path) == summary
 
 
+@pytest.mark.slow
 def test_a_network_is_trained_with_another_loss(path, tmp_path):
     config = tiny_config()
     config.network, config.loss = f"{path}:plain", f"{path}:squares"

@@ -7,6 +7,8 @@ import pytest
 
 from experiments.networks.deep_linear import DeepLinear
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def random_variables(model, key):
     """Variables with every entry random, variances positive."""
@@ -43,6 +45,7 @@ def test_matches_numpy(batch_norm, train):
     np.testing.assert_allclose(outputs, x, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_parameter_counts(batch_norm):
     model = DeepLinear(depth=5, width=16, batch_norm=batch_norm)

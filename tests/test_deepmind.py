@@ -82,6 +82,7 @@ def test_goldens_are_of_two_kinds():
     assert OWN_GOLDENS
 
 
+@pytest.mark.slow_after(1)
 @each_golden
 def test_haiku_network_gives_the_golden_numbers(path):
     golden = dict(np.load(path))
@@ -101,6 +102,7 @@ def test_haiku_network_gives_the_golden_numbers(path):
         assert_close(actual, golden[key], 3e-6, key)
 
 
+@pytest.mark.slow_after(1)
 @each_golden
 def test_forward_matches_golden(path):
     golden, config, tree, imported = load_golden(path)
@@ -121,6 +123,7 @@ def test_forward_matches_golden(path):
     assert_close(forward, golden["forward"], 1e-5)
 
 
+@pytest.mark.slow_after(1)
 @each_golden
 def test_inner_loop_and_outer_gradient_match_golden(path):
     golden, config, _, imported = load_golden(path)
@@ -200,6 +203,7 @@ def assert_inner_step_matches(apply, tree, imported, coords, rates):
     assert_close(fitted - imported.latent, expected - imported.latent, 1e-4)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("parts", "layer_sizes"),
     [(["shift"], ()), (["scale", "shift"], ()), (["scale"], (5, 6))],
@@ -231,6 +235,7 @@ def test_latent_siren_matches_haiku(parts, layer_sizes):
     assert_inner_step_matches(apply, tree, imported, coords, rates)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("parts", [["shift"], ["scale", "shift"]], ids="_".join)
 def test_direct_siren_matches_haiku_beyond_ten_layers(parts):
     coords = coordinate_grid((4, 5))

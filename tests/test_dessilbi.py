@@ -123,6 +123,7 @@ def test_numpy_program_matches_every_golden(path, dtype):
     }
 
 
+@pytest.mark.slow_after(1)
 @goldens
 def test_every_step_matches_the_golden(path):
     golden, meta, _, (params, dual, gamma) = replay_golden(path)
@@ -740,6 +741,7 @@ def test_state_survives_flax_serialization():
     assert lbi.find_states(restored)[0].spec == lbi.find_states(state)[0].spec
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("penalty", [lbi.L1(0.1), lbi.GroupL2(0.1)])
 @pytest.mark.parametrize(
     "wrap", [lambda o: o, lambda o: optax.MultiSteps(o, 2), lambda o: _finite(o)]

@@ -397,10 +397,12 @@ def test_two_devices_equal_one():
     check_sharded_equals_one_device(2)
 
 
+@pytest.mark.slow
 def test_two_devices_in_the_types_equal_one():
     check_explicit_equals_one_device(2)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     script = (
         "import jax; jax.config.update('jax_num_cpu_devices', 8); import sys; "

@@ -7,6 +7,8 @@ import pytest
 
 from experiments.networks.dit import Block, DiT
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 MODEL = DiT(num_classes=3, hidden_size=8, num_layers=2, num_heads=2, mlp_dim=12)
 
 
@@ -27,6 +29,7 @@ def scramble(params):
     )
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("shape", [(4,), (2, 3, 4), (2, 1, 2, 4)])
 def test_velocity_is_zero_at_the_start(shape):
     params, *inputs = init(MODEL, shape)

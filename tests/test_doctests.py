@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): text.count(">>> ")
@@ -26,7 +28,16 @@ def run_examples(module):
     return runner.summarize(verbose=False).attempted, report.getvalue()
 
 
-@pytest.mark.parametrize("name", MODULES)
+# The longest examples; each takes several seconds.
+LONG = ("functa.inner_loop", "landscape.curvature", "vit.cascade", "vit.checkpoint")
+LONG += ("vit.model", "vit.slicing")
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
+    for name in MODULES
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_examples_give_what_they_show(name):
     attempted, report = run_examples(importlib.import_module(name))
     assert not report, report

@@ -7,6 +7,8 @@ import pytest
 
 from functa import flow
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 MEAN, STD = jnp.array([0.7, -1.5, 0.0]), jnp.array([0.3, 1.0, 2.0])
 
 

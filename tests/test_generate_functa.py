@@ -14,6 +14,8 @@ from experiments.configs import generate_functa as configs
 from experiments.training import flow
 from functa import functaset, generation
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 NUM = {"train": 64, "test": 24}
 
 
@@ -137,6 +139,7 @@ def test_flow_without_classes_compared_with_held_out_images(trained, tmp_path):
     assert set(samples.label) == {-1}
 
 
+@pytest.mark.slow
 def test_a_sample_does_not_depend_on_the_others(trained):
     config = smoke(trained.folder, sampling__batch_size=4)
     model = flow.make_model(config, 10)
@@ -154,7 +157,7 @@ def test_a_sample_does_not_depend_on_the_others(trained):
 
 def test_random_features_of_images_of_any_size():
     rng = np.random.default_rng(0)
-    for shape in ((6, 8, 8, 1), (3, 7, 12, 3), (3, 6, 10, 1)):
+    for shape in ((6, 8, 8, 1), (3, 7, 12, 3)):
         images = rng.integers(0, 256, shape, np.uint8)
         network = generate_functa.make_random_network(shape[1:])
         features = network(images)

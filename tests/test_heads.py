@@ -177,6 +177,7 @@ def make_config(tmp_path, made, **changes):
     return config
 
 
+@pytest.mark.slow
 def test_the_saved_transformer_reads_the_grids_as_images(tmp_path):
     config = make_config(tmp_path, make_grids(copies=2))
     summary = classify_functa.train_and_evaluate(config, tmp_path / "run")
@@ -319,6 +320,7 @@ def all_zero(candidates):
     return {f"candidates.{name}": (0.0,) for name in candidates}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [VIT, CONVNEXT], ids=["vit", "convnext"])
 def test_epoch_of_every_option_can_be_traced(tmp_path, settings):
     config = make_config(

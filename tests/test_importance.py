@@ -10,6 +10,8 @@ from vit_oracle import run
 from vit import attention, importance
 from vit.model import check_model, make
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 # 2 images, 4 heads, 6 tokens.
 SIZES = np.array([[1, 3, 1, 2, 1, 1], [1, 1, 4, 1, 2, 1]])
 

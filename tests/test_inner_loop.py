@@ -72,6 +72,7 @@ RATES = {
 }
 
 
+@pytest.mark.slow_after(1)
 @unrolled_or_scanned
 @pytest.mark.parametrize("rates", RATES.values(), ids=RATES.keys())
 def test_fit_matches_closed_form(rates, unroll):
@@ -185,6 +186,7 @@ GRID_RATES = {
 }
 
 
+@pytest.mark.slow_after(1)
 @unrolled_or_scanned
 @pytest.mark.parametrize("rates", GRID_RATES.values(), ids=GRID_RATES.keys())
 def test_grid_of_latents_matches_closed_form_with_its_outer_gradient(rates, unroll):
@@ -461,6 +463,7 @@ def test_optimize_latent_serves_a_line_search():
     assert info.mse[-1] < 1e-8 < info.mse[0]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("num_groups", [1, 2, 6])
 @pytest.mark.parametrize(
     ("sizes", "options"),

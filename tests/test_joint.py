@@ -9,6 +9,8 @@ import pytest
 import functa
 from functa import joint
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 # Images, values of an image, latent entries, classes, inner steps.
 B, N, L, K, S = 6, 7, 3, 4, 2
 
@@ -78,6 +80,7 @@ def outer_loss(point, targets, labels, **options):
     )
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("options", "weights"),
     [

@@ -8,6 +8,8 @@ from experiments.common import devices
 from experiments.networks import heads
 from experiments.training import latent_classifier
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 RNG = np.random.default_rng(0)
 VIT = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 12}
 HEADS = {
@@ -17,6 +19,7 @@ HEADS = {
 }
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", HEADS)
 def test_last_layer_maps_features_to_outputs(name):
     fields, last = HEADS[name]

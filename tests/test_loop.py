@@ -64,6 +64,7 @@ def test_matches_a_plain_loop(tmp_path):
         first = line["step"]
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("killed_at", sorted(STOPS | SAVES))
 def test_resumed_run_ends_like_an_uninterrupted_one(tmp_path, killed_at):
     whole = train(tmp_path / "whole")

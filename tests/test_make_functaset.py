@@ -18,6 +18,8 @@ from experiments.configs import meta_learn as meta_learn_config
 from experiments.training import encoding, meta
 from functa import functaset
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 SHAPE = (6, 4, 3)
 MODEL = {
     "type": "LatentModulatedSiren",

@@ -34,6 +34,7 @@ def differentiate(f, order):
     return jax.jit(jax.value_and_grad(f, argnums=(0, 1)))
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("num_leading", "order"),
     [

@@ -13,6 +13,8 @@ from experiments.configs import meta_classify as configs
 from experiments.training import meta
 from experiments.training import meta_classifier as training
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 LINEAR = {"type": "mlp", "hidden_sizes": ()}
 
 
@@ -56,6 +58,7 @@ def test_parts_do_not_overlap(digits):
     np.testing.assert_array_equal(np.unique(both, axis=0), np.unique(whole, axis=0))
 
 
+@pytest.mark.slow
 def test_without_labels_a_step_of_the_field_is_that_of_meta_learn(digits):
     config = small_config(label_weight=0.0, normalize_losses=False)
     problem, state = start(config, digits)

@@ -9,13 +9,16 @@ from experiments.common import data, fields
 from experiments.configs import meta_learn as configs
 from experiments.training import controls, encoding
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, shape",
     [
         ("winds", (8,)),
-        pytest.param("speech", (40, 6), marks=pytest.mark.slow),
-        pytest.param("furniture", (4, 4, 4, 4), marks=pytest.mark.slow),
+        ("speech", (40, 6)),
+        ("furniture", (4, 4, 4, 4)),
     ],
 )
 def test_smoke_runs(tmp_path, name, shape):

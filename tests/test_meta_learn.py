@@ -100,6 +100,7 @@ def test_update_compiles_once_and_learns():
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("changes", "shape"),
     [

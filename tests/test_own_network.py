@@ -15,6 +15,8 @@ import vit
 from vit import schedules
 from vit.cascade import Cascade, initial_tokens, pruned_attention, pruned_mlp
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 # 2 images of 15 x 20, 12 patches of 5 x 5, D 8, H 2, d 6, M 14, K 3, L 2; CLS and one
 # register.
 IMAGES = (2, 15, 20, 1)
@@ -159,6 +161,7 @@ CASCADES = {
 }
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", CASCADES)
 def test_own_networks_are_vit_of_the_same_weights(name):
     cascade = CASCADES[name]

@@ -14,6 +14,8 @@ import lbi
 from lbi import L1, GroupL2
 from lbi.penalty import assign, named_leaves
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 RATE, NU, KAPPA = 0.2, 1.5, 2.0
 # By path, as what `assign` returns; also a mapping of patterns.
 PENALTY = {"conv/kernel": GroupL2(0.7), "fc/kernel": L1(0.25)}
@@ -396,6 +398,7 @@ MEDIANS = {
 }
 
 
+@pytest.mark.slow_after(2)
 @every_schedule
 @pytest.mark.parametrize("enter_at", [0.05, 0.4, 0.9])
 def test_median_group_enters_at_the_suggested_time(

@@ -11,6 +11,8 @@ import pytest
 
 from lbi.penalty import L1, GroupL2, Layer, Layers, assign, named_leaves, with_lam
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 LAM = 0.8
 # Penalties, the shape of a parameter, and the axes that a group extends over.
 CASES = {

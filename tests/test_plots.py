@@ -91,6 +91,7 @@ SINGLE = {
 }
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize("name", SINGLE)
 def test_single_panel_returns_labeled_axes(name):
     own = SINGLE[name](None)
@@ -102,6 +103,7 @@ def test_single_panel_returns_labeled_axes(name):
         ax.figure.canvas.draw()
 
 
+@pytest.mark.slow_after(11)
 @pytest.mark.parametrize("name", SINGLE)
 def test_legend_lies_right_of_the_panel(name):
     ax = SINGLE[name](None)

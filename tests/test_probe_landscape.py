@@ -255,6 +255,7 @@ def test_nothing_is_compared_where_no_loss_is_shared():
     assert probe_landscape.equal_loss_table(config, arrays) == {}
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("folder", RUNS, ids=lambda folder: folder.name)
 def test_summaries_hold_what_the_logs_give_at_equal_loss(folder):
     config = ConfigDict(files.read_json(folder / "config.json"))
@@ -392,6 +393,7 @@ def test_recorder_leaves_updates_alone_and_compiles_once():
     assert update._cache_size() == 1
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("mode", classifier.BN_MODES)
 def test_modes_of_batch_normalization(mode):
     images = classifier.load_images(tiny_config())

@@ -26,6 +26,8 @@ from landscape.probes import (
     probe_gradient,
 )
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 STEP_SIZES = np.array([0.02, 1.5, 0.3, 0.1])
 
 

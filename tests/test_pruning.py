@@ -16,6 +16,8 @@ from jax import lax
 import lbi
 from lbi import penalty, pruning
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 HERE = Path(__file__).resolve().parent
 # Of the NumPy program in goldens/make_dessilbi_goldens.py, and, where they are present,
 # of the authors' own program.
@@ -367,6 +369,7 @@ def replay(golden):
     return run(lambda carry, grads: lax.scan(step, carry, grads)[1], carry, grads)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     "path", GOLDENS, ids=lambda path: f"{path.parents[1].name}_{path.stem}"
 )

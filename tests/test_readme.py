@@ -75,6 +75,7 @@ def test_there_are_four_examples():
     assert len(EXAMPLES) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES)
 def test_guide_examples_run(guide, capsys, tmp_path, monkeypatch):
     text = (ROOT / f"docs/guides/{guide}.md").read_text()

@@ -114,6 +114,7 @@ def test_a_stored_config_gives_the_same_network():
     assert model == ResNet(**SMALL) and hash(model) == hash(ResNet(**SMALL))
 
 
+@pytest.mark.slow
 def test_without_channels_it_is_the_masked_network():
     """Channels of the residual stream go from all layers that write and read it."""
     conv = lax.conv_general_dilated  # compiles faster

@@ -17,6 +17,8 @@ from functa.siren import (
     num_modulations,
 )
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 GRIDS = {"1d": (5,), "2d": (4, 3), "3d": (2, 4, 3)}
 # (modulate_scale, modulate_shift)
 MODULATIONS = {"shift": (False, True), "scale": (True, False), "both": (True, True)}
@@ -91,6 +93,7 @@ FORWARD_TOLERANCE = 2e-5
 SIZES = {"width": 6, "depth": 4, "out_channels": 2, "omega_0": 7.0}
 
 
+@pytest.mark.slow_after(1)
 @grids
 def test_siren_matches_numpy(grid):
     model = Siren(**SIZES)
@@ -111,6 +114,7 @@ def test_modulated_siren_matches_numpy(grid, scale, shift):
     np.testing.assert_allclose(actual, expected, atol=FORWARD_TOLERANCE)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     "layer_sizes", [(), (7,), (7, 4)], ids=["linear", "mlp1", "mlp2"]
 )
@@ -133,6 +137,7 @@ def test_latent_modulated_siren_matches_numpy(layer_sizes, scale, shift):
     np.testing.assert_allclose(actual, expected, atol=FORWARD_TOLERANCE)
 
 
+@pytest.mark.slow_after(1)
 @grids
 def test_siren_init_is_uniform_within_its_bounds(grid):
     width, omega_0 = 64, 10.0

@@ -14,6 +14,8 @@ from vit import cost, slicing
 from vit.cascade import Cascade
 from vit.model import ViT
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 # All axes differ: 2 images of 15 x 20, 12 patches of 5 x 5, D 10, H 4, d 6, M 14, K 7.
 IMAGES = (2, 15, 20, 1)
 MODEL = ViT(
@@ -55,6 +57,7 @@ def assert_same_logits(networks):
 
 
 # Random ranks look at no attention; no cascade does neither.
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     "cascade",
     [
@@ -122,6 +125,7 @@ def test_cascade_drops_the_heads_that_masking_drops():
     )
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     "cascade", [None, Cascade(keep=(9, 4), semantics="zero")], ids=["dense", "zero"]
 )

@@ -25,6 +25,7 @@ def make(grid=(2, 4), channels=3, **fields):
     return model, params, latent
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("scale", [False, True])
 @pytest.mark.parametrize("interpolation", spatial.INTERPOLATIONS)
 def test_a_grid_of_one_cell_is_a_latent_modulated_siren(interpolation, scale):
@@ -163,6 +164,7 @@ def set_kernel(params):
     return params | {"latent_to_modulation": linear | {"kernel": 0.2 * kernel}}
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("grid", [(5,), (2, 4), (2, 3, 2)])
 def test_a_kernel_is_a_convolution(grid):
     model = functa.SpatialSiren(width=4, depth=2, grid=grid, channels=3, kernel_size=3)
@@ -246,6 +248,7 @@ def fit_whole(model, params, rates, signals):
 fit_grids = jax.jit(spatial.fit_grids, static_argnames=("model", "num_steps"))
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_fitting_cells_equals_fitting_whole_signals(problem, kernel_size):
     model, params, rates, signals = problem

@@ -214,6 +214,7 @@ def test_torch_program_prints_what_the_benchmark_reads(capsys):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False], ids=["images", "patches"])
 def test_spatial_siren_has_the_same_step(problem, whole, float64):
     params, rates, images, loss, grads, rate_grads = problem

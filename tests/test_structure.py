@@ -288,6 +288,7 @@ def test_parameters_with_other_paths_are_refused():
             function(jax.tree.map(lambda p: p[None], params), state)
 
 
+@pytest.mark.slow
 def test_stacked_states_need_vmap():
     params = {"kernel": draw(3, 4, 5)}  # three seeds
     optimizer = lbi.dessilbi(0.5, 1.0, penalty=GroupL2(0.5), record_entry=True)

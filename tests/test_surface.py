@@ -24,6 +24,8 @@ from landscape.surface import (
     trajectory_pca,
 )
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 SHAPES = {"conv": (2, 1, 3, 5), "fc": (4, 6), "one": (1, 7), "bias": (6,), "gain": ()}
 
 

@@ -17,6 +17,8 @@ from vit.tokens import (
     top_mask,
 )
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def tokens_of(x, scores):
     x = jnp.asarray(x, jnp.float32)
@@ -106,6 +108,7 @@ def test_merging_by_hand():
     np.testing.assert_allclose(tokens.x[0], expected, rtol=1e-6)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("num_tokens", [9, 10])
 @pytest.mark.parametrize("num_merged", [1, 3, 4])
 def test_merging_matches_numpy(num_tokens, num_merged):

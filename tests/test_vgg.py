@@ -96,6 +96,7 @@ def numpy_vgg(model, variables, images):
     return x
 
 
+@pytest.mark.slow_after(1)
 @sizes
 @with_and_without_bn
 @pytest.mark.parametrize("conv", [lax.conv_general_dilated, matmul_conv])

@@ -39,6 +39,8 @@ from vit.cascade import Cascade
 from vit.checkpoint import load_checkpoint, resize_positions, save_checkpoint
 from vit.model import POOLS, ViT, make
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 HERE = Path(__file__).resolve().parent
 # Numbers of tests/goldens/make_vit_goldens.py, and the reference program's own where
 # they are present: (parameters, logits).
@@ -68,6 +70,7 @@ def flat(params):
 # Numbers of an independent program, and of the reference program.
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(("layout", "logits"), GOLDENS, ids=lambda path: path.stem)
 def test_model_gives_the_golden_logits(layout, logits):
     if "official" in layout.stem and not layout.exists():
@@ -86,6 +89,7 @@ def test_model_gives_the_golden_logits(layout, logits):
 # The files of others.
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("layout", [*GOOGLE, *TORCH])
 def test_logits_are_those_of_the_equations(tmp_path, layout):
     has_head = layout is not hugging_face_encoder
@@ -112,6 +116,7 @@ def test_logits_are_those_of_the_equations(tmp_path, layout):
     assert np.max(np.abs(different - expected)) > 4e-5
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("layout", [pre_linen, big_vision_stacked, timm])
 def test_layer_before_the_head_belongs_to_it(tmp_path, layout):
     sizes = dict(size=2, channels=1, width=10, heads=2, hidden=7, layers=1, grid=3)
@@ -304,6 +309,7 @@ def big_vision_average(net):
     return arrays
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("layout", "pool", "registers"),
     [
@@ -424,6 +430,7 @@ def test_positions_are_resized_by_the_rules_of_pytorch(old, new):
 # What the shapes of PyTorch's files do not tell.
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(("width", "hidden", "heads"), [(192, 768, 3), (384, 1536, 6)])
 def test_heads_of_published_networks_are_known(tmp_path, width, hidden, heads):
     sizes = dict(layers=1, size=1, channels=1, grid=1)
@@ -447,6 +454,7 @@ def test_heads_of_other_networks_are_asked_for(tmp_path):
             load_checkpoint(path)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("layout", "config", "fields"),
     [
@@ -605,6 +613,7 @@ def test_positions_are_resized_as_by_scipy(old, new):
         np.testing.assert_array_equal(resized, positions)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("layout", [pre_linen, big_vision, timm])
 def test_other_image_size(tmp_path, layout):
     net = network()  # 4 x 4 patches of 3 pixels
@@ -676,6 +685,7 @@ def random_params(model, images_shape=(1, 12, 12, 2)):
 SIZES = dict(patch_size=3, hidden_size=12, num_layers=2, num_heads=3, mlp_dim=20)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     "fields",
     [

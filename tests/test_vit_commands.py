@@ -21,6 +21,8 @@ from experiments.configs import train_vit as train_configs
 from experiments.training import classifier, loop, vit_pruning
 from experiments.training import vit as vit_training
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 ROOT = Path(__file__).parents[1]
 # One of each kind: a cascade, another image size, masks, cut weights, learned scores.
 METHODS = ("max", "resolution", "released_code", "heads", "neurons_lbi")
@@ -118,6 +120,7 @@ def test_resumed_training_ends_like_an_uninterrupted_one(
     )
 
 
+@pytest.mark.slow
 def test_first_steps_against_a_plain_loop(tmp_path):
     """Loss, weights and their average, without anything random in the model."""
     config = train_config(average_decay=0.05)
@@ -184,6 +187,7 @@ def teach(weight, method, ratio):
     return config, dense, student, update(state, 0, 1)
 
 
+@pytest.mark.slow
 def test_a_network_has_nothing_to_learn_from_itself():
     *_, student, state = teach(1.0, "dense", 0.0)
     assert state.loss[0] > 0.1  # the entropy of its own classes
@@ -367,6 +371,7 @@ def test_equal_cost():
     assert positions.shape[1] == 1 + smaller.num_patches
 
 
+@pytest.mark.slow
 def test_structure_is_cut_as_by_slicing():
     """The channel graph cuts what slicing cuts, which knows the layers by name."""
     model = vit.make("cifar_128", 4, 2, num_layers=2, hidden_size=16, mlp_dim=8)
@@ -435,6 +440,7 @@ def test_search_over_heads_is_never_worse_than_a_greedy_one():
         vit_pruning.search_heads(loss_fn, [3] * 3, 7, max_evaluations=60)
 
 
+@pytest.mark.slow
 def test_searched_heads_are_cut_from_the_network(untrained):
     config = prune_config(untrained)
     images = prune_vit.load_images(config)
@@ -488,6 +494,7 @@ def test_ratio_for_a_budget_is_the_smallest_that_fits(method):
         vit_pruning.ratio_for_budget(method, fits(0.01), dense, scores)
 
 
+@pytest.mark.slow
 def test_latency_is_measured_and_predicted(tmp_path):
     config = prune_config(tmp_path, latency=0.9)
     config.checkpoint = None

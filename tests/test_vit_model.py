@@ -17,6 +17,8 @@ from vit import model as models
 from vit.cascade import Cascade
 from vit.model import DropPath, PatchEmbedding, ViT
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 # All axes differ: 2 images of 15 x 20, 12 patches of 5 x 5, D 10, H 3, d 6, M 14, K 7.
 SIZES = {
     "num_classes": 7,
@@ -52,6 +54,7 @@ def assert_close(actual, expected, tolerance=1e-5):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("options", "image_shape"),
     [

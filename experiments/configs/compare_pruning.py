@@ -12,6 +12,8 @@ Variants:
     results/ has no run of it.
   lenet: LeNet on 15,000 images of MNIST, three seeds; half an hour on two cores
     (results/compare_pruning_lenet has two seeds).
+  lenet_grains: the order of entry of DessiLBI and the norm for weights, rows, kernels,
+    and filters (Mao et al. 2017) at the same fractions; results/ has no run of it.
   vgg_small: VGG-A with batch normalization and a quarter of the channels on CIFAR-10,
     three seeds. It takes hours on two cores and is meant for a GPU; results/ has no run
     of it.
@@ -122,6 +124,8 @@ _CIFAR10 = {
     "enter_at": 0.1,
     "augment": True,
 }
+_LENET = {"num_train": 20000, "num_epochs": 8}
+_GRAINS = ("weights", "rows", "kernels", "filters")
 VARIANTS = {
     "digits": {
         "dataset.name": "digits",
@@ -132,7 +136,14 @@ VARIANTS = {
         "num_epochs": 20,
         "finetune.epochs": 5,
     },
-    "lenet": {"num_train": 20000, "num_epochs": 8},
+    "lenet": _LENET,
+    "lenet_grains": _LENET
+    | {
+        "methods": ("dessilbi", "magnitude"),
+        "sparsities": dict.fromkeys(_GRAINS, (0.5, 0.8, 0.9)),
+        # Equal fractions of each layer, so that only the grain differs.
+        "scopes": dict.fromkeys(_GRAINS, ("layer",)),
+    },
     "vgg_small": _CIFAR10
     | {
         "model": {
