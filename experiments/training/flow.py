@@ -88,7 +88,12 @@ def make_steps(config: ConfigDict, model: DiT) -> Callable[..., Any]:
         velocity = _velocity(model, params, labels)
         return flow.flow_loss(key_flow, velocity, latents).mean()
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated())
+    @functools.partial(
+        jax.jit,
+        donate_argnums=0,
+        out_shardings=devices.replicated(),
+        compiler_options=devices.transformer_options(),
+    )
     def run_steps(state, latents, labels, key, steps):
         def step(state, number):
             key_batch, key_loss = jax.random.split(jax.random.fold_in(key, number))
