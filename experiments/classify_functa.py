@@ -399,14 +399,7 @@ def make_epoch(
         state = state.replace(params=params, opt_state=opt_state, average=average)
         return state, loss
 
-    options = devices.transformer_options() if config.model.type == "vit" else {}
-
-    @functools.partial(
-        jax.jit,
-        donate_argnums=0,
-        out_shardings=devices.replicated(),
-        compiler_options=options,
-    )
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated())
     def epoch(state, latents, labels, key):
         key_order, key_steps = jax.random.split(key)
         num_copies = len(latents) // num_images

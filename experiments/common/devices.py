@@ -106,18 +106,6 @@ def divide_traced(tree: Any, *, axis: int = 0) -> Any:
     return jax.lax.with_sharding_constraint(tree, divided(axis=axis))
 
 
-def transformer_options() -> dict[str, str]:
-    """Options of `jax.jit` with which the training of a Transformer compiles.
-
-    On CPUs the fusions of XLA slow down the gradients of biases, scales and shifts, the
-    more so the deeper the network: without them a step of a DiT of 6 blocks takes a
-    third of the time. On other devices there are no options.
-    """
-    if jax.default_backend() != "cpu":
-        return {}
-    return {"xla_disable_hlo_passes": "fusion"}
-
-
 def check_divisible(batch_size: int, *, local: bool = False) -> None:
     """Raises ValueError if a batch cannot be split into equal parts."""
     num_devices = mesh(local=local).size

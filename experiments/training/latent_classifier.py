@@ -16,7 +16,6 @@ import optax
 from experiments.common import devices, runs, settings
 from experiments.networks import heads
 from functa import classifier, functaset, npz
-from vit import ViT
 
 
 class LatentClassifier(NamedTuple):
@@ -116,6 +115,9 @@ def load(
     return LatentClassifier(head, params, mean, std)
 
 
+@functools.partial(
+    jax.jit, static_argnames=("head", "num_steps", "batch_size", "learning_rate")
+)
 def fit(
     key: jax.Array,
     head: heads.Head,
@@ -137,14 +139,6 @@ def fit(
       batch_size: latents of an update, drawn with replacement.
       learning_rate: the rate of the first update.
     """
-    is_transformer = isinstance(head.model, ViT)
-    options = devices.transformer_options() if is_transformer else {}
-    run = jax.jit(_fit, static_argnums=(0, 1), compiler_options=options)
-    return run(head, (num_steps, batch_size, learning_rate), key, latents, labels)
-
-
-def _fit(head, training, key, latents, labels):
-    num_steps, batch_size, learning_rate = training
     schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
     optimizer = optax.adamw(schedule, weight_decay=0.01)
     key_init, key_steps = jax.random.split(key)
