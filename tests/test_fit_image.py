@@ -56,6 +56,7 @@ def finished(two_tasks, tmp_path_factory):
     return workdir, fit_image.train_and_evaluate(two_tasks(), workdir)
 
 
+@pytest.mark.slow
 def test_run_leaves_everything_and_is_finished(finished, two_tasks):
     workdir, summary = finished
     for name in ("psnr", "reconstructions_7x5", "field_4x3"):
@@ -65,6 +66,7 @@ def test_run_leaves_everything_and_is_finished(finished, two_tasks):
     assert fit_image.train_and_evaluate(two_tasks(), workdir) == summary
 
 
+@pytest.mark.slow
 def test_functaset_gives_the_images_back(finished, images):
     workdir, summary = finished
     written = functa.load_functaset(workdir / "functaset.npz")

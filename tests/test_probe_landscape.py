@@ -91,6 +91,7 @@ def flatten(tree):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
+@pytest.mark.slow
 def test_measures_what_a_plain_loop_does(finished):
     workdir, config, _ = finished
     arrays = arrays_of(workdir, config, "bn")
@@ -140,6 +141,7 @@ def test_measures_what_a_plain_loop_does(finished):
     np.testing.assert_allclose(arrays["probe_loss"][place], loss, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_largest_eigenvalue_is_that_of_the_hessian(finished):
     workdir, config, _ = finished
     arrays = arrays_of(workdir, config, "plain")
@@ -170,6 +172,7 @@ def test_largest_eigenvalue_is_that_of_the_hessian(finished):
     assert 0.6 * largest < arrays["eigenvalues"][0, 0] <= 1.001 * largest
 
 
+@pytest.mark.slow
 def test_files_and_table(finished):
     workdir, config, summary = finished
     assert runs.load_summary(workdir) == summary
