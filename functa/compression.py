@@ -298,7 +298,16 @@ def code_cells(
 def clip_residuals(
     model: EntropyModel, symbols: np.ndarray, base: np.ndarray
 ) -> np.ndarray:
-    """Residuals from 0 to A - 1; symbols beyond the tables become their last ones."""
+    """Residuals from 0 to A - 1; symbols beyond the tables become their last ones.
+
+    Args:
+      model: the probabilities.
+      symbols: int32 (..., C).
+      base: the predicted symbols, int64 (..., C), see `code_cells`.
+
+    Returns:
+      int64 (..., C), the columns of `model.tables`.
+    """
     return np.clip(symbols - base - model.low, 0, model.tables.shape[1] - 1)
 
 
@@ -327,7 +336,11 @@ def ideal_bits(model: EntropyModel, symbols: np.ndarray) -> np.ndarray:
 
 
 def num_phases(weights: np.ndarray) -> int:
-    """F, number of fractions of the prediction that have their own tables."""
+    """F, number of fractions of the prediction that have their own tables.
+
+    Args:
+      weights: those of an `EntropyModel`; F is 1 if all are zero.
+    """
     return _NUM_PHASES if weights.any() else 1
 
 

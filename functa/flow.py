@@ -69,7 +69,17 @@ def flow_loss(key: jax.Array, velocity: Velocity, latents: jax.Array) -> jax.Arr
 def drop_labels(
     key: jax.Array, labels: jax.Array, null_label: int, rate: float
 ) -> jax.Array:
-    """Replaces each label (B,) by `null_label` with probability `rate`."""
+    """Replaces labels at random, so that one network also learns the flow without them.
+
+    Args:
+      key: draws the labels that are replaced.
+      labels: integers, (B,).
+      null_label: the label of no class, usually the number of classes.
+      rate: probability of a replacement, in [0, 1].
+
+    Returns:
+      The labels, (B,).
+    """
     dropped = jax.random.bernoulli(key, rate, labels.shape)
     return jnp.where(dropped, null_label, labels)
 

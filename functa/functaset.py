@@ -57,7 +57,11 @@ class Functaset(NamedTuple):
     params_sha256: str
 
     def select(self, split: str) -> "Functaset":
-        """Returns the signals of one split; mean and std remain unchanged."""
+        """Returns the signals of one split; mean and std remain unchanged.
+
+        Raises:
+          ValueError: if no signal belongs to it.
+        """
         kept = self.split == split
         if not kept.any():
             raise ValueError(

@@ -109,6 +109,9 @@ def density_and_coverage(
         average for equal distributions.
       coverage: share of the balls with at least one generated feature; see
         `expected_coverage`.
+
+    Raises:
+      ValueError: if there are not more than k real features.
     """
     if num_neighbors >= len(real):
         raise ValueError(
@@ -130,7 +133,14 @@ def density_and_coverage(
 
 
 def expected_coverage(num_real: int, num_fake: int, *, num_neighbors: int = 5) -> float:
-    """Mean coverage of `num_real` signals by `num_fake` of the same distribution.
+    """Mean coverage of N signals by M others of the same distribution, in [0, 1].
+
+    1 - prod_(i = 1..k) (N - i) / (N + M - i).
+
+    Args:
+      num_real: N.
+      num_fake: M.
+      num_neighbors: k, less than N.
 
     Example:
       >>> print(f"{expected_coverage(200, 200):.3f}")

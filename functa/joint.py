@@ -72,7 +72,12 @@ def normalized_sum(losses: Sequence[jax.Array], weights: Sequence[float]) -> jax
 
 
 def scale_gradient(x: jax.Array, factor: float) -> jax.Array:
-    """Returns x. Its gradient is multiplied by `factor`; at 0 no gradient passes."""
+    """Returns x, with another gradient.
+
+    Args:
+      x: any shape.
+      factor: multiplies the gradient; at 0 no gradient passes.
+    """
     stopped = jax.lax.stop_gradient(x)
     return stopped + factor * (x - stopped) if factor else stopped
 

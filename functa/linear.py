@@ -132,16 +132,33 @@ def _orient(components):
 
 
 def encode(pca: PCA, signals: np.ndarray) -> np.ndarray:
-    """Returns the codes of signals (N, ..., C), float32 (N, *grid, K)."""
+    """Projects each cell of the signals on the components.
+
+    Args:
+      pca: the components.
+      signals: (N, ..., C), with the shape of the signals of `fit_pca`.
+
+    Returns:
+      The codes, float32 (N, *grid, K).
+
+    Raises:
+      ValueError: if the signals have another shape.
+    """
     codes = [np.float32(codes) for _, codes in _project(pca, signals)]
     num_components = len(pca.components)
     return np.concatenate(codes).reshape(len(signals), *pca.grid, num_components)
 
 
 def decode(pca: PCA, codes: np.ndarray) -> np.ndarray:
-    """Returns the signals of codes (N, *grid, K), float32 (N, ..., C).
+    """Returns the signals that codes stand for.
 
-    K may be smaller than the number of components; the leading ones are then used.
+    Args:
+      pca: the components.
+      codes: (N, *grid, K). If K is smaller than the number of components, the leading
+        ones are used.
+
+    Returns:
+      float32 (N, ..., C); uint8 signals come back in [0, 1].
     """
     num_components = codes.shape[-1]
     cells = codes.reshape(math.prod(codes.shape[:-1]), num_components)

@@ -15,6 +15,9 @@ import jax.numpy as jnp
 def psnr(mse: jax.Array) -> jax.Array:
     """Returns -10 log10(mse) in dB, elementwise.
 
+    Args:
+      mse: mean squared errors of signals in [0, 1], any shape.
+
     Example:
       >>> import jax.numpy as jnp
       >>> print(psnr(jnp.array([0.1, 0.01])))

@@ -42,7 +42,19 @@ def read_headers(
 def read_arrays(
     path: str | Path, names: Collection[str] | None = None
 ) -> dict[str, np.ndarray]:
-    """Reads arrays of a file; arguments and errors are those of `read_headers`."""
+    """Reads arrays of a file.
+
+    Args:
+      path: an .npz file.
+      names: as in `read_headers`.
+
+    Returns:
+      {name: array}.
+
+    Raises:
+      FileNotFoundError: if the file does not exist.
+      ValueError: if it is not a readable .npz file.
+    """
     return _read(path, names, _array)
 
 

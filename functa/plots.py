@@ -512,7 +512,15 @@ def field_and_gradient(
 
 
 def show_image(image: np.ndarray, *, ax: Any = None) -> Any:
-    """One image (H, W, C) in [0, 1], gray if C is 1; returns the Axes."""
+    """One image.
+
+    Args:
+      image: (H, W, C), in [0, 1]; gray if C is 1.
+      ax: Axes to draw into; None makes a figure.
+
+    Returns:
+      The Axes.
+    """
     ax = _axes(ax, size=(3, 3))
     image = np.clip(image, 0, 1)
     gray = image.shape[-1] == 1
@@ -700,9 +708,16 @@ def waveforms(
 def voxels(
     shape: np.ndarray, *, threshold: float = 0.5, color: str = "#0072B2", ax: Any = None
 ) -> Any:
-    """The voxels of a volume (X, Y, Z) above a threshold, Z upward; returns the Axes.
+    """The voxels of a volume above a threshold, Z upward.
 
-    `ax` needs the projection "3d".
+    Args:
+      shape: the volume, (X, Y, Z).
+      threshold: a voxel is drawn if its value is larger.
+      color: of the voxels, any color of matplotlib.
+      ax: Axes with the projection "3d"; None makes a figure.
+
+    Returns:
+      The Axes.
     """
     if ax is None:
         import matplotlib.pyplot as plt

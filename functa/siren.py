@@ -54,7 +54,7 @@ def siren_first_init(key, shape, dtype=jnp.float32):
 
 
 def siren_init(omega_0: float):
-    """U(-b, b), b = sqrt(6 / fan_in) / omega_0, for every later kernel."""
+    """Initializer U(-b, b), b = sqrt(6 / d) / omega_0, of every later kernel (d, W)."""
 
     def init(key, shape, dtype=jnp.float32):
         bound = math.sqrt(6 / shape[0]) / omega_0
@@ -123,6 +123,7 @@ class ModulatedSiren(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int]:
+        """(M,), the modulation of one signal."""
         return (num_modulations(self),)
 
     def initial_latent(self) -> jax.Array:
@@ -178,6 +179,7 @@ class LatentModulatedSiren(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int]:
+        """(L,), the latent of one signal."""
         return (self.latent_dim,)
 
     def initial_latent(self) -> jax.Array:
@@ -199,7 +201,11 @@ class LatentModulatedSiren(nn.Module):
 
 
 def num_modulations(model: ModulatedSiren | LatentModulatedSiren) -> int:
-    """Returns M, the length of the modulation vector of all sine layers."""
+    """Returns M, the length of the modulation vector of all sine layers.
+
+    Raises:
+      ValueError: if a size is too small, or nothing is modulated.
+    """
     _check_sizes(model)
     parts = model.modulate_scale + model.modulate_shift
     if not parts:
@@ -250,7 +256,15 @@ def latent_map_init(key, shape, dtype=jnp.float32):
 
 
 def split_modulation(model, modulation):
-    """Splits (..., M) into (scale, shift) per layer, each (..., W) or None."""
+    """Splits a modulation into those of the layers.
+
+    Args:
+      model: says what is modulated, and W.
+      modulation: (..., M).
+
+    Returns:
+      (scale, shift) of each sine layer; each is (..., W), or None if it is off.
+    """
     parts = modulation.reshape(*modulation.shape[:-1], model.depth - 1, -1, model.width)
     return [
         (

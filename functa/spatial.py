@@ -79,10 +79,12 @@ class SpatialSiren(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
+        """(*grid, C), the latent of one signal."""
         return (*self.grid, self.channels)
 
     @property
     def num_cells(self) -> int:
+        """Number of cells of the whole grid."""
         return math.prod(self.grid)
 
     @property

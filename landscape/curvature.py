@@ -164,6 +164,12 @@ def adam_bound(b1: Any = 0.9) -> Any:
     2 (1 + b1) / (1 - b1): 38 for b1 = 0.9, and 2, gradient descent's bound, for b1 = 0.
     It holds for a preconditioner that changes slowly (Cohen et al. 2022, arXiv
     2207.14484, section 3). Full-batch training stays near it.
+
+    Args:
+      b1: decay of the first moment, in [0, 1); a number or an array.
+
+    Returns:
+      The bound, with the shape of `b1`.
     """
     return 2 * (1 + b1) / (1 - b1)
 

@@ -85,9 +85,15 @@ def filter_normalized_direction(
 
 
 def grid(*axes: Any) -> np.ndarray:
-    """All points with coordinates from D axes, (N, D), the last axis fastest.
+    """All points with coordinates from D axes, the last axis fastest.
 
     Reshape losses to a surface with `losses.reshape([len(axis) for axis in axes])`.
+
+    Args:
+      *axes: the coordinates along each direction, (N_d,).
+
+    Returns:
+      (N, D), where N is the product of all N_d.
     """
     return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(axes))
 
@@ -209,7 +215,18 @@ def fill_missing(
 
 
 def line(start: Any, end: Any) -> Path:
-    """The straight path: a fraction t, () -> (1 - t) start + t end."""
+    """The straight path (1 - t) start + t end.
+
+    Args:
+      start: parameters at t = 0, a tree.
+      end: parameters at t = 1, a tree like `start`.
+
+    Returns:
+      A function of the fraction t, (), to parameters, for `losses_along`.
+
+    Raises:
+      ValueError: if `end` is not like `start`.
+    """
     check_like("end", end, start)
 
     def point(t):
@@ -224,8 +241,19 @@ def line(start: Any, end: Any) -> Path:
 def bezier(start: Any, middle: Any, end: Any) -> Path:
     """The path (1 - t)^2 start + 2 t (1 - t) middle + t^2 end (Garipov et al. 2018).
 
-    arXiv 1802.10026, section 3.2. Unless it lies on the curve, `middle` itself is not
-    a good network.
+    arXiv 1802.10026, section 3.2.
+
+    Args:
+      start: parameters at t = 0, a tree.
+      middle: the control point, a tree like `start`; see `fit_bezier`. The path in
+        general does not pass through it, so it need not be a good network.
+      end: parameters at t = 1, a tree like `start`.
+
+    Returns:
+      A function of the fraction t, (), to parameters, for `losses_along`.
+
+    Raises:
+      ValueError: if `middle` or `end` is not like `start`.
     """
     first, second = line(start, middle), line(middle, end)
     return lambda t: line(first(t), second(t))(t)

@@ -41,7 +41,11 @@ class FrozenSpec:
 
     @classmethod
     def make(cls, spec: penalties.PenaltySpec) -> "FrozenSpec":
-        """Freezes a penalty or a (nested) mapping of patterns."""
+        """Freezes a penalty or a (nested) mapping of patterns.
+
+        Raises:
+          ValueError: if it is a list of penalties.
+        """
         if isinstance(spec, tuple | list):
             raise ValueError(
                 "several penalties must be given as a mapping of patterns, got "

@@ -49,11 +49,16 @@ class L1:
         return self.lam
 
     def prox(self, values: Array) -> Array:
-        """sign(V) max(|V| - lam, 0)."""
+        """sign(V) max(|V| - lam, 0), with the shape of `values`."""
         return jnp.sign(values) * jnp.maximum(jnp.abs(values) - self.lam, 0)
 
     def spread(self, groups: Array, shape: tuple[int, ...]) -> Array:
-        """Repeats the value of each group over its entries."""
+        """Repeats the value of each group over its entries.
+
+        Args:
+          groups: one value per group, shaped like `norms`.
+          shape: of the parameter.
+        """
         del shape
         return groups
 
@@ -104,7 +109,7 @@ class GroupL2:
         return self.lam * math.sqrt(size) if self.size_scaled else self.lam
 
     def prox(self, values: Array) -> Array:
-        """V_g max(0, 1 - lam / ||V_g||_2)."""
+        """V_g max(0, 1 - lam / ||V_g||_2), with the shape of `values`."""
         lam = self.thresholds(values.shape)
         squares = self._squares(values, keepdims=True)
         # The inner `where` avoids a division by zero, also in the derivative.
@@ -114,7 +119,12 @@ class GroupL2:
         return values * jnp.where(entered, 1 - lam / norms, 0)
 
     def spread(self, groups: Array, shape: tuple[int, ...]) -> Array:
-        """Repeats the value of each group over its entries."""
+        """Repeats the value of each group over its entries.
+
+        Args:
+          groups: one value per group, shaped like `norms`.
+          shape: of the parameter.
+        """
         expanded = jnp.expand_dims(groups, self._other_axes(len(shape)))
         return jnp.broadcast_to(expanded, shape)
 
@@ -277,6 +287,10 @@ def is_bias_name(path: str, shape: tuple[int, ...]) -> bool:
     """Whether a name of Flax, Haiku or Equinox says bias or scale.
 
     Haiku calls a bias "b", and so may be called a matrix.
+
+    Args:
+      path: "block/layer/kernel".
+      shape: of the parameter.
     """
     if path.split("/")[-1] == "b":
         return sum(size > 1 for size in shape) <= 1

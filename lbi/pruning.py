@@ -58,7 +58,18 @@ def entry_importance(params: Any, opt_state: Any) -> Importance:
 def magnitude_importance(
     params: Any, penalty: penalties.PenaltySpec = "auto"
 ) -> Importance:
-    """Importance by ||W_g||, with the groups of `penalty`."""
+    """Importance by the norms ||W_g||.
+
+    Args:
+      params: a tree of arrays.
+      penalty: defines the groups.
+
+    Returns:
+      {layer: float64, one norm per group}.
+
+    Raises:
+      ValueError: if a parameter with a penalty contains NaN.
+    """
     return _norms(params, FrozenSpec.make(penalty).assign(params))
 
 
@@ -262,7 +273,15 @@ def spread_masks(
 
 
 def apply_masks(tree: Any, masks: Any) -> Any:
-    """Sets entries to zero where the mask is False."""
+    """Sets entries to zero where the mask is False.
+
+    Args:
+      tree: a tree of arrays.
+      masks: a tree of bool arrays like `tree`, for example of `spread_masks`.
+
+    Returns:
+      A tree like `tree`.
+    """
     return jax.tree.map(lambda x, mask: jnp.where(mask, x, 0), tree, masks)
 
 

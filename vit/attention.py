@@ -160,7 +160,16 @@ class CascadeAttention:
     def write_probs(
         self, query: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Probabilities (B, H, N, N), and a mask (B, H) of the chosen heads or None."""
+        """Computes and keeps the probabilities, and chooses the heads.
+
+        Args:
+          query: (B, N, H, d), not yet scaled.
+          key: (B, N, H, d).
+
+        Returns:
+          The probabilities, (B, H, N, N), and a mask (B, H) of the chosen heads, or
+          None for all heads.
+        """
         bias = self.weights
         if bias is not None:
             bias = weights_to_bias(bias)[:, None, None, :]
@@ -175,7 +184,16 @@ class CascadeAttention:
 
 
 def average(probs: jax.Array, heads: jax.Array | None, value: jax.Array) -> jax.Array:
-    """Values (B, N, H, d) averaged with probs (B, H, N, N); 0 without a head (B, H)."""
+    """Averages the values of each head with its attention probabilities.
+
+    Args:
+      probs: (B, H, N, N), queries first.
+      heads: mask (B, H) of the heads to keep; the others give 0. None keeps all.
+      value: (B, N, H, d).
+
+    Returns:
+      (B, N, H, d), in the dtype of `value`.
+    """
     attended = jnp.einsum("bhqk,bkhd->bqhd", probs.astype(value.dtype), value)
     if heads is None:
         return attended
@@ -242,7 +260,16 @@ class MultiHeadDotProductAttention(nn.Module):
 
 
 def without_segment(probs: jax.Array, segment: Segment, num_prefix: int) -> jax.Array:
-    """Attention probabilities (B, H, N, N) with those of a segment set to zero."""
+    """Sets the attention probabilities of a segment to zero.
+
+    Args:
+      probs: (B, H, N, N), queries first.
+      segment: the segment.
+      num_prefix: number of tokens before the patches, which belong to no segment.
+
+    Returns:
+      (B, H, N, N); the rows no longer sum to 1.
+    """
     if segment.of == "heads":
         pruned = importance.head_segments(probs) == segment.number  # (B, H)
         pruned = pruned[:, :, None]
@@ -255,7 +282,15 @@ def without_segment(probs: jax.Array, segment: Segment, num_prefix: int) -> jax.
 
 
 def choose_heads(heads: Heads, scores: jax.Array) -> jax.Array:
-    """Mask (B, H) of the heads with the largest scores (B, H), by batch or by image."""
+    """Chooses the heads with the largest scores.
+
+    Args:
+      heads: how many heads, and whether the whole batch keeps the same ones.
+      scores: (B, H); no gradient passes.
+
+    Returns:
+      Mask, (B, H).
+    """
     if heads.scope == "batch":
         scores = jnp.broadcast_to(scores.mean(0, keepdims=True), scores.shape)
     return top_mask(jax.lax.stop_gradient(scores), heads.keep)

@@ -78,7 +78,16 @@ def statistics(
 
 
 def needed_statistics(form: str, alpha: float, beta: float) -> tuple[str, ...]:
-    """The fields of `Statistics` that `score_patches` reads, at least one."""
+    """The fields of `Statistics` that `score_patches` reads, at least one.
+
+    Args:
+      form: "max" or "sum", as in `score_patches`.
+      alpha: weight of the row maxima; at 0 they are not read.
+      beta: weight of the column maxima; at 0 they are read only if alpha is 0.
+
+    Raises:
+      ValueError: if the form is unknown.
+    """
     _check_form(form, PATCH_FORMS)
     if form == "sum":
         return ("column_sum",)
@@ -170,7 +179,15 @@ def cls_scores(probs: jax.Array, weights: jax.Array | None = None) -> jax.Array:
 
 
 def score_by_cls(found: Statistics, weights: jax.Array | None = None) -> jax.Array:
-    """`cls_scores` of `Statistics` with `cls`: (B, N), float32."""
+    """`cls_scores` without the probabilities.
+
+    Args:
+      found: statistics with `cls`.
+      weights: number of tokens that each row represents, (B, N); None means one each.
+
+    Returns:
+      (B, N), float32.
+    """
     return jnp.mean(_per_member(found.cls, weights), axis=1)
 
 
@@ -231,7 +248,15 @@ def segments(
 
 
 def head_segments(probs: jax.Array, *, num_segments: int = 3) -> jax.Array:
-    """Divides the heads of a layer into segments by `head_scores`: int32 (B, H)."""
+    """Divides the heads of a layer into segments of equal size by `head_scores`.
+
+    Args:
+      probs: attention probabilities, (B, H, N, N), queries first.
+      num_segments: number of segments; their sizes differ by at most one.
+
+    Returns:
+      The segment of each head, int32 (B, H). Segment 0 has the smallest scores.
+    """
     ranks = jnp.argsort(jnp.argsort(head_scores(probs), axis=1), axis=1)
     return ranks * num_segments // probs.shape[1]
 

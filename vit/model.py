@@ -533,7 +533,11 @@ def pooled_size(model: ViT) -> int:
 
 
 def count_patches(image_shape: tuple[int, int], patch_size: int) -> int:
-    """Number of patches P of images with shape (height, width).
+    """Number of patches P of an image.
+
+    Args:
+      image_shape: (height, width), in pixels.
+      patch_size: side of a patch, in pixels.
 
     Raises:
       ValueError: if the images do not divide into patches.

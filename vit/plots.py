@@ -360,7 +360,15 @@ def informativeness(scores: np.ndarray, *, layer: int | None = None) -> Any:
 
 
 def head_scores(scores: np.ndarray, *, ax: Any = None) -> Any:
-    """Scores (L, heads) of the attention heads as a heat map; returns the Axes."""
+    """Scores of the attention heads as a heat map.
+
+    Args:
+      scores: (L, H), of `vit.importance.head_scores`, mean over images.
+      ax: Axes to draw into; None makes a figure.
+
+    Returns:
+      The Axes.
+    """
     ax = _axes(ax)
     scores = np.asarray(scores)
     shown = ax.imshow(scores, aspect="auto", cmap="viridis")
@@ -373,7 +381,15 @@ def head_scores(scores: np.ndarray, *, ax: Any = None) -> Any:
 
 
 def attention_range(ranges: np.ndarray, *, ax: Any = None) -> Any:
-    """Share (L,) of the queries whose strongest key is far; returns the Axes."""
+    """Share of the queries of each layer whose strongest key is far away.
+
+    Args:
+      ranges: (L,), in [0, 1], of `vit.importance.attention_range` at its distance of 3.
+      ax: Axes to draw into; None makes a figure.
+
+    Returns:
+      The Axes.
+    """
     ax = _axes(ax)
     ax.plot(100 * np.asarray(ranges), color=_COLORS[0], marker="o", linestyle=":")
     ax.set_ylim(bottom=0)

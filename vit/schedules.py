@@ -63,7 +63,15 @@ def from_ratios(
 
 
 def keep_counts(ratios: Sequence[float], num_patches: int) -> list[int]:
-    """num_patches - floor(ratio * num_patches) for each ratio."""
+    """num_patches - floor(ratio * num_patches) for each ratio.
+
+    Args:
+      ratios: share of the patches that each layer leaves out, in [0, 1).
+      num_patches: P.
+
+    Raises:
+      ValueError: if a ratio is out of range.
+    """
     wrong = [ratio for ratio in ratios if not 0 <= ratio < 1]
     if wrong:
         raise ValueError(f"ratios must lie in [0, 1), got {wrong[0]}.")

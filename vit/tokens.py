@@ -37,9 +37,16 @@ class Tokens(NamedTuple):
 
 
 def top_mask(score: jax.Array, count: int) -> jax.Array:
-    """Mask (B, n) of the `count` largest scores of each row; ties go to the first.
+    """Marks the largest scores of each image; ties go to the first.
 
     Compares all pairs: n is a few hundred, and sorting is slow on the CPU.
+
+    Args:
+      score: (B, n).
+      count: k, how many are marked.
+
+    Returns:
+      Mask, (B, n).
     """
     ahead = score[:, None, :] > score[:, :, None]
     order = jnp.arange(score.shape[1])
@@ -49,14 +56,30 @@ def top_mask(score: jax.Array, count: int) -> jax.Array:
 
 
 def mask_to_indices(mask: jax.Array, count: int) -> jax.Array:
-    """Ascending indices (B, count) of the `count` True entries of each row (B, n)."""
+    """Indices of the True entries of each row.
+
+    Args:
+      mask: (B, n), with k True entries in every row.
+      count: k.
+
+    Returns:
+      Ascending indices, int32 (B, k).
+    """
     place = jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, -1)
     hit = place[:, None, :] == jnp.arange(count)[None, :, None]  # (B, count, n)
     return jnp.sum(jnp.where(hit, jnp.arange(mask.shape[1])[None, None], 0), axis=2)
 
 
 def take(x: jax.Array, indices: jax.Array) -> jax.Array:
-    """Rows of each image: x (B, n, ...) and indices (B, k) give (B, k, ...)."""
+    """Takes rows of each image.
+
+    Args:
+      x: (B, n, ...).
+      indices: (B, k), from 0 to n - 1; they are not checked.
+
+    Returns:
+      (B, k, ...).
+    """
     # Gathers whole rows; take_along_axis gathers single numbers.
     return jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x, indices)
 
@@ -167,7 +190,15 @@ def merge(tokens: Tokens, keys: jax.Array, keep: int, *, num_prefix: int = 1) ->
 
 
 def mean_of_patches(tokens: Tokens, *, num_prefix: int = 1) -> jax.Array:
-    """Mean (B, D) of the patches, each counted as often as its weight says."""
+    """Mean of the patches, each counted as often as its weight says.
+
+    Args:
+      tokens: prefix and patches of each image.
+      num_prefix: number of tokens before the patches, which do not count.
+
+    Returns:
+      (B, D).
+    """
     x = tokens.x[:, num_prefix:]
     if tokens.weights is None:
         return jnp.mean(x, axis=1)

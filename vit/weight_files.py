@@ -11,6 +11,7 @@ import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +66,15 @@ _INDEX = ".safetensors.index.json"
 
 
 def read_arrays(path: Path) -> Arrays:
-    """Every array of a checkpoint, by its name in the file."""
+    """Every array of a checkpoint, by its name in the file.
+
+    Args:
+      path: what `find_files` takes.
+
+    Raises:
+      FileNotFoundError: if a file does not exist.
+      ValueError: if a file is of another kind or damaged.
+    """
     arrays = {}
     for file in find_files(path):
         arrays |= _read_file(file)
@@ -176,7 +185,16 @@ _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": jnp.bfloat16, "F64": "<f8"}
 _READERS = {".npz": _read_npz, ".safetensors": _read_safetensors}
 
 
-def json_object(name, text):
+def json_object(name: str, text: str | bytes) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Args:
+      name: names the text in the message of an error.
+      text: what to read.
+
+    Raises:
+      ValueError: if the text is not valid JSON, or not an object.
+    """
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
