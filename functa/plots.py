@@ -808,6 +808,8 @@ def confusion_matrix(
 ) -> Any:
     """Percent of each true class that is predicted as each class.
 
+    Cells without an example stay empty.
+
     Args:
       confusion: counts, (true classes, predicted classes).
       class_names: names of the classes; None numbers them.

@@ -49,7 +49,13 @@ def coordinate_grid(shape: Sequence[int]) -> np.ndarray:
 
 
 def siren_first_init(key, shape, dtype=jnp.float32):
-    """U(-1/d, 1/d) for the first kernel (d, W); Sitzmann et al. 2020, section 3.2."""
+    """U(-1/d, 1/d) for the first kernel; Sitzmann et al. 2020, section 3.2.
+
+    Args:
+      key: draws the kernel.
+      shape: (d, W).
+      dtype: of the kernel.
+    """
     return jax.random.uniform(key, shape, dtype, -1 / shape[0], 1 / shape[0])
 
 
@@ -247,9 +253,14 @@ class LatentToModulation(nn.Module):
 
 
 def latent_map_init(key, shape, dtype=jnp.float32):
-    """The default of hk.Linear for a kernel (L, M).
+    """The default of hk.Linear for a kernel.
 
     It is a truncated normal without the variance correction of Flax's lecun_normal.
+
+    Args:
+      key: draws the kernel.
+      shape: (L, M).
+      dtype: of the kernel.
     """
     init = nn.initializers.truncated_normal(1 / math.sqrt(shape[0]))
     return init(key, shape, dtype)

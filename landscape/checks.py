@@ -36,14 +36,32 @@ def check_scalar(loss: Any) -> None:
 
 
 def scalar_loss(loss_fn: LossFn, params: Any, batch: Any) -> Array:
-    """loss_fn(params, batch); raises ValueError if it is not a scalar."""
+    """Evaluates a loss.
+
+    Args:
+      loss_fn: maps (params, batch) to a scalar.
+      params: a tree of arrays.
+      batch: passed to `loss_fn`.
+
+    Raises:
+      ValueError: if the loss is not a floating-point scalar.
+    """
     loss = loss_fn(params, batch)
     check_scalar(loss)
     return loss
 
 
 def check_like(name: str, tree: Any, params: Any) -> None:
-    """Raises ValueError unless `tree` has the structure and the shapes of `params`."""
+    """Checks that a tree has the structure and the shapes of the parameters.
+
+    Args:
+      name: names the tree in the message of the error.
+      tree: what is checked.
+      params: a tree of arrays.
+
+    Raises:
+      ValueError: if it does not.
+    """
     expected, found = (jax.tree.structure(x) for x in (params, tree))
     if expected != found:
         raise ValueError(

@@ -1,5 +1,6 @@
-"""The examples in the docstrings of the cores give the results that they show."""
+"""Docstrings of the cores: examples give what they show, arguments are described."""
 
+import ast
 import doctest
 import importlib
 import io
@@ -53,3 +54,52 @@ def test_a_wrong_example_is_reported():
     runner = doctest.DocTestRunner(verbose=False)
     (test,) = doctest.DocTestFinder().find(function, globs={})
     assert runner.run(test, out=lambda _: None).failed == 1
+
+
+def public_functions(tree):
+    """The functions and methods of a module that are not private."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_functions(node)
+        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield node
+
+
+def own_nodes(function):
+    """The nodes of a function without those of functions inside it."""
+    for node in ast.iter_child_nodes(function):
+        if not isinstance(node, ast.FunctionDef | ast.Lambda):
+            yield node
+            yield from own_nodes(node)
+
+
+def undescribed(function):
+    """Sections that the docstring of a function lacks; ruff reads those it has."""
+    text = ast.get_docstring(function) or ""
+    if text.startswith("Old form of"):
+        return []
+    args = function.args
+    names = [arg.arg for arg in args.posonlyargs + args.args + args.kwonlyargs]
+    # One line may say what one or two arguments are.
+    missing = ["Args"] * (len({*names} - {"self", "cls"}) > 2 and "Args:" not in text)
+    is_raised = any(isinstance(node, ast.Raise) for node in own_nodes(function))
+    missing += ["Raises"] * (is_raised and "Raises" not in text)
+    return missing if text else ["docstring"]
+
+
+@pytest.mark.parametrize("package", ["functa", "vit", "landscape", "lbi"])
+def test_docstrings_describe_arguments_and_errors(package):
+    found = {
+        f"{path.name} {function.name}": missing
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for function in public_functions(ast.parse(path.read_text(encoding="utf-8")))
+        if (missing := undescribed(function))
+    }
+    assert not found
+
+
+def test_missing_descriptions_are_noticed():
+    [function] = ast.parse(
+        'def f(a, b, *, c):\n  """Sum."""\n  if c: raise ValueError\n'
+    ).body
+    assert undescribed(function) == ["Args", "Raises"]

@@ -194,6 +194,12 @@ def test_confusion_matrix_is_in_percent_of_the_true_class():
     assert "83.33" in ax.get_title()
 
 
+def test_a_few_confused_examples_are_not_written_as_zero():
+    # 0.5 %, which rounds to zero, and no example.
+    ax = functa.plots.confusion_matrix(np.array([[199, 1], [0, 200]]))
+    assert [text.get_text() for text in ax.texts] == ["100", "<1", "100"]
+
+
 def test_image_functions_show_the_images():
     rng = np.random.default_rng(0)
     images = rng.random((2, 4, 6, 3))

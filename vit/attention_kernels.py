@@ -70,7 +70,18 @@ def plain_attention(
     weights: jax.Array | None = None,
     names: Sequence[str] = (),
 ) -> Output:
-    """Attention that writes its probabilities; see `blocked_attention`."""
+    """Attention that writes its probabilities.
+
+    Args:
+      query: (B, N, H, d).
+      key: (B, N, H, d).
+      value: (B, N, H, d).
+      weights: number of tokens that each row represents, (B, N); None means one each.
+      names: fields of `importance.Statistics` to return.
+
+    Returns:
+      As `blocked_attention`.
+    """
     size = query.shape[1]
     return blocked_attention(query, key, value, weights, names, block_size=size)
 
