@@ -563,7 +563,6 @@ def _evaluate(run, candidates, state, signals):
     if config.model.type == "vit":
         # Its images are the grids of latents, its patches their cells.
         vit.save_checkpoint(run.workdir / "model.npz", head.model, params)
-    figures.draw(run.workdir)
     summary = {"test_accuracy": np.mean(predicted == labels)}
     if "validation" in signals.splits:
         summary["validation_accuracy"] = state.best["accuracy"][chosen]
@@ -579,6 +578,7 @@ def _evaluate(run, candidates, state, signals):
         for split in "test", "train":
             name = f"{split}_accuracy"
             summary[f"{name}_per_epoch"] = [m[name] for m in metrics]
+    figures.draw(run.workdir, summary)
     return summary
 
 
