@@ -209,7 +209,7 @@ _SPEECH = {
     # A cell has 200 samples: the first layer needs high frequencies.
     "model": _SPATIAL["model"]
     | {"channels": 32, "coord_scale": 5.0, "grid": (40,), "omega_0": 30.0},
-    "num_steps": 8000,
+    "num_steps": 2000,
     "points_per_group": 2048,
 }
 _FURNITURE = {
