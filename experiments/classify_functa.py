@@ -23,17 +23,10 @@ from flax import struct
 from ml_collections import ConfigDict
 
 import vit
-from experiments.common import (
-    augmentation,
-    devices,
-    figures,
-    files,
-    launch,
-    runs,
-    settings,
-)
+from experiments.common import augmentation, devices, files, launch, runs, settings
 from experiments.common.sweep import sweep
 from experiments.configs import classify_functa as configs
+from experiments.drawing import figures
 from experiments.networks import heads
 from experiments.networks.heads import Head
 from experiments.training import features, loop, optimizers

@@ -23,9 +23,10 @@ import optax
 from ml_collections import ConfigDict
 
 import lbi
-from experiments.common import devices, figures, files, launch, runs, settings
+from experiments.common import devices, files, launch, runs, settings
 from experiments.common.sweep import mean_and_std, sweep
 from experiments.configs import compare_pruning as configs
+from experiments.drawing import figures
 from experiments.training import classifier, optimizers, pruning
 from experiments.training import lbi as lbi_training
 from experiments.training.classifier import Problem, TrainState

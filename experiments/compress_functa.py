@@ -24,7 +24,6 @@ from experiments.common import (
     codecs,
     data,
     devices,
-    figures,
     files,
     launch,
     runs,
@@ -32,6 +31,7 @@ from experiments.common import (
     streams,
 )
 from experiments.configs import compress_functa as configs
+from experiments.drawing import figures
 from experiments.training import encoding, features, latent_classifier
 from experiments.training.encoding import Function
 from functa import compression, functaset, linear

@@ -8,7 +8,8 @@ side, four times enlarged: python -m experiments.figures WORKDIR OTHER.
 import sys
 from pathlib import Path
 
-from experiments.common import figures, launch
+from experiments.common import launch
+from experiments.drawing import figures
 
 
 def main() -> None:

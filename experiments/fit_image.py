@@ -19,17 +19,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import functa
-from experiments.common import (
-    data,
-    devices,
-    figures,
-    files,
-    launch,
-    runs,
-    settings,
-)
+from experiments.common import data, devices, files, launch, runs, settings
 from experiments.common.sweep import sweep
 from experiments.configs import fit_image as configs
+from experiments.drawing import figures
 from experiments.training import loop, siren
 from experiments.training.siren import Task
 from functa import functaset

@@ -21,9 +21,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import functa
-from experiments.common import data, devices, figures, files, launch, runs, settings
+from experiments.common import data, devices, files, launch, runs, settings
 from experiments.common.sweep import sweep
 from experiments.configs import generate_functa as configs
+from experiments.drawing import figures
 from experiments.networks import heads
 from experiments.networks.convnext import ConvNeXt
 from experiments.training import encoding, features, flow, latent_classifier

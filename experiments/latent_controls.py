@@ -14,16 +14,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.common import (
-    data,
-    devices,
-    figures,
-    files,
-    launch,
-    runs,
-    settings,
-)
+from experiments.common import data, devices, files, launch, runs, settings
 from experiments.configs import latent_controls as configs
+from experiments.drawing import figures
 from experiments.training import controls
 
 

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.common import data, devices, figures, launch, runs, settings
+from experiments.common import data, devices, launch, runs, settings
 from experiments.common.sweep import mean_and_std, sweep
 from experiments.configs import meta_classify as configs
+from experiments.drawing import figures
 from experiments.networks import heads
 from experiments.training import controls, meta_classifier
 from experiments.training.meta_classifier import Part, Problem

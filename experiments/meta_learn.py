@@ -17,17 +17,10 @@ import optax
 from ml_collections import ConfigDict
 
 import functa
-from experiments.common import (
-    data,
-    devices,
-    fields,
-    figures,
-    files,
-    launch,
-    settings,
-)
+from experiments.common import data, devices, fields, files, launch, settings
 from experiments.common.sweep import sweep
 from experiments.configs import meta_learn as configs
+from experiments.drawing import figures
 from experiments.training import controls, encoding, meta, optimizers
 from functa import functaset
 

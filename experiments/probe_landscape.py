@@ -29,20 +29,15 @@ import optax
 from ml_collections import ConfigDict
 
 import lbi
-from experiments.common import data, figures, files, launch, settings
+from experiments.common import data, files, launch, settings
 from experiments.common.sweep import sweep
 from experiments.configs import probe_landscape as configs
+from experiments.drawing import figures
 from experiments.networks import custom
-from experiments.training import classifier, loop, optimizers
+from experiments.training import classifier, landscape, loop, optimizers
 from experiments.training.classifier import Images, TrainState
 from landscape import curvature, probes, surface
 
-# Networks of config.model; the other names are functions of config.network.
-_NETWORKS = ("bn", "plain")
-# Widths of the envelope: over all steps, over the last epoch, and of runs that learn.
-_WIDTHS = ("", "_at_the_end", "_without_dead")
-# Losses at which the networks are compared at equal progress.
-_NUM_LEVELS = 7
 # Points of a surface between two writes of the file.
 _PIECE = 25
 
@@ -162,8 +157,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     def finish(run, summaries):
         figures.draw(run.workdir)
-        arrays = figures.landscape_arrays(run.workdir, config)
-        return make_table(config, arrays, images.num_classes)
+        arrays = landscape.read_arrays(run.workdir, config)
+        return landscape.make_table(config, arrays, images.num_classes)
 
     return sweep(
         config,
@@ -190,7 +185,7 @@ def make_tools(config: ConfigDict, images: Images, network: str, seed: int) -> T
     loss = _load_loss(config, images)
     filters = _find_filters(problem)
     optimizer = optax.chain(
-        record_changes(num_steps, _recorded_layers(config)),
+        record_changes(num_steps, landscape.recorded_layers(config)),
         _make_optimizer(config.optimizer),
     )
 
@@ -228,8 +223,9 @@ def make_tools(config: ConfigDict, images: Images, network: str, seed: int) -> T
 
 
 def _batch_norm(network):
-    """The fields of config.model that one of _NETWORKS replaces."""
-    return {"batch_norm": network == "bn"} if network in _NETWORKS else {}
+    """The fields of config.model that one of landscape.NETWORKS replaces."""
+    is_known = network in landscape.NETWORKS
+    return {"batch_norm": network == "bn"} if is_known else {}
 
 
 def _load_network(config, images, network, seed):
@@ -263,12 +259,6 @@ def _find_filters(problem):
     params = problem.variables["params"]
     with settings.blamed_on("network"):
         return lbi.groups(apply, params, images).filters()
-
-
-def _recorded_layers(config):
-    """The layers whose changes are recorded, and the patterns of their paths."""
-    last = {} if config.last_layer is None else {"last_layer": config.last_layer}
-    return {**last, "all_layers": None}
 
 
 def _make_optimizer(config):
@@ -428,7 +418,7 @@ def _train_one(run, tools, *, with_surface):
         "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
     }
     if num_steps:
-        dead = _is_dead(config, state.loss, problem.images.num_classes)
+        dead = landscape.is_dead(config, state.loss, problem.images.num_classes)
         summary["is_dead"] = bool(dead)
     if config.spectrum.num_samples:
         key = jax.random.fold_in(jax.random.key(config.seeds[0]), num_steps + 2)
@@ -478,13 +468,6 @@ def _measure(config, tools, state, step):
     return metrics
 
 
-def _is_dead(config, losses, num_classes):
-    """Which runs are dead; with a loss of the user, those that diverged."""
-    if config.loss is None:
-        return probes.is_dead(losses, num_classes)
-    return ~jnp.all(jnp.isfinite(losses), axis=-1)
-
-
 def _measure_surface(run, tools, state, key):
     """Losses (size, size), written in pieces: a kill loses at most one piece."""
     span, size = run.config.surface.span, run.config.surface.size
@@ -522,157 +505,6 @@ def _stored_losses(run, path, unknown):
         pass
     run.say(f"{path} is damaged; the surface is computed again.")
     return unknown
-
-
-def make_table(
-    config: ConfigDict, arrays: dict[str, np.ndarray], num_classes: int
-) -> dict[str, Any]:
-    """Results with and without batch normalization: mean and deviation over seeds.
-
-    Probes are averaged from the end of the first epoch on. The width of the envelope
-    over the learning rates is averaged over all steps, with and without dead runs, and
-    over the steps of the last epoch.
-    """
-    table = {}
-    steps_per_epoch = int(arrays["steps_per_epoch"])
-    for network in config.networks:
-        curves = {
-            key.removeprefix(f"{network}/"): values
-            for key, values in arrays.items()
-            if key.startswith(f"{network}/")
-        }
-        if config.num_epochs:
-            table |= _envelope_rows(
-                config, network, curves["loss"], steps_per_epoch, num_classes
-            )
-        measures = _measures_to_average(config, curves, steps_per_epoch)
-        for i, rate in enumerate(config.learning_rates):
-            for key, values in measures.items():
-                name = f"{network}.rate{rate:g}.{key}"
-                table |= _mean_and_std(name, values[i].mean(-1))
-    if set(config.networks) == set(_NETWORKS) and config.num_epochs:
-        for suffix in _WIDTHS:
-            plain, bn = (table[f"{n}.envelope_width{suffix}"] for n in ("plain", "bn"))
-            # The envelope of a single run has no width.
-            is_known = plain is not None and bn
-            table[f"envelope_width_ratio{suffix}"] = plain / bn if is_known else None
-    if config.num_epochs:
-        table |= equal_loss_table(config, arrays)
-    return table
-
-
-def equal_loss_table(config: ConfigDict, arrays: dict[str, np.ndarray]) -> dict:
-    """Results at equal training loss, from the logs of the trainings alone.
-
-    `NETWORK.envelope_width_at_equal_loss` is the width of the band over the learning
-    rates, averaged over losses that the mean over the rates reaches with every network.
-    `at_equal_loss` compares single trainings, at losses that each of them reaches: the
-    epochs until it is reached, and the measures along the gradient. `low` and `high`
-    are the smallest and the largest over the rates, means over the seeds. Values
-    between two probes are interpolated.
-
-    Returns:
-      The entries of the table; without those that need a loss that all have reached.
-    """
-    losses = {n: arrays[f"{n}/progress_loss"] for n in config.networks}
-    table, widths = {}, {}
-    levels = _shared_levels({n: x.mean(0) for n, x in losses.items()})
-    for network, values in losses.items() if levels is not None else ():
-        name = f"{network}.envelope_width_at_equal_loss"
-        band = probes.at_equal_loss(values.mean(0), np.ptp(values, 0), levels)
-        table |= _mean_and_std(name, np.asarray(band).mean(-1))
-        widths[network] = table[name]
-    if set(widths) == set(_NETWORKS) and widths["bn"]:
-        ratio = widths["plain"] / widths["bn"]
-        table["envelope_width_ratio_at_equal_loss"] = ratio
-    levels = _shared_levels(losses)
-    if levels is None:
-        return table
-    compared = {"loss": levels.tolist()}
-    for network in config.networks:
-        curves = {
-            key: arrays[f"{network}/{key}"].max(-1)
-            for key in ("probe_grad_distances", "probe_betas")
-        }
-        epochs = arrays[f"{network}/progress_step"] / arrays["steps_per_epoch"]
-        probed = figures.loss_at_probes(arrays, network)
-        compared[network] = {}
-        for name, progress, values in (
-            ("epochs", losses[network], epochs),
-            ("gradient_predictiveness", probed, curves["probe_grad_distances"]),
-            ("effective_beta", probed, curves["probe_betas"]),
-        ):
-            found = np.asarray(probes.at_equal_loss(progress, values, levels))
-            compared[network][name] = {
-                "low": found.min(0).mean(0).tolist(),
-                "high": found.max(0).mean(0).tolist(),
-            }
-    return table | {"at_equal_loss": compared}
-
-
-def _shared_levels(losses):
-    """Losses (K,) that all curves of {name: (..., T)} pass; None if there is none."""
-    highest = min(values[..., 0].min() for values in losses.values())
-    lowest = max(np.fmin.reduce(values, -1).max() for values in losses.values())
-    if not highest > lowest:
-        return None
-    # Not the ends: rounding must not decide whether a loss is reached.
-    return np.linspace(highest, lowest, _NUM_LEVELS + 2)[1:-1]
-
-
-def _measures_to_average(config, curves, steps_per_epoch):
-    """{measure: (rates, seeds, measurements)} of one network."""
-    later = curves["probe_step"][0, 0] >= steps_per_epoch * (config.num_epochs > 0)
-    distances, relative, betas = (
-        curves[f"probe_{key}"].max(-1)
-        for key in ("grad_distances", "relative_grad_distances", "betas")
-    )
-    measures = {
-        "test_accuracy": curves["test_accuracy"][..., -1:],
-        "gradient_predictiveness": distances[..., later],
-        "relative_gradient_predictiveness": relative[..., later],
-        "effective_beta": betas[..., later],
-        "grad_norm": curves["probe_grad_norm"][..., later],
-    }
-    for layers in _recorded_layers(config) if config.num_epochs else ():
-        for key in ("grad_distance", "beta"):
-            changes = curves[f"{layers}_{key}"]
-            # With a single epoch, the last change.
-            first = min(steps_per_epoch, changes.shape[-1] - 1)
-            measures[f"consecutive_{key}_{layers}"] = changes[..., first:]
-    for key, name in (
-        ("eigenvalues", "largest_eigenvalue_at_the_end"),
-        ("preconditioned_eigenvalues", "preconditioned_sharpness_at_the_end"),
-    ):
-        if key in curves:
-            measures[name] = curves[key][..., -1:, 0]
-    return measures
-
-
-def _envelope_rows(config, network, losses, steps_per_epoch, num_classes):
-    """Widths of the band of the losses (rates, seeds, S), and dead runs."""
-    dead = np.asarray(_is_dead(config, losses, num_classes))
-    finite = np.where(np.isfinite(losses), losses, np.log(num_classes))
-    widths = {suffix: [] for suffix in _WIDTHS}
-    for number in range(len(config.seeds)):
-        low, high = probes.envelope(finite[:, number])
-        widths[""].append(np.mean(high - low))
-        widths["_at_the_end"].append(np.mean((high - low)[-steps_per_epoch:]))
-        if not dead[:, number].all():
-            low, high = probes.envelope(finite[:, number], dead[:, number])
-            widths["_without_dead"].append(np.mean(high - low))
-    table = {f"{network}.dead_runs": int(dead.sum())}
-    for suffix, values in widths.items():
-        table |= _mean_and_std(f"{network}.envelope_width{suffix}", values)
-    return table
-
-
-def _mean_and_std(name, values):
-    # One seed has no deviation; no seeds have no mean.
-    found = {name: float(np.mean(values)) if len(values) else None}
-    if len(values) > 1:
-        found[f"{name}_std"] = float(np.std(values, ddof=1))
-    return found
 
 
 def _check(config, images):

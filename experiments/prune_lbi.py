@@ -20,9 +20,10 @@ import optax
 from ml_collections import ConfigDict
 
 import lbi
-from experiments.common import figures, files, launch, runs, settings
+from experiments.common import files, launch, runs, settings
 from experiments.common.sweep import mean_and_std
 from experiments.configs import prune_lbi as configs
+from experiments.drawing import figures
 from experiments.networks import registry
 from experiments.training import classifier, optimizers
 from experiments.training import lbi as lbi_training

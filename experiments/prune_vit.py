@@ -26,10 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.common import data, devices, figures, files, launch, runs, settings
+from experiments.common import data, devices, files, launch, runs, settings
 from experiments.common.sweep import sweep
 from experiments.configs import prune_vit as configs
 from experiments.configs.train_vit import TRAINING_RULES
+from experiments.drawing import figures
 from experiments.training import classifier, vit_pruning
 from experiments.training import vit as vit_training
 from experiments.training.classifier import Images

@@ -22,9 +22,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import functa
-from experiments.common import devices, figures, launch, runs, settings
+from experiments.common import devices, launch, runs, settings
 from experiments.configs import meta_learn as meta_configs
 from experiments.configs import scaling as configs
+from experiments.drawing import figures
 from experiments.training import encoding, meta
 
 _PACKAGES = ("functa", "vit", "landscape", "lbi")

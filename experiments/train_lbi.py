@@ -14,9 +14,10 @@ import jax
 from ml_collections import ConfigDict
 
 import lbi
-from experiments.common import figures, files, launch, settings
+from experiments.common import files, launch, settings
 from experiments.common.sweep import mean_and_std, sweep
 from experiments.configs import train_lbi as configs
+from experiments.drawing import figures
 from experiments.training import classifier
 from experiments.training import lbi as lbi_training
 

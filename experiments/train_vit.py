@@ -12,9 +12,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import vit
-from experiments.common import figures, files, launch, settings
+from experiments.common import files, launch, settings
 from experiments.common.sweep import sweep
 from experiments.configs import train_vit as configs
+from experiments.drawing import figures
 from experiments.training import classifier
 from experiments.training import vit as vit_training
 from experiments.training.classifier import Images

@@ -11,6 +11,7 @@ from experiments.configs import benchmark as configs
 from experiments.configs import generate_functa as generate_configs
 from experiments.networks import convnext, registry
 from experiments.networks.dit import DiT
+from experiments.timing import functa, lbi, peers, rounds
 from experiments.training import encoding
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
@@ -134,13 +135,13 @@ def test_arithmetic_of_a_siren():
     # 2 -> 7 -> 7 -> 3 at each of 5 points, and 11 -> 14 once.
     multiply_adds = 5 * (2 * 7 + 7 * 7 + 7 * 3) + 11 * 14
     sizes = {"width": 7, "depth": 3, "channels": 3, "num_points": 5, "latent_dim": 11}
-    assert benchmark.count_siren(**sizes) == multiply_adds
-    assert benchmark.count_meta_passes(3, batch_size=1) == 21
+    assert functa.count_siren(**sizes) == multiply_adds
+    assert functa.count_meta_passes(3, batch_size=1) == 21
 
 
 def test_arithmetic_of_a_sample_is_what_xla_counts():
     sizes, shape = {"hidden_size": 96, "num_layers": 2, "mlp_dim": 128}, (2, 3, 5)
-    path = benchmark._sample(
+    path = functa._sample(
         variant="smoke", batch_size=2, shape=shape, num_heads=4, **sizes
     )
     model = DiT(10, num_heads=4, **sizes)
@@ -149,7 +150,7 @@ def test_arithmetic_of_a_sample_is_what_xla_counts():
         {"params": params}, np.zeros((2, *shape)), np.zeros(2), np.zeros(2, np.int32)
     )
     counted = counted.compile().cost_analysis()["flops"]
-    multiply_adds = benchmark.count_dit(num_tokens=6, channels=5, **sizes)
+    multiply_adds = functa.count_dit(num_tokens=6, channels=5, **sizes)
     # XLA also counts normalization, activations and the waves.
     assert 1 <= counted / (2 * 2 * multiply_adds) < 1.1
     steps = generate_configs.get_config("smoke").sampling.num_steps
@@ -158,7 +159,7 @@ def test_arithmetic_of_a_sample_is_what_xla_counts():
 
 def test_bytes_become_the_pixels_of_the_fitted_latents():
     there, back = (
-        benchmark._compress(
+        functa._compress(
             variant="smoke_spatial",
             direction=direction,
             batch_size=3,
@@ -173,7 +174,7 @@ def test_bytes_become_the_pixels_of_the_fitted_latents():
     _, pixels = back.step((), encoded)
     assert pixels.shape == (3, 8, 8, 3)
     # What the fitted latents give, up to the small steps of the quantizer.
-    learner = benchmark._make_learner("smoke_spatial", {})
+    learner = functa._make_learner("smoke_spatial", {})
     [(latents, mse)] = encoding.encode(learner, there.inputs[0], batch_size=3)
     error = np.square(pixels - there.inputs[0] / 255).mean((1, 2, 3))
     np.testing.assert_allclose(error, mse[:, -1], rtol=1e-2)
@@ -182,10 +183,10 @@ def test_bytes_become_the_pixels_of_the_fitted_latents():
 @pytest.mark.parametrize("function", ["channels", "groups"])
 def test_tracing_is_measured_without_compiling(function):
     sizes = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "mlp_dim": 8}
-    path = benchmark._trace(
+    path = lbi._trace(
         function=function, variant="B", patch_size=16, image_size=32, **sizes
     )
-    compiled, measured = benchmark._compile(path)
+    compiled, measured = rounds._compile(path)
     assert compiled is path.step and measured == {}
     assert compiled(path.state, *path.inputs) == ((), ())
 
@@ -198,13 +199,15 @@ def test_dessilbi_is_compared_with_the_optimizer_that_it_extends():
 
 def test_peers_are_read():
     text = "torch 9.99 torch 0.5 torch 0.25 torch 0.5 "
-    assert benchmark.read_torch_vgg(text) == {"B=128": 256}
-    assert benchmark.read_torch_vgg("torch 9.99") == {}
-    assert benchmark.read_torch_functa("torch 2.1") == {}
-    text = "torch width=128 depth=5 channels=16 patches=1024: step 0.5000s"
-    name = "width=128 depth=5 channels=16 patches=1024"
-    assert benchmark.read_torch_spatial(text) == {name: 2048}
-    assert benchmark.read_torch_spatial("torch 2.1") == {}
+    assert peers.read_torch_vgg(text) == {"B=128": 256}
+    assert peers.read_torch_vgg("torch 9.99") == {}
+    text = "torch width=128 depth=5 channels=16 patches=1024: step 0.5000s\n"
+    text += "torch trace width=6 depth=2 B=20: 0.5000s, 2.1\n"
+    assert peers.read_steps(text) == {
+        "width=128 depth=5 channels=16 patches=1024": 2048,
+        "trace width=6 depth=2 B=20": 40,
+    }
+    assert peers.read_steps("torch 2.1") == {}
 
 
 @pytest.mark.parametrize(
@@ -219,10 +222,10 @@ def test_a_peer_that_cannot_be_used_is_named(tmp_path, functa, message):
     config.peers = str(tmp_path / "peers")
     write_peers(tmp_path / "peers", functa)
     with pytest.raises(ValueError, match=message):
-        benchmark.run_peer(config, "torch_functa.py")
+        peers.run_peer(config, "torch_functa.py")
     config.peer_python = str(tmp_path / "python")
     with pytest.raises(ValueError, match="peer_python .* cannot be run"):
-        benchmark.run_peer(config, "torch_functa.py")
+        peers.run_peer(config, "torch_functa.py")
 
 
 @pytest.mark.parametrize(

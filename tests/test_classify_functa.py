@@ -9,8 +9,9 @@ import pytest
 from functa_runs import copy_at_first_save
 
 from experiments import classify_functa
-from experiments.common import figures, files, runs
+from experiments.common import files, runs
 from experiments.configs import classify_functa as classify_functa_config
+from experiments.drawing import figures
 from experiments.networks import heads
 from functa import classifier, functaset
 

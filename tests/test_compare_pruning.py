@@ -273,7 +273,7 @@ def test_refuses_bad_settings(tmp_path, changes, message):
 
 
 def test_every_training_has_an_optimizer_and_every_method_a_label():
-    from experiments.common import figures
+    from experiments.drawing import figures
 
     config = configs.get_config()
     for training, _ in configs.METHODS.values():

@@ -7,8 +7,9 @@ from functa_runs import make_runs
 
 import functa
 from experiments import compress_functa
-from experiments.common import data, figures, files, streams
+from experiments.common import data, files, streams
 from experiments.configs import compress_functa as configs
+from experiments.drawing import figures
 from experiments.training import encoding, latent_classifier
 
 pytestmark = pytest.mark.usefixtures("unoptimized")

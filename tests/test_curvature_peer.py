@@ -57,13 +57,6 @@ def test_paths_measure_the_hessian_of_the_problem():
         find("eigenvalues", num=3, num_steps=4)
 
 
-def test_lines_of_the_peer_are_read():
-    text = "torch trace width=6 depth=2 B=20: 0.5000s, 2.1\n"
-    assert benchmark.PEERS["pyhessian_curvature.py"](text) == {
-        "trace width=6 depth=2 B=20": 40.0
-    }
-
-
 # PyHessian keeps the graph in torch's way of 2020.
 @pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
 def test_pyhessian_finds_the_same():

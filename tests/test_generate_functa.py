@@ -9,8 +9,9 @@ from functa_runs import copy_at_first_save, make_runs
 
 import functa
 from experiments import generate_functa
-from experiments.common import data, figures, files
+from experiments.common import data, files
 from experiments.configs import generate_functa as configs
+from experiments.drawing import figures
 from experiments.training import flow
 from functa import functaset, generation
 

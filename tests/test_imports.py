@@ -15,7 +15,9 @@ CORES = [
 ]
 CORE_DEPENDENCIES = {"jax", "flax", "optax", "chex", "numpy"}
 # What the commands share: they never import each other.
-SHARED_BY_EXPERIMENTS = {"common", "configs", "networks", "peers", "training"}
+SHARED_BY_EXPERIMENTS = {
+    *("common", "configs", "drawing", "networks", "peers", "timing", "training"),
+}
 # Old names that warn and lead elsewhere, for one version.
 MOVED = {
     *("functa.convert", "functa.pickled", "functa.product"),

@@ -5,8 +5,9 @@ import pytest
 from sklearn.decomposition import PCA
 
 from experiments import latent_controls
-from experiments.common import data, figures, runs
+from experiments.common import data, runs
 from experiments.configs import latent_controls as configs
+from experiments.drawing import figures
 from experiments.training import controls
 
 

@@ -8,8 +8,9 @@ import pytest
 from functa_runs import copy_at_first_save
 
 from experiments import meta_classify
-from experiments.common import data, figures, files
+from experiments.common import data, files
 from experiments.configs import meta_classify as configs
+from experiments.drawing import figures
 from experiments.training import meta
 from experiments.training import meta_classifier as training
 

@@ -15,8 +15,9 @@ import pytest
 
 import functa
 from experiments import meta_learn
-from experiments.common import data, figures, files
+from experiments.common import data, files
 from experiments.configs import meta_learn as configs
+from experiments.drawing import figures
 from experiments.training import encoding, meta
 
 pytestmark = pytest.mark.usefixtures("unoptimized")

@@ -16,7 +16,10 @@ import functa.plots  # noqa: E402
 import landscape.plots  # noqa: E402
 import lbi.plots  # noqa: E402
 import vit.plots  # noqa: E402
-from experiments.common import figures, files  # noqa: E402
+from experiments.common import files  # noqa: E402
+from experiments.drawing import compression, figures  # noqa: E402
+from experiments.drawing.run import describe, read_run  # noqa: E402
+from experiments.training.landscape import read_arrays  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -519,7 +522,7 @@ def test_a_run_without_arrays_draws_what_it_can(tmp_path, capsys):
     assert drawn(tmp_path) == {"psnr"}
     [line] = capsys.readouterr().out.splitlines()
     assert "over_steps" in line and "interpolation" in line
-    title = figures.describe(figures.read_run(tmp_path))
+    title = describe(read_run(tmp_path))
     assert title == "meta_learn tiny, digits, seeds 3, 4, 4 steps"
 
 
@@ -572,8 +575,8 @@ def test_fields_of_the_data_set_stand_with_the_controls(tmp_path, monkeypatch):
         summary = {"test_psnr": psnr, "num_test_images": num_images}
         folder = tmp_path / f"meta_learn_{name}"
         write_run(folder, {"model": model}, summary=summary | {"test_psnr_std": 0.5})
-    monkeypatch.setattr(figures, "_RESULTS", tmp_path)
-    points = figures._fields_in_results("digits", {"num_test_images": 10})
+    monkeypatch.setattr(compression, "_RESULTS", tmp_path)
+    points = compression._fields_in_results("digits", {"num_test_images": 10})
     assert {label: np.ravel(rows).tolist() for label, rows in points.items()} == {
         "field, one latent": [5, 30, 0.5],
         "field, grid of 2x4": [24, 40, 0.5],
@@ -634,7 +637,7 @@ def test_probe_landscape_is_rebuilt_from_its_logs(tmp_path):
     figures.draw(tmp_path)
     names = {"loss_envelope", "along_the_gradient", "beta_profile", "eigenvalues"}
     assert drawn(tmp_path) == names
-    rebuilt = figures.landscape_arrays(tmp_path, config)
+    rebuilt = read_arrays(tmp_path, config)
     assert rebuilt["bn/logged_loss"].shape == (2, 1, 2)
     np.testing.assert_allclose(rebuilt["bn/loss_step"][0, 0], [1, 3])
     assert rebuilt["steps_per_epoch"] == 2
@@ -661,4 +664,4 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 def test_titles_name_what_a_run_reads_once(tmp_path, config, title):
     config = config | {"functaset": "runs/meta_learn/a/functaset.npz"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert figures.describe(figures.read_run(tmp_path)) == title
+    assert describe(read_run(tmp_path)) == title

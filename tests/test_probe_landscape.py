@@ -9,10 +9,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from experiments import probe_landscape
-from experiments.common import data, evidence, figures, files, runs
+from experiments.common import data, evidence, files, runs
 from experiments.configs import probe_landscape as configs
 from experiments.networks import registry
-from experiments.training import classifier
+from experiments.training import classifier, landscape
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
 
 def arrays_of(workdir, config, network):
     """The arrays of the training at the first rate with the first seed."""
-    arrays = figures.landscape_arrays(workdir, config)
+    arrays = landscape.read_arrays(workdir, config)
     names = [name for name in arrays if name.startswith(f"{network}/")]
     return {
         name.removeprefix(f"{network}/"): arrays[name][0, 0]
@@ -182,7 +182,7 @@ def test_files_and_table(finished):
         *("beta_profile", "eigenvalues", "surfaces"),
     ):
         assert (workdir / "figures" / f"{name}.png").exists()
-    arrays = figures.landscape_arrays(workdir, config)
+    arrays = landscape.read_arrays(workdir, config)
     # 128 images in batches of 32, twice; probes every second step and at the end.
     assert arrays["bn/loss"].shape == (2, 1, 8)
     assert arrays["plain/probe_betas"].shape == (2, 1, 5, 2)
@@ -231,7 +231,7 @@ def test_equal_loss_by_hand():
             f"{network}/probe_betas": 10 * measure,
         }
     config = ConfigDict({"networks": ("bn", "plain")})
-    table = probe_landscape.equal_loss_table(config, arrays)
+    table = landscape.equal_loss_table(config, arrays)
     # The mean over the rates falls from 4 to 1 and the band widens from 0 to 2.
     middle = pytest.approx(1.0, rel=1e-5)
     assert table["bn.envelope_width_at_equal_loss"] == middle
@@ -255,15 +255,15 @@ def test_nothing_is_compared_where_no_loss_is_shared():
     losses = np.array([[[4.0, 3.0]], [[2.0, 1.0]]])
     arrays = {"bn/progress_loss": losses, "plain/progress_loss": losses - 2}
     config = ConfigDict({"networks": ("bn", "plain")})
-    assert probe_landscape.equal_loss_table(config, arrays) == {}
+    assert landscape.equal_loss_table(config, arrays) == {}
 
 
 @pytest.mark.slow_after(1)
 @pytest.mark.parametrize("folder", RUNS, ids=lambda folder: folder.name)
 def test_summaries_hold_what_the_logs_give_at_equal_loss(folder):
     config = ConfigDict(files.read_json(folder / "config.json"))
-    arrays = figures.landscape_arrays(folder, config)
-    table = probe_landscape.equal_loss_table(config, arrays)
+    arrays = landscape.read_arrays(folder, config)
+    table = landscape.equal_loss_table(config, arrays)
     summary = files.read_json(folder / "summary.json")
     kept = {name: summary.get(name) for name in table}
     chex.assert_trees_all_close(kept, table, rtol=1e-4)  # single precision
@@ -287,8 +287,8 @@ def test_resumed_run_ends_like_an_uninterrupted_one(finished, tmp_path, monkeypa
     monkeypatch.setattr(runs.Run, "log", log)
     resumed = probe_landscape.train_and_evaluate(config, tmp_path)
     chex.assert_trees_all_equal(
-        figures.landscape_arrays(tmp_path, config),
-        figures.landscape_arrays(workdir, config),
+        landscape.read_arrays(tmp_path, config),
+        landscape.read_arrays(workdir, config),
     )
     without_time = [
         {k: v for k, v in summary.items() if k not in ("seconds", "runs")}
@@ -314,7 +314,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_anew(tmp_path, monkeyp
         probe_landscape.train_and_evaluate(config, tmp_path)
     monkeypatch.setattr(runs.Run, "log", log)
     summary = probe_landscape.train_and_evaluate(config, tmp_path)
-    steps = figures.landscape_arrays(tmp_path, config)["bn/probe_step"]
+    steps = landscape.read_arrays(tmp_path, config)["bn/probe_step"]
     assert steps.tolist() == [[[0, 2, 4, 6, 8]]]
     # One learning rate has a band of no width, and no ratio to another.
     assert summary["bn.envelope_width"] == 0
@@ -365,7 +365,7 @@ def test_dead_runs_are_counted_and_left_out_of_the_second_width():
     for layers in ("last_layer", "all_layers"):
         for key in ("grad_distance", "beta"):
             arrays[f"plain/{layers}_{key}"] = np.ones((3, 1, num_steps - 1))
-    table = probe_landscape.make_table(config, arrays, 10)
+    table = landscape.make_table(config, arrays, 10)
     assert table["plain.dead_runs"] == 1
     assert table["plain.envelope_width"] == pytest.approx(np.log(10) - 1)
     assert table["plain.envelope_width_without_dead"] == pytest.approx(0.5)

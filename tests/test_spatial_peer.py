@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import functa
-from experiments import benchmark
 from experiments.configs import benchmark as benchmark_configs
+from experiments.timing import peers
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
@@ -201,7 +201,7 @@ def test_torch_program_prints_what_the_benchmark_reads(capsys):
 
     sizes = {"width": 8, "depth": 3, "channels": 2, "patches": 4}
     program.measure(**sizes, num_repeats=1)
-    [(name, rate)] = benchmark.read_torch_spatial(capsys.readouterr().out).items()
+    [(name, rate)] = peers.read_steps(capsys.readouterr().out).items()
     assert name == " ".join(f"{key}={value}" for key, value in sizes.items())
     assert rate > 0
     ours = benchmark_configs.get_config("patches").sizes.one_group

@@ -15,9 +15,10 @@ from ml_collections import ConfigDict
 
 import vit
 from experiments import prune_vit, train_vit
-from experiments.common import figures, files, runs
+from experiments.common import files, runs
 from experiments.configs import prune_vit as prune_configs
 from experiments.configs import train_vit as train_configs
+from experiments.drawing import figures
 from experiments.training import classifier, loop, vit_pruning
 from experiments.training import vit as vit_training
 

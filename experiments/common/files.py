@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise ValueError(f"{path}, line {number}, is damaged.") from None
     return metrics
+
+
+def logged(
+    metrics: Iterable[Mapping[str, Any]], key: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (K,) and values (K, ...) of the lines of a log that have an entry."""
+    lines = [line for line in metrics if key in line]
+    return np.array([m["step"] for m in lines]), np.array([m[key] for m in lines])
 
 
 def _read_bytes(path):

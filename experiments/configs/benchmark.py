@@ -39,7 +39,7 @@ _METHODS = ("adam", "dessilbi", "dessilbi_adam")
 
 def _sizes():
     """The paths of all variants except smoke, scaling and paper."""
-    sizes = _products(1024, 8)
+    sizes = {}
     for width, depth, latent_dim, batch_size in (
         (128, 5, 128, 16),
         (256, 5, 256, 16),
@@ -120,8 +120,7 @@ def _head(**sizes):
 def _spatial():
     """Encoding of grids of latents, and the head on them."""
     return _measured(
-        _products(1024, 8)
-        | {
+        {
             "encode_grids": _encode("cifar10_spatial_cpu", 32, 32),
             "encode_cells": _encode("cifar10_cells_cpu", 32, 32),
             # A group of images of the variant's batches.
@@ -175,7 +174,7 @@ def _scaling():
         for axis, values in axes.items()
         for value in values
     }
-    return {"num_rounds": 5, "axes": axes} | _measured(_products(1024, 8) | sizes)
+    return {"num_rounds": 5, "axes": axes} | _measured(sizes)
 
 
 def _patches():
@@ -187,7 +186,7 @@ def _patches():
         "groups_of_256": patches | whole | {"points_per_group": 4096},
         "one_group": patches | whole,
     }
-    return _measured(_products(1024, 8) | sizes)
+    return _measured(sizes)
 
 
 def _curvature():
@@ -202,7 +201,7 @@ def _curvature():
         name: sizes | count | {"measure": name, "tolerance": 1e-2}
         for name, count in counts.items()
     }
-    return _measured(_products(1024, 8) | paths)
+    return _measured(paths)
 
 
 def _paper():
@@ -254,8 +253,7 @@ def _vit_b16():
 def _optimizers():
     """The trainings of LeNet and VGG-A; the reference of DessiLBI is SGD."""
     methods = (*_METHODS, "sgd")
-    sizes = _products(1024, 8)
-    sizes |= _trainings("lenet", "mnist", methods, batch_size=128, num_steps=10)
+    sizes = _trainings("lenet", "mnist", methods, batch_size=128, num_steps=10)
     sizes |= _trainings("vgg", "cifar10", methods, batch_size=128, num_steps=2)
     for name in ("lenet", "vgg"):
         sizes[f"{name}_dessilbi"]["reference"] = f"{name}_sgd"
@@ -272,8 +270,7 @@ def _latents():
     )
     sample = dict(kind="sample", variant="digits", batch_size=64, shape=(2, 2, 16))
     return _measured(
-        _products(1024, 8)
-        | {
+        {
             "pixels_to_bytes": compress | {"direction": "encode"},
             "bytes_to_pixels": compress | {"direction": "decode"},
             "sample": sample,
@@ -283,20 +280,17 @@ def _latents():
 
 def _tracing():
     path = dict(kind="trace", variant="B", patch_size=16, image_size=224)
-    return _measured(
-        _products(1024, 8)
-        | {f"trace_{name}": path | {"function": name} for name in _TRACED}
-    )
-
-
-_TRACED = ("channels", "groups")
+    names = ("channels", "groups")
+    return _measured({f"trace_{name}": path | {"function": name} for name in names})
 
 
 def _measured(sizes, *prefixes):
     """Settings that measure the paths whose names have one of these prefixes.
 
-    Without prefixes all paths are measured. Matrix products do not count as paths.
+    Without prefixes all paths are measured. Matrix products do not count as paths; the
+    default ones are added.
     """
+    sizes = _products(1024, 8) | sizes
     names = [name for name in sizes if not name.startswith("product")]
     return {
         "sizes": settings.Open(sizes),
@@ -316,8 +310,8 @@ BASE = {
     "peers": settings.Optional(str),
     "peer_python": settings.Optional(str),
     "peer_every": 3,
-    # sizes: name -> {"kind": a function of benchmark.py, and its keywords}. `variant`
-    # is a variant of the measured command's config, which gives the other settings.
+    # sizes: name -> {"kind": one of the KINDS in experiments/timing, and its keywords}.
+    # `variant` is one of the measured command's config, for the other settings.
     # The time is compared with that of the path `reference` if both are measured.
     # paths: names of the paths to run.
     **_measured(_sizes()),
