@@ -79,8 +79,10 @@ def _prune_vit(run):
     y_label = f"{split} accuracy (%)"
     figures = {}
     if any("accuracy" in row for row in rows):
-        figures = bind({"accuracy_and_cost": _accuracy_and_cost}, rows, y_label)
-        figures |= bind(_ATTENTION_FIGURES, run)
+        figures = bind(_ATTENTION_FIGURES, run)
+        # Regions of an image that are pruned by themselves have a figure of their own.
+        if any(row["method"] in _METHODS for row in rows):
+            figures |= bind({"accuracy_and_cost": _accuracy_and_cost}, rows, y_label)
     names = {key for row in rows if row["method"] != "dense" for key in row}
     names = {name.removeprefix("speedup_") for name in names}
     batches = sorted(int(name) for name in names if name.isdigit())
