@@ -30,8 +30,8 @@ Variants:
     two busy cores (results/meta_learn_winds).
   speech: seconds of speech as 40 cells of 200 samples, 32 numbers each, beside 32
     principal components of the cells (apt-get install
-    asterisk-core-sounds-{en,es,fr,it,ru}-wav); an hour is expected on two cores, half
-    of it for the functaset; results/ has no run of it.
+    asterisk-core-sounds-{en,es,fr,it,ru}-wav). 25 minutes on two busy cores without the
+    functaset (results/meta_learn_speech).
   furniture: 3-D models as 16x16x16 voxels with a 4x4x4 grid of latents of 16 numbers,
     beside 16 principal components of the cells (apt-get install
     sweethome3d-furniture); half an hour is expected on two cores; results/ has no run
