@@ -273,12 +273,12 @@ def test_refuses_bad_settings(tmp_path, changes, message):
 
 
 def test_every_training_has_an_optimizer_and_every_method_a_label():
-    from experiments.drawing import figures
+    from experiments.drawing import lbi
 
     config = configs.get_config()
     for training, _ in configs.METHODS.values():
         assert training in config.optimizer
-    assert set(figures._PRUNING_METHODS) == set(configs.METHODS)
+    assert set(lbi._PRUNING_METHODS) == set(configs.METHODS)
     assert set(config.sparsities) == set(config.scopes) == set(pruning.GRAINS)
     for variant in configs.VARIANTS:
         config = configs.get_config(variant)
