@@ -30,8 +30,15 @@ def run_examples(module):
 
 
 # The longest examples; each takes several seconds.
-LONG = ("functa.inner_loop", "functa.joint", "landscape.curvature", "vit.cascade")
-LONG += ("vit.checkpoint", "vit.model", "vit.slicing")
+LONG = {
+    "functa.inner_loop",
+    "functa.joint",
+    "landscape.curvature",
+    "vit.cascade",
+    "vit.checkpoint",
+    "vit.model",
+    "vit.slicing",
+}
 NAMES = [
     pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
     for name in MODULES

@@ -156,13 +156,30 @@ def test_a_collapse_leads_back_to_the_last_good_state():
             state, _ = meta.keep_or_recover(state, 1.0, max_drop=3.0)
 
 
+def test_what_a_warm_start_reached_is_not_compared_with():
+    _, _, state = start(small_config(max_drop=3.0))
+    intervals = [
+        (40.0, False, False),  # warm start
+        (36.9, False, True),
+        (20.0, True, False),  # the first interval after it
+        (16.9, False, True),
+        (np.nan, True, True),
+    ]
+    for psnr, other_latents, is_collapse in intervals:
+        state, recovered = meta.keep_or_recover(
+            state, psnr, max_drop=3.0, other_latents=other_latents
+        )
+        assert recovered == is_collapse
+
+
 @pytest.mark.slow
-def test_a_run_recovers_and_counts_it(tmp_path, capsys):
+@pytest.mark.parametrize("warm_start_steps", [0, 4])
+def test_a_run_recovers_and_counts_it(tmp_path, capsys, warm_start_steps):
     config = small_config(
         optimizer__name="sgd",
         optimizer__learning_rate=1e4,
         optimizer__clip_norm=0.0,
-        warm_start_steps=0,
+        warm_start_steps=warm_start_steps,
         max_drop=1.0,
         log_every=2,
         num_steps=4,

@@ -56,7 +56,7 @@ class Guard:
     Attributes:
       good: trained parts after the last sound interval but one.
       latest: trained parts after the last sound interval.
-      best_psnr: the best mean PSNR of an interval, ().
+      best_psnr: the best PSNR of an interval since the latents are what they are, ().
       scale: factor of the updates, (); each recovery lowers it.
       num_recoveries: ().
     """
@@ -73,14 +73,16 @@ _SLOWER, _MAX_RECOVERIES = 0.5, 8
 
 
 def keep_or_recover(
-    state: TrainState, psnr: float, *, max_drop: float
+    state: TrainState, psnr: float, *, max_drop: float, other_latents: bool = False
 ) -> tuple[TrainState, bool]:
     """Stores a sound state, or returns to the last good one after a collapse.
 
     Args:
       state: the state after an interval of steps.
-      psnr: mean PSNR of the interval, in dB; NaN counts as a collapse.
+      psnr: PSNR of the interval, in dB; NaN counts as a collapse.
       max_drop: largest fall below the best interval so far, in dB.
+      other_latents: whether earlier intervals are not comparable, because their latents
+        were those of a warm start.
 
     Returns:
       The state to continue with, and whether it is an earlier one.
@@ -89,11 +91,12 @@ def keep_or_recover(
       ValueError: if the training has collapsed too often.
     """
     guard = state.guard
-    if psnr >= guard.best_psnr - max_drop:
+    best_psnr = -jnp.inf if other_latents else guard.best_psnr
+    if psnr >= best_psnr - max_drop:
         guard = guard.replace(
             good=guard.latest,
             latest=jax.tree.map(jnp.copy, state.trained()),
-            best_psnr=jnp.maximum(guard.best_psnr, psnr),
+            best_psnr=jnp.maximum(best_psnr, psnr),
         )
         return state.replace(guard=guard), False
     num_recoveries = guard.num_recoveries + 1
@@ -546,14 +549,18 @@ def train(
         psnr = np.mean(jax.device_get(psnrs), axis=0)
         metrics = {"psnr": float(psnr[-1]), "psnr_per_step": psnr}
         if config.max_drop and stop > start:
-            # The PSNR of a warm start is that of other latents.
-            compared = psnr[-1] if stop > num_warm_steps else -np.inf
+            # The loss of the median batch. A mean of the PSNRs of signals would be that
+            # of the quiet ones, which a field of zeros describes well.
+            typical = float(functa.psnr(np.median(jax.device_get(losses))))
             state, recovered = keep_or_recover(
-                state, compared, max_drop=config.max_drop
+                state,
+                typical,
+                max_drop=config.max_drop,
+                other_latents=start == num_warm_steps,
             )
             if recovered:
                 run.say(
-                    f"the PSNR fell to {psnr[-1]:.1f} dB by step {stop}; going back to "
+                    f"the PSNR fell to {typical:.1f} dB by step {stop}; going back to "
                     f"the last good state with {_SLOWER} of the learning rates."
                 )
             metrics["num_recoveries"] = int(state.guard.num_recoveries)
@@ -569,7 +576,8 @@ def train(
         run,
         state,
         advance,
-        stops=loop.every(num_steps, config.log_every),
+        stops=loop.every(num_steps, config.log_every)
+        | {min(num_warm_steps, num_steps)} - {0},
         saves=loop.every(num_steps, config.checkpoint_every),
         may_diverge=bool(config.max_drop),
     )

@@ -402,9 +402,11 @@ def train(run: runs.Run, problem: Problem) -> TrainState:
         metrics["psnr"] = metrics["psnr_per_step"][-1]
         # The field is not trained in the phase of the head.
         if is_guarded(config) and phase != "head":
-            compared = -np.inf if phase == "warm" else metrics["psnr"]
             state, recovered = meta.keep_or_recover(
-                state, compared, max_drop=config.max_drop
+                state,
+                metrics["psnr"],
+                max_drop=config.max_drop,
+                other_latents=start == config.warm_start_steps,
             )
             if recovered:
                 run.say(f"the PSNR fell by step {stop}; back to the last good state.")
