@@ -90,6 +90,10 @@ def psnr_curves(
         highest = max(highest, np.max(values, initial=-np.inf))
     if log_x is not None:
         ax.set_xscale("symlog", linthresh=log_x)
+    elif all(
+        np.issubdtype(np.asarray(x).dtype, np.integer) for x, _ in curves.values()
+    ):
+        ax.locator_params(axis="x", integer=True)  # no half steps
     if highest > EXACT_TO_8_BITS:
         ax.axhline(EXACT_TO_8_BITS, color="0.4", linestyle=":", linewidth=1)
         ax.text(
@@ -276,6 +280,7 @@ def measures(
         ax.set_yticks(range(len(sources)), names)
         ax.set_ylim(len(sources) - 0.5, -0.5)
         ax.tick_params(labelsize=7)
+        ax.locator_params(axis="x", nbins=6)
         ax.grid(alpha=0.3)
     return figure
 

@@ -19,11 +19,19 @@ def _meta_psnr(run):
         if 0 < coarse < steps[-1]:
             factor = run.config["coarse_factor"]
             marks = {f"images at full size (before: 1/{factor})": coarse}
+        curves, warm = {}, 0
+        if not run.config.get("init_from"):
+            warm = run.config.get("warm_start_steps", 0)
+        if warm:
+            # Its latents are given, so that there are no inner steps.
+            curves["warm start"] = steps[steps <= warm], psnr[steps <= warm, -1]
+            marks["end of the warm start"] = warm
+        later = steps > warm
+        for n, values in enumerate(psnr.T if later.any() else ()):
+            label = f"after {n} inner {'step' if n == 1 else 'steps'}"
+            curves[label] = steps[later], values[later]
         plots.psnr_curves(
-            {
-                f"after {n} inner {'step' if n == 1 else 'steps'}": (steps, values)
-                for n, values in enumerate(psnr.T)
-            },
+            curves,
             x_label="outer step",
             y_label="training PSNR (dB)",
             marks=marks,
@@ -32,7 +40,7 @@ def _meta_psnr(run):
     if further is not None:
         is_longer = len(further) > inner_steps + 1
         plots.psnr_curves(
-            {"mean over images": (np.arange(len(further)), np.array(further))},
+            {"mean over the signals": (np.arange(len(further)), np.array(further))},
             x_label="step of the latent",
             y_label="test PSNR (dB)",
             marks={"end of the inner loop": inner_steps} if is_longer else {},
