@@ -125,9 +125,9 @@ BASE = {
     "warm_start_steps": 0,
     # Pixels of such a cell, computed from the images and the grid.
     "cell": settings.Optional(tuple),
-    # Largest fall of the PSNR below its best interval between log lines, in dB. After a
-    # larger one, training goes back to the last good state with half of the learning
-    # rates; 0 never goes back.
+    # Largest fall of the signal-to-noise ratio below its best interval between log
+    # lines, in dB. After a larger one, training goes back to the last good state with
+    # half of the learning rates; 0 never goes back.
     "max_drop": 0.0,
     "log_every": 100,
     "checkpoint_every": 500,

@@ -56,7 +56,7 @@ class Guard:
     Attributes:
       good: trained parts after the last sound interval but one.
       latest: trained parts after the last sound interval.
-      best_psnr: the best PSNR of an interval since the latents are what they are, ().
+      best_psnr: the best PSNR of the intervals that are compared, ().
       scale: factor of the updates, (); each recovery lowers it.
       num_recoveries: ().
     """
@@ -68,6 +68,8 @@ class Guard:
     num_recoveries: jax.Array
 
 
+# Variance of rounding to 8 bits: a batch of constant signals has at least this power.
+_MIN_POWER = 1 / (12 * 255**2)
 # Factor of the updates after a recovery, and the number of recoveries that is allowed.
 _SLOWER, _MAX_RECOVERIES = 0.5, 8
 
@@ -79,7 +81,8 @@ def keep_or_recover(
 
     Args:
       state: the state after an interval of steps.
-      psnr: PSNR of the interval, in dB; NaN counts as a collapse.
+      psnr: PSNR, or another ratio of a power to the mean squared error, of the interval
+        in dB; NaN counts as a collapse.
       max_drop: largest fall below the best interval so far, in dB.
       other_latents: whether earlier intervals are not comparable, because their latents
         were those of a warm start.
@@ -518,9 +521,10 @@ def train(
     compiled = set()
 
     def advance(state, start, stop):
-        losses, psnrs = [], []
+        losses, psnrs, powers = [], [], []
         for step in range(start, stop):
             points, targets = make_batch(config, images, step, coords)
+            powers.append(targets.var() + _MIN_POWER)
             weights = None
             if weight is not None:
                 weights = weight.ravel()
@@ -549,19 +553,21 @@ def train(
         psnr = np.mean(jax.device_get(psnrs), axis=0)
         metrics = {"psnr": float(psnr[-1]), "psnr_per_step": psnr}
         if config.max_drop and stop > start:
-            # The loss of the median batch. A mean of the PSNRs of signals would be that
-            # of the quiet ones, which a field of zeros describes well.
-            typical = float(functa.psnr(np.median(jax.device_get(losses))))
+            # The error of the median batch, relative to its power. A mean of the PSNRs
+            # of signals would be that of the quiet ones, which a constant describes.
+            relative = np.array(jax.device_get(losses)) / np.array(powers)
+            snr = float(functa.psnr(np.median(relative)))
             state, recovered = keep_or_recover(
                 state,
-                typical,
+                snr,
                 max_drop=config.max_drop,
                 other_latents=start == num_warm_steps,
             )
             if recovered:
                 run.say(
-                    f"the PSNR fell to {typical:.1f} dB by step {stop}; going back to "
-                    f"the last good state with {_SLOWER} of the learning rates."
+                    f"the signal-to-noise ratio fell to {snr:.1f} dB by step {stop}; "
+                    f"going back to the last good state with {_SLOWER} of the learning "
+                    "rates."
                 )
             metrics["num_recoveries"] = int(state.guard.num_recoveries)
         return state, losses, metrics
