@@ -147,6 +147,7 @@ class _Synthetic:
 
     def __init__(self, num_images):
         self.shape = (num_images, 8, 8, 1)
+        self.dtype = np.dtype(np.uint8)
 
     def __len__(self):
         return self.shape[0]

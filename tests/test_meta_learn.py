@@ -228,8 +228,10 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
         f"--workdir={tmp_path / 'killed'}",
     ]
     log = tmp_path / "killed" / "metrics.jsonl"
-    # As many devices as here: otherwise sums are rounded in another order.
+    # As many devices and the same optimizations as here: otherwise sums are rounded in
+    # another order.
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     with subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL
     ) as process:
