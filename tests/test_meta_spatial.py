@@ -156,13 +156,15 @@ def test_a_collapse_leads_back_to_the_last_good_state():
             state, _ = meta.keep_or_recover(state, 1.0, max_drop=3.0)
 
 
-def test_what_a_warm_start_reached_is_not_compared_with():
+def test_half_of_what_a_warm_start_reached_is_enough():
     _, _, state = start(small_config(max_drop=3.0))
     intervals = [
         (40.0, False, False),  # warm start
         (36.9, False, True),
         (20.0, True, False),  # the first interval after it
         (16.9, False, True),
+        (6.9, True, True),
+        (7.1, False, False),
         (np.nan, True, True),
     ]
     for psnr, other_latents, is_collapse in intervals:

@@ -84,8 +84,8 @@ def keep_or_recover(
       psnr: PSNR, or another ratio of a power to the mean squared error, of the interval
         in dB; NaN counts as a collapse.
       max_drop: largest fall below the best interval so far, in dB.
-      other_latents: whether earlier intervals are not comparable, because their latents
-        were those of a warm start.
+      other_latents: whether the latents of earlier intervals were those of a warm
+        start. Half of the decibels that they reached is then enough.
 
     Returns:
       The state to continue with, and whether it is an earlier one.
@@ -94,12 +94,15 @@ def keep_or_recover(
       ValueError: if the training has collapsed too often.
     """
     guard = state.guard
-    best_psnr = -jnp.inf if other_latents else guard.best_psnr
-    if psnr >= best_psnr - max_drop:
+    if other_latents:
+        guard = guard.replace(
+            best_psnr=jnp.minimum(guard.best_psnr, guard.best_psnr / 2)
+        )
+    if psnr >= guard.best_psnr - max_drop:
         guard = guard.replace(
             good=guard.latest,
             latest=jax.tree.map(jnp.copy, state.trained()),
-            best_psnr=jnp.maximum(best_psnr, psnr),
+            best_psnr=jnp.maximum(guard.best_psnr, psnr),
         )
         return state.replace(guard=guard), False
     num_recoveries = guard.num_recoveries + 1
