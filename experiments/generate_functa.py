@@ -217,7 +217,7 @@ def generate(run: runs.Run, signals: Signals) -> dict[str, Any]:
     drawn = flow.draw(
         config,
         model,
-        jax.device_get(state.average),
+        jax.device_get(state.sampled),
         labels if signals.classes else np.zeros_like(labels),
         whole.latent.shape[1:],
     )

@@ -74,6 +74,71 @@ def test_loss_of_the_best_velocity_is_the_variance_that_is_left():
     assert abs(worse.mean() - expected - 0.25) < 4 * error
 
 
+@pytest.fixture(scope="module")
+def correlated():
+    """Latents of three classes, the last with a single latent, and their labels."""
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(2, 6, 6))
+    latents = np.concatenate(
+        [
+            1.5 * number + rng.normal(size=(40, 6)) @ matrix
+            for number, matrix in enumerate(mixing)
+        ]
+    )
+    latents = np.concatenate([latents, rng.normal(size=(1, 6))]).reshape(-1, 2, 3)
+    return latents, np.repeat([0, 1, 2], [40, 40, 1])
+
+
+def moments(latents):
+    flat = latents.reshape(len(latents), -1)
+    return flat.mean(0), np.cov(flat, rowvar=False)
+
+
+def test_velocity_of_gaussians_with_whole_covariances(correlated):
+    latents, labels = correlated
+    gaussians = flow.fit_gaussians(latents, labels, 3)
+    asked = np.array([0, 1, 2, 3, 1])
+    # A class of one latent, and the label of no class, have the Gaussian of all.
+    sets = [latents[labels == 0], latents[labels == 1], latents, latents]
+    x = np.random.default_rng(1).normal(size=(5, 2, 3))
+    times = np.array([0.0, 0.3, 0.7, 1.0, 0.95])
+    velocity = flow.gaussian_velocity(gaussians, jnp.asarray(asked))
+    found = velocity(jnp.float32(x), jnp.float32(times))
+    assert found.shape == x.shape
+    for value, row, label, t in zip(found, x, asked, times, strict=True):
+        mean, covariance = moments(sets[label])
+        # E[z - e | x_t] = m + Cov(z - e, x_t) Cov(x_t)^-1 (x_t - t m).
+        cross = t * covariance - (1 - t) * np.eye(6)
+        total = t**2 * covariance + (1 - t) ** 2 * np.eye(6)
+        expected = mean + cross @ np.linalg.solve(total, row.ravel() - t * mean)
+        np.testing.assert_allclose(value.ravel(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_flow_of_gaussians_ends_on_samples_of_them(correlated):
+    latents, labels = correlated
+    gaussians = flow.fit_gaussians(latents, labels, 3)
+    noise = np.random.default_rng(2).normal(size=(2, 2, 3))
+    velocity = flow.gaussian_velocity(gaussians, jnp.array([0, 1]))
+    ends = flow.sample(velocity, jnp.float32(noise), num_steps=400)
+    for end, start, number in zip(ends, noise, (0, 1), strict=True):
+        mean, covariance = moments(latents[labels == number])
+        variance, axes = np.linalg.eigh(covariance)
+        root = (axes * np.sqrt(np.maximum(variance, 0))) @ axes.T
+        np.testing.assert_allclose(
+            end.ravel(), mean + root @ start.ravel(), rtol=0.01, atol=0.01
+        )
+
+
+def test_latents_on_a_plane_have_a_finite_velocity():
+    latents = np.random.default_rng(0).normal(size=(3, 8))
+    gaussians = flow.fit_gaussians(latents, np.zeros(3), 1)
+    velocity = flow.gaussian_velocity(gaussians, jnp.zeros(1, jnp.int32))
+    for time in (0.0, 1.0):
+        assert np.isfinite(velocity(jnp.ones((1, 8)), jnp.array([time]))).all()
+    with pytest.raises(ValueError, match="at least two latents, got 1"):
+        flow.fit_gaussians(latents[:1], np.zeros(1), 1)
+
+
 def test_loss_of_no_velocity_is_two():
     keys = jax.random.split(jax.random.key(1))
     latents = jax.random.normal(keys[0], (4000, 2, 2, 3))

@@ -144,13 +144,14 @@ def test_flow_without_classes_compared_with_held_out_images(trained, tmp_path):
 def test_a_sample_does_not_depend_on_the_others(trained):
     config = smoke(trained.folder, sampling__batch_size=4)
     model = flow.make_model(config, 10)
-    part = flow.Part(np.zeros((1, 2, 2, 3), np.float32), np.zeros(1, np.int32))
-    params = flow.init_state(config, model, part).params
     rng = np.random.default_rng(0)
+    latents = np.float32(rng.normal(size=(40, 2, 2, 3)))
+    part = flow.Part(latents, np.arange(40, dtype=np.int32) % 10)
+    params, gaussians = flow.init_state(config, model, part).sampled
     params = jax.tree.map(lambda x: np.float32(0.2 * rng.normal(size=x.shape)), params)
     labels = np.arange(6, dtype=np.int32)
-    six = flow.draw(config, model, params, labels, (2, 2, 3))
-    five = flow.draw(config, model, params, labels[:5], (2, 2, 3))
+    six = flow.draw(config, model, (params, gaussians), labels, (2, 2, 3))
+    five = flow.draw(config, model, (params, gaussians), labels[:5], (2, 2, 3))
     assert six.shape == (6, 2, 2, 3) and np.isfinite(six).all()
     np.testing.assert_allclose(six[:5], five, rtol=1e-4, atol=1e-5)
     assert np.abs(six[0] - six[1]).max() > 1e-3

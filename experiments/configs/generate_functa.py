@@ -54,6 +54,9 @@ BASE = {
     # training images. Distances use at most as many as there are images to compare
     # with, the accuracy score uses all.
     "num_images": 0,
+    # Whether the network is added to the velocity of the Gaussian of each class. It then
+    # has only the difference to learn.
+    "gaussian": True,
     # The fields of experiments.networks.dit.DiT.
     "model": {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "mlp_dim": 256},
     # `name` is an optimizer of optax; `options` are its other keywords.
@@ -108,19 +111,13 @@ VARIANTS = {
         "sampling.num_steps": 4,
     },
     "fashion_mnist": {
-        "accuracy_score.num_steps": 1500,
+        "accuracy_score.num_steps": 2000,
         "batch_size": 64,
         "checkpoint_every": 500,
         "classifier": "runs/classify_functa/fashion_mnist",
         "functaset": f"{_FASHION}/functaset.npz",
         "log_every": 100,
-        "model": {
-            "hidden_size": 128,
-            "num_layers": 4,
-            "num_heads": 4,
-            "mlp_dim": 256,
-        },
-        "num_images": 4000,
+        "num_images": 5000,
         "num_steps": 3000,
         "optimizer.ema_decay": 0.999,
         "run": _FASHION,

@@ -233,20 +233,23 @@ def _sample(*, variant, batch_size, shape, **model):
     config = generate_functa_configs.get_config(variant)
     config.model.update(model)
     network = flow.make_model(config, NUM_CLASSES)
-    part = flow.Part(np.zeros((1, *shape), np.float32), np.zeros(1, np.int32))
-    params = flow.init_state(config, network, part).average
+    latents = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
+    part = flow.Part(latents, np.zeros(2, np.int32))
+    sampled = flow.init_state(config, network, part).sampled
     numbers = np.arange(batch_size, dtype=np.int32)
     sample = flow.make_sampler(config, network, tuple(shape))
     sizes = config.model.to_dict()
     sizes.pop("num_heads")
     *grid, channels = shape
     multiply_adds = count_dit(num_tokens=math.prod(grid), channels=channels, **sizes)
+    if config.gaussian:  # to and from the principal axes of each class and of all
+        multiply_adds += 2 * (NUM_CLASSES + 1) * math.prod(shape) ** 2
     # Heun's method evaluates the network twice, with guidance for two labels each.
     passes = 2 * config.sampling.num_steps * (1 + (config.sampling.guidance != 1))
     return HotPath(
-        lambda state, params, *inputs: (state, sample(params, *inputs)),
+        lambda state, *inputs: (state, sample(*inputs)),
         (),
-        devices.replicate((params, numbers, numbers % NUM_CLASSES)),
+        devices.replicate((sampled, numbers, numbers % NUM_CLASSES)),
         unit="samples",
         units=batch_size,
         flops=2 * multiply_adds * passes * batch_size,

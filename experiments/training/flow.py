@@ -29,11 +29,24 @@ class Part(NamedTuple):
 
 @struct.dataclass
 class TrainState:
-    """The state of training: weights, optimizer, moving average of the weights."""
+    """The state of training.
+
+    Attributes:
+      params: weights of the network.
+      opt_state: state of the optimizer.
+      average: moving average of the weights.
+      gaussians: what the network is added to, or None; not trained.
+    """
 
     params: Any
     opt_state: optax.OptState
     average: Any
+    gaussians: flow.Gaussians | None
+
+    @property
+    def sampled(self) -> tuple[Any, flow.Gaussians | None]:
+        """The weights that are sampled from, and what the network is added to."""
+        return self.average, self.gaussians
 
 
 def make_model(config: ConfigDict, num_classes: int) -> DiT:
@@ -68,8 +81,12 @@ def init_state(config: ConfigDict, model: DiT, part: Part) -> TrainState:
     )
     params = variables["params"]
     opt_state = jax.jit(make_optimizer(config).init)(params)
+    gaussians = None
+    if config.gaussian:
+        gaussians = flow.fit_gaussians(*part, model.num_classes)
     # A copy: the buffers of the state are donated, and each only once.
-    return TrainState(params, opt_state, jax.tree.map(jnp.copy, params))
+    average = jax.tree.map(jnp.copy, params)
+    return TrainState(params, opt_state, average, gaussians)
 
 
 def make_steps(config: ConfigDict, model: DiT) -> Callable[..., Any]:
@@ -80,12 +97,12 @@ def make_steps(config: ConfigDict, model: DiT) -> Callable[..., Any]:
     """
     optimizer = make_optimizer(config)
 
-    def loss_fn(params, latents, labels, key):
+    def loss_fn(params, gaussians, latents, labels, key):
         key_labels, key_flow = jax.random.split(key)
         labels = flow.drop_labels(
             key_labels, labels, model.num_classes, config.label_dropout
         )
-        velocity = _velocity(model, params, labels)
+        velocity = _velocity(model, (params, gaussians), labels)
         return flow.flow_loss(key_flow, velocity, latents).mean()
 
     # For CPUs XLA fuses the gradients of shifts, scales and gates into slow loops, the
@@ -103,13 +120,15 @@ def make_steps(config: ConfigDict, model: DiT) -> Callable[..., Any]:
             key_batch, key_loss = jax.random.split(jax.random.fold_in(key, number))
             rows = jax.random.randint(key_batch, (config.batch_size,), 0, len(latents))
             batch = devices.divide_traced((latents[rows], labels[rows]))
-            loss, grads = jax.value_and_grad(loss_fn)(state.params, *batch, key_loss)
+            loss, grads = jax.value_and_grad(loss_fn)(
+                state.params, state.gaussians, *batch, key_loss
+            )
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             average = optax.incremental_update(
                 params, state.average, 1 - config.optimizer.ema_decay
             )
-            return TrainState(params, opt_state, average), loss
+            return TrainState(params, opt_state, average, state.gaussians), loss
 
         return jax.lax.scan(step, state, steps)
 
@@ -133,8 +152,8 @@ def train(
     run_steps = make_steps(config, model)
 
     @jax.jit
-    def measure(params, latents, labels):
-        velocity = _velocity(model, params, labels)
+    def measure(sampled, latents, labels):
+        velocity = _velocity(model, sampled, labels)
         return flow.flow_loss(jax.random.key(0), velocity, latents).mean()
 
     def advance(state, start, stop):
@@ -142,7 +161,7 @@ def train(
         state, losses = run_steps(state, latents, labels, key, steps)
         metrics = {}
         if held_out is not None:
-            metrics["held_out_loss"] = float(measure(state.average, *held_out))
+            metrics["held_out_loss"] = float(measure(state.sampled, *held_out))
         return state, losses, metrics
 
     run.say(f"training a flow on {len(latents)} latents ...")
@@ -156,14 +175,18 @@ def train(
 
 
 def draw(
-    config: ConfigDict, model: DiT, params: Any, labels: np.ndarray, shape: tuple
+    config: ConfigDict,
+    model: DiT,
+    sampled: tuple[Any, flow.Gaussians | None],
+    labels: np.ndarray,
+    shape: tuple,
 ) -> np.ndarray:
     """Samples one normalized latent for each label (N,), in batches.
 
     Args:
       config: with the entry `sampling` and the seed.
       model: the network.
-      params: its weights.
+      sampled: its weights and what it is added to, `TrainState.sampled`.
       labels: classes, or the label K for no class, (N,).
       shape: *Z.
 
@@ -171,7 +194,7 @@ def draw(
       float32 (N, *Z). A sample does not depend on the number of the others.
     """
     return devices.in_batches(
-        functools.partial(make_sampler(config, model, shape), params),
+        functools.partial(make_sampler(config, model, shape), sampled),
         np.arange(len(labels)),
         labels,
         batch_size=config.sampling.batch_size,
@@ -181,20 +204,20 @@ def draw(
 def make_sampler(
     config: ConfigDict, model: DiT, shape: tuple
 ) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    """Makes (weights, numbers of the samples (B,), labels (B,)) -> latents (B, *Z).
+    """Makes (sampled, numbers of the samples (B,), labels (B,)) -> latents (B, *Z).
 
-    See `draw`. The number of a sample is the seed of its noise.
+    See `draw` for the arguments. The number of a sample is the seed of its noise.
     """
     key = jax.random.key(config.seeds[0] + 2)
 
     @jax.jit
-    def sample(params, numbers, labels):
+    def sample(sampled, numbers, labels):
         def draw_noise(number):
             return jax.random.normal(jax.random.fold_in(key, number), shape)
 
         noise = jax.vmap(draw_noise)(numbers)
         velocity = flow.guide(
-            lambda x, time, labels: _velocity(model, params, labels)(x, time),
+            lambda x, time, labels: _velocity(model, sampled, labels)(x, time),
             labels,
             model.num_classes,
             config.sampling.guidance,
@@ -204,5 +227,13 @@ def make_sampler(
     return sample
 
 
-def _velocity(model, params, labels):
-    return lambda x, time: model.apply({"params": params}, x, time, labels)
+def _velocity(model, sampled, labels):
+    params, gaussians = sampled
+
+    def velocity(x, time):
+        learned = model.apply({"params": params}, x, time, labels)
+        if gaussians is None:
+            return learned
+        return learned + flow.gaussian_velocity(gaussians, labels)(x, time)
+
+    return velocity
