@@ -582,8 +582,8 @@ def _check_sizes(config):
     if measured.every and measured.num_eigenvalues >= measured.num_steps:
         raise ValueError(
             f"sharpness.num_eigenvalues must be below sharpness.num_steps "
-            f"({measured.num_steps}), got {measured.num_eigenvalues}; sharpness.every=0 "
-            "omits the eigenvalues."
+            f"({measured.num_steps}), got {measured.num_eigenvalues}; "
+            "sharpness.every=0 omits them."
         )
     sizes = config.surface
     if sizes.size and sizes.learning_rate not in config.learning_rates:
