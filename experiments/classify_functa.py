@@ -165,22 +165,9 @@ def load_signals(config: ConfigDict, path: str) -> Signals:
     if len(np.unique(whole.label[train_rows])) < 2:
         raise ValueError(f"{path} has signals of one class only.")
     num_classes = 1 + int(whole.label.max())
-    class_names = whole.config.get("class_names")
-    if class_names is not None and not (
-        isinstance(class_names, list) and len(class_names) >= num_classes
-    ):
-        raise ValueError(
-            f"{path}: class_names must be a list of at least {num_classes} names, got "
-            f"{class_names!r:.80}."
-        )
+    features.check_config(path, whole)
     copies = whole.config.get("copies", 1)
-    if type(copies) is not int or copies < 1:
-        raise ValueError(f"{path}: copies must be a positive integer, got {copies!r}.")
-    num_images, remainder = divmod(len(train_rows), copies)
-    if remainder:
-        raise ValueError(
-            f"{path}: {len(train_rows)} training signals are not {copies} copies."
-        )
+    num_images = len(train_rows) // copies
     _check_grid(config, path, whole.latent.shape[1:])
     # Independent of the seed: runs of several seeds are compared on the same images.
     order = np.random.default_rng(0).permutation(num_images)
@@ -221,7 +208,7 @@ def load_signals(config: ConfigDict, path: str) -> Signals:
         },
         num_images=len(kept),
         num_classes=num_classes,
-        class_names=class_names,
+        class_names=whole.config.get("class_names"),
         params_sha256=whole.params_sha256,
     )
 

@@ -230,9 +230,18 @@ def find_scales(
     )
     # A channel that changes nothing gets a large step.
     slopes = np.maximum(slopes, 1e-9 * slopes.max())
+    if not 0 < slopes.max() < np.inf:
+        raise ValueError(
+            "the field does not depend on the training latents, or not finitely: its "
+            f"largest slope is {slopes.max():g}."
+        )
     if kind == "slopes":
         return 1 / np.sqrt(slopes)
     deviation = latents.reshape(-1, latents.shape[-1]).std(0)
+    if not deviation.max() > 0:
+        raise ValueError(
+            "scales=deviation needs training latents that differ; use scales=slopes."
+        )
     deviation = np.maximum(deviation, 1e-6 * deviation.max())
     return deviation / np.sqrt(np.mean(slopes * np.square(deviation)))
 

@@ -163,6 +163,11 @@ def _check_classes(config, path, labels):
                 "sampling.classes and sampling.guidance need conditional=True."
             )
         return ()
+    if config.sampling.guidance != 1 and not config.label_dropout:
+        raise ValueError(
+            "sampling.guidance needs label_dropout above 0: without it the flow is not "
+            "trained on signals of no class."
+        )
     if labels.min() < 0:
         raise ValueError(
             f"{path} has signals without a label (-1); set conditional=False to train "
@@ -281,7 +286,7 @@ def _save_samples(run, signals, latents, labels):
         # A sample is its own signal, so it is exact.
         psnr=np.full(len(latents), np.inf, np.float32),
         split=np.full(len(latents), "train"),
-        config={"model": whole.config["model"]},
+        config={"model": whole.config.get("model")},
     )
     files.write_atomic(
         run.workdir / "samples.npz",

@@ -33,7 +33,7 @@ from experiments.common import data, files, launch, settings
 from experiments.common.sweep import sweep
 from experiments.configs import probe_landscape as configs
 from experiments.drawing import figures
-from experiments.networks import custom
+from experiments.networks import custom, registry
 from experiments.training import classifier, landscape, loop, optimizers
 from experiments.training.classifier import Images, TrainState
 from landscape import curvature, probes, surface
@@ -517,12 +517,19 @@ def _check(config, images):
             "bn_mode=recalibrated is not available for config.network; use batch or "
             "frozen."
         )
-    _load_loss(config, images)
+    loss = _load_loss(config, images)
     _check_sizes(config)
     for network in config.networks:
         model = _load_network(config, images, network, config.seeds[0])
-        variables = classifier.check(config, images, model, **_batch_norm(network))
+        if model is None:
+            model = registry.make_model(
+                config.model.to_dict() | _batch_norm(network), images.num_classes
+            )
+        variables = classifier.check(config, images, model)
         shapes = variables["params"]
+        if config.network or config.loss:
+            with settings.blamed_on(f"network {network} or its loss"):
+                _check_derivatives(config, images, model, variables, loss)
         if config.sharpness.preconditioned and not _find_adam(
             jax.eval_shape(optimizer.init, shapes)
         ):
@@ -551,12 +558,32 @@ def _check(config, images):
             )
 
 
+def _check_derivatives(config, images, model, variables, loss):
+    """Traces the derivatives that the run needs, without compiling them."""
+    pixels, labels = (
+        jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
+        for x in images.train
+    )
+    loss_fn = classifier.make_loss(model, config.bn_mode, loss)
+
+    def derive(params, batch_stats, pixels, labels):
+        batch = _as_batch(images, pixels, labels, batch_stats, pixels)
+        if config.sharpness.every or config.spectrum.num_samples:
+            return curvature.hessian_vector_product(loss_fn, params, batch, params)
+        return jax.grad(loss_fn)(params, batch)
+
+    stats = variables.get("batch_stats", {})
+    jax.eval_shape(derive, variables["params"], stats, pixels, labels)
+
+
 def _check_sizes(config):
     measured = config.sharpness
-    if measured.num_eigenvalues > measured.num_steps:
+    # The smallest eigenvalue is measured too.
+    if measured.every and measured.num_eigenvalues >= measured.num_steps:
         raise ValueError(
-            f"sharpness.num_eigenvalues must be at most sharpness.num_steps "
-            f"({measured.num_steps}), got {measured.num_eigenvalues}."
+            f"sharpness.num_eigenvalues must be below sharpness.num_steps "
+            f"({measured.num_steps}), got {measured.num_eigenvalues}; "
+            "sharpness.every=0 omits them."
         )
     sizes = config.surface
     if sizes.size and sizes.learning_rate not in config.learning_rates:

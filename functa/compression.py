@@ -81,13 +81,21 @@ def quantize(latents: np.ndarray, mean: np.ndarray, steps: np.ndarray) -> np.nda
       steps: (C,), positive.
 
     Raises:
-      ValueError: if a symbol does not fit 31 bits.
+      ValueError: if a latent or a step is not finite, a step is not positive, or a
+        symbol does not fit 31 bits.
 
     Example:
       >>> symbols = quantize(np.array([[0.24, -1.0]]), np.zeros(2), np.array([0.1, 1]))
       >>> print(symbols, dequantize(symbols, np.zeros(2), np.array([0.1, 1])))
       [[ 2 -1]] [[ 0.2 -1. ]]
     """
+    smallest, largest = np.min(steps), np.max(steps)
+    if not 0 < smallest <= largest < np.inf:
+        raise ValueError(
+            f"steps must be positive and finite, got {smallest:g} to {largest:g}."
+        )
+    if not np.isfinite(latents).all():
+        raise ValueError("latents must be finite.")
     symbols = np.round((np.float64(latents) - mean) / np.float64(steps))
     if symbols.size and not np.abs(symbols).max() < 2**30:
         raise ValueError(

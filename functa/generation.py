@@ -16,6 +16,7 @@ of as many signals, because the Frechet distance depends on the number of signal
 The code runs in NumPy and in float64. Axes: N, M signals, D features.
 """
 
+import math
 from collections.abc import Iterator
 
 import jax
@@ -69,8 +70,10 @@ def kernel_distance(
       The mean over the parts and its standard error, which is NaN for one part.
 
     Raises:
-      ValueError: if there are too few rows.
+      ValueError: if `num_blocks` is not positive or there are too few rows.
     """
+    if num_blocks < 1:
+        raise ValueError(f"num_blocks must be >= 1, got {num_blocks}.")
     sizes = [len(x) // num_blocks for x in (a, b)]
     if min(sizes) < 2:
         raise ValueError(
@@ -111,8 +114,11 @@ def density_and_coverage(
         `expected_coverage`.
 
     Raises:
-      ValueError: if there are not more than k real features.
+      ValueError: if there are not more than k >= 1 real features, or a feature is not
+        finite.
     """
+    if num_neighbors < 1:
+        raise ValueError(f"num_neighbors must be >= 1, got {num_neighbors}.")
     if num_neighbors >= len(real):
         raise ValueError(
             f"{num_neighbors} neighbors need more real signals than {len(real)}."
@@ -162,8 +168,14 @@ def nearest_distances(
 
     Returns:
       The distances (N,) and the indices of the nearest rows, (N,).
+
+    Raises:
+      ValueError: if `reference` is empty or a number is not finite.
     """
-    x, reference = (values.reshape(len(values), -1) for values in (x, reference))
+    x, reference = (
+        np.reshape(values, (len(values), math.prod(values.shape[1:])))
+        for values in (x, reference)
+    )
     distances, indices = np.empty(len(x)), np.empty(len(x), np.int64)
     for rows, squares in _distances(x, reference):
         indices[rows] = squares.argmin(1)
@@ -213,6 +225,11 @@ def _kernel(x, y):
 def _distances(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     """Yields blocks of rows of x and their squared distances to all rows of y."""
     x, y = np.float64(x), np.float64(y)
+    if not len(y) or not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError(
+            "distances need finite features to compare with, got shapes "
+            f"{x.shape} and {y.shape}."
+        )
     squares = np.square(y).sum(1)
     size = max(_BLOCK_VALUES // len(y), 1)
     for start in range(0, len(x), size):

@@ -817,14 +817,20 @@ def confusion_matrix(
 
     Args:
       confusion: counts, (true classes, predicted classes).
-      class_names: names of the classes; None numbers them.
+      class_names: names of the classes, at least as many; None numbers them.
       ax: Axes to draw into; None makes a figure.
 
     Returns:
       The Axes.
+
+    Raises:
+      ValueError: if a class has no name.
     """
     confusion = np.asarray(confusion)
     num_classes = len(confusion)
+    names = range(num_classes) if class_names is None else class_names[:num_classes]
+    if len(names) < num_classes:
+        raise ValueError(f"{num_classes} classes need names, got {len(names)}.")
     share = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     size = max(4.0, 0.45 * num_classes + 1)
     ax = _axes(ax, size=(size + 0.8, size))
@@ -836,8 +842,8 @@ def confusion_matrix(
             color = "white" if share[i, j] > 50 else "black"
             text = f"{share[i, j]:.0f}" if share[i, j] > 0.5 else "<1"
             ax.text(j, i, text, ha="center", va="center", color=color, fontsize=7)
-        names = range(num_classes) if class_names is None else class_names
-        ax.set_xticks(range(num_classes), names, rotation=90 if class_names else 0)
+        rotation = 0 if class_names is None else 90
+        ax.set_xticks(range(num_classes), names, rotation=rotation)
         ax.set_yticks(range(num_classes), names)
     kind = "number" if class_names is None else "name"
     ax.set_xlabel(f"predicted class ({kind})")

@@ -35,6 +35,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from landscape.checks import LossFn, check_floating, check_like, scalar_loss
+from landscape.norms import norm, widen
 
 Matvec = Callable[[Any], Any]
 
@@ -181,7 +182,8 @@ class Eigenpairs(NamedTuple):
       values: (k,); the `num` largest in descending order, then the smallest, ascending.
       vectors: a tree like the parameters, with a leading axis k; of norm 1.
       residuals: |A v - value v|, (k,); the distance to the nearest eigenvalue is at
-        most this.
+        most this, apart from the rounding of `matvec` and of float32, which is relative
+        to the eigenvalue of largest magnitude.
     """
 
     values: Array
@@ -239,7 +241,8 @@ def leading_eigenvalues(
       Eigenpairs, the `num` largest and then the `num_smallest` smallest.
 
     Raises:
-      ValueError: if a number is out of range, or a tree is not like `params`.
+      ValueError: if a number is out of range, a parameter is not floating point, or a
+        tree is not like `params`.
     """
     product, size, dtype, unravel = _flatten(matvec, params)
     _check_steps(num_steps, size)
@@ -311,7 +314,8 @@ def trace(
       Hutch++ it covers the last part, the only random one once Q is drawn.
 
     Raises:
-      ValueError: if `num_matvecs` is too small, or `method` is unknown.
+      ValueError: if `num_matvecs` is too small, `method` is unknown, or a parameter is
+        not floating point.
     """
     if method not in ("hutchinson", "hutch++"):
         raise ValueError(f'method must be "hutchinson" or "hutch++", got {method!r}.')
@@ -385,7 +389,7 @@ def lanczos_quadrature(
       Nodes and weights; `spectral_density` smooths them.
 
     Raises:
-      ValueError: if a number is out of range.
+      ValueError: if a number is out of range, or a parameter is not floating point.
     """
     product, size, dtype, _ = _flatten(matvec, params)
     _check_steps(num_steps, size)
@@ -438,7 +442,8 @@ def sam_sharpness(loss_fn: LossFn, params: Any, batch: Any, radius: float) -> Ar
 
     Args:
       loss_fn: maps (params, batch) to a scalar.
-      params: w.
+      params: w, a tree of floating-point arrays. Arrays narrower than float32 reach
+        `loss_fn` as float32.
       batch: passed to `loss_fn`.
       radius: Euclidean length over all parameters together, > 0.
 
@@ -446,17 +451,23 @@ def sam_sharpness(loss_fn: LossFn, params: Any, batch: Any, radius: float) -> Ar
       (); 0 if the gradient is zero.
 
     Raises:
-      ValueError: if the loss is not a scalar, or the radius is not positive.
+      ValueError: if the loss is not a scalar, a parameter is not floating point, or the
+        radius is not positive.
     """
     if not isinstance(radius, jax.core.Tracer) and not radius > 0:
         raise ValueError(f"radius must be > 0, got {radius}.")
+    check_floating(params)
+    params = jax.tree.map(widen, params)
     with jax.default_matmul_precision("highest"):
         loss, grads = jax.value_and_grad(lambda p: scalar_loss(loss_fn, p, batch))(
             params
         )
-        squares = sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))
-        scale = radius / jnp.sqrt(jnp.where(squares == 0, 1, squares))
-        uphill = jax.tree.map(lambda p, g: p + scale.astype(p.dtype) * g, params, grads)
+        length = norm(grads)
+        # First the unit gradient: radius / length may be too large for float32.
+        length = jnp.where(length == 0, 1, length)
+        uphill = jax.tree.map(
+            lambda p, g: p + (radius * (g / length)).astype(p.dtype), params, grads
+        )
         return scalar_loss(loss_fn, uphill, batch) - loss
 
 
@@ -482,18 +493,24 @@ def mean_over_batches(function: Callable[[Any], Any], batches: Any) -> Any:
     [[count]] = counts
     one = jax.eval_shape(function, jax.tree.map(lambda x: x[0], batches))
 
+    # In 16 bits a sum of many batches would stop growing, or overflow.
     def add(total, batch):
-        return jax.tree.map(jnp.add, total, function(batch)), None
+        return jax.tree.map(lambda t, x: t + widen(x), total, function(batch)), None
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
+    zeros = jax.tree.map(lambda x: widen(jnp.zeros(x.shape, x.dtype)), one)
     total, _ = lax.scan(add, zeros, batches)
-    return jax.tree.map(lambda x: x / jnp.asarray(count, x.dtype), total)
+    means = jax.tree.map(lambda t: t / count, total)
+    return jax.tree.map(
+        lambda m, x: m.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else m,
+        means,
+        one,
+    )
 
 
 def _cast_like(name, tree, params):
     check_floating(params)
     check_like(name, tree, params)
-    return jax.tree.map(lambda x, p: jnp.asarray(x, p.dtype), tree, params)
+    return jax.tree.map(lambda x, p: jnp.asarray(x, jnp.result_type(p)), tree, params)
 
 
 def _check_steps(num_steps, size):
@@ -512,6 +529,7 @@ def _map_keys(function, key, num):
 
 def _flatten(matvec, params):
     """`matvec` on vectors (n,), n, their dtype, and vector -> tree."""
+    check_floating(params)
     flat, unravel_flat = ravel_pytree(params)
     # The recurrence needs at least float32, whatever the dtype of the parameters.
     dtype = jnp.promote_types(flat.dtype, jnp.float32)
@@ -549,8 +567,8 @@ def _lanczos(key, product, first, num_steps):
     def coupling(vector, scale):
         # Below rounding error the remainder has no meaningful direction. Replacing it
         # by zero changes no eigenvalue by more than this norm.
-        norm = jnp.linalg.norm(vector)
-        return jnp.where(norm <= 10 * eps * scale, 0, norm)
+        length = norm(vector)
+        return jnp.where(length <= 10 * eps * scale, 0, length)
 
     def step(carry, index):
         basis, left, scale = carry
@@ -563,12 +581,12 @@ def _lanczos(key, product, first, num_steps):
 
         def begin_again():
             direction = orthogonalize(fresh, basis)
-            return direction / jnp.linalg.norm(direction)
+            return direction / norm(direction)
 
         vector = lax.cond(beta == 0, begin_again, lambda: left / beta)
         basis = basis.at[index].set(vector)
         image = product(vector)
-        scale = jnp.maximum(scale, jnp.linalg.norm(image))
+        scale = jnp.maximum(scale, norm(image))
         return (basis, orthogonalize(image, basis), scale), (vector @ image, beta)
 
     basis = jnp.zeros((num_steps, first.size), first.dtype)

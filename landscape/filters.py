@@ -71,11 +71,12 @@ def _others(path, shape, axes):
     if axes is None:
         return None
     rank = len(shape)
-    chosen = {axis % rank for axis in axes if -rank <= axis < rank}
-    if not axes or len(chosen) < len(axes):
+    is_known = isinstance(axes, Sequence)
+    chosen = {axis % rank for axis in axes if -rank <= axis < rank} if is_known else ()
+    if not is_known or not axes or len(chosen) < len(axes):
         raise ValueError(
             f"filters[{path!r}] must be different axes of a parameter of shape "
-            f"{shape}, got {tuple(axes)}."
+            f"{shape}, as a tuple, got {axes!r}."
         )
     return tuple(axis for axis in range(rank) if axis not in chosen)
 

@@ -55,6 +55,7 @@ from jax import Array
 
 from landscape.checks import check_floating, check_scalar, path_name
 from landscape.filters import Filters, entry_axes
+from landscape.norms import dot, norm, rescale, widen
 
 
 class GradientProbe(NamedTuple):
@@ -162,27 +163,30 @@ def probe_gradient(
     check_floating(params)
     axes = entry_axes(params, filters)
     step_sizes = _checked_step_sizes(step_sizes)
-    params = jax.tree.map(_widen, params)
+    params = jax.tree.map(widen, params)
 
     @jax.value_and_grad
     def loss_and_grads(params):
         loss = loss_fn(params, batch)
         check_scalar(loss)
-        return _widen(loss)
+        return widen(loss)
 
     with jax.default_matmul_precision("highest"):
         loss, grads = loss_and_grads(params)
-        grad_norm = _norm(grads)
+        scaled, power = rescale(grads)
+        scaled_norm = norm(scaled)
+        grad_norm = power * scaled_norm
 
         def measure(step_size):
             moved = jax.tree.map(
                 lambda p, g: p - step_size.astype(p.dtype) * g, params, grads
             )
             moved_loss, moved_grads = loss_and_grads(moved)
-            distance = _norm(jax.tree.map(jnp.subtract, moved_grads, grads))
+            distance = norm(jax.tree.map(jnp.subtract, moved_grads, grads))
+            moved_scaled, _ = rescale(moved_grads)
             cosine = _divide(
-                _dot(moved_grads, grads),
-                _norm(moved_grads) * grad_norm,
+                dot(moved_scaled, scaled),
+                norm(moved_scaled) * scaled_norm,
                 otherwise=jnp.where(grad_norm == 0, 1, 0),
             )
             return moved_loss, distance, jnp.clip(cosine, -1, 1)
@@ -198,7 +202,7 @@ def probe_gradient(
             relative_grad_distances=relative,
             cosines=cosines,
             betas=relative / step_sizes,
-            filter_distances=step_sizes * _filter_ratio(grads, params, axes),
+            filter_distances=step_sizes * power * _filter_ratio(scaled, params, axes),
         )
     if _is_known(probe):
         check_finite(probe)
@@ -305,7 +309,7 @@ def consecutive_change(
 
     def distance(name, next_name):
         pairs = [(flat[name][i], flat[next_name][i]) for i in chosen]
-        return _norm([_widen(later) - _widen(earlier) for earlier, later in pairs])
+        return norm([widen(later) - widen(earlier) for earlier, later in pairs])
 
     grad_distance = distance("grads", "next_grads")
     step_norm = distance("params", "next_params")
@@ -385,7 +389,7 @@ def at_equal_loss(losses: Array, values: Array, levels: Array) -> Array:
       Array([[0.5, 1.5],
              [1. , nan]], dtype=float32)
     """
-    losses, values, levels = (_widen(x) for x in (losses, values, levels))
+    losses, values, levels = (widen(x) for x in (losses, values, levels))
     if losses.ndim == 0 or losses.shape[-1] == 0 or losses.shape != values.shape:
         raise ValueError(
             "losses and values must be (..., T), T > 0, of the same shape, got "
@@ -449,7 +453,7 @@ def is_dead(
     ):
         if not number >= smallest:
             raise ValueError(f"{name} must be at least {smallest}, got {number}.")
-    end = jnp.mean(_widen(losses[..., -num_last:]), axis=-1)
+    end = jnp.mean(widen(losses[..., -num_last:]), axis=-1)
     is_finite = jnp.all(jnp.isfinite(losses), axis=-1)
     return ~is_finite | (end >= math.log(num_classes) - tolerance)
 
@@ -471,19 +475,6 @@ def _checked_step_sizes(step_sizes):
 
 def _is_known(tree):
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
-
-
-def _widen(array):
-    array = jnp.asarray(array)
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
-
-
-def _norm(tree):
-    return jnp.sqrt(_dot(tree, tree))
-
-
-def _dot(left, right):
-    return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), left, right)))
 
 
 def _divide(numerator, denominator, *, otherwise):

@@ -29,6 +29,7 @@ from jax import Array, lax
 
 from landscape.checks import LossFn, check_floating, check_like, scalar_loss
 from landscape.filters import Filters, entry_axes, filter_size
+from landscape.norms import widen
 
 Path = Callable[[Array], Any]
 
@@ -125,7 +126,8 @@ def loss_surface(
 
     Args:
       loss_fn: maps (params, batch) to a scalar.
-      params: the origin, a tree of arrays.
+      params: the origin, a tree of floating-point arrays. Arrays narrower than float32
+        reach `loss_fn` as float32, because their rounding hides small steps.
       batch: passed to `loss_fn`.
       directions: D trees like `params`.
       coordinates: (N, D).
@@ -137,9 +139,10 @@ def loss_surface(
       (N,). Far from the origin losses may overflow to inf or nan.
 
     Raises:
-      ValueError: if the loss is not a scalar, a direction is not like `params`, or
-        `coordinates` do not fit the directions.
+      ValueError: if the loss is not a scalar, a parameter is not floating point, a
+        direction is not like `params`, or `coordinates` do not fit the directions.
     """
+    check_floating(params)
     for i, direction in enumerate(directions):
         check_like(f"directions[{i}]", direction, params)
     coordinates = jnp.asarray(coordinates)
@@ -153,11 +156,11 @@ def loss_surface(
         def shift(param, *steps):
             point_like = point.astype(param.dtype)
             return param + sum(
-                a * step.astype(param.dtype)
+                a * jnp.asarray(step, param.dtype)
                 for a, step in zip(point_like, steps, strict=True)
             )
 
-        shifted = jax.tree.map(shift, params, *directions)
+        shifted = jax.tree.map(shift, jax.tree.map(widen, params), *directions)
         return scalar_loss(loss_fn, shifted, batch)
 
     with jax.default_matmul_precision("highest"):
@@ -222,12 +225,16 @@ def line(start: Any, end: Any) -> Path:
       end: parameters at t = 1, a tree like `start`.
 
     Returns:
-      A function of the fraction t, (), to parameters, for `losses_along`.
+      A function of the fraction t, (), to parameters, for `losses_along`. Arrays
+      narrower than float32 become float32.
 
     Raises:
-      ValueError: if `end` is not like `start`.
+      ValueError: if `end` is not like `start`, or one of them not floating point.
     """
     check_like("end", end, start)
+    check_floating(start)
+    check_floating(end)
+    start, end = jax.tree.map(widen, (start, end))
 
     def point(t):
         t = jnp.asarray(t, float)
@@ -295,6 +302,7 @@ def barrier(losses: Array, fractions: Any) -> Array:
     Raises:
       ValueError: if there are fewer than two losses, or other shapes.
     """
+    losses = widen(losses)
     fractions = jnp.asarray(fractions, losses.dtype)
     if losses.shape != fractions.shape or losses.ndim != 1 or len(losses) < 2:
         raise ValueError(
@@ -418,7 +426,7 @@ def trajectory_pca(trajectory: Any, origin: Any) -> TrajectoryPlane:
     if len(steps) != 1 or () in steps or steps.pop()[0] < 2:
         raise ValueError("trajectory must have leaves (T, ...) with one T >= 2.")
     check_like("trajectory[0]", jax.tree.map(lambda x: x[0], trajectory), origin)
-    moves = jax.tree.map(lambda x, o: x - o[None], trajectory, origin)
+    moves = jax.tree.map(lambda x, o: widen(x) - widen(o)[None], trajectory, origin)
     with jax.default_matmul_precision("highest"):
         rows = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(moves)]
         gram = sum(row @ row.T for row in rows)
@@ -445,14 +453,15 @@ def trajectory_pca(trajectory: Any, origin: Any) -> TrajectoryPlane:
 def _direction_of_leaf(key, param, other, axes):
     if axes is None or (other is not None and filter_size(param.shape, axes) == 1):
         return jnp.zeros_like(param)
-    direction = jax.random.normal(key, param.shape, param.dtype)
+    dtype, param = param.dtype, widen(param)
+    direction = jax.random.normal(key, param.shape, dtype).astype(param.dtype)
     if other is not None:
         other = _unit_filters(jnp.asarray(other, param.dtype), axes)
         # The second pass removes the rounding error of the first.
         for _ in range(2):
             along = jnp.sum(direction * other, axis=axes, keepdims=True)
             direction = direction - along * other
-    return _unit_filters(direction, axes) * _filter_norms(param, axes)
+    return (_unit_filters(direction, axes) * _filter_norms(param, axes)).astype(dtype)
 
 
 def _unit_filters(leaf, axes):

@@ -289,10 +289,19 @@ def test_report_variant_logs_the_reports_table(path, tmp_path):
         (lambda f: f.select("train"), "has no test split"),
         (lambda f: f.select("test"), "has no train split"),
         (lambda f: f._replace(config={"copies": 7}), "are not 7 copies"),
-        (lambda f: f._replace(config={"copies": 0}), "copies must be a positive int"),
+        (lambda f: f._replace(config={"copies": 0}), "copies must be an integer of at"),
+        (lambda f: f._replace(config={"copies": "2"}), "at least 1, got '2'"),
+        (lambda f: f._replace(config={"padding": -1}), "padding must be .* least 0"),
+        (lambda f: f._replace(config={"seed": "x"}), "seed must be an integer"),
+        (lambda f: f._replace(config={"dataset": 3}), "dataset must be of type str"),
+        (lambda f: f._replace(config={"image_size": "8"}), "must be of type int"),
         (
             lambda f: f._replace(config={"class_names": ["a", "b"]}),
             "class_names must be a list of at least 3 names, got .'a', 'b'.",
+        ),
+        (
+            lambda f: f._replace(config={"class_names": ["a", ["b"], {}]}),
+            "class_names must be a list of at least 3 names, got .'a', .'b'., {}",
         ),
     ],
 )

@@ -128,6 +128,10 @@ def test_scales_give_the_same_error_in_the_linear_part(trained):
         error = np.square(change).sum() / len(latents)
         # The variance of the noise times the 12 numbers of a latent.
         assert error == pytest.approx(latents[0].size * 1e-4, rel=0.15)
+    with pytest.raises(ValueError, match="latents that differ; use scales=slopes"):
+        compress_functa.find_scales(field, 0 * latents, "deviation")
+    with pytest.raises(ValueError, match="field does not depend on the training"):
+        compress_functa.find_scales(lambda latent: 0 * latent, latents, "slopes")
 
 
 def refused(config, workdir, message, error=ValueError):

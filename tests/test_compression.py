@@ -45,6 +45,22 @@ def test_steps_that_need_more_than_31_bits_are_refused():
         compression.quantize(np.ones((1, 2)), np.zeros(2), np.array([1.0, 1e-10]))
 
 
+@pytest.mark.parametrize(
+    ("latent", "step", "message"),
+    [
+        (np.nan, 1.0, "latents must be finite"),
+        (np.inf, 1.0, "latents must be finite"),
+        (1.0, 0.0, "steps must be positive and finite, got 0 to 1"),
+        (1.0, -2.0, "steps must be positive and finite, got -2 to 1"),
+        (1.0, np.inf, "steps must be positive and finite, got 1 to inf"),
+        (1.0, np.nan, "steps must be positive and finite"),
+    ],
+)
+def test_what_has_no_symbols_is_refused(latent, step, message):
+    with pytest.raises(ValueError, match=message):
+        compression.quantize(np.full((1, 2), latent), np.zeros(2), np.array([1, step]))
+
+
 def test_shrunk_symbols_are_the_means_of_their_values():
     rng = np.random.default_rng(0)
     latents = rng.laplace(0.0, 1.0, (40000, 2)) * np.array([1.0, 0.01])

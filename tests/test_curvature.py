@@ -597,3 +597,60 @@ def test_preconditioner_of_another_tree_is_refused():
 def test_mean_over_no_or_unequal_batches_is_refused(batches):
     with pytest.raises(ValueError, match="the number of batches"):
         mean_over_batches(lambda batch: jnp.sum(batch[0]), batches)
+
+
+def test_curvature_far_from_one_is_measured_as_well():
+    # The squares of these eigenvalues and gradients are outside of float32.
+    diagonal = np.array([3.0, -2.0, 1.0, 0.5])
+
+    @jax.jit
+    def leading(scaled):
+        return leading_eigenvalues(
+            jax.random.key(0),
+            lambda v: scaled * v,
+            jnp.zeros(4),
+            num=1,
+            num_smallest=1,
+            num_steps=4,
+        ).values
+
+    for factor in (1e-30, 1e30):
+        found = leading(jnp.float32(factor * diagonal))
+        np.testing.assert_allclose(found / factor, [3, -2], rtol=1e-5)
+    for factor in (1e-25, 1e25):
+        # Linear: the increase is radius |g|.
+        increase = sam_sharpness(
+            lambda p, b, factor=factor: factor * jnp.sum(b * p),
+            jnp.zeros(2),
+            jnp.array([3.0, 4.0]),
+            0.5,
+        )
+        np.testing.assert_allclose(increase / factor, 2.5, rtol=1e-5)
+
+
+def test_parameters_that_are_not_floating_point_are_refused():
+    key, params = jax.random.key(0), {"w": jnp.zeros(3, int)}
+    for call in (
+        lambda: leading_eigenvalues(key, lambda v: v, params, num_steps=3),
+        lambda: trace(key, lambda v: v, params, num_matvecs=4),
+        lambda: lanczos_quadrature(key, lambda v: v, params, num_steps=3),
+        lambda: sam_sharpness(lambda p, b: jnp.sum(p["w"] ** 2.0), params, None, 1.0),
+    ):
+        with pytest.raises(ValueError, match="floating point .* got int32 at 'w'"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_sums_and_steps_of_16_bits_are_those_of_float32(dtype):
+    # 3,000 batches: the sum outgrows the spacing of bfloat16 and the range of float16.
+    mean = mean_over_batches(jnp.mean, jnp.full((3000, 2), 100, dtype))
+    assert mean == 100 and mean.dtype == dtype
+    # (1 + r / 2)^2 - 1 in each of 4 parameters; the step is below the spacing at 1.
+    increase = sam_sharpness(
+        lambda p, b: jnp.sum(jnp.square(p)), jnp.ones(4, dtype), None, 2e-4
+    )
+    np.testing.assert_allclose(increase, 4 * (1.0001**2 - 1), rtol=1e-2)
+
+
+def test_mean_of_integers_is_not_rounded():
+    assert mean_over_batches(jnp.sum, jnp.array([[1, 1], [1, 2]])) == 2.5

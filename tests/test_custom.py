@@ -68,6 +68,10 @@ def haiku(num_classes):
     return hk.transform(lambda x: hk.Linear(num_classes)(x.reshape(len(x), -1)))
 
 
+def haiku_without_rng(num_classes):
+    return hk.without_apply_rng(haiku(num_classes))
+
+
 def plain(num_classes, scale=0.1):
     def init(key, x):
         shape = (x[0].size, num_classes)
@@ -115,6 +119,64 @@ def nothing(num_classes):
     return None
 
 
+def same_path(num_classes):
+    init, apply = plain(num_classes)
+
+    def init_same(key, x):
+        kernel, bias = init(key, x)
+        return {"a/b": kernel, "a": {"b": bias}}
+
+    return init_same, lambda params, x: apply([params["a/b"], params["a"]["b"]], x)
+
+
+def whole(num_classes):
+    init, apply = plain(num_classes)
+    return init, lambda params, x: jnp.int32(apply(params, x))
+
+
+class Training(nn.Module):
+    @nn.compact
+    def __call__(self, x, training=False):
+        return nn.Dense(3)(x.reshape(len(x), -1))
+
+
+def training(num_classes):
+    return Training()
+
+
+class Auxiliary(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        logits = nn.Dense(3)(x.reshape(len(x), -1))
+        return (logits, logits) if train else logits
+
+
+def auxiliary(num_classes):
+    return Auxiliary()
+
+
+def leaving(num_classes):
+    raise SystemExit
+
+
+def no_gradient(num_classes):
+    init, apply = plain(num_classes)
+
+    def halve(params, x):
+        return jax.lax.while_loop(lambda y: jnp.any(y > 1), lambda y: y / 2, x)
+
+    return init, lambda params, x: halve(params, apply(params, x))
+
+
+def bfloat16(num_classes):
+    init, apply = plain(num_classes)
+    return lambda key, x: jax.tree.map(jnp.bfloat16, init(key, x)), apply
+
+
+def of_two(logits, labels):
+    return jnp.mean(jnp.square(logits - jnp.ones((2, 10))))
+
+
 def failing(num_classes):
     raise KeyError("width")
 
@@ -143,7 +205,8 @@ def load(path, name, **options):
 
 @pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
-    "name", ["linen", "of_nnx", "haiku_with_norm", "haiku", "plain"]
+    "name",
+    ["linen", "of_nnx", "haiku_with_norm", "haiku", "haiku_without_rng", "plain"],
 )
 def test_every_framework_gives_what_a_direct_call_gives(path, name):
     network = load(path, name)
@@ -166,6 +229,8 @@ def test_every_framework_gives_what_a_direct_call_gives(path, name):
         expected, stats = made.apply(params, state, None, IMAGES, True)
     elif name == "haiku":
         expected = made.apply(made.init(key, IMAGES), None, IMAGES)
+    elif name == "haiku_without_rng":
+        expected = made.apply(made.init(key, IMAGES), IMAGES)
     else:
         init, apply = made
         expected = apply(init(key, IMAGES), IMAGES)
@@ -197,6 +262,11 @@ def test_every_framework_gives_what_a_direct_call_gives(path, name):
         ("narrow", r"the outputs must be logits \(6, 3\), got \(6, 2\)"),
         ("nothing", "must return a module of Flax, .* got NoneType"),
         ("failing", "network failing: 'width'"),
+        ("same_path", "same_path: two parameters have the path 'a/b'"),
+        ("whole", "the outputs must be floating point, got int32"),
+        ("training", "the argument 'training' of __call__ would not be passed"),
+        ("auxiliary", r"the outputs must be logits \(6, 3\), got tuple"),
+        ("leaving", "network leaving: SystemExit"),
     ],
 )
 def test_what_is_no_network_is_refused(path, name, message):
@@ -292,6 +362,29 @@ def test_a_network_is_trained_with_another_loss(path, tmp_path):
     key = "plain.rate0.001.preconditioned_sharpness_at_the_end"
     assert summary[key] == pytest.approx(found[-1], rel=1e-5)
     (tmp_path / "figures" / "eigenvalues.png").stat()
+
+
+@pytest.mark.parametrize(
+    ("network", "loss", "message"),
+    [
+        ("no_gradient", None, "network no_gradient or its loss: Reverse-mode"),
+        ("plain", "of_two", "network plain or its loss: .* incompatible shapes"),
+    ],
+)
+def test_what_has_no_derivatives_is_refused_before_the_run(
+    path, tmp_path, network, loss, message
+):
+    config = tiny_config(num_epochs=0)
+    config.network = f"{path}:{network}"
+    config.loss = loss and f"{path}:{loss}"
+    with pytest.raises(ValueError, match=message):
+        probe_landscape.train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_parameters_of_16_bits_become_float32(path):
+    variables = load(path, "bfloat16").init(jax.random.key(0), IMAGES)
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.float32.dtype}
 
 
 def test_parameters_of_haiku_have_nested_names(path):

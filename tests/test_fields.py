@@ -237,18 +237,18 @@ def test_quality_of_a_code():
 # --- files ---
 
 
-def write_winds(path, *, num_months=132, value=3.0):
+def write_winds(path, *, num_months=132, value=3.0, latitude=(-90, 0, 90), scale=1):
     with netcdf_file(path, "w") as file:
         sizes = {"TIME": num_months, "FNOCY": 3, "FNOCX": 4}
-        axes = np.arange(num_months), [-90, 0, 90], [0, 90, 180, 270]
+        axes = np.arange(num_months), latitude, [0, 90, 180, 270]
         for (name, size), values in zip(sizes.items(), axes, strict=True):
             file.createDimension(name, size)
             file.createVariable(name, "f8", (name,))[:] = values
         rng = np.random.default_rng(0)
         for name in ("UWND", "VWND"):
             variable = file.createVariable(name, "f4", tuple(sizes))
-            variable[:] = rng.normal(size=tuple(sizes.values()))
-            variable[0, 0, 0] = value
+            variable[:] = scale * rng.normal(size=tuple(sizes.values()))
+            variable[0, 0, 0] = scale * value
 
 
 def test_winds_of_a_file(tmp_path):
@@ -281,6 +281,14 @@ def test_winds_of_a_file(tmp_path):
         write_winds(path, **options)
         with pytest.raises(ValueError, match="without missing values"):
             fields.load_fields("winds", tmp_path)
+    # A file in the other order would weigh the bands by negative areas.
+    for latitude in ((90, 0, -90), (-90, np.nan, 90), (-180, 0, 180)):
+        write_winds(path, latitude=latitude)
+        with pytest.raises(ValueError, match="must have rising latitudes from -90"):
+            fields.load_fields("winds", tmp_path)
+    write_winds(path, scale=0)
+    with pytest.raises(ValueError, match="the same wind everywhere"):
+        fields.load_fields("winds", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +349,9 @@ def test_clips_that_cannot_be_used(tmp_path):
     write_clip(bad, np.ones(8000), rate=16000)
     with pytest.raises(ValueError, match="bad.wav must have 8000 Hz.* it has 16000 Hz"):
         fields.load_fields("speech", tmp_path, say=lambda line: None)
-    for content in (b"", b"RIFF", b"no sound at all"):
+    write_clip(bad, np.arange(16000))
+    whole = bad.read_bytes()
+    for content in (b"", b"RIFF", b"no sound at all", whole[:-1], whole[:20000]):
         bad.write_bytes(content)
         with pytest.raises(ValueError, match="bad.wav is not a readable WAV file"):
             fields.load_fields("speech", tmp_path, say=lambda line: None)
@@ -349,6 +359,10 @@ def test_clips_that_cannot_be_used(tmp_path):
     for path in (tmp_path / "it_X_f_A").rglob("*.wav"):
         write_clip(path, np.ones(100))
     with pytest.raises(ValueError, match="there is no .* window of"):
+        fields.load_fields("speech", tmp_path, say=lambda line: None)
+    for path in tmp_path.rglob("*.wav"):
+        path.unlink()
+    with pytest.raises(ValueError, match="there is no test window of en"):
         fields.load_fields("speech", tmp_path, say=lambda line: None)
 
 
@@ -388,6 +402,8 @@ def test_a_cube_has_its_surface_as_voxels():
         (b"v 0 0 0\nf 1 2 3\n", "vertex that does not exist"),
         (b"v 0 0 0\nv 1 0 0\nv 1 1 0\nf 1 x 3\n", "."),
         (b"v 0 0 zero\n", "."),
+        # The second vertex has a weight, so all numbers after it would be shifted.
+        (b"v 5 5 5\nv 1 0 0 1\nv 0 1\nf 1 2 3\n", "vertex has 2 or 3 or 4 numbers"),
     ],
 )
 def test_models_that_are_no_models(text, message):
@@ -399,7 +415,7 @@ def test_an_empty_model_has_no_surface():
     for text in (b"", b"v 0 0 0\nv 1 0 0\nv 2 0 0\n", b"v 1 1 1\nf 1 1 1\n"):
         with pytest.raises(ValueError, match="no surface"):
             fields.voxelize(*fields.read_obj(text), num_points=10)
-    with pytest.raises(ValueError, match="fewer than three"):
+    with pytest.raises(ValueError, match="a vertex has 2 numbers"):
         fields.read_obj(b"v 1 2\nv 3 4\n")
 
 

@@ -209,6 +209,11 @@ def test_classes_need_a_flow_with_classes(trained, tmp_path):
         refused(config, tmp_path / "run", "need conditional=True")
 
 
+def test_guidance_needs_signals_of_no_class(trained, tmp_path):
+    config = smoke(trained.folder, label_dropout=0.0, sampling__guidance=2.0)
+    refused(config, tmp_path / "run", "sampling.guidance needs label_dropout above 0")
+
+
 def test_other_latents_and_runs_are_refused(trained, tmp_path):
     folder, whole, *_ = trained
     path, workdir = tmp_path / "functaset.npz", tmp_path / "run"
@@ -220,6 +225,8 @@ def test_other_latents_and_runs_are_refused(trained, tmp_path):
     with_functaset("were fitted with other weights", params_sha256="0" * 64)
     with_functaset("has the latents of padded images", config={"padding": 1})
     with_functaset("does not name the data set", config={})
+    names = whole.config | {"class_names": {"0": "zero"}}
+    with_functaset("class_names must be a list of at least 10 names", config=names)
     copies = whole.config | {"copies": 7}
     with_functaset("64 training signals are not 7 copies", config=copies)
     with_functaset("has no test split", split=np.full(len(whole.split), "train"))

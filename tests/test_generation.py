@@ -148,3 +148,19 @@ def test_gaussian_has_the_moments_of_the_latents():
 def test_moments_that_do_not_exist_are_refused(features):
     with pytest.raises(ValueError, match="at least two rows of finite features"):
         generation.frechet_distance(np.ones((4, 3)), features)
+
+
+@pytest.mark.parametrize("bad", [np.full((4, 3), np.nan), np.zeros((0, 3))])
+def test_distances_that_do_not_exist_are_refused(bad):
+    # Nothing is less than nan: the coverage would be 0 without a warning.
+    with pytest.raises(ValueError, match="distances need finite features"):
+        generation.density_and_coverage(np.eye(3), bad, num_neighbors=1)
+    with pytest.raises(ValueError, match="distances need finite features"):
+        generation.nearest_distances(np.eye(3), bad)
+
+
+def test_numbers_of_parts_and_neighbors_are_positive():
+    with pytest.raises(ValueError, match="num_blocks must be >= 1, got 0"):
+        generation.kernel_distance(np.eye(3), np.eye(3), num_blocks=0)
+    with pytest.raises(ValueError, match="num_neighbors must be >= 1, got 0"):
+        generation.density_and_coverage(np.eye(3), np.eye(3), num_neighbors=0)

@@ -393,3 +393,47 @@ def test_epoch_takes_each_image_once_in_a_random_copy():
     batch = batch.reshape(6, 6)
     assert sorted(batch.argmax(1)) == list(range(6))
     assert len(set(batch.max(1))) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"copies": 0}, "copies must be an integer of at least 1, got 0"),
+        ({"copies": 7}, "24 training signals are not 7 copies"),
+        ("one class", "functaset.npz' has one class; a classifier needs two"),
+    ],
+)
+def test_grids_that_are_no_labeled_images_are_refused(tmp_path, changes, message):
+    made = make_grids()
+    if changes == "one class":
+        made = made._replace(label=0 * made.label)
+    else:
+        made = made._replace(config=made.config | changes)
+    path = tmp_path / "functaset.npz"
+    functaset.save_functaset(path, made)
+    dataset = {"name": "functaset", "data_dir": str(path)}
+    config = ConfigDict(
+        {"dataset": dataset, "image_size": 0, "num_train": 0, "num_test": 0}
+    )
+    with pytest.raises(ValueError, match=message):
+        classifier.load_images(config)
+
+
+def test_images_of_one_class_are_refused(tmp_path):
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", image=images, label=np.zeros(4, int))
+    dataset = {"name": "npz", "data_dir": str(tmp_path)}
+    config = ConfigDict(
+        {"dataset": dataset, "image_size": 0, "num_train": 0, "num_test": 0}
+    )
+    with pytest.raises(ValueError, match="'npz' has one class; a classifier needs two"):
+        classifier.load_images(config)
+
+
+def test_controls_need_to_know_the_images(tmp_path):
+    made = make_grids()
+    del made.config["dataset"]
+    config = make_config(tmp_path, made, features="patches")
+    with pytest.raises(ValueError, match="does not name the data set of its images"):
+        classify_functa.load_signals(config, config.functaset)

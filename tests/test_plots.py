@@ -197,6 +197,15 @@ def test_confusion_matrix_is_in_percent_of_the_true_class():
     assert "83.33" in ax.get_title()
 
 
+def test_classes_without_examples_may_have_names():
+    # The last class is in none of the images; the names are an array of a file.
+    names = np.array(["cat", "dog", "emu"])
+    ax = functa.plots.confusion_matrix(np.eye(2), class_names=names)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["cat", "dog"]
+    with pytest.raises(ValueError, match="2 classes need names, got 1"):
+        functa.plots.confusion_matrix(np.eye(2), class_names=["cat"])
+
+
 def test_a_few_confused_examples_are_not_written_as_zero():
     # 0.5 %, which rounds to zero, and no example.
     ax = functa.plots.confusion_matrix(np.array([[199, 1], [0, 200]]))

@@ -466,6 +466,11 @@ def test_modes_agree_where_they_must():
         ({"num_epochs": -1}, "num_epochs must be at least 0"),
         ({"surface": {"span": 0.0}}, "surface.span must be above 0"),
         ({"sharpness": {"num_steps": 10**6}}, "sharpness.num_steps must be at most"),
+        # The smallest eigenvalue needs a step of its own.
+        (
+            {"sharpness": {"num_eigenvalues": 3}},
+            "sharpness.num_eigenvalues must be below",
+        ),
         ({"network_options": {"width": 3}}, "network_options are those of a network"),
         (
             {"optimizer": {"name": "sgd", "options": {}}}

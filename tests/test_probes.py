@@ -893,3 +893,29 @@ def test_traced_step_of_zero_shows_in_the_check():
     probe = probe_jitted(loss_fn, params, batch, np.array([0.1, 0.0]))
     with pytest.raises(ValueError, match="betas is (nan|inf) at step size 0"):
         check_finite(probe)
+
+
+def test_gradients_whose_squares_float32_cannot_hold():
+    loss_fn, (params, batch), _ = quadratic()
+
+    def scaled_loss(params, batch):
+        return batch["factor"] * loss_fn(params, batch)
+
+    expected = probe_jitted(scaled_loss, params, batch | {"factor": 1.0})
+    for factor in (1e-25, 1e22):
+        found = probe_jitted(
+            scaled_loss, params, batch | {"factor": factor}, STEP_SIZES / factor
+        )
+        np.testing.assert_allclose(
+            found.grad_norm / factor, expected.grad_norm, rtol=1e-5
+        )
+        for name in ("cosines", "relative_grad_distances", "filter_distances"):
+            np.testing.assert_allclose(
+                getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5
+            )
+        change = consecutive_change(
+            *[{"w": jnp.float32(factor * np.array(x))} for x in ([0, 1], [0, 1])],
+            *[{"w": jnp.float32(factor * np.array(x))} for x in ([3, 5], [6, 9])],
+        )
+        np.testing.assert_allclose(change.step_norm / factor, 5, rtol=1e-5)
+        np.testing.assert_allclose(change.beta, 2, rtol=1e-5)

@@ -185,7 +185,17 @@ def test_damaged_streams_end_in_an_error_or_in_other_latents(codec, encoded):
         streams.decode(codec, [encoded[0] + rng.bytes(40)])
     with pytest.raises(ValueError, match="stream 1 has .* not a multiple of 4"):
         streams.decode(codec, [encoded[0], encoded[1][:-1]])
+    # What the coder itself refuses.
+    with pytest.raises(ValueError, match="stream 1 is damaged: .*invalid"):
+        streams.decode(codec, [encoded[0], b"\xff" * 400])
     np.testing.assert_array_equal(streams.decode(codec, encoded), right)
+
+
+@pytest.mark.parametrize("side", [2**20, 2**40])
+def test_a_grid_that_no_memory_holds_is_refused(codec, encoded, side):
+    claimed = codec._replace(grid=np.array([side, side]))
+    with pytest.raises(ValueError, match="more than 268,435,456 numbers; decode fewer"):
+        streams.decode(claimed, encoded)
 
 
 def test_bad_codecs_are_refused(codec, tmp_path):
@@ -204,6 +214,12 @@ def test_bad_codecs_are_refused(codec, tmp_path):
         {"thresholds": codec.thresholds[:-1]},
         {"tables": codec.tables[:0]},
         {"tables": 0 * codec.tables},
+        {"tables": codec.tables[:, :1]},
+        {"tables": np.full(codec.tables.shape, 1e308)},
+        {"steps": -codec.steps},
+        {"steps": 1e300 * codec.steps},
+        dict.fromkeys(("mean", "steps", "shrink"), codec.mean[:0])
+        | {"weights": codec.weights[:0, :0]},
         {"grid": np.array([3, 0], np.int32)},
         {"grid": np.array([3], np.int32)},
     ):

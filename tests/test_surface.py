@@ -135,6 +135,7 @@ def test_biases_and_embeddings_of_any_rank_have_no_filters():
         ({"fd": (0,)}, "filters name fd, but the parameters are bias, conv"),
         ({"fc": (2,)}, r"filters\['fc'\] must be different axes"),
         ({"fc": (0, -2)}, "must be different axes"),
+        ({"fc": 1}, r"as a tuple, got 1"),
     ],
 )
 def test_filters_that_do_not_fit_are_refused(filters, message):
@@ -528,3 +529,41 @@ def test_paths_between_other_trees_are_refused():
         line(random_tree(), {})
     with pytest.raises(ValueError, match=r"fractions must be \(N,\)"):
         losses_along(quadratic_loss, line(*[random_tree()] * 2), None, 0.5)
+
+
+def test_steps_below_the_spacing_of_bfloat16_are_taken():
+    origin = {"w": jnp.ones(2, jnp.bfloat16)}
+    end = {"w": jnp.full(2, 1.5, jnp.bfloat16)}
+
+    def loss_fn(params, batch):
+        return jnp.sum(params["w"])
+
+    points = np.array([[0.001], [0.002]])
+    expected = 2 + 2 * points[:, 0]
+    losses = loss_surface(loss_fn, origin, None, [origin], points)
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    path = line(origin, end)
+    losses = losses_along(loss_fn, path, None, 2 * points[:, 0])
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    # Squares of these weights underflow in float16.
+    small = {"kernel": jnp.full((3, 2), 1e-4, jnp.float16)}
+    direction = filter_normalized_direction(jax.random.key(0), small)["kernel"]
+    assert direction.dtype == jnp.float16
+    norms = np.linalg.norm(np.float64(direction), axis=0)
+    np.testing.assert_allclose(norms, 1e-4 * np.sqrt(3), rtol=1e-2)
+    # The decomposition of a trajectory has no kernel for 16 bits.
+    plane = trajectory_pca({"w": jnp.array([[3, 4], [0, 0]], jnp.bfloat16)}, end)
+    moves = np.array([[1.5, 2.5], [-1.5, -1.5]])
+    rebuilt = sum(
+        np.outer(plane.coordinates[:, i], plane.directions[i]["w"]) for i in range(2)
+    )
+    np.testing.assert_allclose(rebuilt, moves, rtol=1e-5)
+
+
+def test_integers_are_refused_or_measured_as_floats():
+    params = {"w": jnp.zeros(2, int)}
+    with pytest.raises(ValueError, match="floating point .* got int32 at 'w'"):
+        loss_surface(lambda p, b: 0.0, params, None, [params], np.zeros((1, 1)))
+    with pytest.raises(ValueError, match="floating point .* got int32 at 'w'"):
+        line(params, params)
+    assert barrier(jnp.array([1, 5, 2]), [0, 0.5, 1]) == 3.5

@@ -55,6 +55,14 @@ def test_axes_name_the_runs_and_each_has_its_own_values(tmp_path):
     ]
 
 
+def test_values_that_give_the_same_name_are_refused(tmp_path):
+    axes = {"learning_rates": "rate{:g}", "seeds": "seed{}"}
+    rates = config(learning_rates=(0.1, 0.10000001))
+    with pytest.raises(ValueError, match="2 runs would have the name rate0.1_seed0"):
+        sweep(rates, tmp_path / "run", experiment, axes=axes)
+    assert not (tmp_path / "run").exists()
+
+
 def test_resumed_sweep_repeats_no_finished_run(tmp_path):
     seen = []
 

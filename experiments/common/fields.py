@@ -183,7 +183,19 @@ def _load_winds(root, say):
             f"{path} must hold winds below 99 m/s {shape} (month, latitude, longitude) "
             f"without missing values, found {winds[0].shape} and {winds[1].shape}."
         )
-    return _make_winds(np.stack(winds, -1), latitude, longitude, NUM_TRAIN_MONTHS)
+    # The areas of the bands need rising latitudes.
+    if not (
+        np.all(np.diff(latitude) > 0)
+        and np.all(np.abs(latitude) <= 90)
+        and np.all(np.abs(longitude) <= 720)
+    ):
+        raise ValueError(
+            f"{path} must have rising latitudes from -90 to 90 degrees, and longitudes."
+        )
+    values = np.stack(winds, -1)
+    if not np.ptp(values[:NUM_TRAIN_MONTHS]) > 0:
+        raise ValueError(f"{path} has the same wind everywhere.")
+    return _make_winds(values, latitude, longitude, NUM_TRAIN_MONTHS)
 
 
 def _make_synthetic_winds(root, say):
@@ -210,7 +222,9 @@ def _read_clip(path):
             found = file.getframerate(), file.getnchannels(), 8 * file.getsampwidth()
             if found == (SAMPLE_RATE, 1, 16):
                 content = file.readframes(file.getnframes())
-                return np.frombuffer(content[: len(content) // 2 * 2], "<i2")
+                if len(content) != 2 * file.getnframes():
+                    raise EOFError
+                return np.frombuffer(content, "<i2")
     except (wave.Error, EOFError) as error:
         raise ValueError(
             f"{path} is not a readable WAV file: {str(error) or 'it ends too early'}."
@@ -236,7 +250,8 @@ def _make_speech(clips, class_names, notes):
         windows.append(sounding)
         labels += [label] * len(sounding)
         is_test += [number in test] * len(sounding)
-    windows, is_test = np.concatenate(windows), np.array(is_test, bool)
+    nothing = np.zeros((0, SAMPLE_RATE), np.int16)
+    windows, is_test = np.concatenate([nothing, *windows]), np.array(is_test, bool)
     for label, name in enumerate(class_names):
         for split, kept in ("test", is_test), ("training", ~is_test):
             if not (np.array(labels)[kept] == label).any():
@@ -313,10 +328,14 @@ def read_obj(text: bytes) -> tuple[np.ndarray, np.ndarray]:
     of_vertices = [line[2:] for line in lines if line[:2] == b"v "]
     of_faces = [line[2:] for line in lines if line[:2] == b"f "]
     # The first three numbers are the position.
+    counts = {len(line.split()) for line in of_vertices} or {3}
+    if len(counts) > 1 or min(counts) < 3:
+        raise ValueError(
+            f"a vertex has {' or '.join(map(str, sorted(counts)))} numbers, not the "
+            "same three or more"
+        )
     vertices = _numbers(b" ".join(of_vertices), np.float64)
-    vertices = vertices.reshape(len(of_vertices), -1 if of_vertices else 3)[:, :3]
-    if vertices.shape[1] < 3:
-        raise ValueError("a vertex has fewer than three numbers")
+    vertices = vertices.reshape(len(of_vertices), *counts)[:, :3]
     # Only the first number of a corner counts, and a zero ends a face.
     corners = re.sub(rb"/\S*", b"", b" 0 ".join(of_faces) + b" 0 ")
     corners = _numbers(corners, np.int64)

@@ -331,8 +331,9 @@ def blamed_on(field: str) -> Iterator[None]:
         yield
     except (OSError, MemoryError):
         raise
-    except Exception as error:
-        raise ValueError(f"{field}: {' '.join(str(error).split())}") from error
+    except (Exception, SystemExit) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{field}: {reason}") from error
 
 
 def at_least(low: float) -> Rule:

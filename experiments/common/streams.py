@@ -10,6 +10,7 @@ Axes: N signals, (*grid) cells, C channels.
 """
 
 import hashlib
+import math
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ VERSION = 1
 # Magic, version, SHA-256 of the codec, N.
 _HEADER = struct.Struct("<8sH32sI")
 _DIGEST_BYTES = 32
+# A stream of few bytes can claim to hold many numbers.
+_MAX_NUMBERS = 2**28
+_LARGEST = np.finfo(np.float32).max
 
 
 class Codec(NamedTuple):
@@ -139,9 +143,16 @@ def decode(codec: Codec, streams: Sequence[bytes]) -> np.ndarray:
     in other latents.
 
     Raises:
-      ValueError: if a stream is not one of this codec, or if constriction is missing.
+      ValueError: if a stream is not one of this codec, if constriction is missing, or
+        if the latents have more than 2^28 numbers together.
     """
     model, coder = codec.model, load_coder().stream
+    shape = (len(streams), *codec.grid.tolist(), len(codec.mean))
+    if math.prod(shape) > _MAX_NUMBERS:
+        raise ValueError(
+            f"latents of shape {shape} have more than {_MAX_NUMBERS:,} numbers; decode "
+            "fewer streams at once."
+        )
     family = coder.model.Categorical(lazy=True, perfect=False)
     for number, stream in enumerate(streams):
         if len(stream) % 4:
@@ -154,10 +165,13 @@ def decode(codec: Codec, streams: Sequence[bytes]) -> np.ndarray:
     ]
 
     def code(cell, base, rows):
-        residuals = [
-            decoder.decode(family, np.float64(model.tables[row]))
-            for decoder, row in zip(decoders, rows, strict=True)
-        ]
+        residuals = []
+        for number, (decoder, row) in enumerate(zip(decoders, rows, strict=True)):
+            try:
+                found = decoder.decode(family, np.float64(model.tables[row]))
+            except AssertionError as error:
+                raise ValueError(f"stream {number} is damaged: {error}") from None
+            residuals.append(found)
         return base + model.low + np.reshape(residuals, base.shape).astype(np.int64)
 
     symbols = compression.code_cells(model, len(streams), codec.grid, code)
@@ -198,16 +212,19 @@ def load_codec(path: str | Path) -> Codec:
         raise ValueError(f"{path} is not a codec: its arrays have other types.")
     num_channels, num_before = len(codec.mean), 2 ** len(codec.grid) - 1
     per_channel, rest = divmod(
-        len(codec.tables), num_channels * (1 + len(codec.thresholds))
+        len(codec.tables), max(num_channels, 1) * (1 + len(codec.thresholds))
     )
     if (
-        len({codec.mean.shape, codec.steps.shape, codec.shrink.shape}) > 1
+        not num_channels
+        or len({codec.mean.shape, codec.steps.shape, codec.shrink.shape}) > 1
         or codec.weights.shape != (num_before * num_channels, num_channels)
         or rest
         or per_channel != compression.num_phases(codec.weights)
         or min(codec.grid, default=1) < 1
-        or not codec.tables.size
-        or not np.isfinite([*codec.mean, *codec.steps, *codec.shrink]).all()
+        or codec.tables.dtype != np.float32
+        or codec.tables.shape[1] < 2
+        or not np.abs([codec.mean, codec.steps, codec.shrink]).max() < _LARGEST
+        or not codec.steps.min() > 0
         or not (np.isfinite(codec.tables).all() and codec.tables.min() > 0)
     ):
         raise ValueError(f"{path} is not a codec: its arrays contradict each other.")

@@ -1,6 +1,7 @@
 """Runs of an experiment over seeds and other axes, and means over the seeds."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,17 +43,28 @@ def sweep(
 
     Returns:
       The summary. With several runs it contains their summaries under "runs".
+
+    Raises:
+      ValueError: if two combinations have the same name.
     """
     combinations = list(itertools.product(*(config[field] for field in axes)))
+    names = [
+        "_".join(map(str.format, axes.values(), values)) for values in combinations
+    ]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(
+                f"{count} runs would have the name {name}; choose values of "
+                f"{', '.join(axes)} that differ more."
+            )
     if len(combinations) == 1 and not nested:
         return runs.run_once(workdir, config, experiment, inputs=inputs(config))
 
     def run_all(run):
         summaries = {}
-        for values in combinations:
+        for name, values in zip(names, combinations, strict=True):
             single = ConfigDict(config)
             single.update(dict(zip(axes, zip(values), strict=True)))
-            name = "_".join(map(str.format, axes.values(), values))
             run.say(f"--- {name}")
             summaries[name] = runs.run_once(
                 run.workdir / name, single, experiment, inputs=inputs(single)

@@ -9,14 +9,16 @@ as keywords, and with `seed` if it has such an argument. It returns one of
   if its `__call__` has such an argument;
 * a module of Flax NNX, whose parameters are the initial ones;
 * hk.transform(f) of Haiku with f(images), or hk.transform_with_state(f) with
-  f(images, train);
+  f(images, train), also in hk.without_apply_rng;
 * a pair of functions: init(key, images) -> params, apply(params, images) -> logits,
   with params of any structure.
 
-The outputs are logits (B, num_classes). Besides parameters a network may have running
-statistics of batch normalization, and no other state. The file is executed.
+The outputs are logits (B, num_classes). Parameters of 16 bits become float32. Besides
+parameters a network may have running statistics of batch normalization, and no other
+state. The file is executed.
 """
 
+import functools
 import inspect
 import re
 import runpy
@@ -31,6 +33,7 @@ from flax import nnx, traverse_util
 
 from experiments.common import settings
 from landscape.checks import check_floating, check_scalar
+from landscape.norms import widen
 from lbi.penalty import path_name
 
 
@@ -67,7 +70,7 @@ def load_functions(chosen: str, field: str) -> dict[str, Callable[..., Any]]:
     try:
         found = runpy.run_path(path)
     # The file is code of the user, who has to correct it whatever it raises.
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{field}={chosen}: {reason}") from error
     names = split_names(chosen)
@@ -116,19 +119,15 @@ def load_network(
     images = jax.ShapeDtypeStruct(images.shape, jnp.float32)
     with settings.blamed_on(f"network {name}"):
         create, run = _adapt(make(num_classes, **options))
+        check_floating(jax.eval_shape(create, jax.random.key(0), images)[0])
+        create = _widened(create)
         shapes = jax.eval_shape(create, jax.random.key(0), images)
-        check_floating(shapes[0])
-        outputs, _ = jax.eval_shape(
-            lambda p, s, x: run(p, s, x, False), *shapes, images
-        )
-        found = getattr(outputs, "shape", type(outputs).__name__)
-        if found != (images.shape[0], num_classes):
-            raise ValueError(
-                f"the outputs must be logits {(images.shape[0], num_classes)}, got "
-                f"{found}."
+        for train in (False, True):
+            outputs, _ = jax.eval_shape(
+                functools.partial(run, train=train), *shapes, images
             )
-        jax.eval_shape(lambda p, s, x: run(p, s, x, True), *shapes, images)
-    to_dicts, from_dicts = zip(*map(_renaming, shapes), strict=True)
+            _check_logits(outputs, (images.shape[0], num_classes))
+        to_dicts, from_dicts = zip(*map(_renaming, shapes), strict=True)
 
     def init(key, images):
         params, stats = create(key, images)
@@ -141,6 +140,14 @@ def load_network(
         return (logits, {"batch_stats": to_dicts[1](stats)}) if mutable else logits
 
     return Network(init, apply)
+
+
+def _check_logits(outputs, shape):
+    found = getattr(outputs, "shape", type(outputs).__name__)
+    if found != shape:
+        raise ValueError(f"the outputs must be logits {shape}, got {found}.")
+    if not jnp.issubdtype(outputs.dtype, jnp.floating):
+        raise ValueError(f"the outputs must be floating point, got {outputs.dtype}.")
 
 
 def load_loss(chosen: str, num_classes: int) -> Callable[..., jax.Array]:
@@ -178,7 +185,18 @@ def _adapt(made):
     )
 
 
+def _widened(create):
+    """Optimizers of optax do not train in 16 bits: there Adam's b2 rounds to 1."""
+
+    def create_widened(key, images):
+        params, stats = create(key, images)
+        return jax.tree.map(widen, params), stats
+
+    return create_widened
+
+
 def _linen(module):
+    _refuse_modes(module, allowed={"train"})
     has_train = "train" in inspect.signature(type(module).__call__).parameters
 
     def options(train):
@@ -203,6 +221,7 @@ def _linen(module):
 
 
 def _nnx(module):
+    _refuse_modes(module, allowed=set())
     graph, params, stats, other = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
     _refuse_state(_names(other))
 
@@ -219,7 +238,9 @@ _AVERAGES = re.compile(r"(mean|var)_ema/(counter|hidden|average)$")
 
 
 def _haiku(init, apply):
-    has_state = "state" in inspect.signature(apply).parameters
+    arguments = inspect.signature(apply).parameters
+    has_state = "state" in arguments
+    rng = (None,) if "rng" in arguments else ()  # hk.without_apply_rng takes none
 
     def create(key, images):
         if not has_state:
@@ -230,8 +251,8 @@ def _haiku(init, apply):
 
     def run(params, state, images, train):
         if not has_state:
-            return apply(params, None, images), state
-        return apply(params, state, None, images, train)
+            return apply(params, *rng, images), state
+        return apply(params, state, *rng, images, train)
 
     return create, run
 
@@ -247,6 +268,22 @@ def _names(tree):
     return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+_MODE = re.compile(
+    r"(is_)?(train(ing)?|test(ing)?|eval(uation)?)|deterministic|use_running_average"
+)
+
+
+def _refuse_modes(module, allowed):
+    """An argument that is not passed would keep its default in training and tests."""
+    for name in inspect.signature(type(module).__call__).parameters:
+        if _MODE.fullmatch(name) and name not in allowed:
+            raise ValueError(
+                f"the argument {name!r} of __call__ would not be passed. A module of "
+                "Linen is called with train=True or False; one of NNX is switched by "
+                "its methods train() and eval()."
+            )
+
+
 def _refuse_state(names):
     if names:
         raise ValueError(
@@ -259,6 +296,13 @@ def _renaming(tree):
     """Functions from trees like `tree` to nested dicts of strings, and back."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     paths = [tuple((path_name(path) or "value").split("/")) for path, _ in leaves]
+    for path in paths:
+        below = [other for other in paths if other[: len(path)] == path]
+        if len(below) > 1:
+            raise ValueError(
+                f"two parameters have the path {'/'.join(path)!r}, or one is inside of "
+                "the other; rename one."
+            )
 
     def to_dicts(tree):
         return traverse_util.unflatten_dict(

@@ -90,14 +90,21 @@ def load_images(config: ConfigDict) -> Images:
         kept = slice(limit or None)
         images = _enlarge(arrays["image"][kept], config.image_size)
         splits[split] = images, arrays["label"][kept]
+    num_classes = 1 + int(max(labels.max() for _, labels in splits.values()))
+    _check_classes(config.dataset.name, num_classes)
     pixels = data.to_float(splits["train"][0])
     axes = (0, 1, 2)
     return Images(
         **splits,
         mean=pixels.mean(axes, keepdims=True, dtype=np.float64).astype(np.float32),
         std=pixels.std(axes, keepdims=True, dtype=np.float64).astype(np.float32),
-        num_classes=1 + int(max(labels.max() for _, labels in splits.values())),
+        num_classes=num_classes,
     )
+
+
+def _check_classes(source, num_classes):
+    if num_classes < 2:
+        raise ValueError(f"data set {source!r} has one class; a classifier needs two.")
 
 
 def _load_grids(config):
@@ -107,6 +114,7 @@ def _load_grids(config):
             f"image_size must be 0 for the data set functaset, got {config.image_size}."
         )
     splits, mean, std, num_classes = features.load_grids(**config.dataset)
+    _check_classes(config.dataset.data_dir, num_classes)
     devices.say(f"functaset {config.dataset.data_dir}: {_describe(splits)}")
     limits = {"train": config.num_train or None, "test": config.num_test or None}
     splits = {

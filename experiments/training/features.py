@@ -109,6 +109,7 @@ def load_grids(
         raise ValueError(
             f"{path}: the latents must be grids (N, h, w, C), got {whole.latent.shape}."
         )
+    check_config(path, whole)
     splits = {}
     for split in data.SPLITS:
         rows = np.flatnonzero(whole.split == split)
@@ -154,12 +155,53 @@ def load_renderable(path: str, run: str, learner: encoding.Learner) -> Functaset
     for split in data.SPLITS:
         if not (whole.split == split).any():
             raise ValueError(f"{path} has no {split} split.")
-    copies, num_rows = whole.config.get("copies", 1), (whole.split == "train").sum()
-    if type(copies) is not int or copies < 1 or num_rows % copies:
-        raise ValueError(
-            f"{path}: {num_rows} training signals are not {copies!r:.80} copies."
-        )
+    check_config(path, whole)
     return whole
+
+
+# What `encoding.encode_dataset` writes, and what a missing field stands for.
+_COUNTS = {"copies": 1, "padding": 0, "seed": 0}
+_TYPES = {"dataset": str, "image_size": int, "flip": bool} | {
+    f"{split}_split": str for split in data.SPLITS
+}
+
+
+def check_config(path: str | Path, functaset: Functaset) -> None:
+    """Checks what a functaset says of its making, which other programs may write.
+
+    Raises:
+      ValueError: if a field has another type, if the training signals are not the
+        copies of images, or if classes lack a name.
+    """
+    config = functaset.config
+    for field, smallest in _COUNTS.items():
+        value = config.get(field, smallest)
+        if type(value) is not int or not smallest <= value < 2**32:
+            raise ValueError(
+                f"{path}: {field} must be an integer of at least {smallest}, got "
+                f"{value!r:.80}."
+            )
+    for field, kind in _TYPES.items():
+        value = config.get(field)
+        if value is not None and type(value) is not kind:
+            raise ValueError(
+                f"{path}: {field} must be of type {kind.__name__}, got {value!r:.80}."
+            )
+    copies, num_rows = config.get("copies", 1), (functaset.split == "train").sum()
+    if num_rows % copies:
+        raise ValueError(
+            f"{path}: {num_rows} training signals are not {copies} copies."
+        )
+    num_classes, names = 1 + int(functaset.label.max()), config.get("class_names")
+    if names is not None and not (
+        isinstance(names, list)
+        and len(names) >= num_classes
+        and all(isinstance(name, str | int) for name in names)
+    ):
+        raise ValueError(
+            f"{path}: class_names must be a list of at least {num_classes} names, got "
+            f"{names!r:.80}."
+        )
 
 
 def check_grid(path: str, functaset: Functaset, learner: encoding.Learner, images):
@@ -194,7 +236,9 @@ def load_images(functaset, split, data_dir):
     rows = np.flatnonzero(functaset.split == split)
     copies = functaset.config.get("copies", 1) if split == "train" else 1
     num_images = len(rows) // copies
-    name = functaset.config["dataset"]
+    name = functaset.config.get("dataset")
+    if name is None:
+        raise ValueError("the functaset does not name the data set of its images.")
     how_read = {field: functaset.config.get(field) for field in data.HOW_READ}
     dataset = data.load_dataset(name, (split,), data_dir=data_dir, **how_read)
     arrays = dataset.splits[split]

@@ -4,7 +4,6 @@ Axes: N latents, *Z shape of a latent, K classes, D features.
 """
 
 import functools
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import optax
 
 from experiments.common import devices, runs, settings
 from experiments.networks import heads
-from functa import classifier, functaset, npz
+from functa import classifier, functaset
 
 
 class LatentClassifier(NamedTuple):
@@ -74,7 +73,8 @@ def load(
 
     Raises:
       FileNotFoundError: if the run is not finished, or if its functaset is gone.
-      ValueError: if it classifies something else than these latents.
+      ValueError: if it classifies something else than these latents, or if its
+        functaset is damaged.
     """
     path = Path(path)
     runs.load_summary(path)
@@ -82,23 +82,18 @@ def load(
     if config.get("experiment") != "classify_functa" or config.features != "latents":
         raise ValueError(f"{path} is not a run of classify_functa on latents.")
     [seed] = config.seeds
-    # Members of the file are read one by one; the latents are large.
-    source = npz.read_arrays(
-        config.functaset.replace("{seed}", str(seed)),
-        ("mean", "std", "params_sha256", "config"),
-    )
-    if str(source["params_sha256"]) != params_sha256:
+    source = functaset.load_functaset(config.functaset.replace("{seed}", str(seed)))
+    if source.params_sha256 != params_sha256:
         raise ValueError(f"{path} classifies the latents of other weights.")
-    made = json.loads(str(source["config"]))
-    classified = made.get("dataset")
+    classified = source.config.get("dataset")
     if classified != dataset:
         raise ValueError(
             f"{path} classifies {classified}, and the latents here are "
             f"those of {dataset}."
         )
     grid = config.crop
-    if not grid and not made.get("padding"):
-        grid = made.get("model", {}).get("grid")
+    if not grid and not source.config.get("padding"):
+        grid = source.latent.shape[1:-1]
     if grid and tuple(grid) != latent_shape[:-1]:
         raise ValueError(
             f"{path} classifies grids {tuple(grid)}, and the grids here are "
@@ -109,7 +104,7 @@ def load(
     head = heads.make_head(config.model.to_dict(), num_classes, latent_shape)
     mean, std = np.zeros(1, np.float32), np.ones(1, np.float32)
     if config.normalize:
-        mean, std = source["mean"], np.where(source["std"] > 0, source["std"], 1)
+        mean, std = source.mean, np.where(source.std > 0, source.std, 1)
     with settings.blamed_on("classifier"):
         jax.eval_shape(head.apply, params, jnp.zeros((1, *latent_shape)))
     return LatentClassifier(head, params, mean, std)
