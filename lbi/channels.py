@@ -263,7 +263,7 @@ def check_layers(named: Mapping[str, Any], known: Mapping[str, Any]) -> None:
 
 
 def bool_mask(name: str, mask: Any) -> np.ndarray | jax.Array:
-    """The mask as an array; raises ValueError for scores or indices in its place."""
+    """The mask as an array. Raises ValueError for scores or indices in its place."""
     mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
     if mask.dtype != bool:
         raise ValueError(
