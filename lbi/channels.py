@@ -190,15 +190,15 @@ def channel_masks(
       A tree of bool arrays like `variables`, for `lbi.pruning.apply_masks`.
 
     Raises:
-      ValueError: if a layer is not in the map, a channel cannot be removed, or the map
-        does not fit the variables.
+      ValueError: if a layer is not in the map, a mask is not bool, a channel cannot be
+        removed, or the map does not fit the variables.
     """
     slices = _slices(keep, channel_map, variables)
 
     def one(path, leaf):
-        mask = np.ones(leaf.shape, bool)
+        mask = np.ones(np.shape(leaf), bool)
         for axis, kept in slices.get(penalties.path_name(path), {}).items():
-            mask &= np.expand_dims(kept, [a for a in range(leaf.ndim) if a != axis])
+            mask &= np.expand_dims(kept, [a for a in range(mask.ndim) if a != axis])
         return jnp.asarray(mask)
 
     return jax.tree_util.tree_map_with_path(one, variables)
@@ -235,8 +235,8 @@ def thin(
       A tree of the same structure with smaller arrays.
 
     Raises:
-      ValueError: if a layer would lose all its channels, a channel cannot be removed, a
-        parameter is NaN, or the map does not fit.
+      ValueError: if a layer would lose all its channels, a mask is not bool, a channel
+        cannot be removed, a parameter is NaN, or the map does not fit.
     """
     for name, kept in keep.items():
         if not np.any(kept):
@@ -262,24 +262,40 @@ def check_layers(named: Mapping[str, Any], known: Mapping[str, Any]) -> None:
         )
 
 
+def bool_mask(name: str, mask: Any) -> np.ndarray | jax.Array:
+    """The mask as an array. Raises ValueError for scores or indices in its place."""
+    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
+    if mask.dtype != bool:
+        raise ValueError(
+            f"{name}: the mask must be bool (True = keep), got {mask.dtype}; "
+            "lbi.pruning.keep_masks makes masks from scores."
+        )
+    return mask
+
+
 def _slices(keep, channel_map, variables):
     """{path: {axis: bool mask along it}} of every parameter that a mask affects."""
     leaves = penalties.named_leaves(variables)
     is_graph = isinstance(channel_map, Graph)
     if is_graph:
         _check_same_network(channel_map, leaves)
-        keep = {channel_map.find(name): mask for name, mask in keep.items()}
+        names = {name: channel_map.find(name) for name in keep}
+        if len(set(names.values())) < len(names):
+            raise ValueError(f"several masks of one layer: {', '.join(names)}.")
+        keep = {names[name]: mask for name, mask in keep.items()}
     else:
         check_layers(keep, channel_map)
     slices = {}
     for name, kept in keep.items():
-        kept = np.asarray(kept, bool)
+        kept = np.asarray(bool_mask(name, kept))
         if is_graph:
             kept = _channel_mask(channel_map, name, kept)
         for number, (path, axis, *numbers) in enumerate(channel_map[name]):
             if path not in leaves:
                 raise ValueError(f"{name}: the variables contain no {path}.")
-            shape = leaves[path].shape
+            shape = np.shape(leaves[path])
+            if not -len(shape) <= axis < len(shape):
+                raise ValueError(f"{name}: {path} of shape {shape} has no axis {axis}.")
             if is_graph:
                 mask = np.append(kept, True)[numbers[0]]  # -1 is always kept
             else:
@@ -331,8 +347,9 @@ def _check_same_network(graph, leaves):
             raise ValueError(
                 f"the graph belongs to another network: the {where} have no {path}."
             )
-        if graph.shapes[path] != tuple(leaves[path].shape):
+        shape = np.shape(leaves[path])
+        if graph.shapes[path] != shape:
             raise ValueError(
-                f"the graph belongs to another network: {path} has shape "
-                f"{tuple(leaves[path].shape)}, in the graph {graph.shapes[path]}."
+                f"the graph belongs to another network: {path} has shape {shape}, "
+                f"in the graph {graph.shapes[path]}."
             )

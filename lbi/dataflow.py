@@ -262,6 +262,7 @@ class Flow:
         self.uses = []
         self._units = _Units()
         self._heads, self._stacked, self._mixed = [], [], set()
+        self._pending = {}  # uses in products that have not met an input yet
         self._line = self._reason = "an unknown line"
         self._constants_are_data = not jax.tree.leaves(inputs)
         self._columns = {
@@ -388,26 +389,94 @@ class Flow:
                 self._fix(columns, "there is no rule for this operation")
         return [_constant(var.aval.shape) for var in eqn.outvars]
 
+    def _join(self, first, second):
+        """The columns of an axis that two arrays have in common."""
+        self._tie(first, second)
+        return _with_origins(first, second)
+
     def _use(self, kind, values, roles=None):
         for value in values:
-            if not value.is_param:
-                continue
-            for path in value.paths:
-                mine = {a: role for (p, a), role in (roles or {}).items() if p == path}
-                self.uses.append(Use(path, kind, mine))
+            if value.is_param:
+                self.uses += self._uses_of(kind, value, roles or {})
+
+    def _uses_of(self, kind, value, roles):
+        own = {
+            path: {axis: role for (p, axis), role in roles.items() if p == path}
+            for path in value.paths
+        }
+        gains = self._gains(value) if kind in _KERNELS else ()
+        if kind in _KERNELS and any(own.values()):
+            # What was summed over, for example in a norm, is not the kernel.
+            own = {path: found for path, found in own.items() if found}
+        uses = [Use(path, kind, found) for path, found in own.items()]
+        return [use for use in uses if use.path not in gains] + [
+            Use(path, "scale", {}) for path in gains
+        ]
+
+    def _gains(self, value):
+        """The parameters that are broadcast to a kernel, as in weight normalization."""
+        places = {path: set() for path in value.paths}
+        whole = {path: set() for path in value.paths}
+        for k, columns in enumerate(value.axes):
+            for path, axis in {o for column in columns for o in column.origins}:
+                places[path].add(k)
+                whole[path].add(axis)
+        return [
+            path
+            for path in value.paths
+            if any(places[path] < other for other in places.values())
+            and whole[path] >= {a for a, n in enumerate(self.shapes[path]) if n > 1}
+        ]
+
+    def _is_bias(self, operands):
+        """Whether a parameter is broadcast to a product that has met no input.
+
+        The product is then an activation, such as a learned query or the first layer on
+        a constant grid. Its kernel shares the axes of the bias. A sum over all axes is
+        one of kernels, as of low-rank factors.
+        """
+        if len(operands) != 2 or not all(v.is_param for v in operands):
+            return False
+        bias, product = operands
+        if self._pending.keys().isdisjoint(product.paths):
+            bias, product = product, bias
+        axes = _own_axes(bias)
+        if not axes <= _own_axes(product) or len(axes) == len(product.shape):
+            return False
+        outputs = {p for k in axes for c in product.axes[k] for p, _ in c.origins}
+        if not self._activate(product, outputs):
+            return False
+        self._use("bias", [bias])
+        return True
+
+    def _activate(self, value, outputs=()):
+        """Records what a product without an input holds, which is an activation."""
+        found = {p: use for p in value.paths if (use := self._pending.get(p))}
+        kernels = {path for path, use in found.items() if use.kind == "product"}
+        if not kernels:
+            return False
+        others = kernels - set(outputs) if kernels & set(outputs) else set()
+        for path in value.paths:
+            embedding = path in others or path not in found
+            self.uses.append(Use(path, "embedding", {}) if embedding else found[path])
+        return True
 
     # Rules. Each returns the values of the outputs.
 
     def _elementwise(self, eqn, operands):
         name = eqn.primitive.name
         shape = tuple(eqn.outvars[0].aval.shape)
+        active = any(v.data for v in operands)
         if name in ("mul", "div", "add", "sub", "add_any"):
             kind = "scale" if name in ("mul", "div") else "bias"
-            if any(v.data for v in operands):
+            if active:
                 self._use(kind, operands)
             elif kind == "bias" and sum(v.is_param for v in operands) > 1:
                 paths = [set(v.paths) for v in operands if v.is_param]
                 self._mixed |= set.intersection(*paths)
+            active = active or (kind == "bias" and self._is_bias(operands))
+        elif name in _ACTIVATIONS and not active:
+            active = self._activate(operands[0])
         axes = [None] * len(shape)
         for value in operands:  # of this rank or scalars; an axis may have length 1
             for number, columns in enumerate(value.axes):
@@ -423,7 +492,7 @@ class Flow:
             for k in range(len(shape))
         )
         self._check_poles(name, eqn, operands)
-        return [_Value(shape, tuple(a or () for a in axes), zero)]
+        return [_Value(shape, tuple(a or () for a in axes), zero, active)]
 
     def _check_poles(self, name, eqn, operands):
         """A masked channel would be infinite or NaN: 1 / 0, log 0."""
@@ -522,6 +591,14 @@ class Flow:
     def _slice(self, eqn, operands):
         starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
         strides = eqn.params["strides"] or (1,) * len(starts)
+        for columns, start, stride in zip(
+            operands[0].axes, starts, strides, strict=True
+        ):
+            for units, _ in columns if stride > 1 else ():
+                # Whole periods, or the next ones would change places.
+                rest = units[start // stride * stride :]
+                firsts = np.arange(len(rest)) // stride * stride
+                self._units.tie(rest[firsts], rest, f"a stride ({self._reason})")
         bounds = zip(starts, limits, strides, strict=True)
         return [_index(operands[0], {k: slice(*b) for k, b in enumerate(bounds)})]
 
@@ -540,7 +617,7 @@ class Flow:
             for k in range(len(shape)):
                 zero[k] = zero[k] and value.zero[k]
                 if k != axis:
-                    self._tie(axes[k], value.axes[k])
+                    axes[k] = self._join(axes[k], value.axes[k])
         pieces = [self._units.leaves(v.axes[axis]) for v in operands]
         columns = []
         for number in range(max(map(len, pieces))):
@@ -713,52 +790,70 @@ class Flow:
         ]
 
     def _dot(self, eqn, operands):
-        (contract, batch) = eqn.params["dimension_numbers"]
-        lhs, rhs = operands
-        shape = tuple(eqn.outvars[0].aval.shape)
+        return [self._product(*operands, *eqn.params["dimension_numbers"])]
+
+    def _ragged_dot(self, eqn, operands):
+        """Each row of the left side meets one of the kernels on the right side."""
+        (lhs, rhs, *_), numbers = operands, eqn.params["ragged_dot_dimension_numbers"]
+        contract, batch = numbers.dot_dimension_numbers
+        (rows,), groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+        if len(groups) != 1 or rows in (*contract[0], *batch[0]):
+            return None
+        self._fix([*lhs.axes[rows], *rhs.axes[groups[0]]], _SELECTED)
+        self._use("stacked", [rhs], _roles({"stacked": rhs.axes[groups[0]]}))
+        kept = [k for k in range(len(rhs.shape)) if k != groups[0]]
+        contract, batch = (
+            (ours, [kept.index(k) for k in theirs])
+            for ours, theirs in (contract, batch)
+        )
+        return [self._product(lhs, _pick(rhs, kept), contract, batch)]
+
+    def _product(self, lhs, rhs, contract, batch):
+        operands = (lhs, rhs)
         for i, j in zip(*contract, strict=True):
             self._contract(lhs, i, rhs, j)
         free = [
             [k for k in range(len(v.shape)) if k not in {*c, *b}]
             for v, c, b in zip(operands, contract, batch, strict=True)
         ]
-        for i, j in zip(*batch, strict=True):
-            self._tie(lhs.axes[i], rhs.axes[j])
-            if lhs.data and rhs.data:
-                self._heads += [*lhs.axes[i], *rhs.axes[j]]
-            else:
-                self._stacked += [*lhs.axes[i], *rhs.axes[j]]
-        parts = [_pick(lhs, batch[0]), _pick(lhs, free[0]), _pick(rhs, free[1])]
+        shared = [
+            self._join(lhs.axes[i], rhs.axes[j]) for i, j in zip(*batch, strict=True)
+        ]
+        for columns in shared:
+            if not (lhs.data and rhs.data):
+                self._stacked += columns
+            elif contract[0]:  # without a sum it is a gate
+                self._heads += columns
         for number, value in enumerate(operands):
+            if not value.is_param:
+                continue
             other = operands[1 - number]
-            if value.is_param and other.data:
-                windows, inputs = _windows([value.axes[k] for k in contract[number]])
-                roles = _roles(
-                    {
-                        "input": inputs,
-                        "window": windows,
-                        "output": [c for k in free[number] for c in value.axes[k]],
-                        "stacked": [c for k in batch[number] for c in value.axes[k]],
-                    }
-                )
+            windows, inputs = _windows([value.axes[k] for k in contract[number]])
+            roles = _roles(
+                {
+                    "input": inputs,
+                    "window": windows,
+                    "output": [c for k in free[number] for c in value.axes[k]],
+                    "stacked": [c for k in batch[number] for c in value.axes[k]],
+                }
+            )
+            if other.data:
                 self._use("product", [value], roles)
-            elif value.is_param and not other.is_param:
-                self._mixed |= set(value.paths)
+            else:
+                uses = self._uses_of("product", value, roles)
+                self._pending |= {use.path: use for use in uses}
+                if not other.is_param:
+                    self._mixed |= set(value.paths)
+        parts = [_pick(lhs, batch[0]), _pick(lhs, free[0]), _pick(rhs, free[1])]
         zero = [
             a or b
             for a, b in zip(parts[0].zero, _pick(rhs, batch[1]).zero, strict=True)
         ]
-        axes = [
-            _with_origins(a, b)
-            for a, b in zip(parts[0].axes, _pick(rhs, batch[1]).axes, strict=True)
-        ]
-        return [
-            _Value(
-                shape,
-                (*axes, *parts[1].axes, *parts[2].axes),
-                (*zero, *parts[1].zero, *parts[2].zero),
-            )
-        ]
+        return _Value(
+            tuple(n for part in parts for n in part.shape),
+            (*shared, *parts[1].axes, *parts[2].axes),
+            (*zero, *parts[1].zero, *parts[2].zero),
+        )
 
     def _contract(self, lhs, i, rhs, j):
         self._tie(lhs.axes[i], rhs.axes[j])
@@ -814,11 +909,13 @@ class Flow:
                 "stacked": stacked,
             }
             self._use("convolution", [rhs], _roles(roles))
+            self._use("embedding", [lhs])
         shape = tuple(eqn.outvars[0].aval.shape)
         axes, zero = [()] * len(shape), [True] * len(shape)
         axes[out_batch], zero[out_batch] = lhs.axes[lhs_batch], lhs.zero[lhs_batch]
         axes[out_feature], zero[out_feature] = outputs, rhs.zero[rhs_out]
-        return [_Value(shape, tuple(axes), tuple(zero))]
+        # What meets the kernel of a convolution is an activation.
+        return [_Value(shape, tuple(axes), tuple(zero), rhs.is_param)]
 
     def _in_groups(self, columns, groups):
         """Columns of an axis of n = groups * m channels as those of (groups, m)."""
@@ -885,7 +982,11 @@ class Flow:
     def _loop(self, body, carry):
         """Runs the body until the values of the carry no longer change."""
         carry = [dataclasses.replace(value, const=None) for value in carry]
+        first = self.uses, self._heads, self._stacked, self._mixed
         while True:
+            # Only the last time the body meets what it carries in fact.
+            self.uses, self._heads, self._stacked = map(list, first[:3])
+            self._mixed = set(first[3])
             outs = body(carry)
             merged = [self._merge(c, out) for c, out in zip(carry, outs, strict=False)]
             if all(
@@ -904,10 +1005,10 @@ class Flow:
 
     def _merge(self, first, second):
         """The value of an array that equals one of two others."""
-        for a, b in zip(first.axes, second.axes, strict=True):
-            self._tie(a, b)
+        pairs = zip(first.axes, second.axes, strict=True)
         return dataclasses.replace(
             first,
+            axes=tuple(self._join(a, b) for a, b in pairs),
             zero=tuple(a and b for a, b in zip(first.zero, second.zero, strict=True)),
             data=first.data or second.data,
             paths=tuple(dict.fromkeys(first.paths + second.paths)),
@@ -927,6 +1028,9 @@ _OTHER = (
     "digamma is_finite clamp eq ne lt le gt ge and or xor not atan2 complex nextafter "
     "shift_left shift_right_logical shift_right_arithmetic population_count clz"
 ).split()
+# Nonlinear, and not used to normalize a kernel.
+_ACTIVATIONS = ("exp", "tanh", "logistic", "sin", "cos", "erf", "erfc")
+_KERNELS = ("convolution", "product")
 _RULES = {
     **dict.fromkeys([*_LINEAR, *_OTHER], Flow._elementwise),
     "reshape": Flow._reshape,
@@ -946,6 +1050,7 @@ _RULES = {
     "dynamic_slice": Flow._dynamic_slice,
     "dynamic_update_slice": Flow._dynamic_update_slice,
     "dot_general": Flow._dot,
+    "ragged_dot_general": Flow._ragged_dot,
     "conv_general_dilated": Flow._conv,
     "while": Flow._while,
     "cond": Flow._cond,
@@ -1026,6 +1131,15 @@ def _index(value, slices):
         axes[k] = tuple(c._replace(units=c.units[chosen]) for c in axes[k])
         shape[k] = len(range(shape[k])[chosen])
     return dataclasses.replace(value, shape=tuple(shape), axes=tuple(axes))
+
+
+def _own_axes(value):
+    """The axes of a value that stem from axes of parameters."""
+    return {
+        axis
+        for axis, columns in enumerate(value.axes)
+        if any(column.origins for column in columns)
+    }
 
 
 def _with_origins(first, second):

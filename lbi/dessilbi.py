@@ -199,12 +199,13 @@ def structural_coupling(
             return jnp.full_like(chosen.norms(dual), -1, jnp.int32)
 
         dual = jax.tree.map(
-            lambda p: jnp.zeros_like(p, dtype=_dual_dtype(p.dtype)), params
+            lambda p: jnp.zeros_like(p, dtype=_dual_dtype(jnp.result_type(p))), params
         )
         return StructuralCouplingState(
             count=jnp.zeros([], jnp.int32),
             clock=jnp.zeros([], jnp.float32),
-            kappa=jnp.asarray(_value(kappa, jnp.zeros([], jnp.int32)), jnp.float32),
+            # A copy: the state and the hyperparameters may both be donated.
+            kappa=jnp.array(_value(kappa, jnp.zeros([], jnp.int32)), jnp.float32),
             dual=dual,
             first_entry=jax.tree_util.tree_map_with_path(groups, dual)
             if record_entry

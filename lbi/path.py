@@ -6,6 +6,7 @@ Every function reads the state of any optax chain that contains
 `jax.vmap(lbi.gamma)(opt_state)`.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -57,7 +58,7 @@ def gamma(opt_state: Any, params: Any = None) -> Any:
     if params is None:
         return merged
     return jax.tree.map(
-        lambda g, p: jnp.zeros_like(p) if _is_masked(g) else g,
+        lambda g, p: jax.tree.map(jnp.zeros_like, p) if _is_masked(g) else g,
         merged,
         params,
         is_leaf=_is_masked,
@@ -436,10 +437,17 @@ def _is_masked(node):
 
 
 def _merge(trees):
-    """Fills the masked leaves of the first tree from the other trees."""
-    merged = trees[0]
-    for tree in trees[1:]:
-        merged = jax.tree.map(
-            lambda a, b: b if _is_masked(a) else a, merged, tree, is_leaf=_is_masked
-        )
-    return merged
+    """Fills the masked leaves and subtrees of the first tree from the other trees."""
+    return functools.reduce(_fill, trees)
+
+
+def _fill(first, second):
+    if _is_masked(first) or _is_masked(second):
+        return second if _is_masked(first) else first
+    children, structure = jax.tree.flatten(
+        first, is_leaf=lambda node: node is not first
+    )
+    if jax.tree_util.treedef_is_leaf(structure):
+        return first
+    pairs = zip(children, structure.flatten_up_to(second), strict=True)
+    return structure.unflatten([_fill(*pair) for pair in pairs])

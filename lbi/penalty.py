@@ -236,7 +236,7 @@ def assign(spec: PenaltySpec, params: Any) -> dict[str, Penalty]:
     assigned = {}
     _check_patterns(spec, params)
     for path, leaf in named_leaves(params).items():
-        penalty = _choose(spec, path, tuple(leaf.shape))
+        penalty = _choose(spec, path, np.shape(leaf))
         if penalty is None:
             continue
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -258,9 +258,19 @@ def with_lam(penalty: Penalty, lam: float) -> Penalty:
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by path: {"block/layer/kernel": leaf}."""
+    """The leaves of a tree by path: {"block/layer/kernel": leaf}.
+
+    Raises:
+      ValueError: if two leaves have the same path, as {"a": {"b": x}, "a/b": y}.
+    """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {path_name(path): leaf for path, leaf in leaves}
+    named = {}
+    for path, leaf in leaves:
+        name = path_name(path)
+        if name in named:
+            raise ValueError(f"two parameters have the path {name}; rename one.")
+        named[name] = leaf
+    return named
 
 
 def check_not_nan(path: str, leaf: Any) -> None:

@@ -181,12 +181,16 @@ def keep_masks(
       {layer: bool, one per group, True = keep}.
 
     Raises:
-      ValueError: if a number is out of range or the scope is unknown.
+      ValueError: if a number is out of range, an importance is NaN or the scope is
+        unknown.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity}.")
     if min_keep < 0:
         raise ValueError(f"min_keep must be >= 0, got {min_keep}.")
+    for path, values in importance.items():
+        if np.isnan(values).any():
+            raise ValueError(f"{path}: the importance of a group is NaN.")
     if scope == "layer":
         return {
             path: _keep_largest(values, _num_kept(values.size, sparsity, min_keep))
@@ -252,7 +256,8 @@ def spread_masks(
       removed.
 
     Raises:
-      ValueError: if a mask names a layer without a penalty or has the wrong shape.
+      ValueError: if a mask names a layer without a penalty, is not bool or has the
+        wrong shape.
     """
     assigned = FrozenSpec.make(penalty).assign(params)
     channels.check_layers(masks, assigned)
@@ -267,7 +272,8 @@ def spread_masks(
                 f"{name}: the mask must have shape {groups}, got "
                 f"{np.shape(masks[name])}."
             )
-        return assigned[name].spread(jnp.asarray(masks[name]), param.shape)
+        mask = channels.bool_mask(name, masks[name])
+        return assigned[name].spread(jnp.asarray(mask), param.shape)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -282,7 +288,14 @@ def apply_masks(tree: Any, masks: Any) -> Any:
     Returns:
       A tree like `tree`.
     """
-    return jax.tree.map(lambda x, mask: jnp.where(mask, x, 0), tree, masks)
+
+    def one(x, mask):
+        # A random key, for example of the dropout of NNX, has no zero.
+        dtype = getattr(x, "dtype", float)
+        is_key = jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+        return x if is_key else jnp.where(mask, x, 0)
+
+    return jax.tree.map(one, tree, masks)
 
 
 def keep_zero(masks: Any) -> optax.GradientTransformation:

@@ -158,6 +158,25 @@ def scanned(p, x):
 
 
 SCANNED = {"up": draw(2, 4, 6), "bias": draw(2, 6), "down": draw(2, 6, 4)}
+
+
+def strided(p, x):
+    """Even and odd channels go different ways: they are removed in pairs."""
+    x = jax.nn.relu(x @ p["in"])
+    return x[:, ::2] @ p["even"] + jnp.tanh(x[:, 1::2] @ p["odd"])
+
+
+STRIDED = {"in": draw(4, 8), "even": draw(4, 3), "odd": draw(4, 3)}
+
+
+def experts(p, x):
+    """Each row goes through one of two networks."""
+    sizes = jnp.array([1, 2])
+    x = jax.nn.gelu(jax.lax.ragged_dot(x, p["up"], sizes))
+    return jax.lax.ragged_dot(x, p["down"], sizes)
+
+
+EXPERTS = {"up": draw(2, 4, 6), "down": draw(2, 6, 3)}
 IMAGE, ROWS = (2, 4, 6, 2), (3, 4)
 # name: (network, parameters, shape of the input, {channels: number})
 PLAIN = {
@@ -171,6 +190,8 @@ PLAIN = {
     "glu": (glu, GLU, ROWS, {"in": 5}),
     "attention": (attention, ATTENTION, (2, 3, 5), {"qkv": 3}),
     "scanned": (scanned, SCANNED, ROWS, {"up": 6}),
+    "strided": (strided, STRIDED, ROWS, {"in": 4}),
+    "experts": (experts, EXPERTS, ROWS, {"up": 6}),
 }
 
 
@@ -441,6 +462,22 @@ def test_what_cannot_be_removed_is_refused_with_operation_and_line(apply_fn, rea
         pruning.thin(params, keep, graph)
 
 
+def test_entries_of_a_learned_query_are_fixed():
+    """The scale of the products depends on their number, as with other queries."""
+
+    def network(p, x):
+        queries = p["latents"] @ p["query"] + p["bias"][None]
+        scores = queries @ (x @ p["key"]).T / queries.shape[1] ** 0.5
+        return jax.nn.softmax(scores) @ x @ p["out"]
+
+    sizes = {"latents": (2, 5), "query": (5, 4), "bias": (4,), "key": (3, 4)}
+    params = {name: draw(*size) for name, size in (sizes | {"out": (3, 2)}).items()}
+    graph = channels.trace(network, params, draw(6, 3))
+    assert graph.removable() == {}
+    with pytest.raises(ValueError, match="a product of activations sums over them"):
+        pruning.thin(params, {"query": np.arange(4) > 0}, graph)
+
+
 def test_only_some_channels_may_be_fixed():
     def network(p, x):
         hidden = jax.nn.relu(x @ p["a"])
@@ -471,9 +508,12 @@ def test_bad_input_is_refused():
         with pytest.raises(ValueError, match=message):
             pruning.thin(other, keep, graph)
     for mask, message in [
-        ({"c": np.ones(4)}, "c is not a layer of the traced network: a"),
-        ({"a": np.ones(3)}, r"a: the mask must have shape \(4,\), got \(3,\)"),
-        ({"a": np.zeros(4)}, "a would lose all its channels"),
+        ({"c": np.ones(4, bool)}, "c is not a layer of the traced network: a"),
+        ({"a": np.ones(3, bool)}, r"a: the mask must have shape \(4,\), got \(3,\)"),
+        ({"a": np.zeros(4, bool)}, "a would lose all its channels"),
+        # Scores, and the numbers of the channels to keep.
+        ({"a": np.ones(4)}, "a: the mask must be bool .*, got float64; .*keep_masks"),
+        ({"a": np.arange(4)}, "a: the mask must be bool .*, got int64"),
     ]:
         with pytest.raises(ValueError, match=message):
             pruning.thin(params, mask, graph)
@@ -481,6 +521,41 @@ def test_bad_input_is_refused():
         ValueError, match="the function cannot be traced: .*boolean conversion"
     ):
         channels.trace(lambda p, x: x if p["a"].sum() > 0 else -x, params, draw(5, 3))
+
+
+def test_two_masks_of_one_layer_are_refused():
+    params = {"net": {"a": draw(3, 4), "b": draw(4, 2)}}
+    graph = channels.trace(
+        lambda p, x: jax.nn.relu(x @ p["net"]["a"]) @ p["net"]["b"], params, draw(5, 3)
+    )
+    keep = {"a": np.arange(4) != 2, "net/a": np.arange(4) != 1}
+    with pytest.raises(ValueError, match="several masks of one layer: a, net/a"):
+        pruning.thin(params, keep, graph)
+
+
+def test_keys_and_python_numbers_among_the_variables():
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.a = nnx.Linear(3, 4, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+            self.b = nnx.Linear(4, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.b(self.dropout(nnx.relu(self.a(x))))
+
+    structure, state = nnx.split(Network(nnx.Rngs(0)))
+    variables = {"state": state, "scale": 2.0}
+
+    def network(v, x):
+        return v["scale"] * nnx.merge(structure, v["state"])(x)
+
+    x = draw(5, 3)
+    graph = channels.trace(network, variables, x)
+    keep = {"a": np.arange(4) != 2}
+    masks = channels.channel_masks(keep, graph, variables)
+    masked = network(pruning.apply_masks(variables, masks), x)
+    smaller = network(pruning.thin(variables, keep, graph), x)
+    np.testing.assert_allclose(smaller, masked, rtol=1e-5, atol=1e-6)
 
 
 def test_masks_of_tied_entries_must_agree():

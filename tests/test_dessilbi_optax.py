@@ -214,6 +214,14 @@ def test_hyperparameters_may_be_injected(make, rate):
     )
 
 
+def test_injected_hyperparameters_may_be_donated():
+    params = {"kernel": jnp.ones((2, 3))}
+    optimizer = optax.inject_hyperparams(lbi.dessilbi)(0.1, 1.0, kappa=2.0)
+    step = jax.jit(optimizer.update, donate_argnums=1)
+    _, state = step(params, optimizer.init(params), params)
+    assert coupling_of(state).kappa == 2
+
+
 def test_accumulated_gradients_equal_the_large_batch():
     rng = np.random.default_rng(0)
     params = tensors()

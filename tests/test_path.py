@@ -237,6 +237,18 @@ def test_partitioned_chain():
     chex.assert_trees_all_equal(sparse["fc/bias"], params["fc"]["bias"])
 
 
+def test_partition_by_subtrees():
+    """Labels of whole subtrees hide them as one leaf."""
+    params = tensors()
+    labels = {"conv": "first", "fc": "second"}
+    couplings = {name: coupled(L1(0.1)) for name in ("first", "second")}
+    state = optax.partition(couplings, labels).init(params)
+    chex.assert_trees_all_equal(lbi.gamma(state), jax.tree.map(jnp.zeros_like, params))
+    hidden = optax.masked(coupled(L1(0.1)), {"conv": True, "fc": False}).init(params)
+    assert lbi.gamma(hidden)["fc"] == optax.MaskedNode()
+    chex.assert_trees_all_equal_structs(lbi.gamma(hidden, params), params)
+
+
 def test_state_without_record_of_entries_is_refused():
     optimizer = coupled()
     with pytest.raises(ValueError, match="record_entry=True"):

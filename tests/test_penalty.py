@@ -348,6 +348,12 @@ def test_names_of_leaves_in_other_trees():
     ]
 
 
+def test_two_leaves_of_one_path_are_refused():
+    leaf = jnp.zeros((2, 2))
+    with pytest.raises(ValueError, match="two parameters have the path a/b"):
+        assign("auto", {"a": {"b": leaf}, "a/b": leaf})
+
+
 def test_axes_that_do_not_fit_name_the_layer():
     rules = {"conv": GroupL2(group_axes=3), "dense": "auto"}
     message = re.escape(

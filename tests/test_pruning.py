@@ -168,6 +168,13 @@ def test_numbers_out_of_range_are_refused(arguments, message):
         pruning.keep_masks({"a": np.arange(3.0)}, **arguments)
 
 
+def test_importance_that_is_nan_is_refused():
+    importance = {"a": np.arange(3.0), "b": np.array([1, np.nan])}
+    for scope in ("layer", "global"):
+        with pytest.raises(ValueError, match="b: the importance of a group is NaN"):
+            pruning.keep_masks(importance, 0.5, scope=scope)
+
+
 # What is important.
 
 
@@ -470,6 +477,15 @@ def test_spread_masks_of_an_unknown_layer_are_refused(layer):
     message = f"unknown layer {layer}; the layers are conv/kernel, dense/kernel"
     with pytest.raises(ValueError, match=message):
         pruning.spread_masks({layer: np.ones(5, bool)}, random_params())
+
+
+def test_scores_in_place_of_masks_are_refused():
+    params = random_params()
+    scores = pruning.magnitude_importance(params)
+    with pytest.raises(
+        ValueError, match="conv/kernel: the mask must be bool .*float64"
+    ):
+        pruning.spread_masks(scores, params)
 
 
 @pytest.mark.parametrize("layer", ["conv/kernel", "dense/kernel"])

@@ -236,6 +236,103 @@ def test_low_rank_factors_and_a_fused_kernel():
     assert layers["fused"].input == (1,) and 2 in layers["fused"].output
 
 
+@pytest.mark.parametrize("cell", [nn.OptimizedLSTMCell, nn.GRUCell])
+def test_cells_that_join_kernels_and_start_from_zeros(cell):
+    layers = linen(nn.RNN(cell(5, name="cell")), shape(2, 6, 3))
+    kernel = Layer("product", output=(1,), input=(0,))
+    assert {layer for path, layer in layers.items() if "kernel" in path} == {kernel}
+    # Scaled by a gate together with its kernel, the bias of a GRU is still a bias.
+    assert {layer for path, layer in layers.items() if "bias" in path} == {BIAS}
+
+
+def test_gains_of_a_kernel_are_scales():
+    """Weight normalization, scaled standardization, a gate, the factor of low ranks."""
+
+    def network(p, x):
+        norms = jax.lax.rsqrt(jnp.square(p["v"]).sum(0, keepdims=True) + 1e-6)
+        x = x @ (p["g"][None] * p["v"] * norms)
+        gain = jax.lax.rsqrt(p["w"].var(0) + 1e-6) * p["gain"]
+        x = x @ (p["w"] * gain[None] - (p["w"].mean(0) * gain)[None])
+        x = x @ (p["gated"] * jax.nn.sigmoid(p["gate"])[:, None])
+        return x @ (p["base"] + p["alpha"] * (p["a"] @ p["b"]))
+
+    sizes = {"v": (3, 4), "w": (4, 5), "gated": (5, 6), "base": (6, 7)}
+    low_rank = {"a": (6, 2), "b": (2, 7)}
+    gains = {"g": (4,), "gain": (5,), "gate": (5,), "alpha": ()}
+    params = {k: shape(*n) for k, n in (sizes | low_rank | gains).items()}
+    layers = lbi.groups(network, params, shape(2, 3))
+    kernel = Layer("product", output=(1,), input=(0,))
+    assert {path: layers[path] for path in gains} == dict.fromkeys(gains, SCALE)
+    assert {path: layers[path] for path in sizes} == dict.fromkeys(sizes, kernel)
+    assert layers["a"].input == (0,) and layers["b"].output == (1,)
+    assert layers["a"].kind == layers["b"].kind == "product"
+
+
+class Queries(nn.Module):
+    """Attention from a learned query, looked-up queries, a network of positions."""
+
+    @nn.compact
+    def __call__(self, x):
+        probe = self.param("probe", nn.initializers.normal(), (1, 1, 4))
+        probe = jnp.tile(probe, (len(x), 1, 1))
+        pooled = nn.MultiHeadDotProductAttention(2, name="attention")(probe, x)
+        queries = nn.Embed(3, 4, name="queries")(jnp.arange(3))
+        queries = nn.Dense(5, name="hidden")(queries)
+        grid = jnp.linspace(-1, 1, 10).reshape(5, 2)
+        places = jnp.sin(nn.Dense(6, name="first")(grid))
+        places = nn.Dense(4, use_bias=False, name="second")(places)
+        x = nn.Dense(5, name="keys")(pooled + x + places[None])
+        return jnp.einsum("bnd,qd->bqn", x, queries)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_activations_that_no_input_reaches(batch):
+    layers = linen(Queries(), shape(batch, 5, 4))
+    head = Layer("product", output=(1, 2), input=(0,), heads=(1,))
+    assert layers["attention/query/kernel"] == layers["attention/key/kernel"] == head
+    for name in ("hidden", "first", "second", "keys"):
+        kernel = Layer("product", output=(1,), input=(0,))
+        assert (name, layers[f"{name}/kernel"]) == (name, kernel)
+    assert layers["probe"].kind == layers["queries/embedding"].kind == "embedding"
+    biases = {layer for path, layer in layers.items() if path.endswith("bias")}
+    assert biases == {BIAS}
+
+
+def test_an_image_of_parameters_is_no_kernel():
+    def network(p, style):
+        x = jax.lax.conv(p["image"], p["kernel"], (1, 1), "SAME")
+        return x * (style @ p["style"])[:, :, None, None]
+
+    sizes = {"image": (1, 3, 4, 4), "kernel": (5, 3, 3, 3), "style": (2, 5)}
+    params = {name: shape(*size) for name, size in sizes.items()}
+    layers = lbi.groups(network, params, shape(1, 2))
+    assert layers["image"].kind == "embedding"
+    assert layers["kernel"].output == (0,)
+
+
+def test_a_gate_by_einsum_has_no_heads():
+    def network(p, x):
+        gate = jax.nn.sigmoid(x.mean(1) @ p["gate"])
+        return jnp.einsum("bnd,bd->bnd", x @ p["w"], gate) @ p["out"]
+
+    params = {"gate": shape(3, 5), "w": shape(3, 5), "out": shape(5, 2)}
+    kernel = Layer("product", output=(1,), input=(0,))
+    layers = lbi.groups(network, params, shape(2, 4, 3))
+    assert dict(layers) == dict.fromkeys(params, kernel)
+
+
+def test_experts_of_ragged_products():
+    def network(p, x, sizes):
+        return jax.lax.ragged_dot(
+            jax.lax.ragged_dot(x, p["up"], sizes), p["down"], sizes
+        )
+
+    params = {"up": shape(3, 4, 6), "down": shape(3, 6, 4)}
+    layers = lbi.groups(network, params, shape(7, 4), shape(3, dtype=jnp.int32))
+    expert = Layer("product", output=(2,), input=(1,), stacked=(0,))
+    assert dict(layers) == dict.fromkeys(params, expert)
+
+
 def test_output_axes_are_what_the_outputs_depend_on():
     """An oracle that knows no layouts: entry k of the output axis moves channel k."""
     x = draw(2, 5, 4)
