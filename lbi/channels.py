@@ -190,8 +190,8 @@ def channel_masks(
       A tree of bool arrays like `variables`, for `lbi.pruning.apply_masks`.
 
     Raises:
-      ValueError: if a layer is not in the map, a mask is not bool, a channel cannot be
-        removed, or the map does not fit the variables.
+      ValueError: if a layer is not in the map, a mask has other values than bool, a
+        channel cannot be removed, or the map does not fit the variables.
     """
     slices = _slices(keep, channel_map, variables)
 
@@ -235,8 +235,8 @@ def thin(
       A tree of the same structure with smaller arrays.
 
     Raises:
-      ValueError: if a layer would lose all its channels, a mask is not bool, a channel
-        cannot be removed, a parameter is NaN, or the map does not fit.
+      ValueError: if a layer would lose all its channels, a mask has other values than
+        bool, a channel cannot be removed, a parameter is NaN, or the map does not fit.
     """
     for name, kept in keep.items():
         if not np.any(kept):
@@ -263,14 +263,16 @@ def check_layers(named: Mapping[str, Any], known: Mapping[str, Any]) -> None:
 
 
 def bool_mask(name: str, mask: Any) -> np.ndarray | jax.Array:
-    """The mask as an array. Raises ValueError for scores or indices in its place."""
+    """The mask as a bool array; ValueError for scores or indices in its place."""
     mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
-    if mask.dtype != bool:
+    if mask.dtype == bool:
+        return mask
+    if isinstance(mask, jax.core.Tracer) or not np.isin(mask, (0, 1)).all():
         raise ValueError(
             f"{name}: the mask must be bool (True = keep), got {mask.dtype}; "
             "lbi.pruning.keep_masks makes masks from scores."
         )
-    return mask
+    return mask.astype(bool)
 
 
 def _slices(keep, channel_map, variables):

@@ -256,8 +256,8 @@ def spread_masks(
       removed.
 
     Raises:
-      ValueError: if a mask names a layer without a penalty, is not bool or has the
-        wrong shape.
+      ValueError: if a mask names a layer without a penalty, has other values than bool
+        or the wrong shape.
     """
     assigned = FrozenSpec.make(penalty).assign(params)
     channels.check_layers(masks, assigned)

@@ -509,10 +509,13 @@ def test_bad_input_is_refused():
             pruning.thin(other, keep, graph)
     for mask, message in [
         ({"c": np.ones(4, bool)}, "c is not a layer of the traced network: a"),
-        ({"a": np.ones(3, bool)}, r"a: the mask must have shape \(4,\), got \(3,\)"),
-        ({"a": np.zeros(4, bool)}, "a would lose all its channels"),
+        ({"a": np.ones(3)}, r"a: the mask must have shape \(4,\), got \(3,\)"),
+        ({"a": np.zeros(4)}, "a would lose all its channels"),
         # Scores, and the numbers of the channels to keep.
-        ({"a": np.ones(4)}, "a: the mask must be bool .*, got float64; .*keep_masks"),
+        (
+            {"a": np.full(4, 0.5)},
+            "a: the mask must be bool .*, got float64; .*keep_masks",
+        ),
         ({"a": np.arange(4)}, "a: the mask must be bool .*, got int64"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -54,8 +54,8 @@ BASE = {
     # training images. Distances use at most as many as there are images to compare
     # with, the accuracy score uses all.
     "num_images": 0,
-    # Whether the network is added to the velocity of the Gaussian of each class. It then
-    # has only the difference to learn.
+    # Whether the network is added to the velocity of the Gaussian of each class, which
+    # leaves it only the difference to learn.
     "gaussian": True,
     # The fields of experiments.networks.dit.DiT.
     "model": {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "mlp_dim": 256},
