@@ -20,6 +20,8 @@ from experiments.networks import registry
 from experiments.training import classifier, loop, optimizers
 from experiments.training import lbi as lbi_training
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 LAYERS = ["conv1", "conv2", "conv3", "fc1", "fc2"]
 
 
@@ -40,14 +42,22 @@ def prune_config(**changes):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    """A finished run of one method."""
+    workdir = tmp_path_factory.mktemp("trained") / "dessilbi_seed0"
+    return workdir, train_lbi.train_and_evaluate(train_config(), workdir)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
     """A finished run of two methods."""
-    workdir = tmp_path_factory.mktemp("trained")
+    workdir = tmp_path_factory.mktemp("both")
     config = train_config(methods=("adam", "dessilbi"))
     return workdir, train_lbi.train_and_evaluate(config, workdir)
 
 
-def test_table_and_files_of_several_methods(trained):
-    workdir, summary = trained
+@pytest.mark.slow
+def test_table_and_files_of_several_methods(both):
+    workdir, summary = both
     assert runs.load_summary(workdir) == summary
     for method in ("adam", "dessilbi"):
         single = summary["runs"][f"{method}_seed0"]
@@ -65,7 +75,8 @@ def test_table_and_files_of_several_methods(trained):
 
 
 def test_path_in_files_is_that_of_the_state(trained):
-    folder = trained[0] / "dessilbi_seed0"
+    folder, summary = trained
+    assert summary == runs.load_summary(folder)
     config = runs.load_config(folder)
     images = classifier.load_images(config)
     loaded = prune_lbi.load_trained(folder, images)
@@ -98,8 +109,8 @@ def test_path_in_files_is_that_of_the_state(trained):
 
 
 @pytest.mark.slow
-def test_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeypatch):
-    workdir, whole = trained
+def test_resumed_run_ends_like_an_uninterrupted_one(both, tmp_path, monkeypatch):
+    workdir, whole = both
     check, calls = loop.check_finite, []
 
     # Of the second method, after its checkpoint at step 4.
@@ -188,8 +199,9 @@ def test_own_images_are_mixed_before_the_first_ones_are_taken(tmp_path):
     assert len(images.test[0]) == 40
 
 
-def test_finds_the_runs_of_a_method(trained, tmp_path):
-    workdir = trained[0]
+@pytest.mark.slow
+def test_finds_the_runs_of_a_method(both, tmp_path):
+    workdir = both[0]
     folders = prune_lbi.find_runs(prune_config(run=str(workdir)))
     assert folders == [workdir / "dessilbi_seed0"]
     single = str(workdir / "dessilbi_seed0")
