@@ -263,7 +263,15 @@ def check_layers(named: Mapping[str, Any], known: Mapping[str, Any]) -> None:
 
 
 def bool_mask(name: str, mask: Any) -> np.ndarray | jax.Array:
-    """The mask as a bool array; ValueError for scores or indices in its place."""
+    """The mask of a layer as a bool array.
+
+    Args:
+      name: of the layer, for the error.
+      mask: bool, or numbers that are 0 and 1.
+
+    Raises:
+      ValueError: for other numbers, which may be scores or indices.
+    """
     mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
     if mask.dtype == bool:
         return mask

@@ -13,6 +13,7 @@ from experiments.networks import convnext, registry
 from experiments.networks.dit import DiT
 from experiments.timing import functa, lbi, peers, rounds
 from experiments.training import encoding
+from functa import flow
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
@@ -145,12 +146,17 @@ def test_arithmetic_of_a_sample_is_what_xla_counts():
         variant="smoke", batch_size=2, shape=shape, num_heads=4, **sizes
     )
     model = DiT(10, num_heads=4, **sizes)
-    params, *_ = path.inputs
-    counted = jax.jit(model.apply).lower(
-        {"params": params}, np.zeros((2, *shape)), np.zeros(2), np.zeros(2, np.int32)
+
+    def velocity(params, gaussians, x, time, labels):
+        learned = model.apply({"params": params}, x, time, labels)
+        return learned + flow.gaussian_velocity(gaussians, labels)(x, time)
+
+    counted = jax.jit(velocity).lower(
+        *path.inputs[0], np.zeros((2, *shape)), np.zeros(2), np.zeros(2, np.int32)
     )
     counted = counted.compile().cost_analysis()["flops"]
     multiply_adds = functa.count_dit(num_tokens=6, channels=5, **sizes)
+    multiply_adds += 2 * 11 * 30**2  # to the axes of ten classes and of all, and back
     # XLA also counts normalization, activations and the waves.
     assert 1 <= counted / (2 * 2 * multiply_adds) < 1.1
     steps = generate_configs.get_config("smoke").sampling.num_steps
