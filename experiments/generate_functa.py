@@ -165,8 +165,8 @@ def _check_classes(config, path, labels):
         return ()
     if config.sampling.guidance != 1 and not config.label_dropout:
         raise ValueError(
-            "sampling.guidance needs label_dropout above 0: without it the flow is not "
-            "trained on signals of no class."
+            "sampling.guidance needs label_dropout above 0: guidance uses the flow "
+            "without a class, which is trained only on dropped labels."
         )
     if labels.min() < 0:
         raise ValueError(

@@ -98,7 +98,8 @@ def fit_gaussians(
     Args:
       latents: normalized latents, (N, *Z).
       labels: integers below K, (N,).
-      num_classes: K. A class of fewer than two latents has the Gaussian of all.
+      num_classes: K. The number K and a class of fewer than two latents have the
+        Gaussian of all.
       min_variance: smaller variances are raised to it, because the velocity would be
         infinite at t = 1.
 
@@ -113,13 +114,13 @@ def fit_gaussians(
     if len(latents) < 2:
         raise ValueError(f"a Gaussian needs at least two latents, got {len(latents)}.")
     flat = np.float64(latents).reshape(len(latents), -1)
-    sets = [flat[labels == number] for number in range(num_classes)]
     means, variances, axes = [], [], []
-    for values in [*sets, flat]:
+    for number in range(num_classes + 1):
+        values = flat[labels == number]
         values = values if len(values) > 1 else flat
-        variance, vectors = np.linalg.eigh(
-            np.cov(values, rowvar=False).reshape(2 * [flat.shape[1]])
-        )
+        centered = values - values.mean(0)
+        covariance = centered.T @ centered / (len(values) - 1)
+        variance, vectors = np.linalg.eigh(covariance)
         means.append(values.mean(0))
         variances.append(np.maximum(variance, min_variance))
         axes.append(vectors)

@@ -159,11 +159,13 @@ def write_members(
             np.lib.format.write_array(member, np.array(digest.hexdigest()))
 
 
-def load_functaset(path: str | Path) -> Functaset:
+def load_functaset(path: str | Path, *, with_signals: bool = True) -> Functaset:
     """Reads a functaset and checks it.
 
     Args:
       path: an .npz file, for example one written by `save_functaset`.
+      with_signals: whether to read the signals. Without them the arrays of the signals
+        have no rows, and the checksum is not verified.
 
     Returns:
       The data set.
@@ -196,10 +198,13 @@ def load_functaset(path: str | Path) -> Functaset:
         raise FileNotFoundError(f"functaset {path} does not exist.")
     headers = npz.read_headers(path, {*Functaset._fields, _CHECKSUM})
     _check_shapes(headers, path)
-    arrays = npz.read_arrays(path, headers)
+    skipped = () if with_signals else (*_ROWS, _CHECKSUM)
+    arrays = npz.read_arrays(path, [name for name in headers if name not in skipped])
     stored = arrays.pop(_CHECKSUM, None)
     if stored is not None and str(stored) != _digest(arrays):
         raise ValueError(f"{path} is damaged: its checksum does not match its arrays.")
+    for name in set(_ROWS) - set(arrays):
+        arrays[name] = np.empty((0, *headers[name].shape[1:]), headers[name].dtype)
     arrays = _check_values(arrays, path)
     try:
         arrays["config"] = json.loads(str(arrays["config"]))
@@ -249,7 +254,7 @@ def _check_shapes(arrays, source):
 def _check_values(arrays, source):
     """Checks ranges and returns the arrays in the dtypes of the format."""
     label = arrays["label"]
-    if label.min() < -1 or label.max() >= MAX_CLASSES:
+    if label.size and (label.min() < -1 or label.max() >= MAX_CLASSES):
         raise ValueError(
             f"{source}: `label` must be from -1 to {MAX_CLASSES - 1}, got "
             f"{label.min()} to {label.max()}."

@@ -255,3 +255,24 @@ def test_model_of_a_functaset_that_names_none():
             functa.reconstruct(signals, {}, 4)
     with pytest.raises(ValueError, match=r"model type \('Siren',\) is not one of"):
         functa.make_model({"type": ["Siren"]})
+
+
+def test_a_functaset_without_its_signals(tmp_path):
+    rng = np.random.default_rng(0)
+    whole = functa.Functaset(
+        latent=np.float32(rng.normal(size=(5, 2, 2, 3))),
+        label=np.arange(5, dtype=np.int32),
+        psnr=np.full(5, 30, np.float32),
+        split=np.array(["train"] * 4 + ["test"]),
+        mean=np.ones(3, np.float32),
+        std=np.full(3, 2, np.float32),
+        config={"dataset": "digits"},
+        params_sha256="a",
+    )
+    path = tmp_path / "functaset.npz"
+    functa.save_functaset(path, whole)
+    found = functa.load_functaset(path, with_signals=False)
+    assert found.latent.shape == (0, 2, 2, 3) and found.label.shape == (0,)
+    np.testing.assert_array_equal(found.mean, whole.mean)
+    np.testing.assert_array_equal(found.std, whole.std)
+    assert (found.config, found.params_sha256) == (whole.config, "a")

@@ -193,6 +193,7 @@ def draw(
     Returns:
       float32 (N, *Z). A sample does not depend on the number of the others.
     """
+    sampled = devices.replicate(sampled, local=True)  # not again for each batch
     return devices.in_batches(
         functools.partial(make_sampler(config, model, shape), sampled),
         np.arange(len(labels)),

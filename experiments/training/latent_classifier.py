@@ -82,7 +82,10 @@ def load(
     if config.get("experiment") != "classify_functa" or config.features != "latents":
         raise ValueError(f"{path} is not a run of classify_functa on latents.")
     [seed] = config.seeds
-    source = functaset.load_functaset(config.functaset.replace("{seed}", str(seed)))
+    # The latents, of which there may be many copies, are not needed.
+    source = functaset.load_functaset(
+        config.functaset.replace("{seed}", str(seed)), with_signals=False
+    )
     if source.params_sha256 != params_sha256:
         raise ValueError(f"{path} classifies the latents of other weights.")
     classified = source.config.get("dataset")

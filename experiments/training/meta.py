@@ -69,7 +69,7 @@ class Guard:
 
 
 # Variance of rounding to 8 bits: a batch of constant signals has at least this power.
-_MIN_POWER = 1 / (12 * 255**2)
+MIN_POWER = 1 / (12 * 255**2)
 # Factor of the updates after a recovery, and the number of recoveries that is allowed.
 _SLOWER, _MAX_RECOVERIES = 0.5, 8
 
@@ -527,7 +527,7 @@ def train(
         losses, psnrs, powers = [], [], []
         for step in range(start, stop):
             points, targets = make_batch(config, images, step, coords)
-            powers.append(targets.var() + _MIN_POWER)
+            powers.append(targets.var() + MIN_POWER)
             weights = None
             if weight is not None:
                 weights = weight.ravel()

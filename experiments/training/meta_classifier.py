@@ -381,7 +381,7 @@ def train(run: runs.Run, problem: Problem) -> TrainState:
     def advance(state, start, stop):
         # The ends of phases are stops.
         phase = next(name for name, last in plan if start < last)
-        rows = []
+        rows, powers = [], []
         for step in range(start, stop):
             indices = data.batch_indices(
                 config.seeds[0],
@@ -390,6 +390,7 @@ def train(run: runs.Run, problem: Problem) -> TrainState:
                 batch_size=config.batch_size,
             )
             batch = train.image[indices], train.label[indices]
+            powers.append(np.var(batch[0] / 255))
             if phase != "warm":
                 batch = devices.divide(batch)
             step_key = jax.random.fold_in(key, step)
@@ -404,7 +405,8 @@ def train(run: runs.Run, problem: Problem) -> TrainState:
         if is_guarded(config) and phase != "head":
             state, recovered = meta.keep_or_recover(
                 state,
-                metrics["psnr"],
+                # The signal-to-noise ratio, as in `meta.train`.
+                metrics["psnr"] - functa.psnr(np.mean(powers) + meta.MIN_POWER),
                 max_drop=config.max_drop,
                 other_latents=start == config.warm_start_steps,
             )
