@@ -19,7 +19,7 @@ layers of torch; here the primitives of JAX take the place of the layers.
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,24 +28,11 @@ import numpy as np
 from jax.extend.core import Literal
 
 from lbi.penalty import named_leaves
+from lbi.units import FIXED, Column, Units
 
-# The unit that is never removed.
-_FIXED = 0
 _CONTRIBUTES = "a removed channel would still contribute to a sum"
 _SELECTED = "one of them is selected"
 _OUTPUT = "they are an output of the network"
-
-
-class Column(NamedTuple):
-    """One unit for each index along an axis.
-
-    Attributes:
-      units: unit numbers, (n,), int.
-      origins: the axes of parameters that the indices come from, {(path, axis)}.
-    """
-
-    units: np.ndarray
-    origins: frozenset = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,163 +75,6 @@ class Use(NamedTuple):
     roles: dict[int, str]
 
 
-class _Units:
-    """Units, which of them are tied, and which are fixed.
-
-    A class of tied units can have parts: it is then removed if one of them is.
-    """
-
-    def __init__(self):
-        self._parent = np.arange(1024)
-        self._size = 1
-        self._parts = {}
-        self._has_parts = np.zeros(1024, bool)
-        self._fixed = []
-
-    def fresh(self, count: int) -> np.ndarray:
-        """New units, (count,)."""
-        start, self._size = self._size, self._size + count
-        if self._size > len(self._parent):
-            grown = np.arange(2 * self._size)
-            grown[: len(self._parent)] = self._parent
-            self._parent = grown
-            flags = np.zeros(len(grown), bool)
-            flags[: len(self._has_parts)] = self._has_parts
-            self._has_parts = flags
-        return np.arange(start, self._size)
-
-    def find(self, units: np.ndarray) -> np.ndarray:
-        """The number of the class of each unit."""
-        roots = self._parent[units]
-        while not np.array_equal(above := self._parent[roots], roots):
-            roots = above
-        self._parent[units] = roots
-        return roots
-
-    def fix(self, columns: Sequence[Column], reason: str) -> None:
-        """Forbids to remove the units of these columns."""
-        self._fixed += [(column.units, reason) for column in columns]
-
-    def tie(self, first: np.ndarray, second: np.ndarray, reason: str) -> None:
-        """Makes units (n,) and (n,) removable only together."""
-        first, second = self.find(first), self.find(second)
-        differ = first != second
-        first, second = first[differ], second[differ]
-        every = np.concatenate([first, second])
-        simple = len(np.unique(every)) == len(every) and not (every == _FIXED).any()
-        if simple and not self._has_parts[every].any():
-            self._parent[second] = first  # all at once, as the loop below would
-            return
-        for pair in dict.fromkeys(zip(first.tolist(), second.tolist(), strict=True)):
-            self._tie_one(*pair, reason)
-
-    def tie_axes(self, first, second, reason: str) -> None:
-        """Ties all columns of one axis to those of another of the same length."""
-        if len(first) == len(second) == 1:
-            self.tie(first[0].units, second[0].units, reason)
-            return
-        first, second = self.leaves(first), self.leaves(second)
-        if len(first) > len(second):
-            first, second = second, first
-        if len(first) == len(second):
-            pairs, rest = list(zip(first, second, strict=True)), []
-        else:
-            # Columns with the same partition of the indices belong together; the
-            # others, for example the window of a kernel, keep their length.
-            pairs, rest = [], list(second)
-            for column in first:
-                same = [c for c in rest if _same_partition(column.units, c.units)]
-                if same:
-                    pairs.append((column, same[0]))
-                    rest = [c for c in rest if c is not same[0]]
-            if len(pairs) < len(first) == 1:
-                self.expand(first[0].units, [c.units for c in second], reason)
-                return
-            if len(pairs) < len(first):
-                pairs, rest = [], [*first, *second]
-        for a, b in pairs:
-            self.tie(a.units, b.units, reason)
-        self.fix(rest, reason)
-
-    def expand(self, units: np.ndarray, parts: Sequence[np.ndarray], reason) -> None:
-        """Makes unit i removed if and only if one of parts[0][i], ... is."""
-        rows = np.stack([self.find(units), *map(self.find, parts)], axis=1)
-        for root, *row in np.unique(rows, axis=0).tolist():
-            self._expand_one(root, tuple(row), reason)
-
-    def leaves(self, columns: Sequence[Column]) -> list[Column]:
-        """The same columns in terms of classes without parts."""
-        found = []
-        for column in columns:
-            found += [
-                Column(units, column.origins) for units in self._leaves(column.units, 0)
-            ]
-        return found
-
-    def reasons(self) -> dict[int, str]:
-        """{class without parts: why it is fixed}."""
-        found = {}
-
-        def add(root, reason, depth):
-            parts = self._parts.get(root)
-            if parts is None or depth > _MAX_DEPTH:
-                found.setdefault(root, reason)
-                return
-            for part in parts:
-                add(self._root(part), reason, depth + 1)
-
-        for units, reason in self._fixed:
-            for root in np.unique(self.find(units)).tolist():
-                add(root, reason, 0)
-        found.pop(_FIXED, None)
-        return found
-
-    def _root(self, unit):
-        return int(self.find(np.array([unit]))[0])
-
-    def _tie_one(self, first, second, reason):
-        first, second = self._root(first), self._root(second)
-        if first == second:
-            return
-        if _FIXED in (first, second):
-            self.fix([Column(np.array([max(first, second)]))], reason)
-            return
-        self._parent[second] = first
-        parts = self._parts.pop(second, None)
-        if parts is not None:
-            self._expand_one(first, parts, reason)
-
-    def _expand_one(self, root, parts, reason):
-        root = self._root(root)
-        if root == _FIXED:
-            self.fix([Column(np.array(parts))], reason)
-            return
-        known = self._parts.get(root)
-        if known is None:
-            self._parts[root] = parts
-            self._has_parts[root] = True
-        elif len(known) == len(parts):
-            for pair in zip(known, parts, strict=True):
-                self._tie_one(*pair, reason)
-        else:
-            self.fix([Column(np.array(known + parts))], reason)
-
-    def _leaves(self, units, depth):
-        roots = self.find(units)
-        if not self._has_parts[roots].any():
-            return [roots] if (roots != _FIXED).any() else []
-        if depth > _MAX_DEPTH:  # a class that contains itself
-            self.fix([Column(roots)], "they are reshaped in several ways")
-            return []
-        parts = [self._parts.get(root, (root,)) for root in roots.tolist()]
-        width = max(map(len, parts))
-        padded = np.array([row + (_FIXED,) * (width - len(row)) for row in parts])
-        return [leaf for part in padded.T for leaf in self._leaves(part, depth + 1)]
-
-
-_MAX_DEPTH = 8
-
-
 class Flow:
     """The result of the pass.
 
@@ -260,7 +90,7 @@ class Flow:
         leaves = named_leaves(params)
         self.shapes = {path: tuple(np.shape(leaf)) for path, leaf in leaves.items()}
         self.uses = []
-        self._units = _Units()
+        self._units = Units()
         self._heads, self._stacked, self._mixed = [], [], set()
         self._pending = {}  # uses in products that have not met an input yet
         self._line = self._reason = "an unknown line"
@@ -372,7 +202,7 @@ class Flow:
 
     def _fresh(self, size, origins=()):
         # The only channel of an axis cannot be removed; its origin is still of use.
-        units = self._units.fresh(size) if size > 1 else np.array([_FIXED])
+        units = self._units.fresh(size) if size > 1 else np.array([FIXED])
         return (Column(units, frozenset(origins)),) if size > 1 or origins else ()
 
     def _fix(self, columns, why):
@@ -627,7 +457,7 @@ class Flow:
                     parts.append(piece[number].units)
                     origins |= piece[number].origins
                 else:
-                    parts.append(np.full(value.shape[axis], _FIXED))
+                    parts.append(np.full(value.shape[axis], FIXED))
             columns.append(Column(np.concatenate(parts), origins))
         axes[axis] = tuple(columns)
         return [_Value(shape, tuple(axes), tuple(zero))]
@@ -1191,12 +1021,6 @@ def _windows(axes):
     """
     windows = [column for columns in axes for column in columns[:-1]]
     return windows, [column for columns in axes for column in columns[-1:]]
-
-
-def _same_partition(first, second):
-    numbers = [np.unique(units, return_inverse=True)[1] for units in (first, second)]
-    pairs = len(np.unique(np.stack(numbers), axis=1).T)
-    return all(pairs == n.max() + 1 for n in numbers)
 
 
 def _blocks(old, new):
