@@ -164,6 +164,11 @@ def load_signals(config: ConfigDict, path: str) -> Signals:
     train_rows = of_split["train"]
     if len(np.unique(whole.label[train_rows])) < 2:
         raise ValueError(f"{path} has signals of one class only.")
+    unseen = np.setdiff1d(whole.label[of_split["test"]], whole.label[train_rows])
+    if len(unseen):
+        raise ValueError(
+            f"{path} has test signals of class {unseen[0]}, but no training signal."
+        )
     num_classes = 1 + int(whole.label.max())
     features.check_config(path, whole)
     copies = whole.config.get("copies", 1)
@@ -434,8 +439,11 @@ def predict(head: Head, params: Any, latents: jax.Array) -> jax.Array:
 
 @jax.jit
 def keep_best(state: TrainState, accuracy: jax.Array, epoch: int) -> TrainState:
-    """Stores the average in `best` for each candidate whose accuracy has improved."""
-    better = accuracy > state.best["accuracy"]
+    """Stores the average in `best` for each candidate that is as good as its best.
+
+    Of equally good epochs the last is kept: its learning rate was the smallest.
+    """
+    better = accuracy >= state.best["accuracy"]
     now = {
         "params": state.average,
         "accuracy": accuracy,

@@ -311,6 +311,8 @@ def dessilbi(
       ValueError: if a number is out of range or `penalty` is of an unknown kind.
     """
     check_positive(nu=nu, kappa=kappa)
+    _check_decay(momentum=momentum)
+    _check_not_negative(weight_decay=weight_decay)
     links = []
     if not _is_off(weight_decay):
         links.append(_decay(weight_decay, weight_decay_mask))
@@ -372,6 +374,8 @@ def dessilbi_adam(
       ValueError: if a number is out of range, or `mode` or `penalty` is unknown.
     """
     check_positive(nu=nu, kappa=kappa)
+    _check_decay(b1=b1, b2=b2)
+    _check_not_negative(eps=eps, weight_decay=weight_decay)
     coupling = structural_coupling(
         learning_rate, nu, kappa, penalty, record_entry=record_entry
     )
@@ -386,9 +390,21 @@ def dessilbi_adam(
 
 def check_positive(**numbers: Any) -> None:
     """Raises ValueError for a number that is not > 0, unless it is traced."""
+    _check(lambda number: number > 0, "> 0", numbers)
+
+
+def _check_decay(**numbers):
+    _check(lambda number: 0 <= number < 1, "in [0, 1)", numbers)
+
+
+def _check_not_negative(**numbers):
+    _check(lambda number: number >= 0, "at least 0", numbers)
+
+
+def _check(holds, wanted, numbers):
     for name, number in numbers.items():
-        if not callable(number) and _is_known(number) and not number > 0:
-            raise ValueError(f"{name} must be > 0, got {number}.")
+        if not callable(number) and _is_known(number) and not holds(number):
+            raise ValueError(f"{name} must be {wanted}, got {number}.")
 
 
 def _is_off(number):

@@ -221,17 +221,18 @@ def test_groups_have_the_gradient_of_the_batch():
 
 
 def test_keep_best_chooses_for_each_candidate():
-    params = {"w": jnp.array([[1.0], [2.0]])}
+    params = {"w": jnp.array([[1.0], [2.0], [3.0]])}
     best = {
-        "params": {"w": jnp.zeros((2, 1))},
-        "accuracy": jnp.array([0.5, 0.5]),
-        "epoch": jnp.array([1, 1]),
+        "params": {"w": jnp.zeros((3, 1))},
+        "accuracy": jnp.array([0.5, 0.5, 0.5]),
+        "epoch": jnp.array([1, 1, 1]),
     }
     state = classify_functa.TrainState(params, None, params, best)
-    state = classify_functa.keep_best(state, jnp.array([0.5, 0.6]), 7)
-    assert state.best["params"]["w"].tolist() == [[0], [2]]
-    assert state.best["epoch"].tolist() == [1, 7]
-    np.testing.assert_allclose(state.best["accuracy"], [0.5, 0.6])
+    # Of equally good epochs the last is kept.
+    state = classify_functa.keep_best(state, jnp.array([0.4, 0.6, 0.5]), 7)
+    assert state.best["params"]["w"].tolist() == [[0], [2], [3]]
+    assert state.best["epoch"].tolist() == [1, 7, 7]
+    np.testing.assert_allclose(state.best["accuracy"], [0.5, 0.6, 0.5])
 
 
 @pytest.mark.slow
@@ -286,6 +287,12 @@ def test_report_variant_logs_the_reports_table(path, tmp_path):
     [
         (lambda f: f._replace(label=np.full_like(f.label, -1)), "without a label"),
         (lambda f: f._replace(label=np.zeros_like(f.label)), "of one class only"),
+        (
+            lambda f: f._replace(
+                label=np.where((f.split == "train") & (f.label == 2), 0, f.label)
+            ),
+            "test signals of class 2, but no training signal",
+        ),
         (lambda f: f.select("train"), "has no test split"),
         (lambda f: f.select("test"), "has no train split"),
         (lambda f: f._replace(config={"copies": 7}), "are not 7 copies"),

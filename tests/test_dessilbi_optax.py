@@ -472,6 +472,22 @@ def test_numbers_that_are_not_positive_are_refused(make, name, value):
         make(0.1, **{"nu": 2.0, name: value})
 
 
+@pytest.mark.parametrize(
+    "make, name, value, wanted",
+    [
+        (lbi.dessilbi, "momentum", 1.5, r"in \[0, 1\)"),
+        (lbi.dessilbi, "weight_decay", -1.0, "at least 0"),
+        (lbi.dessilbi_adam, "b1", 1.0, r"in \[0, 1\)"),
+        (lbi.dessilbi_adam, "b2", -0.1, r"in \[0, 1\)"),
+        (lbi.dessilbi_adam, "eps", math.nan, "at least 0"),
+        (lbi.dessilbi_adam, "weight_decay", -1.0, "at least 0"),
+    ],
+)
+def test_numbers_of_the_base_optimizer_are_checked(make, name, value, wanted):
+    with pytest.raises(ValueError, match=f"{name} must be {wanted}, got {value}"):
+        make(0.1, 2.0, **{name: value})
+
+
 @every_maker
 def test_negative_rate_of_the_dual_is_refused(make):
     with pytest.raises(ValueError, match="dual_learning_rate must be >= 0, got -0.1"):

@@ -155,6 +155,32 @@ def test_options_of_the_outer_loop_run():
     assert 0.25 <= rates.min() < rates.max() <= 0.3
 
 
+def test_mixtures_have_the_mean_the_covariance_and_the_span_of_the_signals():
+    signals = np.random.default_rng(0).normal(3.0, 1.0, (5, 2, 4, 1))
+    mean = signals.mean(0)
+    config = small_config(mix_signals=True, batch_size=5)
+    mixed = np.concatenate(
+        [meta.select_signals(config, signals, step, mean) for step in range(4000)]
+    )
+    assert mixed.dtype == np.float32 and mixed.shape == (20000, 2, 4, 1)
+    centered, flat = (x.reshape(len(x), -1) for x in (signals - mean, mixed - mean))
+    np.testing.assert_allclose(flat.mean(0), 0, atol=0.03)
+    covariance = centered.T @ centered / 5
+    np.testing.assert_allclose(flat.T @ flat / 20000, covariance, atol=0.03)
+    outside = flat - flat @ np.linalg.pinv(centered) @ centered
+    np.testing.assert_allclose(outside, 0, atol=1e-5)
+    assert np.linalg.norm(flat[:5] - centered, axis=1).min() > 0.01
+
+
+def test_codes_of_mixtures_are_mixtures_of_codes():
+    signals = np.random.default_rng(1).normal(size=(6, 4, 4, 2))
+    config = small_config(mix_signals=True, batch_size=6)
+    warm = meta.make_warm_start(signals, 5)
+    codes = meta.select_signals(config, warm.codes(signals, (5,)), 7)
+    mixed = meta.select_signals(config, signals, 7, signals.mean(0))
+    np.testing.assert_allclose(codes, warm.codes(mixed, (5,)), rtol=1e-4, atol=1e-5)
+
+
 def test_batches_coarse_and_subsampled():
     images = data.load_dataset("digits").splits["train"]["image"]
     config = small_config(coarse_steps=1)

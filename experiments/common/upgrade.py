@@ -57,6 +57,7 @@ RENAMED: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
 # stored configuration that gives it}.
 ADDED: dict[str, dict[str, Any]] = {
     "meta_learn": {
+        "mix_signals": False,
         "model.derivative_dtype": "float32",
         "inner.calibration": None,
         "warm_start_steps": 0,

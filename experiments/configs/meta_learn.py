@@ -114,6 +114,9 @@ BASE = {
     # coarse_factor x coarse_factor pixels.
     "coarse_steps": 0,
     "coarse_factor": 2,
+    # Whether a batch has mixtures of two random signals, about the mean of all, instead
+    # of signals. A field trained on few signals then describes new ones better.
+    "mix_signals": False,
     # Random pixels of each image, or points of each field, per update; 0 uses all.
     "num_pixels": 0,
     # Whether to train on random cells of different images; batch_size then counts them.
@@ -189,6 +192,7 @@ _WINDS = {
     "eval.more_steps": 17,
     "inner.rate_clip": (1e-6, 10.0),
     "max_drop": 3.0,
+    "mix_signals": True,
     "model.latent_dim": 64,
     "num_pixels": 1024,
     "num_steps": 6000,

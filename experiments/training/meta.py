@@ -453,17 +453,44 @@ def _batch_indices(config, images, step):
     )
 
 
+def select_signals(
+    config: ConfigDict, signals: np.ndarray, step: int, mean: Any = 0.0
+) -> np.ndarray:
+    """The signals of update number `step`, or mixtures of two, float32 (B, ...).
+
+    A mixture of x and y is m + cos(a) (x - m) + sin(a) (y - m) with the mean m of all
+    signals and a random angle a. Its covariance is that of the signals, because x and y
+    are drawn independently; principal components are therefore the same.
+
+    Args:
+      config: the configuration; with mix_signals they are mixtures.
+      signals: (N, ...), or their codes.
+      step: number of the update.
+      mean: m; the mean of codes is 0.
+    """
+    chosen = data.to_float(signals[_batch_indices(config, signals, step)])
+    if not config.mix_signals:
+        return chosen
+    rng = np.random.default_rng((config.seeds[0], step, 2))
+    others = data.to_float(signals[rng.integers(len(signals), size=len(chosen))])
+    angle = rng.uniform(0, 2 * np.pi, (len(chosen), *[1] * (chosen.ndim - 1)))
+    mixed = np.cos(angle) * (chosen - mean) + np.sin(angle) * (others - mean)
+    return np.float32(mean + mixed)
+
+
 def make_batch(
     config: ConfigDict,
     images: np.ndarray,
     step: int,
     coords: np.ndarray | None = None,
+    mean: np.ndarray | float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The coordinates (N, d) and targets (B, N, C) of update number `step`.
 
     The points of a signal are at `coords` (*shape, d), by default a regular grid.
+    Mixtures need the `mean` of all signals, (*shape, C).
     """
-    targets = data.to_float(images[_batch_indices(config, images, step)])
+    targets = select_signals(config, images, step, mean)
     if step < config.coarse_steps:
         batch, height, width, channels = targets.shape
         factor = config.coarse_factor
@@ -507,6 +534,10 @@ def train(
     elif config.cell:
         view = functa.spatial.layout(model, images.shape[1:-1], separate=False)
     apply_fn = view.apply_fn if view else model.apply
+    mean = 0.0
+    if config.mix_signals:
+        scale = 255 if images.dtype == np.uint8 else 1
+        mean = np.float32(images.mean(0, dtype=np.float64) / scale)
     optimizer = make_optimizer(config)
     update = make_update(config, model, optimizer, apply_fn)
     warm, all_codes, num_warm_steps = None, None, 0
@@ -526,7 +557,7 @@ def train(
     def advance(state, start, stop):
         losses, psnrs, powers = [], [], []
         for step in range(start, stop):
-            points, targets = make_batch(config, images, step, coords)
+            points, targets = make_batch(config, images, step, coords, mean)
             powers.append(targets.var() + MIN_POWER)
             weights = None
             if weight is not None:
@@ -542,7 +573,7 @@ def train(
                 if all_codes is None:
                     codes = warm.codes(targets, model.latent_shape)
                 else:
-                    codes = all_codes[_batch_indices(config, images, step)]
+                    codes = select_signals(config, all_codes, step)
                 state, loss, psnr = warm_update(
                     state, points, *devices.divide((targets, codes)), weights
                 )

@@ -340,10 +340,10 @@ def measure(
 
 @jax.jit
 def keep_best(state: TrainState, accuracy: float, step: int) -> TrainState:
-    """Stores what is evaluated in `best` if the accuracy has improved."""
+    """Stores what is evaluated in `best` if the accuracy is at least that of `best`."""
     now = _evaluated(state.field, state.head)
     now |= {"accuracy": jnp.float32(accuracy), "step": jnp.int32(step)}
-    is_better = now["accuracy"] > state.best["accuracy"]
+    is_better = now["accuracy"] >= state.best["accuracy"]
     best = jax.tree.map(lambda a, b: jnp.where(is_better, a, b), now, state.best)
     return state.replace(best=best)
 
