@@ -26,7 +26,7 @@ Variants:
     256 and depth 6; 38.7 dB in 3 minutes on one H200
     (results/meta_learn_cifar10_spatial).
   winds: monthly winds over the globe as fields on the sphere, 64 numbers each, beside
-    64 EOF of the same months (apt-get install ferret-datasets); 45 minutes on
+    64 EOF of the same months (apt-get install ferret-datasets); 23 minutes on
     two busy cores (results/meta_learn_winds).
   speech: seconds of speech as 40 cells of 200 samples, 32 numbers each, beside 32
     principal components of the cells (apt-get install
