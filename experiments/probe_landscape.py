@@ -145,6 +145,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     def tools_of(network, seed):
         return make_tools(config, images, network, seed)
 
+    if config.network or config.loss:
+        for network in config.networks:
+            _check_first_loss(config, tools_of(network, config.seeds[0]), network)
+
     def experiment(run):
         [network], [seed] = run.config.networks, run.config.seeds
         [rate] = run.config.learning_rates
@@ -574,6 +578,16 @@ def _check_derivatives(config, images, model, variables, loss):
 
     stats = variables.get("batch_stats", {})
     jax.eval_shape(derive, variables["params"], stats, pixels, labels)
+
+
+def _check_first_loss(config, tools, network):
+    """Refuses a network whose first loss is not a number."""
+    indices = np.arange(config.batch_size)
+    gradient = tools.probe(tools.init(config.learning_rates[0]), indices)
+    if not np.isfinite(gradient.loss):
+        raise ValueError(
+            f"the loss of the initial network {network} is {float(gradient.loss)}."
+        )
 
 
 def _check_sizes(config):

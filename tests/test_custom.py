@@ -177,6 +177,10 @@ def of_two(logits, labels):
     return jnp.mean(jnp.square(logits - jnp.ones((2, 10))))
 
 
+def of_negative(logits, labels):
+    return jnp.log(-1 - jnp.sum(jnp.square(logits)))
+
+
 def failing(num_classes):
     raise KeyError("width")
 
@@ -378,6 +382,14 @@ def test_what_has_no_derivatives_is_refused_before_the_run(
     config.network = f"{path}:{network}"
     config.loss = loss and f"{path}:{loss}"
     with pytest.raises(ValueError, match=message):
+        probe_landscape.train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_loss_that_is_no_number_is_refused_before_the_run(path, tmp_path):
+    config = tiny_config(num_epochs=0)
+    config.network, config.loss = f"{path}:plain", f"{path}:of_negative"
+    with pytest.raises(ValueError, match="loss of the initial network plain is nan"):
         probe_landscape.train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
