@@ -160,7 +160,7 @@ def document(root: Path = evidence.ROOT) -> str:
 
 TITLE = "The student report, table by table"
 INTRODUCTION = (
-    "Each table and figure of the student report in its order, theirs beside ours. A "
+    "Each table and figure of the student report in its order, theirs and ours. A "
     "second table says how ours were made."
 )
 _DOCUMENT = (
