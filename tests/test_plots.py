@@ -1,5 +1,6 @@
 """Public plot functions draw the data that they are given."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -154,6 +155,16 @@ def test_lines_are_the_data():
     np.testing.assert_allclose([line.get_ydata() for line in ax.lines], RUNS)
     ax = landscape.plots.step_profile(X, {"a": RUNS})
     np.testing.assert_allclose(ax.lines[0].get_ydata(), np.median(RUNS, 0))
+    # Labels of a short axis are numbers and do not touch.
+    ax.figure.canvas.draw()
+    labels = ax.get_xticklabels(minor=True) + ax.get_xticklabels()
+    boxes = sorted(
+        (text.get_window_extent().x0, text.get_window_extent().x1)
+        for text in labels
+        if text.get_text() and X.min() <= text.get_position()[0] <= X.max()
+    )
+    assert len(boxes) == 3  # 1, 2 and 5
+    assert all(left[1] < right[0] for left, right in itertools.pairwise(boxes))
 
 
 def test_entry_path_counts_what_has_entered():
@@ -414,13 +425,19 @@ def test_error_bars_of_pruning_stand_apart_and_stay_in_percent():
 
 
 def test_kept_patches_fades_what_is_pruned():
-    image = np.zeros((1, 4, 4, 1))
+    image = np.zeros((1, 4, 4, 3))
     kept = np.ones((3, 1, 4), bool)
     kept[2, 0, 1] = False  # the upper right quarter
     figure = vit.plots.kept_patches(image, kept)
     shown = figure.axes[3].images[0].get_array()
-    assert np.all(shown[:2, 2:] == 0.6) and np.sum(shown) == pytest.approx(4 * 0.6)
+    assert np.all(shown[:2, 2:] == 0.6) and np.sum(shown) == pytest.approx(12 * 0.6)
     assert "75 %" in figure.axes[3].get_title()
+    # In a gray image only pruned patches have a color, whatever their pixels are.
+    image = np.linspace(0, 1, 16).reshape(1, 4, 4, 1)
+    figure = vit.plots.kept_patches(image, kept)
+    shown = figure.axes[3].images[0].get_array()
+    pruned = np.ptp(shown, axis=-1) > 0.3
+    assert pruned[:2, 2:].all() and pruned.sum() == 4
     with pytest.raises(ValueError, match="square"):
         vit.plots.kept_patches(image, np.ones((3, 1, 5), bool))
 
@@ -446,12 +463,12 @@ def test_patches_of_oblong_images_lie_in_their_rows():
     # 2 x 3 patches of an image of 4 x 6 pixels; the last of the first row is pruned.
     kept = np.array([[[1, 1, 0, 1, 1, 1]]], bool)
     for image, grid in (
-        (np.zeros((1, 4, 6, 1)), None),
-        (np.zeros((1, 6, 6, 1)), (2, 3)),
+        (np.zeros((1, 4, 6, 3)), None),
+        (np.zeros((1, 6, 6, 3)), (2, 3)),
     ):
         figure = vit.plots.kept_patches(image, kept, grid=grid)
         shown = figure.axes[1].images[0].get_array()
-        expected = np.zeros(image.shape[1:3])
+        expected = np.zeros(image.shape[1:])
         expected[: image.shape[1] // 2, 4:] = 0.6
         np.testing.assert_array_equal(shown, expected)
     figure = vit.plots.segments(np.ones((4, 6, 3)), np.arange(6)[None] // 2)
