@@ -192,6 +192,7 @@ def rate_curves(
     x_label: str = "bits per pixel",
     y_label: str = "PSNR (dB)",
     level: float | None = None,
+    level_label: str | None = None,
     ax: Any = None,
 ) -> Any:
     """PSNR, or accuracy, of several codes against their bits.
@@ -201,10 +202,11 @@ def rate_curves(
       x_label: name and unit of the x axis.
       y_label: name and unit of the y axis.
       level: value at which the codes are compared, drawn as a horizontal line.
+      level_label: name of that line.
       ax: Axes to draw into; None makes a figure.
 
     Returns:
-      The Axes.
+      The Axes; the x axis is logarithmic.
     """
     ax = _axes(ax)
     for number, (label, (bits, values)) in enumerate(curves.items()):
@@ -218,8 +220,9 @@ def rate_curves(
             markers=True,
         )
     if level is not None:
-        ax.axhline(level, color="0.4", linestyle=":", linewidth=1)
-    ax.set_xlim(left=0)
+        ax.axhline(level, color="0.4", linestyle=":", linewidth=1, label=level_label)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:g}")
     _finish(ax, x_label, y_label)
     return ax
 
@@ -228,6 +231,7 @@ def measures(
     table: Mapping[str, Mapping[str, float | tuple[float, float]]],
     *,
     levels: Mapping[str, float] | None = None,
+    level_label: str | None = None,
     num_columns: int = 4,
 ) -> Any:
     """Measures of several sources, one panel for each measure.
@@ -237,6 +241,7 @@ def measures(
         in all panels.
       levels: {measure: value}: dotted lines, for example what is expected of an ideal
         source.
+      level_label: name of these lines, written below the panels.
       num_columns: number of panels in a row.
 
     Returns:
@@ -274,7 +279,7 @@ def measures(
                 capsize=2,
             )
         if measure in (levels or {}):
-            ax.axvline(levels[measure], color="0.4", linestyle=":", linewidth=1)
+            line = ax.axvline(levels[measure], color="0.4", linestyle=":", linewidth=1)
         ax.set_title(measure, fontsize=8)
         names = [""] * len(sources) if number % num_columns else sources
         ax.set_yticks(range(len(sources)), names)
@@ -282,6 +287,8 @@ def measures(
         ax.tick_params(labelsize=7)
         ax.locator_params(axis="x", nbins=6)
         ax.grid(alpha=0.3)
+    if level_label and levels:
+        figure.legend([line], [level_label], fontsize=8, loc="outside lower right")
     return figure
 
 

@@ -150,7 +150,11 @@ def step_profile(
         )
         low, high = np.quantile(values, [0.1, 0.9], axis=0)
         ax.fill_between(step_sizes, low, high, color=color, alpha=0.2, linewidth=0)
-    ax.set_xscale("log")
+    ax.set_xscale("log", subs=(2, 5))
+    # Over about a decade the powers of ten alone are too few labels.
+    if np.max(step_sizes) < 20 * np.min(step_sizes):
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("{x:g}")
     ax.set_yscale("log")
     _finish(ax, "step along the gradient", y_label)
     return ax

@@ -226,7 +226,8 @@ def accuracy_against_sparsity(
     Args:
       sparsity: percent removed, (K,).
       orders: {label: accuracy in percent, (K,) or (R, K)}. Of R networks the mean is
-        drawn, with error bars of one standard deviation.
+        drawn, with error bars of one standard deviation, cut at 0 and 100 %. The error
+        bars of the labels stand side by side.
       x_label: name and unit of the x axis.
       y_label: name and unit of the y axis.
       ax: Axes to draw into; None makes a figure.
@@ -238,10 +239,14 @@ def accuracy_against_sparsity(
     for number, (label, values) in enumerate(orders.items()):
         color, marker, line = _STYLES[number % len(_STYLES)]
         values = np.atleast_2d(values)
+        mean, bars, shift = values.mean(0), None, 0.0
+        if len(values) > 1:
+            bars = np.clip([mean, 100 - mean], 0, values.std(0, ddof=1))
+            shift = 0.006 * np.ptp(sparsity) * (number - (len(orders) - 1) / 2)
         ax.errorbar(
-            sparsity,
-            values.mean(0),
-            yerr=values.std(0, ddof=1) if len(values) > 1 else None,
+            sparsity + shift,
+            mean,
+            yerr=bars,
             color=color,
             marker=marker,
             markersize=4,

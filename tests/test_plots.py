@@ -1,5 +1,6 @@
 """Public plot functions draw the data that they are given."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -154,6 +155,16 @@ def test_lines_are_the_data():
     np.testing.assert_allclose([line.get_ydata() for line in ax.lines], RUNS)
     ax = landscape.plots.step_profile(X, {"a": RUNS})
     np.testing.assert_allclose(ax.lines[0].get_ydata(), np.median(RUNS, 0))
+    # Labels of a short axis are numbers and do not touch.
+    ax.figure.canvas.draw()
+    labels = ax.get_xticklabels(minor=True) + ax.get_xticklabels()
+    boxes = sorted(
+        (text.get_window_extent().x0, text.get_window_extent().x1)
+        for text in labels
+        if text.get_text() and X.min() <= text.get_position()[0] <= X.max()
+    )
+    assert len(boxes) == 3  # 1, 2 and 5
+    assert all(left[1] < right[0] for left, right in itertools.pairwise(boxes))
 
 
 def test_entry_path_counts_what_has_entered():
@@ -284,8 +295,10 @@ def test_measures_of_each_source_are_at_its_place():
             "ratio": {"Gaussian": 0.9},
         },
         levels={"ratio": 1.0},
+        level_label="ideal",
         num_columns=1,
     )
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ideal"]
     first, second = figure.axes
     names = [label.get_text() for label in first.get_yticklabels()]
     assert names == ["flow", "Gaussian"] and first.get_title() == "distance"
@@ -386,24 +399,62 @@ def test_sizes_are_on_a_logarithmic_axis():
     assert names == ["PCA", "functa"]
 
 
+def test_the_level_of_rate_curves_has_a_name():
+    ax = functa.plots.rate_curves({"a": (X, RUNS[0])}, level=20, level_label="target")
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == ["a", "target"]
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), 20)
+
+
+def test_error_bars_of_pruning_stand_apart_and_stay_in_percent():
+    values = np.array([[50.0, 0.0, 100.0], [90.0, 100.0, 100.0]])  # (R, K)
+    ax = lbi.plots.accuracy_against_sparsity(100 * X, {"a": values, "b": values})
+    first, second = (
+        container.lines[2][0].get_segments() for container in ax.containers
+    )
+    for one, other in zip(first, second, strict=True):
+        assert one[0, 0] < other[0, 0] and abs(one[0, 0] - other[0, 0]) < 5
+        np.testing.assert_allclose(one[:, 1], other[:, 1])
+    deviation = np.sqrt(800)  # of 50 and 90
+    expected = [[70 - deviation, 70 + deviation], [0, 100], [100, 100]]
+    np.testing.assert_allclose([bar[:, 1] for bar in first], expected)
+    # A single network has no error bar and lies at its sparsity.
+    ax = lbi.plots.accuracy_against_sparsity(X, {"a": RUNS[0], "b": RUNS[1]})
+    for container in ax.containers:
+        np.testing.assert_allclose(container.lines[0].get_xdata(), X)
+
+
 def test_kept_patches_fades_what_is_pruned():
-    image = np.zeros((1, 4, 4, 1))
+    image = np.zeros((1, 4, 4, 3))
     kept = np.ones((3, 1, 4), bool)
     kept[2, 0, 1] = False  # the upper right quarter
     figure = vit.plots.kept_patches(image, kept)
     shown = figure.axes[3].images[0].get_array()
-    assert np.all(shown[:2, 2:] == 0.6) and np.sum(shown) == pytest.approx(4 * 0.6)
+    assert np.all(shown[:2, 2:] == 0.6) and np.sum(shown) == pytest.approx(12 * 0.6)
     assert "75 %" in figure.axes[3].get_title()
+    # In a gray image only pruned patches have a color, whatever their pixels are.
+    image = np.linspace(0, 1, 16).reshape(1, 4, 4, 1)
+    figure = vit.plots.kept_patches(image, kept)
+    shown = figure.axes[3].images[0].get_array()
+    pruned = np.ptp(shown, axis=-1) > 0.3
+    assert pruned[:2, 2:].all() and pruned.sum() == 4
     with pytest.raises(ValueError, match="square"):
         vit.plots.kept_patches(image, np.ones((3, 1, 5), bool))
 
 
-def test_segments_are_brighter_the_more_they_are_attended():
+def test_segments_are_lighter_the_more_they_are_attended():
     segments = np.array([[0, 1, 2, 2], [2, 1, 0, 0]])
-    figure = vit.plots.segments(np.ones((4, 4, 3)), segments)
-    for head in range(2):
-        shown = figure.axes[head + 1].images[0].get_array()[::2, ::2, 0].ravel()
-        np.testing.assert_array_equal(np.argsort(shown), np.argsort(segments[head]))
+    # On a black image, too.
+    for image in (np.ones((4, 4, 3)), np.zeros((4, 4, 1))):
+        figure = vit.plots.segments(image, segments)
+        for head in range(2):
+            shown = figure.axes[head + 1].images[0].get_array()[::2, ::2].mean(-1)
+            values, ranks = np.unique(shown, return_inverse=True)
+            np.testing.assert_array_equal(ranks.ravel(), segments[head])
+            assert np.diff(values).min() > 0.05
+        names = [text.get_text() for text in figure.legends[0].get_texts()]
+        least, most = "segment 0: least attended", "segment 2: most attended"
+        assert names == [least, "segment 1", most]
     with pytest.raises(ValueError, match="square; give grid"):
         vit.plots.segments(np.ones((4, 4, 3)), segments[:, :3])
 
@@ -412,17 +463,18 @@ def test_patches_of_oblong_images_lie_in_their_rows():
     # 2 x 3 patches of an image of 4 x 6 pixels; the last of the first row is pruned.
     kept = np.array([[[1, 1, 0, 1, 1, 1]]], bool)
     for image, grid in (
-        (np.zeros((1, 4, 6, 1)), None),
-        (np.zeros((1, 6, 6, 1)), (2, 3)),
+        (np.zeros((1, 4, 6, 3)), None),
+        (np.zeros((1, 6, 6, 3)), (2, 3)),
     ):
         figure = vit.plots.kept_patches(image, kept, grid=grid)
         shown = figure.axes[1].images[0].get_array()
-        expected = np.zeros(image.shape[1:3])
+        expected = np.zeros(image.shape[1:])
         expected[: image.shape[1] // 2, 4:] = 0.6
         np.testing.assert_array_equal(shown, expected)
     figure = vit.plots.segments(np.ones((4, 6, 3)), np.arange(6)[None] // 2)
-    shown = figure.axes[1].images[0].get_array()[::2, ::2, 0]
-    np.testing.assert_allclose(shown, [[0.15, 0.15, 0.575], [0.575, 1, 1]])
+    shown = figure.axes[1].images[0].get_array()[::2, ::2].mean(-1)
+    _, ranks = np.unique(shown, return_inverse=True)
+    np.testing.assert_array_equal(ranks.reshape(2, 3), [[0, 0, 1], [1, 2, 2]])
     for grid, message in ((None, "6x6 pixels are not square"), ((2, 2), "6 patches")):
         with pytest.raises(ValueError, match=message):
             vit.plots.kept_patches(np.zeros((1, 6, 6, 1)), kept, grid=grid)

@@ -20,7 +20,7 @@ GUIDES = ("functa", "vit", "lbi", "landscape")
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
-    assert len(re.sub("<!--.*?-->", "", README).encode()) <= 8500
+    assert len(README.encode()) <= 9 * 1024
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
@@ -79,7 +79,9 @@ def test_there_are_four_examples():
 @pytest.mark.parametrize("guide", GUIDES)
 def test_guide_examples_run(guide, capsys, tmp_path, monkeypatch):
     text = (ROOT / f"docs/guides/{guide}.md").read_text()
-    [code] = re.findall(r"```python\n(import jax\n.*?)```", text, re.S)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    # Later blocks use names of earlier ones; those that read a run need one.
+    code = "\n".join(block for block in blocks if '"runs/' not in block)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, f"{guide}.md", "exec"), {"__name__": "example"})
     assert re.search(r"\d", capsys.readouterr().out)

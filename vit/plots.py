@@ -177,7 +177,7 @@ def kept_patches(
     grid: tuple[int, int] | None = None,
     ratio_labels: bool = True,
 ) -> Any:
-    """Images over the layers of a cascade; pruned patches are faded.
+    """Images over the layers of a cascade; pruned patches are faded, gray ones to blue.
 
     Args:
       images: (B, H, W, C) in [0, 1], C of 1 or 3.
@@ -209,7 +209,9 @@ def kept_patches(
         _show(axes[row, 0], image)
         for layer in range(num_layers):
             mask = _over_pixels(kept[layer, row], grid, image)
-            _show(axes[row, layer + 1], np.where(mask, image, 0.25 * image + 0.6))
+            # Gray would not differ from the pixels of a gray image.
+            fade = np.array([0.15, 0.5, 0.75]) if image.shape[-1] == 1 else 0.6
+            _show(axes[row, layer + 1], np.where(mask, image, 0.25 * image + fade))
     axes[0, 0].set_title("image", fontsize=8)
     for layer in range(num_layers):
         share = f"\n{100 * kept[layer].mean():.0f} % kept" if ratio_labels else ""
@@ -220,7 +222,7 @@ def kept_patches(
 def segments(
     image: np.ndarray, segments: np.ndarray, *, grid: tuple[int, int] | None = None
 ) -> Any:
-    """Segments of the attention over an image: the brighter, the more attended.
+    """Segments of the attention over an image: the lighter, the more attended.
 
     Args:
       image: (H, W, C) in [0, 1], C of 1 or 3.
@@ -229,7 +231,7 @@ def segments(
       grid: rows and columns of patches; None means square patches.
 
     Returns:
-      The Figure, a panel for the image and for each head.
+      The Figure, a panel for the image and for each head, with a legend.
 
     Raises:
       ValueError: if the patches do not form the grid.
@@ -240,13 +242,16 @@ def segments(
     num_heads, num_patches = segments.shape
     height, width = image.shape[:2]
     grid = _grid(num_patches, (height, width), grid)
-    luminances = np.linspace(0.15, 1, max(3, segments.max() + 1))
+    num_segments = max(3, segments.max() + 1)
+    # From dark blue to yellow, to tell segments apart on dark images, too.
+    colors = plt.get_cmap("cividis")(np.linspace(0, 1, num_segments))[:, :3]
+    gray = image.mean(-1, keepdims=True)
     num_columns = min(num_heads + 1, 7)
     num_rows = -(-(num_heads + 1) // num_columns)
     figure, axes = plt.subplots(
         num_rows,
         num_columns,
-        figsize=(1.5 * num_columns, (1.5 * height / width + 0.2) * num_rows),
+        figsize=(1.5 * num_columns, (1.5 * height / width + 0.2) * num_rows + 0.3),
         squeeze=False,
         layout="constrained",
     )
@@ -255,9 +260,15 @@ def segments(
     _show(axes.flat[0], image)
     axes.flat[0].set_title("image", fontsize=8)
     for head in range(num_heads):
-        luminance = _over_pixels(luminances[segments[head]], grid, image)
-        _show(axes.flat[head + 1], luminance * image)
+        shown = _over_pixels(segments[head], grid, image)[..., 0]
+        _show(axes.flat[head + 1], 0.35 * gray + 0.65 * colors[shown])
         axes.flat[head + 1].set_title(f"head {head}", fontsize=8)
+    names = [f"segment {number}" for number in range(num_segments)]
+    names[0], names[-1] = f"{names[0]}: least attended", f"{names[-1]}: most attended"
+    boxes = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors]
+    figure.legend(
+        boxes, names, fontsize=8, ncols=num_segments, loc="outside lower center"
+    )
     return figure
 
 
@@ -395,7 +406,9 @@ def attention_range(ranges: np.ndarray, *, ax: Any = None) -> Any:
     ax.set_ylim(bottom=0)
     ax.set_xticks(range(len(ranges)))
     _finish(
-        ax, "layer (number)", "queries whose strongest key is\n>= 3 patches away (%)"
+        ax,
+        "layer (number)",
+        "queries whose strongest key is\nat least 3 patches away (%)",
     )
     return ax
 

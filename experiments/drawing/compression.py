@@ -22,17 +22,26 @@ _PUBLISHED = _RESULTS / "published" / "summary.json"
 
 def _psnr_against_size(run):
     curves = {}
-    for name in ("pca", *sorted(run.arrays.keys() - {"pca"})):
+    grids = sorted(run.arrays.keys() - {"pca"}, key=_num_cells)
+    for name in ("pca", *grids):
         psnr = run.need(name)[1:]
         label, num_cells = "PCA of whole images", 1
         if name != "pca":
-            label = f"PCA of the cells, grid of {name}"
-            num_cells = math.prod(map(int, name.split("x")))
+            label, num_cells = _pca_of_cells(name), _num_cells(name)
         # With more components the image is exact once it is rounded to 8 bits.
         psnr = psnr[psnr <= plots.EXACT_TO_8_BITS]
         curves[label] = num_cells * np.arange(1, 1 + len(psnr)), psnr
     fields = _fields_in_results(run.config["dataset"]["name"], run.summary)
     return plots.against_num_values(curves, fields, y_label="test PSNR (dB)")
+
+
+def _num_cells(grid):
+    """Number of cells of a grid that is written RxC."""
+    return math.prod(map(int, grid.split("x")))
+
+
+def _pca_of_cells(grid):
+    return f"PCA of the cells, grid of {grid}"
 
 
 def _fields_in_results(dataset, controls):
@@ -103,14 +112,18 @@ def _compress_functa(run):
 def _psnr_against_bits(run):
     curves = {}
     for name, curve in run.summary["curves"].items():
-        grid = name.removeprefix("klt_")
-        label = _CODES.get(name, f"components of patches, grid of {grid}")
+        label = _CODES.get(name) or _pca_of_cells(name.removeprefix("klt_"))
         curves[label] = curve["bpp"], curve["psnr"]
     if run.summary["dataset"] == "cifar10" and _PUBLISHED.exists():
         published = files.read_json(_PUBLISHED)["coin_pp"]
         curves["COIN++, as published"] = published["bpp"], published["psnr"]
     level = run.summary["target_psnr"]
-    return plots.rate_curves(curves, y_label="test PSNR (dB)", level=level)
+    return plots.rate_curves(
+        curves,
+        y_label="test PSNR (dB)",
+        level=level,
+        level_label=f"{level:g} dB, where bits are compared",
+    )
 
 
 def _accuracy_against_bits(run):
@@ -119,6 +132,7 @@ def _accuracy_against_bits(run):
         {"decoded latents": (curve["bpp"], 100 * np.array(curve["accuracy"]))},
         y_label="test accuracy (%)",
         level=100 * run.summary["accuracy_not_quantized"],
+        level_label="latents before quantization",
     )
 
 

@@ -92,7 +92,8 @@ def _generated_measures(run):
             table[title] = values
             if key in expected:
                 levels[title] = expected[key]
-    return plots.measures(table, levels=levels)
+    label = "expected with the distribution of the test images"
+    return plots.measures(table, levels=levels, level_label=label)
 
 
 def _as_float(run, name):
