@@ -50,6 +50,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if images is not None:
         _check_training(config, images)
     dense = load_problem(config, images)
+    _check_network(config, dense.model)
     # A resumed run must not combine the rows of two networks.
     digest = None
     if config.checkpoint:
@@ -116,6 +117,27 @@ def _check_methods(config):
         )
     with settings.blamed_on("tuning.training"):
         vit_training.check_stages(config.tuning.training, TRAINING_RULES)
+
+
+def _check_network(config, model):
+    if model.cascade is not None:
+        raise ValueError(
+            f"{config.checkpoint} has a cascade, but pruning starts from a dense "
+            "network; save it without one: vit.save_checkpoint(path, "
+            "model.clone(cascade=None), params)."
+        )
+    for name in ("num_heads", "mlp_dim"):
+        if not isinstance(value := getattr(model, name), int):
+            raise ValueError(
+                f"all layers must have the same {name} before pruning, got {value} in "
+                f"{config.checkpoint}."
+            )
+    needy = [name for name in _methods(config) if name in vit_pruning.NEED_CLS]
+    if needy and not model.class_token:
+        raise ValueError(
+            f"methods {', '.join(needy)} need a CLS token, which the network lacks; "
+            f"{_remove(needy)}."
+        )
 
 
 # Methods that begin so work on all tokens.

@@ -304,20 +304,22 @@ def fit_grids(
     signals: jax.Array,
     *,
     learning_rate: jax.Array,
+    l2_weight: float = 0.0,
     **options,
 ) -> tuple[jax.Array, jax.Array]:
     """Fits grids of latents to signals by the inner loop, starting at zero.
 
     Separable cells are fitted as separate signals; the result is the same and the work
-    is less (`layout`). The learning rates are those of one cell in all cases: the loss
-    of a whole signal is a mean over the cells, so its gradient in the latent of a cell
-    is `num_cells` times smaller.
+    is less (`layout`). Learning rates and penalty are those of one cell in all cases:
+    the loss of a whole signal is a mean over the cells, so its gradient in the latent
+    of a cell is `num_cells` times smaller.
 
     Args:
       model: the network.
       params: its weights.
       signals: (B, *shape, C_out).
       learning_rate: (), or (C,), or per step (S, C).
+      l2_weight: weight of the penalty on the latent of a cell.
       **options: other keywords of `functa.fit_latent`.
 
     Returns:
@@ -327,13 +329,17 @@ def fit_grids(
       ValueError: if the grid does not divide the signals.
     """
     view = layout(model, signals.shape[1:-1])
+    rates = jnp.asarray(learning_rate)
+    if rates.shape == (model.channels,):
+        rates = jnp.broadcast_to(rates, view.latent.shape)
     latents, info = inner_loop.fit_batch(
         view.apply_fn,
         params,
         view.latent,
         view.coords,
         view.split(signals),
-        learning_rate=view.num_cells * learning_rate,
+        learning_rate=view.num_cells * rates,
+        l2_weight=l2_weight / view.num_cells,
         **options,
     )
     latents = latents.reshape(len(signals), *model.latent_shape)

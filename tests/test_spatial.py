@@ -245,6 +245,37 @@ def fit_whole(model, params, rates, signals):
     )
 
 
+@pytest.mark.parametrize("separate", [True, False])
+def test_rates_and_penalty_are_those_of_one_cell(problem, separate):
+    """One step from zero, then one on the gradient with the penalty, cell by cell."""
+    model, params, rates, signals = problem
+    rate, l2_weight = rates[0], 0.3
+    cell = model.cell()
+    targets = spatial.split_cells(signals, model.grid).reshape(-1, 3, 2, 2)
+
+    def loss(z, target):
+        values = cell.apply({"params": params}, centers(3, 2), z)
+        return jnp.mean(jnp.square(values - target)) + l2_weight * jnp.sum(z**2)
+
+    expected = jnp.zeros((len(targets), *cell.latent_shape))
+    for _ in range(2):
+        expected -= rate[None, None, None] * jax.vmap(jax.grad(loss))(expected, targets)
+    if not separate:  # The same network, whose neighbors have no weight.
+        model = model.clone(kernel_size=3)
+        linear = params["latent_to_modulation"]["linear_0"]
+        kernel = jnp.zeros((3, 3, *linear["kernel"].shape))
+        kernel = kernel.at[1, 1].set(linear["kernel"])
+        params = params | {"latent_to_modulation": linear | {"kernel": kernel}}
+    assert model.separable == separate
+    latents, _ = spatial.fit_grids(
+        *(model, params, signals),
+        learning_rate=rate,
+        num_steps=2,
+        l2_weight=l2_weight,
+    )
+    np.testing.assert_allclose(latents.reshape(expected.shape), expected, atol=1e-7)
+
+
 fit_grids = jax.jit(spatial.fit_grids, static_argnames=("model", "num_steps"))
 
 

@@ -137,16 +137,19 @@ def test_merging_matches_numpy(num_tokens, num_merged):
         np.testing.assert_allclose(merged.x[image], x_expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("num_prefix", [0, 1, 2, 3])
-def test_no_token_before_the_patches_is_merged(num_prefix):
+@pytest.mark.parametrize("num_prefix", [0, 1, 2, 3, 5])
+def test_tokens_before_the_patches_stay_first_and_are_never_merged(num_prefix):
     # All keys are equal: only the prefix tells tokens apart.
-    tokens = tokens_of(np.arange(18.0).reshape(1, 9, 2), np.zeros((1, 9)))
-    tokens = tokens._replace(weights=jnp.ones((1, 9)))
-    keys = jnp.ones((1, 9, 3))
-    keep = 9 - num_prefix - 3
-    merged = merge(tokens, keys, keep, num_prefix=num_prefix)
-    assert merged.x.shape == (1, num_prefix + keep, 2)
-    for token in range(num_prefix):
-        [place] = np.flatnonzero(merged.position[0] == token)
-        assert merged.weights[0, place] == 1
-        np.testing.assert_array_equal(merged.x[0, place], tokens.x[0, token])
+    num_patches = 8
+    x = np.arange(2.0 * (num_prefix + num_patches)).reshape(1, -1, 2)
+    tokens = tokens_of(x, np.zeros(x.shape[:2]))
+    tokens = tokens._replace(weights=jnp.ones(x.shape[:2]))
+    for keep in (6, 4):  # Two layers: the second one reads what the first one wrote.
+        keys = jnp.ones((*tokens.position.shape, 3))
+        tokens = merge(tokens, keys, keep, num_prefix=num_prefix)
+        assert tokens.x.shape == (1, num_prefix + keep, 2)
+        prefix = np.arange(num_prefix)
+        np.testing.assert_array_equal(tokens.position[0, :num_prefix], prefix)
+        np.testing.assert_array_equal(tokens.weights[0, :num_prefix], 1)
+        np.testing.assert_array_equal(tokens.x[0, :num_prefix], x[0, :num_prefix])
+        assert tokens.weights.sum() == num_prefix + num_patches

@@ -431,7 +431,7 @@ def test_positions_are_resized_by_the_rules_of_pytorch(old, new):
 
 
 @pytest.mark.slow_after(1)
-@pytest.mark.parametrize(("width", "hidden", "heads"), [(192, 768, 3), (384, 1536, 6)])
+@pytest.mark.parametrize(("width", "hidden", "heads"), [(192, 768, 3), (256, 1280, 4)])
 def test_heads_of_published_networks_are_known(tmp_path, width, hidden, heads):
     sizes = dict(layers=1, size=1, channels=1, grid=1)
     net = network(width=width, heads=heads, hidden=hidden, **sizes)
@@ -470,7 +470,17 @@ def test_heads_of_other_networks_are_asked_for(tmp_path):
         (
             timm,
             {"architecture": "vit_base_patch16_siglip_gap_224", "model_args": None},
+            {"gelu": "erf"},
+        ),
+        (
+            timm,
+            {"architecture": "vit_so400m_patch16_siglip_gap_256"},
             {"gelu": "tanh"},
+        ),
+        (
+            timm_average,  # Of one token, fc_norm is the last normalization.
+            {"global_pool": "token", "model_args": {"num_heads": 6}},
+            {"pool": "cls", "num_heads": 6},
         ),
         (
             timm_average,
@@ -479,7 +489,7 @@ def test_heads_of_other_networks_are_asked_for(tmp_path):
         ),
         (hugging_face, {"num_attention_heads": 6, "hidden_act": "gelu_new"}, {}),
     ],
-    ids=["timm", "siglip", "fc_norm", "hugging_face"],
+    ids=["timm", "siglip", "siglip-tanh", "fc_norm", "fc_norm-cls", "hugging_face"],
 )
 def test_config_tells_what_shapes_do_not(tmp_path, layout, config, fields):
     net = network()
@@ -512,14 +522,22 @@ def test_config_tells_what_shapes_do_not(tmp_path, layout, config, fields):
         ({"model_args": {"act_layer": "quick_gelu"}}, "act_layer .*got 'quick_gelu'"),
         ({"model_args": {"norm_layer": "rmsnorm"}}, "norm_layer .*; got 'rmsnorm'"),
         ({"model_args": {"num_heads": 0}}, "the invalid value 0 for num_heads"),
+        ({"architecture": "vit_base_patch16_gap_224"}, "must divide .* 12, got 16"),
+        ({"architecture": "vit_base_patch16_rpn_224"}, "res-post-norm"),
+        ({"architecture": "vit_small_patch16_rope_ape_224"}, "rotary positions"),
+        (
+            {"global_pool": "avg", "model_args": {"pool_include_prefix": True}},
+            "not supported: pool_include_prefix",
+        ),
         ({"model_args": [1]}, "model_args of config.json must be an object"),
     ],
 )
 def test_timm_config_that_does_not_fit_is_refused(tmp_path, config, match):
     path = write(tmp_path, timm, network())
     (tmp_path / "config.json").write_text(json.dumps(config))
+    num_heads = None if "gap" in match or "16" in match else 3
     with pytest.raises(ValueError, match=f"model.safetensors: .*{match}"):
-        load_checkpoint(path, num_heads=3)
+        load_checkpoint(path, num_heads=num_heads)
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -741,6 +759,40 @@ def test_oblong_grid_survives_and_is_resized_if_told(tmp_path):
     np.testing.assert_allclose(found.reshape(4, 3, 12), expected, atol=1e-6)
 
 
+def test_stored_grid_is_known_again(tmp_path):
+    model = ViT(num_classes=5, **SIZES)
+    params = random_params(model, (1, 6, 24, 2))  # 2 x 8 patches: also 4 x 4.
+    path = tmp_path / "mine.npz"
+    save_checkpoint(path, model, params)
+    with pytest.raises(ValueError, match=r"a square or a grid of \(2, 8\); set grid"):
+        load_checkpoint(path, image_size=(6, 24))
+    with pytest.raises(ValueError, match=r"a grid of \(2, 4\) after .* got 16"):
+        save_checkpoint(path, model, params, grid=(2, 4))
+    save_checkpoint(path, model, params, grid=(2, 8))
+    for kwargs in ({}, {"image_size": (6, 24)}):
+        loaded, restored = load_checkpoint(path, **kwargs)
+        assert loaded == model
+        chex.assert_trees_all_equal(restored, params)
+    save_checkpoint(tmp_path / "told.npz", model, params)
+    _, expected = load_checkpoint(tmp_path / "told.npz", image_size=12, grid=(2, 8))
+    chex.assert_trees_all_equal(load_checkpoint(path, image_size=12)[1], expected)
+
+
+def test_rows_that_fit_two_squares_are_asked_about(tmp_path):
+    # 2 x 2 patches after CLS and four registers, or 3 x 3 patches alone.
+    net = network(layers=1)
+    net["positions"] = net["positions"][:9]
+    arrays = timm(net) | {"reg_token": np.ones((1, 4, 12), np.float32)}
+    path = write(tmp_path, timm, net, arrays)
+    with pytest.raises(ValueError, match="9 rows, a square .* after 5 and after 0 tok"):
+        load_checkpoint(path, num_heads=3)
+    for side, num_rows in ((2, 9), (3, 14)):
+        _, params = load_checkpoint(path, num_heads=3, grid=(side, side))
+        positions = params["Transformer"]["posembed_input"]["pos_embedding"]
+        np.testing.assert_array_equal(positions[0, -9:], net["positions"])
+        assert positions.shape == (1, num_rows, 12)
+
+
 @pytest.mark.parametrize("told_by", ["argument", "timm", "hugging_face"])
 def test_oblong_grid_of_a_square_number_with_cls(tmp_path, told_by):
     # 15 patches and CLS: without the grid, 16 rows look like 4 x 4 without CLS.
@@ -916,8 +968,9 @@ def test_long_lists_are_cut(tmp_path):
         (timm, "dist_token", (1, 1, 12), "2 missing: head_dist/bias, head_dist/kern"),
         (timm, "head_dist.weight", (5, 12), "1 unexpected: head_dist/kernel"),
         (timm, "blocks.0.ls1.gamma", (11,), "LayerScale_0 .11,. does not fit"),
-        (timm, "blocks.0.gamma_1", (12,), "1 unexpected: blocks.0.gamma_1"),
-        (timm, "blocks.0.attn.q_bias", (12,), "relative positions"),
+        (timm, "blocks.0.gamma_1", (12,), "BEiT, .* blocks.0.gamma_1"),
+        (timm, "blocks.0.attn.q_bias", (12,), "BEiT, .* blocks.0.attn.q_bias"),
+        (timm, "blocks.0.attn.rope.freqs", (12,), "rotary positions"),
         (timm, "blocks.0.attn.q_norm.weight", (4,), "qk-norm"),
         (timm, "reg_token", (1, 4, 12), "after 5 of CLS and registers, got 12"),
         (timm, "blocks.0.mlp.fc1_g.weight", (20, 12), "SwiGLU"),

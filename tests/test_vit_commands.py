@@ -629,6 +629,33 @@ def test_bad_options_of_pruning(untrained, tmp_path, changes, message):
 
 
 @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cascade": vit.Cascade(keep=(9, 8))}, "has a cascade, but .* dense network"),
+        ({"num_heads": (4, 3), "head_dim": 4}, r"same num_heads .* got \(4, 3\)"),
+        ({"mlp_dim": (12, 8)}, r"same mlp_dim .* got \(12, 8\) in .*model.npz"),
+        (
+            {"class_token": False, "pool": "mean"},
+            "methods cls, evit need a CLS token, .*methods.cls='\\(\\)'",
+        ),
+    ],
+)
+def test_networks_that_cannot_be_pruned_are_refused(tmp_path, fields, message):
+    fields = {"mlp_dim": 12, "num_heads": 4} | fields
+    model = vit.ViT(
+        num_classes=10, patch_size=2, hidden_size=16, num_layers=2, **fields
+    )
+    images = jnp.zeros((1, 8, 8, 1))
+    params = model.init(jax.random.key(0), images)["params"]
+    params["head"]["kernel"] += 1.0
+    vit.save_checkpoint(tmp_path / "model.npz", model, params)
+    config = prune_config(tmp_path)
+    config.methods = ConfigDict({name: (0.5,) for name in ("max", "cls", "evit")})
+    with pytest.raises(ValueError, match=message):
+        prune_vit.train_and_evaluate(config, tmp_path)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model": {"variant": "cifar"}}, "variant must be one of .* got 'cifar'"),

@@ -150,6 +150,12 @@ def load_checkpoint(
                     f"{model.patch_size}, got {image_size}."
                 )
             new = tuple(side // model.patch_size for side in sides)
+            num_patches = params[_POSITIONS].shape[1] - model.num_prefix
+            if not grid and new[0] != new[1] and math.prod(new) == num_patches:
+                raise ValueError(
+                    f"{num_patches} positions may form a square or a grid of {new}; "
+                    "set grid."
+                )
             params[_POSITIONS] = resize_positions(
                 params[_POSITIONS],
                 new,
@@ -194,8 +200,8 @@ def save_checkpoint(
       params: nested dicts; `vit.slicing` may have removed heads and neurons.
       dtype: "float32" or "float16". NumPy's format has no bfloat16.
       names: "google", "timm" or "huggingface".
-      grid: rows and columns of patches, for "timm" and "huggingface"; None takes a
-        square.
+      grid: rows and columns of patches; None takes a square for "timm" and
+        "huggingface", and stores none for "google".
 
     Raises:
       ValueError: if the name, the dtype or the parameters do not fit, or the library
@@ -234,9 +240,10 @@ def save_checkpoint(
         if not largest <= np.finfo(dtype).max:
             raise ValueError(f"{name} contains {largest}, too large for {dtype}.")
         arrays[name] = value
+    if grid or names != "google":
+        grid = _grid_of(arrays[_POSITIONS], grid, model.num_prefix)
     if names != "google":
         _check_common(model, names)
-        grid = _grid_of(arrays[_POSITIONS], grid, model.num_prefix)
         arrays, config = _WRITERS[names](model, arrays, grid)
         path.mkdir(parents=True, exist_ok=True)
         data = _to_safetensors(
@@ -249,6 +256,8 @@ def save_checkpoint(
     arrays = {name: value.astype(dtype) for name, value in arrays.items()}
     settings = {"gelu": model.gelu, "ln_eps": float(model.ln_eps)}
     settings |= {"pool": model.pool, "distilled": model.distilled}
+    if grid:
+        settings["grid"] = grid
     if model.cascade is not None:
         settings["cascade"] = dataclasses.asdict(model.cascade)
     arrays[_SETTINGS] = json.dumps(settings)
@@ -430,8 +439,12 @@ _PREFIXES = (
 )
 # Hugging Face's pooler, which classifiers do not use, and the token of hidden patches.
 _UNUSED = r"pooler\.dense\.|(embeddings\.)?mask_token$"
+# In names of parameters, and of timm's architectures.
 _UNSUPPORTED = {
-    r"rel_pos|relative_position|\brope|attn\.[qv]_bias": "relative positions",
+    r"rel_?pos|relative_position": "relative positions",
+    r"(\b|_)rope|_dinov3": "rotary positions",
+    r"attn\.[qv]_bias|\.gamma_[12]$": "the blocks of BEiT, EVA and CaiT",
+    r"_rpn_": "normalizing the updates (res-post-norm)",
     r"\b(q|k|query|key)_(norm|ln)\b": "normalizing queries and keys (qk-norm)",
     r"mlp\.(fc1_[gx]|w\d+|weights_in)\b": "a gated MLP (SwiGLU)",
     r"MAPHead|^probe$|attn_pool": "pooling by attention (MAP)",
@@ -510,9 +523,7 @@ def _from_foreign(arrays: Arrays, path: Path, num_heads: int | None, grid):
             f"the file holds several networks, {some_names(arrays)}; leave one in it."
         )
     arrays = {bare[name]: value for name, value in arrays.items()}
-    for pattern, what in _UNSUPPORTED.items():
-        if found := [name for name in arrays if re.search(pattern, name)]:
-            raise ValueError(f"not supported: {what}, {some_names(found)}.")
+    _check_supported(arrays)
 
     parts = [part for item in arrays.items() for part in _split(*item)]
     known = {
@@ -535,10 +546,10 @@ def _from_foreign(arrays: Arrays, path: Path, num_heads: int | None, grid):
             raise ValueError(f"{sources[target]} and {name} name the same parameter.")
         ours[target], sources[target] = value, name
 
-    settings = {"gelu": layout.gelu, "ln_eps": layout.ln_eps, "pool": "cls"}
-    if home == "google":
-        settings["pool"] = "cls" if "cls" in ours else "mean"
-    else:
+    settings = {"gelu": layout.gelu, "ln_eps": layout.ln_eps}
+    settings["pool"] = "cls" if "cls" in ours else "mean"
+    if home != "google":
+        _check_gated(ours)
         folder = path if path.is_dir() else path.parent
         settings |= _torch_settings(folder / "config.json", home, sources)
         told = settings.pop("num_heads", None)
@@ -555,6 +566,12 @@ def _from_foreign(arrays: Arrays, path: Path, num_heads: int | None, grid):
     return ours, settings | {"grid": grid}
 
 
+def _check_supported(names):
+    for pattern, what in _UNSUPPORTED.items():
+        if found := [name for name in names if re.search(pattern, name)]:
+            raise ValueError(f"not supported: {what}, {some_names(found)}.")
+
+
 def _split(name: str, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Splits arrays that hold several parameters along their first axis."""
     stacked, fused = "/encoderblock/", ".attn.qkv."  # big_vision, timm
@@ -567,6 +584,17 @@ def _split(name: str, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
             yield name.replace(fused, f".attn.{part}."), third
     else:
         yield name, value
+
+
+def _check_gated(arrays):
+    """Raises ValueError for a gated MLP that is packed as in DINOv2."""
+    names = (f"{_MLP}/Dense_{i}/kernel".replace("#", "0") for i in (0, 1))
+    first, second = (np.shape(arrays.get(name)) for name in names)  # (out, in)
+    if first and first[0] == 2 * second[-1]:
+        raise ValueError(
+            "not supported: a gated MLP (SwiGLU), Dense_0 has twice as many outputs as "
+            "Dense_1 has inputs."
+        )
 
 
 def _torch_head_dim(arrays, num_heads):
@@ -593,10 +621,14 @@ def _torch_head_dim(arrays, num_heads):
 # (width, width of the MLP) -> heads, of the networks of timm, DeiT and DINOv2.
 _KNOWN_HEADS = {
     (192, 768): 3,
+    (256, 1280): 4,
+    (320, 1792): 5,
     (384, 1536): 6,
     (512, 2048): 8,
     (640, 2560): 10,
     (768, 3072): 12,
+    (832, 2176): 13,
+    (896, 2304): 14,
     (896, 3584): 14,
     (1024, 4096): 16,
     (1152, 4304): 16,
@@ -670,7 +702,12 @@ def _complete_positions(arrays, sources, home, grid, told):
     num_positions = arrays[_POSITIONS].shape[1]
     if not grid and told and any(_is_grid(num_positions - n, told) for n in rows):
         grid = told
-    rows = [n for n in rows if _is_grid(num_positions - n, grid)]
+    rows = sorted({n for n in rows if _is_grid(num_positions - n, grid)}, reverse=True)
+    if len(rows) > 1:
+        raise ValueError(
+            f"{_POSITIONS} has {num_positions} rows, a square of patches after "
+            f"{rows[0]} and after {rows[1]} tokens; set grid."
+        )
     if rows and rows[0] < num_prefix:
         positions = _float32(_POSITIONS, arrays[_POSITIONS])
         absent = np.zeros((1, num_prefix - rows[0], positions.shape[2]), np.float32)
@@ -692,22 +729,25 @@ def _timm_config(config, sources):
     arguments = _entry(config, "model_args")
     architecture = str(config.get("architecture", ""))
     settings = {"distilled": "dist_token" in sources}
+    _check_supported([architecture])
     pool = arguments.get("global_pool", config.get("global_pool"))
     if pool is not None:
         settings["pool"] = _translate("global_pool", pool, _TIMM_POOL)
-    elif "cls_token" not in sources:
-        settings["pool"] = "mean"
-    if "fc_norm.weight" in sources:
-        settings["pool"] = "mean_before_norm"
+    if "fc_norm.weight" in sources and settings.get("pool") != "cls":
+        settings["pool"] = "mean_before_norm"  # Of one token it is the same.
+    if arguments.get("pool_include_prefix") and settings.get("pool") != "cls":
+        raise ValueError("not supported: pool_include_prefix of config.json.")
     # The only architectures without normalization of the tokens before the blocks whose
     # activation is not timm's default.
-    activation = "gelu_tanh" if "siglip" in architecture else None
+    activation = "gelu_tanh" if re.search(_TIMM_TANH, architecture) else None
     activation = arguments.get("act_layer", activation)
     if activation is not None:
         settings["gelu"] = _translate("act_layer", activation, _TIMM_GELU)
     _translate("norm_layer", arguments.get("norm_layer"), {None: 0, "layernorm": 0})
-    if "num_heads" in arguments:
-        settings["num_heads"] = arguments["num_heads"]
+    num_heads = 16 if architecture == "vit_base_patch16_gap_224" else None
+    num_heads = arguments.get("num_heads", num_heads)
+    if num_heads is not None:
+        settings["num_heads"] = num_heads
     size = _entry(config, "pretrained_cfg").get("input_size", (0, 0, 0))[-2:]
     size = arguments.get("img_size", size)
     patch = arguments.get("patch_size")
@@ -732,6 +772,10 @@ def _hugging_face_config(config, sources):
     return settings | _grid_setting(config.get("image_size"), config.get("patch_size"))
 
 
+_TIMM_TANH = (
+    r"base_patch32_siglip|large_patch16_siglip_(gap_)?512|so400m_patch16_siglip"
+    r"|giantopt_patch16_siglip"
+)
 _TIMM_POOL = {"token": "cls", "avg": "mean"}
 _TIMM_GELU = {"gelu": "erf", "gelu_erf": "erf", "gelu_tanh": "tanh"}
 _HUGGING_FACE_GELU = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
@@ -769,7 +813,9 @@ def _own_settings(entry):
     settings = json_object(_SETTINGS, str(entry))
     cascade = settings.pop("cascade", None)
     settings = {name: settings.get(name) for name in ("gelu", "ln_eps")} | {
-        name: settings[name] for name in ("pool", "distilled") if name in settings
+        name: settings[name]
+        for name in ("pool", "distilled", "grid")
+        if name in settings
     }
     settings = _check_settings(_SETTINGS, settings)
     return settings if cascade is None else settings | {"cascade": _cascade(cascade)}
@@ -794,7 +840,11 @@ def _check_settings(source, settings):
         "num_heads": lambda value: type(value) is int and value > 0,
         "pool": lambda value: value in POOLS,
         "distilled": lambda value: isinstance(value, bool),
-        "grid": lambda value: True,
+        "grid": lambda value: (
+            isinstance(value, list | tuple)
+            and len(value) == 2
+            and all(type(side) is int and side > 0 for side in value)
+        ),
     }
     for name, value in settings.items():
         if not allowed[name](value):
@@ -997,13 +1047,7 @@ def _architecture(arrays: Arrays) -> dict[str, Any]:
     num_layers = len({block[1] for block in blocks if block})
     queries = _shapes(arrays, f"{_ATTENTION}/query/kernel", "(D, H, d)", num_layers)
     first = _shapes(arrays, f"{_MLP}/Dense_0/kernel", "(D, M)", num_layers)
-    second = _shapes(arrays, f"{_MLP}/Dense_1/kernel", "(M, D)", num_layers)
     mlp_dim = [shape[1] for shape in first]
-    if mlp_dim == [2 * shape[0] for shape in second]:
-        raise ValueError(
-            "not supported: a gated MLP (SwiGLU), Dense_0 has twice as many outputs as "
-            "Dense_1 has inputs."
-        )
     num_heads = _once([shape[1] for shape in queries])
     head_dim = queries[0][2]
     if isinstance(num_heads, int) and num_heads * head_dim == hidden_size:

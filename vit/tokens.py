@@ -156,7 +156,8 @@ def merge(tokens: Tokens, keys: jax.Array, keep: int, *, num_prefix: int = 1) ->
       num_prefix: number of tokens before the patches.
 
     Returns:
-      num_prefix + keep tokens per image: the rest of A first, then B.
+      num_prefix + keep tokens per image: the prefix in its order, then the rest of A,
+      then B.
     """
     num_merged = tokens.x.shape[1] - num_prefix - keep
     if not num_merged:
@@ -165,16 +166,19 @@ def merge(tokens: Tokens, keys: jax.Array, keep: int, *, num_prefix: int = 1) ->
     keys = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
     similarity = jnp.einsum("bid,bjd->bij", keys[:, ::2], keys[:, 1::2])
     # Of the prefix, every second token is in A, from the first on.
-    similarity = similarity.at[:, :, : num_prefix // 2].set(-jnp.inf)
+    in_a, in_b = (num_prefix + 1) // 2, num_prefix // 2
+    similarity = similarity.at[:, :, :in_b].set(-jnp.inf)
     best = jnp.max(similarity, axis=2)  # (B, A)
-    best = best.at[:, : (num_prefix + 1) // 2].set(-jnp.inf)
+    best = best.at[:, :in_a].set(-jnp.inf)
     merged = top_mask(best, num_merged)
     onto = jax.nn.one_hot(jnp.argmax(similarity, axis=2), similarity.shape[2])
     onto = onto * merged[..., None]  # (B, A, B)
     rest = mask_to_indices(~merged, best.shape[1] - num_merged)
 
-    def split(x):
-        return take(x[:, ::2], rest), x[:, 1::2]
+    def join(x, of_b):
+        return jnp.concatenate(
+            [x[:, :num_prefix], take(x[:, ::2], rest)[:, in_a:], of_b[:, in_b:]], axis=1
+        )
 
     sizes = tokens.weights
     size = sizes[:, 1::2] + jnp.einsum("bij,bi->bj", onto, sizes[:, ::2])
@@ -182,10 +186,10 @@ def merge(tokens: Tokens, keys: jax.Array, keep: int, *, num_prefix: int = 1) ->
     x = weighted[:, 1::2] + jnp.einsum("bij,bid->bjd", onto, weighted[:, ::2])
     x = (x / size[..., None]).astype(tokens.x.dtype)
     return Tokens(
-        x=jnp.concatenate([split(tokens.x)[0], x], axis=1),
-        position=jnp.concatenate(split(tokens.position), axis=1),
-        score=jnp.concatenate(split(tokens.score), axis=1),
-        weights=jnp.concatenate([split(sizes)[0], size], axis=1),
+        x=join(tokens.x, x),
+        position=join(tokens.position, tokens.position[:, 1::2]),
+        score=join(tokens.score, tokens.score[:, 1::2]),
+        weights=join(sizes, size),
     )
 
 

@@ -190,11 +190,14 @@ def make_learner(config: ConfigDict, state: dict[str, Any]) -> Learner:
     )
 
 
-def fit_options(config: ConfigDict) -> dict[str, Any]:
-    """Returns the keywords of `functa.fit_latent` that a run's config specifies."""
+def fit_options(config: ConfigDict, num_cells: int = 1) -> dict[str, Any]:
+    """Returns the keywords of `functa.fit_latent` that a run's config specifies.
+
+    The penalty is that of one cell. The loss of `num_cells` cells is their mean.
+    """
     return {
         "num_steps": config.inner.num_steps,
-        "l2_weight": config.inner.l2_weight,
+        "l2_weight": config.inner.l2_weight / num_cells,
         "unroll": config.inner.unroll,
     }
 

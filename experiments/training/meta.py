@@ -330,7 +330,7 @@ def make_update(
             num_groups=count_groups(batch_size, num_points, config.points_per_group),
             first_order=inner.first_order,
             weight=weight,
-            **encoding.fit_options(config),
+            **encoding.fit_options(config, _num_cells(model)),
         )
         rate_grads = _num_cells(model) * rate_grads
         grads = {"params": grads, "learning_rate": rate_grads}

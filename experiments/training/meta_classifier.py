@@ -270,7 +270,7 @@ def make_update(
                     batch_size, num_points, config.points_per_group
                 ),
                 first_order=config.inner.first_order,
-                **encoding.fit_options(config),
+                **encoding.fit_options(config, view.num_cells),
             )
 
         grads, info = jax.grad(loss_fn, has_aux=True)({k: weights[k] for k in trained})

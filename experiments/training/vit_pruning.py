@@ -348,6 +348,8 @@ SAVE_NOTHING = ("released_code", *_SEGMENTS)
 NEED_IMAGES = (
     *("range", "heads", "heads_lbi", "heads_search", "neurons_lbi", "structure_lbi"),
 )
+# Methods that rank patches by the attention of CLS.
+NEED_CLS = ("cls", "evit")
 
 
 def attention_scores(problem: Problem, num_images: int) -> dict[str, np.ndarray]:
