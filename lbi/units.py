@@ -66,7 +66,13 @@ class Units:
         self._fixed += [(column.units, reason) for column in columns]
 
     def tie(self, first: np.ndarray, second: np.ndarray, reason: str) -> None:
-        """Makes units (n,) and (n,) removable only together."""
+        """Makes units removable only together.
+
+        Args:
+          first: unit numbers, (n,).
+          second: those that they are tied to, (n,).
+          reason: why, for units that become fixed.
+        """
         first, second = self.find(first), self.find(second)
         differ = first != second
         first, second = first[differ], second[differ]
@@ -78,8 +84,16 @@ class Units:
         for pair in dict.fromkeys(zip(first.tolist(), second.tolist(), strict=True)):
             self._tie_one(*pair, reason)
 
-    def tie_axes(self, first, second, reason: str) -> None:
-        """Ties all columns of one axis to those of another of the same length."""
+    def tie_axes(
+        self, first: Sequence[Column], second: Sequence[Column], reason: str
+    ) -> None:
+        """Ties all columns of one axis to those of another of the same length.
+
+        Args:
+          first: columns of one axis.
+          second: columns of the other.
+          reason: why, for units that become fixed.
+        """
         if len(first) == len(second) == 1:
             self.tie(first[0].units, second[0].units, reason)
             return
@@ -106,8 +120,16 @@ class Units:
             self.tie(a.units, b.units, reason)
         self.fix(rest, reason)
 
-    def expand(self, units: np.ndarray, parts: Sequence[np.ndarray], reason) -> None:
-        """Makes unit i removed if and only if one of parts[0][i], ... is."""
+    def expand(
+        self, units: np.ndarray, parts: Sequence[np.ndarray], reason: str
+    ) -> None:
+        """Makes unit i removed if and only if one of parts[0][i], ... is.
+
+        Args:
+          units: unit numbers, (n,).
+          parts: unit numbers of each part, (n,).
+          reason: why, for units that become fixed.
+        """
         rows = np.stack([self.find(units), *map(self.find, parts)], axis=1)
         for root, *row in np.unique(rows, axis=0).tolist():
             self._expand_one(root, tuple(row), reason)

@@ -208,3 +208,56 @@ def some_names(names: Iterable[str], limit: int = 5) -> str:
     """The first names, for error messages."""
     names = list(names)
     return ", ".join(names[:limit] + ["..."] * (len(names) > limit))
+
+
+def shape_of(arrays: Arrays, name: str, axes: str) -> tuple[int, ...]:
+    """The shape of a parameter.
+
+    Args:
+      arrays: the parameters.
+      name: its name.
+      axes: its axes, for example "(D, M)".
+
+    Raises:
+      ValueError: if it is missing or has another number of axes.
+    """
+    if name not in arrays:
+        raise ValueError(
+            f"{name} {axes} is missing; the file contains {some_names(arrays)}."
+        )
+    shape = arrays[name].shape
+    if len(shape) != axes.count(",") + 1:
+        raise ValueError(f"{name} must have shape {axes}, got {shape}.")
+    return shape
+
+
+def to_float32(name: str, value: np.ndarray) -> np.ndarray:
+    """A parameter in float32.
+
+    Raises:
+      ValueError: if its dtype is not one of floating-point numbers.
+    """
+    if value.dtype.kind == "V" and value.dtype.itemsize == 2:
+        value = value.view(jnp.bfloat16)  # How NumPy stores it.
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"{name} must have a floating-point dtype, got {value.dtype}.")
+    with np.errstate(over="ignore"):  # It gives infinity, which is refused.
+        return np.asarray(value, np.float32)
+
+
+def to_safetensors(arrays: Arrays) -> bytes:
+    """The bytes of a .safetensors file of float32 or float16 arrays."""
+    header, parts, end = {"__metadata__": {"format": "pt"}}, [], 0
+    kinds = {"float32": "F32", "float16": "F16"}
+    for name, value in sorted(arrays.items()):
+        value = np.ascontiguousarray(value)
+        start, end = end, end + value.nbytes
+        header[name] = {
+            "dtype": kinds[value.dtype.name],
+            "shape": value.shape,
+            "data_offsets": [start, end],
+        }
+        parts.append(value.astype(value.dtype.newbyteorder("<")).tobytes())
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # Arrays are aligned.
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
