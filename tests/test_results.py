@@ -274,14 +274,6 @@ def test_upgrade_renames_adds_and_removes():
     assert upgrade(new) == new
 
 
-# Of these trainings the steps of entry and the norms of the filters were not kept.
-WITHOUT_ARRAYS = {
-    "train_lbi_cifar10_narrow/dessilbi_adam_seed0",
-    "train_lbi_cifar10_narrow/dessilbi_seed0",
-    "train_lbi_mnist/dessilbi_seed0",
-    "train_lbi_mnist_report/dessilbi_adam_seed0",
-    "train_lbi_mnist_report/dessilbi_seed0",
-}
 DRAWN = {
     folder.parent.relative_to(ROOT / "results").as_posix()
     for folder in (ROOT / "results").rglob("figures")
@@ -301,7 +293,7 @@ def drawable(folder, monkeypatch, capsys):
     return set(re.findall(r"figure (\w+) is not drawn: RuntimeError\('panel'", printed))
 
 
-@pytest.mark.parametrize("name", sorted(DRAWN - WITHOUT_ARRAYS))
+@pytest.mark.parametrize("name", sorted(DRAWN))
 def test_committed_figures_can_be_drawn_again(name, monkeypatch, capsys):
     folder = ROOT / "results" / name
     committed = {path.stem for path in (folder / "figures").glob("*.png")}
