@@ -350,7 +350,10 @@ def make_images(
 def measure(
     run: runs.Run, signals: Signals, sources: dict[str, Images]
 ) -> dict[str, Any]:
-    """Compares each source with the reference; all with the same number of images."""
+    """Compares each source with the reference; all with the same number of images.
+
+    A source takes minutes, so its measures are stored when they are known.
+    """
     config, reference = run.config, signals.reference
     num = min(len(reference.label), len(sources["train"].label))
     classifier = signals.classifier
@@ -382,7 +385,11 @@ def measure(
     to_train, _ = generation.nearest_distances(
         data.to_float(reference.image[:num]), train
     )
+    stored = run.workdir / "measures.json"
+    measured = files.read_json(stored) if stored.exists() else {}
     for name, images in sources.items():
+        if name in measured:
+            continue
         run.say(f"measuring {name} ...")
         measures = {}
         for extractor, fake in extract(images).items():
@@ -408,8 +415,9 @@ def measure(
                 data.to_float(images.image[:num]), train
             )
             measures["memorization_ratio"] = np.median(distances) / np.median(to_train)
-        summary[name] = measures
-    return summary
+        measured[name] = measures
+        files.write_json(stored, measured)
+    return summary | measured
 
 
 def make_random_network(
