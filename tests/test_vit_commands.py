@@ -628,6 +628,7 @@ def test_bad_options_of_pruning(untrained, tmp_path, changes, message):
         prune_vit.train_and_evaluate(config, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
