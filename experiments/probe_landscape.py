@@ -145,7 +145,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     def tools_of(network, seed):
         return make_tools(config, images, network, seed)
 
-    if config.network or config.loss:
+    if (config.network or config.loss) and not (workdir / "summary.json").exists():
         for network in config.networks:
             _check_first_loss(config, tools_of(network, config.seeds[0]), network)
 

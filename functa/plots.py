@@ -261,6 +261,7 @@ def measures(
     )
     for ax in axes.flat[len(table) :]:
         ax.axis("off")
+    dotted = None
     for number, (ax, (measure, values)) in enumerate(
         zip(axes.flat, table.items(), strict=False)
     ):
@@ -279,7 +280,9 @@ def measures(
                 capsize=2,
             )
         if measure in (levels or {}):
-            line = ax.axvline(levels[measure], color="0.4", linestyle=":", linewidth=1)
+            dotted = ax.axvline(
+                levels[measure], color="0.4", linestyle=":", linewidth=1
+            )
         ax.set_title(measure, fontsize=8)
         names = [""] * len(sources) if number % num_columns else sources
         ax.set_yticks(range(len(sources)), names)
@@ -287,8 +290,8 @@ def measures(
         ax.tick_params(labelsize=7)
         ax.locator_params(axis="x", nbins=6)
         ax.grid(alpha=0.3)
-    if level_label and levels:
-        figure.legend([line], [level_label], fontsize=8, loc="outside lower right")
+    if level_label and dotted:
+        figure.legend([dotted], [level_label], fontsize=8, loc="outside lower right")
     return figure
 
 

@@ -114,8 +114,8 @@ BASE = {
     # coarse_factor x coarse_factor pixels.
     "coarse_steps": 0,
     "coarse_factor": 2,
-    # Whether a batch has mixtures of two random signals, about the mean of all, instead
-    # of signals. A field trained on few signals then describes new ones better.
+    # Whether each signal of a batch is replaced by a random mixture of two signals (see
+    # `meta.select_signals`). This reduces overfitting on small data sets.
     "mix_signals": False,
     # Random pixels of each image, or points of each field, per update; 0 uses all.
     "num_pixels": 0,
