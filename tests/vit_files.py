@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import safetensors.numpy
+from flax import traverse_util
 
 from vit.checkpoint import load_checkpoint
 
@@ -323,3 +324,7 @@ def write(folder, layout, net, arrays=None):
 def load(path, layout, net, **kwargs):
     heads = net["heads"] if layout in TORCH else None
     return load_checkpoint(path, num_heads=heads, **kwargs)
+
+
+def flat(params):
+    return traverse_util.flatten_dict(params, sep="/")

@@ -41,6 +41,8 @@ def _num_cells(grid):
 
 
 def _pca_of_cells(grid):
+    if _num_cells(grid) == 1:
+        return "PCA of whole images"
     return f"PCA of the cells, grid of {grid}"
 
 
