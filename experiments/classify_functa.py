@@ -164,6 +164,12 @@ def load_signals(config: ConfigDict, path: str) -> Signals:
     train_rows = of_split["train"]
     if len(np.unique(whole.label[train_rows])) < 2:
         raise ValueError(f"{path} has signals of one class only.")
+    absent = np.setdiff1d(whole.label[of_split["test"]], whole.label[train_rows])
+    if absent.size:
+        raise ValueError(
+            f"the test split of {path} has signals of class {absent[0]}, but the "
+            "training split has none."
+        )
     num_classes = 1 + int(whole.label.max())
     features.check_config(path, whole)
     copies = whole.config.get("copies", 1)
@@ -179,13 +185,6 @@ def load_signals(config: ConfigDict, path: str) -> Signals:
     if num_validation:
         rows["validation"] = train_rows[np.sort(held_out)]
     rows["test"] = of_split["test"]
-    for name in rows:
-        absent = np.setdiff1d(whole.label[rows[name]], whole.label[rows["train"]])
-        if absent.size:
-            raise ValueError(
-                f"the {name} part of {path} has signals of class {absent[0]}, but the "
-                f"{len(kept)} training signals have none."
-            )
     if not 0 < config.batch_size <= len(kept):
         raise ValueError(
             f"batch_size must be between 1 and the {len(kept)} training images, got "
