@@ -68,6 +68,28 @@ def test_number_of_parameters():
     assert sum(x.size for x in jax.tree.leaves(params)) == expected
 
 
+def test_rounded_products_of_a_convnext():
+    latents = random_like(jnp.zeros((3, 4, 4, 5)))
+    exact = heads.make_head(CONVNEXT, 4, (4, 4, 5))
+    rounded = heads.make_head(CONVNEXT | {"product_dtype": "bfloat16"}, 4, (4, 4, 5))
+    params = make_params(exact)
+
+    def grads(head):
+        return jax.jit(jax.grad(lambda p: jnp.sum(head.apply(p, latents) ** 2)))(params)
+
+    gap = jax.tree.map(lambda a, b: jnp.abs(a - b), grads(exact), grads(rounded))
+    size = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads(exact)))
+    largest = max(float(x.max()) for x in jax.tree.leaves(gap))
+    # A number in bfloat16 has an error of up to 2^-9.
+    assert 1e-4 * size < largest < 0.03 * size
+    text = jax.jit(rounded.apply).lower(params, latents).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    # The stem, the merging and two products of each of the three blocks; the last
+    # layer is exact.
+    assert sum("bf16" in line for line in products) == 8
+    assert len(products) == 9
+
+
 @pytest.mark.parametrize("settings", [VIT, CONVNEXT], ids=["vit", "convnext"])
 def test_token_drop(settings):
     latents = random_like(jnp.zeros((3, 4, 4, 5)))
@@ -108,6 +130,7 @@ def test_vit_takes_grids_of_any_rank_and_the_mlp_any_latent():
         (CONVNEXT, (3, 4, 5), "multiples of 2, got \\(3, 4\\)"),
         (CONVNEXT | {"depths": (1,)}, (4, 4, 5), "one positive integer per"),
         (CONVNEXT | {"drop_path_rate": 1.0}, (4, 4, 5), "drop_path_rate must be in"),
+        (CONVNEXT | {"product_dtype": "float16"}, (4, 4, 5), "product_dtype must be"),
         ({"type": "mlp", "hidden_sizes": (0,)}, (5,), "positive integers, got \\(0,"),
         (VIT | {"num_heads": 3}, (4, 4, 5), "not divisible by num_heads"),
         (VIT | {"token_drop": 1.0}, (4, 4, 5), "token_drop must be in"),

@@ -90,6 +90,15 @@ def test_bfloat16_rounds_operands_in_gradients_alone_and_sums_in_float32():
     assert {x.dtype for x in (value, to_h, to_w)} == {jnp.dtype("float32")}
 
 
+def test_values_are_rounded_on_demand():
+    h, w = jnp.asarray(H, jnp.bfloat16), jnp.asarray(W, jnp.bfloat16)
+    exact = np.float32(h) @ np.float32(w)
+    actual = product(H, W, dtype="bfloat16", round_values=True)
+    np.testing.assert_allclose(actual, exact, rtol=1e-6, atol=1e-6)
+    assert np.abs(actual - H @ W).max() > 1e-4
+    np.testing.assert_array_equal(product(H, W, round_values=True), product(H, W))
+
+
 def test_operands_of_a_product_are_of_one_dtype():
     def loss(h, w):
         return jnp.sum(jnp.sin(product(h, w, dtype="bfloat16")))

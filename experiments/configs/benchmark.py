@@ -125,6 +125,8 @@ def _spatial():
             "encode_cells": _encode("cifar10_cells_cpu", 32, 32),
             # A group of images of the variant's batches.
             "head": _head(shape=(8, 8, 16), batch_size=32, num_steps=2),
+            "head_float32": _head(shape=(8, 8, 16), batch_size=32, num_steps=2)
+            | {"product_dtype": "float32", "reference": "head"},
         }
     )
 

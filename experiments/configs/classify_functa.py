@@ -273,6 +273,7 @@ VARIANTS = {
             "layer_scale": 0.1,
             "token_drop": 0.0,
             "activation": "relu",
+            "product_dtype": "bfloat16",
         },
         "num_epochs": 12,
     },

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from functa import matmul
 from vit.model import DropPath
 
 
@@ -32,6 +33,8 @@ class ConvNeXt(nn.Module):
       token_drop: share of the cells that are set to zero in training.
       activation: name of a function of `jax.nn`; the source has gelu. On a CPU relu
         takes half the time of a block with gelu.
+      product_dtype: "float32" or "bfloat16". The matrix products of the blocks and of
+        the stem round their operands to it, and their gradients too.
     """
 
     num_classes: int
@@ -41,6 +44,7 @@ class ConvNeXt(nn.Module):
     layer_scale: float = 1e-6
     token_drop: float = 0.0
     activation: str = "gelu"
+    product_dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -66,13 +70,15 @@ class ConvNeXt(nn.Module):
                     nn.LayerNorm(use_fast_variance=False, name=f"norm_{stage}")(x)
                 )
             name = f"merge_{stage}" if stage else "stem"
-            x = nn.Dense(width, name=name)(x)
+            x = _dense(width, self.product_dtype, name=name)(x)
             if not stage:
                 x = nn.LayerNorm(use_fast_variance=False, name="norm_0")(x)
             for block in range(depth):
                 drop_path = DropPath(next(rates), deterministic=not train)
                 name = f"block_{stage}_{block}"
-                branch = Block(self.layer_scale, self.activation, name=name)
+                branch = Block(
+                    self.layer_scale, self.activation, self.product_dtype, name=name
+                )
                 x = x + drop_path(branch(x))
         x = nn.LayerNorm(use_fast_variance=False, name="norm")(x.mean((1, 2)))
         return nn.Dense(
@@ -85,6 +91,7 @@ class Block(nn.Module):
 
     layer_scale: float
     activation: str
+    product_dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x):
@@ -93,11 +100,20 @@ class Block(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (width,))
         x = depthwise_conv(x, kernel) + bias[None, None, None]
         x = nn.LayerNorm(use_fast_variance=False, name="norm")(x)
-        x = nn.Dense(4 * width, name="expand")(x)
+        x = _dense(4 * width, self.product_dtype, name="expand")(x)
         x = getattr(jax.nn, self.activation)(x)
-        x = nn.Dense(width, name="project")(x)
+        x = _dense(width, self.product_dtype, name="project")(x)
         scale = nn.initializers.constant(self.layer_scale)
         return x * self.param("scale", scale, (width,))[None, None, None]
+
+
+def _dense(features, dtype, **options):
+    """A dense layer whose products, and those of its gradients, are in `dtype`."""
+
+    def product(inputs, kernel, *_, **__):
+        return matmul.matmul(inputs, kernel, dtype=dtype, round_values=True)
+
+    return nn.Dense(features, dot_general=product, **options)
 
 
 @jax.custom_vjp

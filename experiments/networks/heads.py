@@ -142,6 +142,10 @@ def _convnext(fields, num_classes, latent_shape):
         raise ValueError(
             f"activation must be one of gelu, relu, silu; got {model.activation!r}."
         )
+    if model.product_dtype not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"product_dtype must be float32 or bfloat16; got {model.product_dtype!r}."
+        )
     if not 0 <= model.drop_path_rate < 1:
         raise ValueError(
             f"drop_path_rate must be in [0, 1), got {model.drop_path_rate}."
