@@ -527,8 +527,12 @@ def test_the_old_attention_layer_works_and_warns():
         return attend(heads, heads, heads)[:, :, 0]
 
     with pytest.warns(DeprecationWarning, match="is now .*pruned_attention"):
-        found = cascades.attention_layer(cascade, 0, start, jnp.tanh, old)
-    expected = cascades.pruned_attention(cascade, 0, start, jnp.tanh, attention)
+        found = run(
+            lambda x: cascades.attention_layer(cascade, 0, x, jnp.tanh, old), start
+        )
+    expected = run(
+        lambda x: cascades.pruned_attention(cascade, 0, x, jnp.tanh, attention), start
+    )
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 

@@ -44,8 +44,8 @@ def test_a_grid_of_one_cell_is_a_latent_modulated_siren(interpolation, scale):
     expected = init(jax.random.key(0), COORDS, other.initial_latent())["params"]
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     np.testing.assert_array_equal(
-        model.apply({"params": params}, COORDS, latent),
-        other.apply({"params": params}, COORDS, latent[0, 0]),
+        jax.jit(model.apply)({"params": params}, COORDS, latent),
+        jax.jit(other.apply)({"params": params}, COORDS, latent[0, 0]),
     )
 
 
@@ -232,6 +232,9 @@ def centers(*shape):
     return (cells + 0.5) / np.array(shape)
 
 
+fit_grids = jax.jit(spatial.fit_grids, static_argnames=("model", "num_steps"))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def fit_whole(model, params, rates, signals):
     return functa.fit_batch(
@@ -257,9 +260,10 @@ def test_rates_and_penalty_are_those_of_one_cell(problem, separate):
         values = cell.apply({"params": params}, centers(3, 2), z)
         return jnp.mean(jnp.square(values - target)) + l2_weight * jnp.sum(z**2)
 
-    expected = jnp.zeros((len(targets), *cell.latent_shape))
+    grads = jax.jit(jax.vmap(jax.grad(loss)))
+    expected = np.zeros((len(targets), *cell.latent_shape))
     for _ in range(2):
-        expected -= rate[None, None, None] * jax.vmap(jax.grad(loss))(expected, targets)
+        expected -= rate[None, None, None] * grads(expected, targets)
     if not separate:  # The same network, whose neighbors have no weight.
         model = model.clone(kernel_size=3)
         linear = params["latent_to_modulation"]["linear_0"]
@@ -267,16 +271,13 @@ def test_rates_and_penalty_are_those_of_one_cell(problem, separate):
         kernel = kernel.at[1, 1].set(linear["kernel"])
         params = params | {"latent_to_modulation": linear | {"kernel": kernel}}
     assert model.separable == separate
-    latents, _ = spatial.fit_grids(
+    latents, _ = fit_grids(
         *(model, params, signals),
         learning_rate=rate,
         num_steps=2,
         l2_weight=l2_weight,
     )
     np.testing.assert_allclose(latents.reshape(expected.shape), expected, atol=1e-7)
-
-
-fit_grids = jax.jit(spatial.fit_grids, static_argnames=("model", "num_steps"))
 
 
 @pytest.mark.slow_after(1)

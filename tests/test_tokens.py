@@ -1,5 +1,7 @@
 """Selecting, fusing and merging tokens against NumPy loops and by hand."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -146,7 +148,8 @@ def test_tokens_before_the_patches_stay_first_and_are_never_merged(num_prefix):
     tokens = tokens._replace(weights=jnp.ones(x.shape[:2]))
     for keep in (6, 4):  # Two layers: the second one reads what the first one wrote.
         keys = jnp.ones((*tokens.position.shape, 3))
-        tokens = merge(tokens, keys, keep, num_prefix=num_prefix)
+        layer = functools.partial(merge, keep=keep, num_prefix=num_prefix)
+        tokens = run(layer, tokens, keys)
         assert tokens.x.shape == (1, num_prefix + keep, 2)
         prefix = np.arange(num_prefix)
         np.testing.assert_array_equal(tokens.position[0, :num_prefix], prefix)
