@@ -263,7 +263,6 @@ VARIANTS = {
         "batch_size": 256,
         "candidates.ema_decay": (0.99,),
         "candidates.mixup": (0.0,),
-        "cutmix": 0.0,
         "images_per_group": 32,
         "model": {
             "type": "convnext",
@@ -275,7 +274,7 @@ VARIANTS = {
             "activation": "relu",
             "product_dtype": "bfloat16",
         },
-        "num_epochs": 12,
+        "num_epochs": 24,
     },
     "cifar10_spatial": _CIFAR10_GRID
     | {
