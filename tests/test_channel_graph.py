@@ -14,6 +14,8 @@ import lbi
 import vit
 from lbi import channels, pruning
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 NUMBERS = np.random.default_rng(0)
 
 

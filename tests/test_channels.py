@@ -14,6 +14,8 @@ from experiments.networks import lenet, vgg
 from lbi import channels, pruning
 from lbi.channels import trace
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 @pytest.fixture(autouse=True)
 def _highest_precision():

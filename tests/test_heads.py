@@ -15,6 +15,8 @@ from experiments.training import classifier, features, loop
 from experiments.training import vit as vit_training
 from functa import functaset
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 VIT = {"type": "vit", "hidden_size": 8, "num_layers": 2, "num_heads": 2, "mlp_dim": 12}
 CONVNEXT = {"type": "convnext", "widths": (6, 8), "depths": (1, 2)}
 

@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 from experiments.common import runs
 from experiments.training import loop
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 CONFIG = ConfigDict({"experiment": "none", "variant": "x"})
 
 
