@@ -18,8 +18,8 @@ Variants:
   fashion_mnist: Fashion-MNIST with a 7x7 grid of latents of 8 numbers; 31.7 dB. An
     hour on two busy cores (results/meta_learn_fashion_mnist).
   cifar10_spatial_cpu: CIFAR-10 with an 8x8 grid of latents of 16 numbers; 38 dB.
-    40 minutes on two cores, two fifths of them for the evaluation and the encoding of all
-    images (results/meta_learn_cifar10_spatial_cpu).
+    40 minutes on two cores, two fifths of them for the evaluation and the encoding of
+    all images (results/meta_learn_cifar10_spatial_cpu).
   cifar10_cells_cpu: the same for cells that do not depend on each other; results/ has
     no run of it.
   cifar10_spatial: the grid of cifar10_spatial_cpu at the size of Spatial Functa, width
