@@ -163,11 +163,13 @@ def test_a_group_is_mean_and_deviation_over_seeds(tmp_path):
     values = [0.5, 0.75, 0.7]
     for seed, value in enumerate(values):
         name = f"run_seed{seed}" if seed else "run"
-        make_run(tmp_path, name, {"a.b": [0, value]}, seed=seed, rate=1.0)
+        summary = {"a.b": [0, value], "seconds": 10.0}
+        make_run(tmp_path, name, summary, seed=seed, rate=1.0)
     mean, deviation = statistics.mean(values), statistics.stdev(values)
     expected = f"{100 * mean:.1f} ± {100 * deviation:.1f}"
     assert evidence.render(tmp_path / "results/run*", "a.b.1", "%.1f") == expected
     assert evidence.num_seeds(tmp_path / "results/run*") == 3
+    assert evidence.seconds(tmp_path / "results/run*") == 30
     make_run(tmp_path, "run_seed3", {"a.b": [0, 1]}, seed=3, rate=2.0)
     with pytest.raises(ValueError, match="rate"):
         evidence.render(tmp_path / "results/run*", "a.b.1", "%.1f")

@@ -221,9 +221,9 @@ def provenance(folder: Path) -> dict[str, str]:
 
 
 def seconds(folder: Path) -> float | None:
-    """How long a run took, or the mean of a group; None if it is not recorded."""
+    """How long a run or all runs of a group took; None if it is not recorded."""
     values = [_seconds(read(member)) for member in members(folder)]
-    return statistics.mean(values) if all(values) else None
+    return sum(values) if all(values) else None
 
 
 def show(folder: Path) -> str:
