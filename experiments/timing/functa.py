@@ -290,7 +290,7 @@ def _head(*, variant, shape, batch_size, num_steps, **model):
         units=batch_size,
         flops=count_gradient(head.model, {"params": params}, latents),
         num_steps=num_steps,
-        dtype=head.model.product_dtype,
+        dtype=getattr(head.model, "product_dtype", "float32"),
     )
 
 
