@@ -121,7 +121,7 @@ def step_profile(
     step_sizes: np.ndarray,
     betas: Mapping[str, np.ndarray],
     *,
-    y_label: str = "effective beta\n(gradient distance / step length)",
+    y_label: str = "beta\n(gradient distance / step length)",
     ax: Any = None,
 ) -> Any:
     """A measure against the step along the gradient: the median and 10 to 90 %.

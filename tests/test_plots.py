@@ -453,8 +453,8 @@ def test_segments_are_lighter_the_more_they_are_attended():
             np.testing.assert_array_equal(ranks.ravel(), segments[head])
             assert np.diff(values).min() > 0.05
         names = [text.get_text() for text in figure.legends[0].get_texts()]
-        least, most = "segment 0: least attended", "segment 2: most attended"
-        assert names == [least, "segment 1", most]
+        least, most = "segment 1: least attended", "segment 3: most attended"
+        assert names == [least, "segment 2", most]
     with pytest.raises(ValueError, match="square; give grid"):
         vit.plots.segments(np.ones((4, 4, 3)), segments[:, :3])
 
@@ -719,6 +719,14 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
         (
             {"experiment": "compress_functa", "run": "runs/meta_learn/a"},
             "compress_functa, functaset meta_learn/a",
+        ),
+        (
+            {
+                "experiment": "train_vit",
+                "variant": "cifar10_cpu",
+                "dataset": {"name": "cifar10"},
+            },
+            "train_vit cifar10_cpu, functaset meta_learn/a",
         ),
     ],
 )

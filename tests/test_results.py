@@ -190,13 +190,15 @@ def test_a_sweep_has_its_own_deviation(tmp_path):
 def test_columns_say_how_a_number_was_made(tmp_path):
     environment = {"backend": "cpu", "cpu_count": 2, "machine": "x86_64"}
     environment |= {"devices": ["cpu"], "versions": {"jax": "0.1"}, "commit": "abc"}
-    command = "experiments/fit_image.py --config=c.py:report --config.seeds=(0,1)"
-    environment["command"] = f"{command} --config.rate=2"
-    config = {"experiment": "fit_image", "variant": "report", "seeds": [0, 1]}
+    command = "experiments/meta_learn.py --config=c.py:mnist --config.seeds=(0,1)"
+    # A folder of the machine is no setting; a field is called what it is called today.
+    command += " --config.dataset.data_dir=/data --config.model.dtype=bfloat16"
+    environment["command"] = command
+    config = {"experiment": "meta_learn", "variant": "mnist", "seeds": [0, 1]}
     make_run(tmp_path, "run", {"seconds": 90.0}, **config)
     (tmp_path / "results/run/environment.json").write_text(json.dumps(environment))
-    row = "`fit_image`, `report`, `rate=2` | 2 | 1.5 min | 2 CPU cores, x86_64, "
-    row += "JAX 0.1 | `abc` | `results/run`"
+    row = "`meta_learn`, `mnist`, `model.derivative_dtype=bfloat16` | 2 | 1.5 min | "
+    row += "2 CPU cores, x86_64, JAX 0.1 | `abc` | `results/run`"
     text = "<!--= run @row -->{}<!--/--> <!--= run @seeds -->{}<!--/-->"
     assert evidence.fill(text.format("`x` |", 1), tmp_path) == text.format(row, 2)
 

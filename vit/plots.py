@@ -263,7 +263,7 @@ def segments(
         shown = _over_pixels(segments[head], grid, image)[..., 0]
         _show(axes.flat[head + 1], 0.35 * gray + 0.65 * colors[shown])
         axes.flat[head + 1].set_title(f"head {head}", fontsize=8)
-    names = [f"segment {number}" for number in range(num_segments)]
+    names = [f"segment {number + 1}" for number in range(num_segments)]
     names[0], names[-1] = f"{names[0]}: least attended", f"{names[-1]}: most attended"
     boxes = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors]
     figure.legend(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from experiments.common import files
 from experiments.common.settings import flatten
-from experiments.common.upgrade import FILLED, upgrade
+from experiments.common.upgrade import FILLED, upgrade, upgrade_override
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
@@ -207,7 +207,10 @@ def provenance(folder: Path) -> dict[str, str]:
     # `story` and `report` run other commands; the options are their own.
     if not re.search(rf"experiments[./]{command[0]}\b", environment["command"]):
         overrides = {}
-    command += [f"{k}={v}" for k, v in overrides.items() if k not in _SEED_FIELDS]
+    for old, value in overrides.items():
+        name, value = upgrade_override(command[0], old, value)
+        if name not in _SEED_FIELDS and not name.endswith("data_dir"):
+            command.append(f"{name}={value}")
     commits = {e["commit"] and f"`{e['commit']}`" for e in environments}
     values = (
         ", ".join(f"`{part}`" for part in command),

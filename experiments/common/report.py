@@ -115,11 +115,7 @@ def _describe(entry, find):
         if picture and picture.exists():
             yield page.Figure(picture, caption)
         elif picture:
-            where = evidence.show(folder)
-            yield page.Text(
-                f"{caption}: `{where}` does not hold the figure `{name}.png`; a new "
-                "run draws it."
-            )
+            yield page.Text(f"{caption}: this figure is drawn by a new run only.")
         else:
             yield page.Text(f"{caption}: {evidence.NOT_RUN}.")
     rows = [
@@ -195,7 +191,7 @@ def _landscape(measure):
             for rate in ("0.0001", "0.0005", "0.001", "0.002")
         },
         "columns": {
-            name: Column(_LANDSCAPE, f"{network}.rate{{0}}.{measure}", ".4g")
+            name: Column(_LANDSCAPE, f"{network}.rate{{0}}.{measure}", ".1f")
             for name, network in (
                 ("without batch normalization", "plain"),
                 ("with batch normalization", "bn"),

@@ -20,7 +20,7 @@ Variants:
   patches: the meta-step over 1,024 patches of 4x4 pixels, in groups of several sizes;
     under a minute on two cores.
   spatial: encoding of 32 images into grids of 8x8 latents, with and without neighboring
-    cells, and a training step of the ConvNeXt on 32 grids; results/ has no run of it.
+    cells, and a training step of the ConvNeXt on 32 grids (results/benchmark_spatial).
   curvature: eigenvalues, trace and density of the Hessian of an MLP; with
     --config.peers=experiments/peers those of PyHessian too; two minutes.
   paper: the meta-step at the size of the paper, with each sine and dtype. It needs a

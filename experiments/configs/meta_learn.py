@@ -10,7 +10,7 @@ Variants:
   smoke: the digits with a tiny network and 20 steps, to check that the command runs;
     seconds.
   mnist: MNIST, 28x28 gray; results/ has no run of it.
-  cifar10_cpu: CIFAR-10 with a small network; about 25 dB in half an hour on two cores
+  cifar10_cpu: CIFAR-10 with a small network; about 25 dB in an hour on two cores
     (results/meta_learn_cifar10_cpu).
   digits_spatial: the digits with a 2x2 grid of latents of 16 numbers; as in digits, an
     image has as many numbers as pixels.
@@ -22,8 +22,8 @@ Variants:
     all images (results/meta_learn_cifar10_spatial_cpu).
   cifar10_cells_cpu: the same for cells that do not depend on each other; results/ has
     no run of it.
-  cifar10_spatial: the grid of cifar10_spatial_cpu at the size of Spatial Functa, width
-    256 and depth 6; 38.7 dB in 3 minutes on one H200
+  cifar10_spatial: the grid of cifar10_spatial_cpu in a larger network, width 256 and
+    depth 6; 38.7 dB in 3 minutes on one H200
     (results/meta_learn_cifar10_spatial).
   winds: monthly winds over the globe as fields on the sphere, 64 numbers each, beside
     64 EOF of the same months (apt-get install ferret-datasets); 23 minutes on

@@ -68,7 +68,10 @@ def _code_of(folder):
     """Kind and size of the latents of a run in `results/`, and its configuration."""
     config = files.read_json(folder / "config.json")
     if "run" in config:  # make_functaset
-        return _code_of(_RESULTS / "_".join(Path(config["run"]).parts[1:]))
+        kind, *rest = _code_of(_RESULTS / "_".join(Path(config["run"]).parts[1:]))
+        num_steps = config.get("inner", {}).get("num_steps")
+        steps = {None: "", 1: ", one step"}.get(num_steps, f", {num_steps} steps")
+        return f"{kind}{steps}", *rest
     model = config["model"]
     if model["type"] != "SpatialSiren":
         return "one latent", model["latent_dim"], config
@@ -92,8 +95,8 @@ def _accuracy_against_size(run):
             kind = "pixels of the cells"
             model = made["model"]
             size = math.prod((*model["grid"], *made["cell"], model["out_channels"]))
-        elif features != "latents":
-            continue
+        elif features == "patch_pca":
+            kind = "principal components of the cells"
         head = config["model"].get("type", "mlp")
         deviation = summary.get("test_accuracy_std", np.nan)
         point = (size, 100 * summary["test_accuracy"], 100 * deviation)

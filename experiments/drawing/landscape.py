@@ -116,7 +116,7 @@ def _gradient_at_equal_loss(run, networks):
     figure, axes = _rate_panels(run, rows=2, width=3, height=2.5, sharex=True)
     measures = {
         "grad_distances": "gradient distance (largest)",
-        "betas": "effective beta (largest)",
+        "betas": "effective beta",
     }
     for row, (key, y_label) in zip(axes, measures.items(), strict=True):
         x_label = "training loss (nats)" if key == "betas" else ""
@@ -170,7 +170,7 @@ def _along_the_gradient(run, networks):
         "losses": "loss (nats)",
         "grad_distances": "gradient distance",
         "relative_grad_distances": "gradient distance /\ngradient norm",
-        "betas": "effective beta\n(largest)",
+        "betas": "effective beta",
     }
     for row, (key, y_label) in zip(axes, measures.items(), strict=True):
         for i, ax in enumerate(row):

@@ -63,7 +63,10 @@ def describe(run: Run) -> str:
         cores = f" with {environment.get('cpu_count')} cores"
         parts.append(backend + cores if backend == "cpu" else backend)
     else:
-        parts += [name for name in [(config.get("dataset") or {}).get("name")] if name]
+        # Many variants are named after their data set.
+        name = (config.get("dataset") or {}).get("name")
+        if name and not config.get("variant", "").startswith(name):
+            parts.append(name)
         for source in ("functaset", "run", "checkpoint"):
             # runs/meta_learn/digits/functaset.npz -> meta_learn/digits
             path = Path((config.get(source) or "").replace("/seed{seed}", ""))
