@@ -65,7 +65,11 @@ class Graph(Mapping):
     def removable(self) -> dict[str, int]:
         """{name: number of channels} where at least one channel can be removed."""
         sizes = {name: self.size(name) for name in self.places}
-        return {n: size for n, size in sizes.items() if len(self.fixed[n]) < size}
+        return {
+            name: size
+            for name, size in sizes.items()
+            if size > 1 and len(self.fixed[name]) < size
+        }
 
     def find(self, name: str) -> str:
         """The full name that `name`, a part of a path such as "conv1", stands for.

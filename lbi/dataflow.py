@@ -322,15 +322,20 @@ class Flow:
             for k in range(len(shape))
         )
         self._check_poles(name, eqn, operands)
-        return [_Value(shape, tuple(a or () for a in axes), zero, active)]
+        const = None
+        if name == "convert_element_type" and operands[0].const is not None:
+            with np.errstate(invalid="ignore"):  # NaN becomes some integer
+                value = np.float64(operands[0].const)
+                const = float(value.astype(eqn.outvars[0].aval.dtype))
+        return [_Value(shape, tuple(a or () for a in axes), zero, active, const=const)]
 
     def _check_poles(self, name, eqn, operands):
         """A masked channel would be infinite or NaN: 1 / 0, log 0."""
-        poles = {"rsqrt", "log", "div", "pow", "digamma", "lgamma"}
+        poles = {"rsqrt", "log", "div", "rem", "pow", "digamma", "lgamma"}
         inverse = name == "integer_pow" and eqn.params["y"] < 0
         if name not in poles and not inverse:
             return
-        value = operands[1] if name == "div" else operands[0]
+        value = operands[1] if name in ("div", "rem") else operands[0]
         for columns, zero in zip(value.axes, value.zero, strict=True):
             if zero and value.const is None:
                 self._fix(columns, "a removed channel would be divided by zero")
@@ -498,6 +503,9 @@ class Flow:
         )
         return [_Value(shape, tuple(axes), zero)]
 
+    def _barrier(self, eqn, operands):
+        return list(operands)
+
     def _pad(self, eqn, operands):
         value, filling = operands
         shape = tuple(eqn.outvars[0].aval.shape)
@@ -505,11 +513,12 @@ class Flow:
         for k, (low, high, interior) in enumerate(eqn.params["padding_config"]):
             if (low, high, interior) == (0, 0, 0):
                 continue
+            if filling.const != 0:  # The new entries of a removed channel are not 0.
+                zero = [flag and not c for flag, c in zip(zero, axes, strict=True)]
             if value.axes[k] and (interior or min(low, high) < 0):
                 self._fix(value.axes[k], "they are dilated or cropped")
                 axes[k] = ()
             elif value.axes[k]:
-                zero[k] = zero[k] and filling.const == 0
                 first, *others = value.axes[k]
                 before, after = self._units.fresh(low), self._units.fresh(high)
                 axes[k] = (
@@ -529,7 +538,7 @@ class Flow:
                 for k in kept:
                     self._tie(operands[0].axes[k], value.axes[k])
         out = _pick(operands[0], kept)
-        if eqn.primitive.name not in ("reduce_sum", "reduce_max", "reduce_min"):
+        if eqn.primitive.name.startswith("arg"):
             out = dataclasses.replace(out, zero=tuple(not c for c in out.axes))
         return [dataclasses.replace(out, const=None) for _ in eqn.outvars]
 
@@ -544,7 +553,11 @@ class Flow:
                 if value is not operands[0] and k != axis:
                     self._tie(operands[0].axes[k], value.axes[k])
         axes = [() if k == axis else c for k, c in enumerate(operands[0].axes)]
-        zero = tuple(not columns for columns in axes)
+        stays_zero = eqn.primitive.name in ("cumsum", "cumprod", "cummax", "cummin")
+        zero = tuple(
+            not columns or (stays_zero and flag)
+            for columns, flag in zip(axes, operands[0].zero, strict=True)
+        )
         return [_Value(tuple(var.aval.shape), tuple(axes), zero) for var in eqn.outvars]
 
     def _window(self, eqn, operands):
@@ -876,6 +889,7 @@ _RULES = {
     "unstack": Flow._unstack,
     "tile": Flow._tile,
     "pad": Flow._pad,
+    "optimization_barrier": Flow._barrier,
     "gather": Flow._gather,
     "dynamic_slice": Flow._dynamic_slice,
     "dynamic_update_slice": Flow._dynamic_update_slice,
@@ -991,7 +1005,10 @@ def _zero_along(value, axis, shape):
 
 def _is_zero(name, eqn, flags, operands):
     if name == "select_n":
-        return all(flags[1:])
+        # jnp.std takes NaN where it is not defined.
+        undefined = [v.const is not None and math.isnan(v.const) for v in operands]
+        branches = list(zip(flags, undefined, strict=True))[1:]
+        return any(flags[1:]) and all(f or u for f, u in branches)
     if name in ("mul", "and"):
         return any(flags)
     if name in ("div", "rem"):
@@ -1000,6 +1017,11 @@ def _is_zero(name, eqn, flags, operands):
         sign = 1 if name == "max" else -1
         low = [v.const is not None and sign * v.const <= 0 for v in operands]
         return all(f or b for f, b in zip(flags, low, strict=True)) and any(flags)
+    if name == "clamp":
+        low, _, high = (v.const for v in operands)
+        return flags[1] and None not in (low, high) and low <= 0 <= high
+    if name in ("gt", "lt", "ne", "complex"):
+        return all(flags)
     if name == "integer_pow":
         return flags[0] and eqn.params["y"] > 0
     return name in _LINEAR and all(flags)

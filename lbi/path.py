@@ -155,7 +155,8 @@ def clock(opt_state: Any) -> Array:
 
     Under `optax.partition` this is the clock of the first coupling.
     """
-    return _require_states(opt_state)[0].clock
+    # nnx.Optimizer stores variables, which cannot be formatted as numbers.
+    return jnp.asarray(_require_states(opt_state)[0].clock)
 
 
 def metrics(opt_state: Any) -> dict[str, Array]:

@@ -116,7 +116,8 @@ class GroupL2:
         norms = jnp.sqrt(jnp.where(squares > 0, squares, 1))
         # The same comparison as between `norms` and `thresholds`.
         entered = (squares > 0) & (norms > lam)
-        return values * jnp.where(entered, 1 - lam / norms, 0)
+        scale = jnp.where(entered, 1 - lam / norms, 0)
+        return values * scale.astype(values.real.dtype)
 
     def spread(self, groups: Array, shape: tuple[int, ...]) -> Array:
         """Repeats the value of each group over its entries.
@@ -134,6 +135,8 @@ class GroupL2:
 
     def _squares(self, values, *, keepdims):
         axes = self._other_axes(values.ndim)
+        # A sum of squares overflows or rounds in half precision.
+        values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
         squares = jnp.square(values.real)
         if jnp.iscomplexobj(values):
             squares += jnp.square(values.imag)
@@ -214,9 +217,11 @@ def assign(spec: PenaltySpec, params: Any) -> dict[str, Penalty]:
       spec: one of
         layers of `lbi.groups`: GroupL2 on the filters of convolutions, L1 on the
           kernels of products, both with lam 1.
-        "auto": the same by name and rank: GroupL2 over the last axis for rank 4, L1 for
-          rank 2. Biases, scales, statistics, embeddings and parameters of rank 0 and 1
-          have no penalty.
+        "auto": the same by name and rank: L1 for rank 2, GroupL2 over the last axis for
+          rank 4, which is taken as (height, width, in, out). Biases, scales,
+          statistics, embeddings and parameters of rank 0 and 1 have no penalty. Neither
+          name nor rank tells a scanned layer, or a transposed convolution of another
+          name: for these use `lbi.groups`.
         a penalty: applies to every parameter of rank 2 or more that is no bias, scale,
           statistic or embedding by name.
         None: no penalty.
@@ -308,14 +313,20 @@ def is_bias_name(path: str, shape: tuple[int, ...]) -> bool:
 
 
 _BIAS = re.compile(r"(^|/)(scale|offset|gamma|beta|[^/]*bias[^/]*)$", re.IGNORECASE)
-_STATISTIC_OR_EMBEDDING = re.compile(
-    r"(^|/)(mean|var|average|hidden|counter|cls|[^/]*(embed|token|pos)[^/]*)$",
+_EMBEDDING = re.compile(
+    r"(^|/)([^/]*_)?(embed[^/]*|posemb[^/]*|tok|tokens?|pos|positions?)\d*(_[^/]*)?$",
     re.IGNORECASE,
 )
+# Collections of Flax and modules of Haiku, and names that only a vector has for sure.
+_STATISTICS = re.compile(r"(^|/)(batch_stats|[^/]*_ema)/", re.IGNORECASE)
+_VECTOR = re.compile(r"(^|/)(mean|var|average|hidden|counter|cls)$", re.IGNORECASE)
 
 
 def _is_kernel_name(path, shape):
-    return not (is_bias_name(path, shape) or _STATISTIC_OR_EMBEDDING.search(path))
+    if is_bias_name(path, shape) or _EMBEDDING.search(path):
+        return False
+    is_vector = sum(size > 1 for size in shape) <= 1
+    return not (_STATISTICS.search(path) or (is_vector and _VECTOR.search(path)))
 
 
 def _choose(spec, path, shape):
@@ -325,7 +336,15 @@ def _choose(spec, path, shape):
                 f"{path}: the traced layers do not contain it; they are "
                 f"{', '.join(spec)}."
             )
-        return spec[path].penalty()
+        layer = spec[path]
+        if layer.kind == "convolution" and not layer.output:
+            raise ValueError(
+                f"{path}: its output axis was lost, because an operation that lbi has "
+                "no rule for changes this kernel before its convolution. Give its "
+                f'penalty first, for example {{"^{re.escape(path)}$": '
+                'lbi.GroupL2(group_axes=-1), ".": layers}.'
+            )
+        return layer.penalty()
     if isinstance(spec, Mapping):
         for pattern, choice in spec.items():
             if re.search(pattern, path):
@@ -351,8 +370,9 @@ def _by_name(path, shape):
     *_, name = path.split("/")
     if len(shape) == 2:
         return L1()
-    attention = re.search(r"(^|/)(query|key|value|out)(/|$)", path)
-    if len(shape) == 4 and name != "weight" and not attention:
+    # Kernels of attention, and of transposed convolutions: (kh, kw, out, in).
+    other = re.search(r"(^|/)(query|key|value|out)(/|$)|transpose", path, re.IGNORECASE)
+    if len(shape) == 4 and name != "weight" and not other:
         return GroupL2()
     pattern = "/".join(path.split("/")[-2:])
     raise ValueError(
@@ -369,7 +389,13 @@ def _check_patterns(spec, params):
     leaves = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda node: isinstance(node, optax.MaskedNode)
     )[0]
-    paths = [path_name(path) for path, _ in leaves]
+    _check_matched(spec, [path_name(path) for path, _ in leaves])
+
+
+def _check_matched(spec, paths):
+    for pattern, choice in spec.items():
+        if isinstance(choice, Mapping) and not isinstance(choice, Layers):
+            _check_matched(choice, [p for p in paths if re.search(pattern, p)])
     unmatched = [p for p in spec if not any(re.search(p, path) for path in paths)]
     if unmatched and paths:
         raise ValueError(

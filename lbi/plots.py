@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from lbi import channels
+
 # Okabe and Ito's colors, each with a marker and a line style of its own.
 _STYLES = (
     ("#0072B2", "o", "-"),
@@ -127,10 +129,15 @@ def filter_norms(
 
     Returns:
       The Figure, one panel a layer; a filter that never entered is hatched gray.
+
+    Raises:
+      ValueError: if there is no layer.
     """
     import matplotlib
     import matplotlib.pyplot as plt
 
+    if not layers:
+        raise ValueError("there is no layer to draw.")
     num_columns = min(num_columns, len(layers))
     num_rows = -(-len(layers) // num_columns)
     figure, axes = plt.subplots(
@@ -172,7 +179,7 @@ def pruned_layer(kernel: np.ndarray, kept: np.ndarray, *, name: str = "layer") -
 
     Args:
       kernel: weights, (..., filters).
-      kept: True for the filters that stay, (filters,).
+      kept: True, or 1, for the filters that stay, (filters,).
       name: of the layer, for the titles.
 
     Returns:
@@ -182,7 +189,7 @@ def pruned_layer(kernel: np.ndarray, kept: np.ndarray, *, name: str = "layer") -
     import matplotlib.pyplot as plt
 
     flat = np.abs(np.reshape(kernel, (-1, np.shape(kernel)[-1])))
-    kept = np.ravel(kept)
+    kept = np.ravel(channels.bool_mask(name, kept))
     columns = np.lexsort((-np.linalg.norm(flat, axis=0), ~kept))
     rows = np.argsort(-flat.mean(1))
     shown = flat[rows][:, columns]

@@ -117,10 +117,12 @@ def taylor_importance(
     Returns:
       {layer: float64, one per group}.
     """
-    scores = jax.tree.map(
-        lambda w, g: jnp.sqrt(jnp.mean(jnp.square(w[None] * g), axis=0)), params, grads
-    )
-    return magnitude_importance(scores, penalty)
+
+    def score(w, g):
+        products = w[None].astype(jnp.promote_types(w.dtype, jnp.float32)) * g
+        return jnp.sqrt(jnp.mean(jnp.square(products), axis=0))
+
+    return magnitude_importance(jax.tree.map(score, params, grads), penalty)
 
 
 def released_code_importance(

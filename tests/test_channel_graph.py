@@ -435,6 +435,38 @@ def unit_columns(p, x):
     return (x @ kernel) @ p["b"]
 
 
+def standardized(p, x):
+    """`jnp.std` chooses between the deviation and NaN."""
+    return (x @ (p["a"] / p["a"].std(0, keepdims=True))) @ p["b"]
+
+
+def mean_of_the_active(p, x):
+    hidden = x[None] @ p["a"]
+    active = (hidden > 0).sum(1)
+    return jax.nn.relu(hidden).sum(1) / active @ p["b"]
+
+
+def cumulative_share(p, x):
+    hidden = jnp.square(x @ p["a"])
+    return (hidden / jnp.cumsum(hidden, 0)) @ p["b"]
+
+
+def clipped_share(p, x):
+    hidden = x @ p["a"]
+    return (hidden / jnp.clip(jnp.abs(hidden), 0, 6)) @ p["b"]
+
+
+def remainder(p, x):
+    hidden = x @ p["a"]
+    return jax.lax.rem(jnp.ones_like(hidden), hidden) @ p["b"]
+
+
+def padded_with_ones(p, x):
+    """The last output sums the removed channel too."""
+    wide = jnp.pad(p["b"], ((0, 0), (0, 1)), constant_values=1.0)
+    return jax.nn.sigmoid(x @ p["a"]) @ wide
+
+
 def gates(p, x):
     """The sigmoid of a masked weight is 1/2."""
     return (x @ p["a"]) @ jax.nn.sigmoid(p["b"])
@@ -451,6 +483,12 @@ def gates(p, x):
         (product_of_activations, r"a product of activations .*\(dot_general at "),
         (fixed_length, r"an axis of fixed length \(add at "),
         (unit_columns, r"would be divided by zero \(div at "),
+        (standardized, r"would be divided by zero \(div at "),
+        (mean_of_the_active, r"would be divided by zero \(div at "),
+        (cumulative_share, r"would be divided by zero \(div at "),
+        (clipped_share, r"would be divided by zero \(div at "),
+        (remainder, r"would be divided by zero \(rem at "),
+        (padded_with_ones, r"would still contribute to a sum \(dot_general at "),
         (gates, r"a removed channel would still contribute to a sum \(dot_general at "),
     ],
 )
@@ -478,6 +516,24 @@ def test_entries_of_a_learned_query_are_fixed():
     assert graph.removable() == {}
     with pytest.raises(ValueError, match="a product of activations sums over them"):
         pruning.thin(params, {"query": np.arange(4) > 0}, graph)
+
+
+def test_the_only_channel_cannot_be_removed():
+    def network(p, x):
+        hidden = x @ p["a"]
+        return (hidden + jnp.roll(hidden, 1, -1)) @ p["b"]
+
+    params = {"a": draw(3, 4), "b": draw(4, 2)}
+    assert channels.trace(network, params, draw(5, 3)).removable() == {}
+
+
+def test_a_barrier_changes_nothing():
+    def network(p, x):
+        return jax.nn.relu(x @ jax.lax.optimization_barrier(p["a"])) @ p["b"]
+
+    params = {"a": draw(3, 4), "b": draw(4, 2)}
+    graph = channels.trace(network, params, draw(5, 3))
+    check(graph, {"a": np.arange(4) != 2}, params, draw(5, 3), network)
 
 
 def test_only_some_channels_may_be_fixed():

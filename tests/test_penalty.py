@@ -348,6 +348,17 @@ def test_names_of_leaves_in_other_trees():
     ]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(jnp.bfloat16, 0.05), (jnp.float16, 1e-4), (jnp.float16, 40.0)]
+)
+def test_norms_of_half_precision_are_those_of_float64(dtype, scale):
+    draws = np.random.default_rng(0).normal(size=(3, 3, 64, 32))
+    values = jnp.asarray(scale * draws, dtype)
+    exact = np.linalg.norm(np.asarray(values, np.float64).reshape(-1, 32), axis=0)
+    np.testing.assert_allclose(GroupL2().norms(values), exact, rtol=1e-5)
+    assert GroupL2(0.0).prox(values).dtype == dtype
+
+
 def test_two_leaves_of_one_path_are_refused():
     leaf = jnp.zeros((2, 2))
     with pytest.raises(ValueError, match="two parameters have the path a/b"):

@@ -522,6 +522,10 @@ def test_filters_and_pruned_layer():
     np.testing.assert_allclose(lengths[3], expected[1])
     np.testing.assert_allclose(lengths[:3], np.sort(expected[kept])[::-1])
     assert "1 of 4" in figure.axes[1].get_title()
+    figure = lbi.plots.pruned_layer(kernel, kept.astype(int), name="conv1")
+    np.testing.assert_array_equal(figure.axes[1].images[0].get_array().mask, after.mask)
+    with pytest.raises(ValueError, match="no layer to draw"):
+        lbi.plots.filter_norms({})
 
 
 def test_surface_3d_has_three_named_axes():

@@ -258,6 +258,16 @@ def test_first_order_importance_by_hand():
     np.testing.assert_allclose(importance["dense/kernel"], expected, rtol=1e-5)
 
 
+def test_first_order_importance_of_half_precision_does_not_vanish():
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(0.05 * rng.normal(size=(8, 8)), jnp.float16)}
+    grads = {"kernel": jnp.asarray(1e-3 * rng.normal(size=(2, 8, 8)), jnp.float16)}
+    effects = np.float64(params["kernel"]) * np.float64(grads["kernel"])
+    found = pruning.taylor_importance(params, grads)["kernel"]
+    expected = np.sqrt(np.mean(effects**2, axis=0))
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
 def is_list(node):
     return isinstance(node, list)
 

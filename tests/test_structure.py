@@ -443,6 +443,7 @@ def test_every_pattern_must_match():
     for penalty, message in [
         ({"conv": "auto", "dense": L1()}, "matches the pattern dense of the penalty"),
         ({"Conv": "auto"}, "the pattern Conv .* the paths are conv/kernel, fc"),
+        ({"conv": {"kernal": L1()}, "fc": L1()}, "kernal .* the paths are conv/kernel"),
     ]:
         for function in (
             lbi.dessilbi(0.1, penalty=penalty).init,
@@ -467,7 +468,13 @@ def test_auto_refuses_what_names_cannot_tell():
     params = jax.eval_shape(model.init, key(), images)["params"]
     with pytest.raises(ValueError, match=r'key/kernel: "auto" .*lbi.groups\(apply_fn'):
         lbi.penalty.assign("auto", params)
-    for path, size in [("conv/weight", (4, 2, 3, 3)), ("conv/kernel", (3, 2, 4))]:
+    refused = {
+        "conv/weight": (4, 2, 3, 3),
+        "conv/kernel": (3, 2, 4),
+        "ConvTranspose_0/kernel": (3, 3, 4, 2),
+        "conv2_d_transpose/w": (3, 3, 4, 2),
+    }
+    for path, size in refused.items():
         with pytest.raises(ValueError, match=f'{{"{path}": lbi.GroupL2'):
             lbi.penalty.assign("auto", {path: np.zeros(size)})
     layers = lbi.groups(lambda p, x: model.apply({"params": p}, x), params, images)
@@ -478,6 +485,38 @@ def test_auto_refuses_what_names_cannot_tell():
     assert lbi.penalty.assign("auto", named) == {"b": L1()}
     # A bare penalty is for kernels too.
     assert set(lbi.penalty.assign(L1(), params)) == set(assigned)
+
+
+@pytest.mark.parametrize("penalty", ["auto", L1()], ids=str)
+def test_kernels_are_not_taken_for_statistics_or_embeddings_by_name(penalty):
+    matrix, vector = np.zeros((3, 4)), np.zeros((1, 1, 1, 4))
+    kernels = dict.fromkeys(["hidden", "mean", "cls", "compose", "post", "w"], matrix)
+    others = dict.fromkeys(["pos_embedding", "cls_token", "token_embed"], matrix)
+    others |= {"cls": np.zeros((1, 1, 4)), "mean_ema": {"hidden": vector}}
+    others |= {"batch_stats": {"mean": matrix}, "pos": matrix, "embeddings": matrix}
+    params = {"kernels": kernels, "others": others}
+    found = lbi.penalty.assign(penalty, params)
+    assert set(found) == {f"kernels/{name}" for name in kernels}
+
+
+def test_a_kernel_without_an_output_axis_needs_a_penalty_of_its_own():
+    """After an operation that is not followed, one group would hold all filters."""
+
+    def network(params, x):
+        kernel = jnp.linalg.qr(params["w"])[0].reshape(3, 3, 3, 4)
+        axes = ("NHWC", "HWIO", "NHWC")
+        hidden = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=axes
+        )
+        return hidden @ params["out"]
+
+    params = {"w": jnp.ones((27, 4)), "out": jnp.ones((4, 2))}
+    layers = lbi.groups(network, params, jnp.ones((1, 4, 4, 3)))
+    with pytest.raises(ValueError, match="^w: its output axis was lost.*GroupL2"):
+        lbi.penalty.assign(layers, params)
+    own = GroupL2(group_axes=-1)
+    found = lbi.penalty.assign({"^w$": own, ".": layers}, params)
+    assert found == {"w": own, "out": L1()}
 
 
 def test_filters_are_the_outputs_of_every_kernel():
