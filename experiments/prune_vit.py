@@ -243,7 +243,8 @@ def _measure_all(run, dense):
                     found, params = _fine_tune(run, name, network, dense)
                     row |= found
                     network = network._replace(params=params)
-                if config.save_networks:
+                # A file cannot leave out a segment of the attention.
+                if config.save_networks and network.model.segment is None:
                     folder = run.workdir / "networks"
                     folder.mkdir(exist_ok=True)
                     file = folder / f"{method if limits else name}.npz"

@@ -1,6 +1,7 @@
 """Cascades for a budget: what they cost, and that a larger one costs too much."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -119,6 +120,8 @@ def test_predicted_time_is_the_mean_over_the_layers():
     cascade = dataclasses.replace(cascade, keep=(196, 99), keep_mlp=(149, 49))
     pruned = model.clone(cascade=cascade)
     assert predict_latency(pruned, 224, TABLE) == (21 + 15 + 10 + 6) / 4
+    stored = json.loads(json.dumps(TABLE))
+    assert predict_latency(pruned, 224, stored) == (21 + 15 + 10 + 6) / 4
     linear = {tokens: 3.0 * tokens for tokens in (50, 197)}
     assert predict_latency(pruned, 224, linear) == 3 * (197 + 150 + 100 + 50) / 4
 
@@ -145,6 +148,7 @@ def test_heads_and_unknown_units_are_refused():
         (0.0, TABLE, r"latency must lie in \(0, 1\], got 0.0"),
         (0.7, {}, "times up to 197 tokens, got none"),
         (0.7, {50: 1.0, 100: 2.0}, "times up to 197 tokens, got 50, 100"),
+        (0.7, TABLE | {100: 0.0}, "times of the table must be > 0, got .* 0.0"),
         (0.2, TABLE, "cp_vit needs at least 0.5.* of the cost"),
     ],
 )

@@ -635,6 +635,16 @@ def test_cascades_that_do_not_fit_together_are_refused(options, message):
         Cascade(**({"keep": (5, 3)} | options))
 
 
+def test_numbers_of_numpy_become_those_of_python():
+    """JSON, in which a file keeps its cascade, knows no others."""
+    made = Cascade(keep=list(np.array([5, 3])), alpha=np.float32(0.5), seed=np.int64(3))
+    assert made == Cascade(keep=(5, 3), alpha=0.5, seed=3)
+    assert type(made.keep[0]) is type(made.seed) is int and type(made.alpha) is float
+    for wrong in ((5.5, 3), (float("nan"), 3)):
+        with pytest.raises(ValueError, match="keep must be whole numbers"):
+            Cascade(keep=wrong)
+
+
 @pytest.mark.parametrize(
     ("class_token", "semantics"), [(True, "drop"), (False, "zero")], ids=str
 )

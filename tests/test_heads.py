@@ -279,6 +279,10 @@ def test_controls_of_padded_images():
     "change, message",
     [
         (lambda f: f._replace(label=f.label[::-1]), "their labels differ"),
+        (
+            lambda f: f._replace(config=f.config | {"signals_sha256": {"train": "0"}}),
+            "the train images of .* their values differ",
+        ),
         (lambda f: f._replace(latent=f.latent[:, 0, 0]), "need a functaset of grids"),
         (lambda f: f._replace(latent=f.latent[:, :3]), "does not divide signals"),
     ],

@@ -55,7 +55,11 @@ def test_ramp_in_proportion_and_by_hand():
         [0, 0.3, 0.6, 0.6],
         rtol=1e-12,
     )
-    assert schedules.ramp_ratios(0.5, 1) == [0.5]
+    # Before the first layer there are no scores.
+    for num_layers in (1, 2, 3):
+        assert schedules.ramp_ratios(0.5, num_layers)[0] == 0
+    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
+        schedules.ramp_ratios(0.5, 4, length=0)
     cascade = schedules.cp_vit(
         0.5, num_layers=4, num_patches=8, first_layer=1, length=2
     )

@@ -227,7 +227,13 @@ def test_largest_by_hand_and_ties_go_to_the_first():
 # Errors.
 
 
-@pytest.mark.parametrize("function", [slicing.keep_heads, slicing.keep_neurons])
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(slicing.keep_heads, slicing.keep_neurons),
+        *(slicing.mask_heads, slicing.mask_neurons),
+    ],
+)
 @pytest.mark.parametrize(
     ("kept", "message"),
     [

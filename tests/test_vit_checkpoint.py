@@ -374,6 +374,11 @@ def test_folders_shards_and_prefixes_are_read(tmp_path):
         index.write_text(json.dumps({"weight_map": {"x": entry}}))
         with pytest.raises(ValueError, match="weight_map must map each parameter to"):
             load_checkpoint(tmp_path)
+    (tmp_path / "c.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes())
+    twice = {"x": "a.safetensors", "y": "c.safetensors"}
+    index.write_text(json.dumps({"weight_map": twice}))
+    with pytest.raises(ValueError, match=r"c\.safetensors: .* is in two files"):
+        load_checkpoint(tmp_path)
     index.write_text(json.dumps({"weight_map": {"x": "absent.safetensors"}}))
     with pytest.raises(FileNotFoundError, match="absent.safetensors"):
         load_checkpoint(tmp_path)
@@ -589,6 +594,9 @@ def test_hugging_face_config_is_read(tmp_path):
             "config.json has .* value None for ln_eps",
         ),
         ('{"layer_norm_eps": NaN}', "config.json has .* value nan for ln_eps"),
+        ('{"hidden_size": 24}', "another network: hidden_size is 24, .* weights is 12"),
+        ('{"num_hidden_layers": 7}', "another network: num_hidden_layers is 7"),
+        ('{"model_args": {"embed_dim": 24}}', "another network: embed_dim is 24"),
         ("{}", "width 12 with an MLP of 20 is not .*; set num_heads"),
     ],
 )

@@ -349,6 +349,9 @@ def test_training_draws_the_cascades_random_scores_anew():
             "pool 'mean' requires a patch after the last layer",
         ),
         ({"gelu": "relu"}, "gelu must be one of tanh, erf; got 'relu'"),
+        ({"num_registers": -1}, "num_registers must not be negative, got -1"),
+        ({"num_classes": -1}, "num_classes must not be negative, got -1"),
+        ({"ln_eps": -1.0}, "ln_eps must not be negative, got -1.0"),
         ({"dropout_rate": 1.0}, r"dropout_rate must lie in \[0, 1\), got 1.0"),
         ({"drop_path_rate": -0.1}, r"drop_path_rate must lie in \[0, 1\), got -0.1"),
         (

@@ -15,6 +15,7 @@ from vit_files import (
     write,
 )
 
+from vit.attention import Segment
 from vit.cascade import Cascade
 from vit.checkpoint import load_checkpoint, save_checkpoint
 from vit.model import ViT
@@ -154,6 +155,8 @@ def test_what_can_not_be_saved_is_refused(tmp_path):
         save_checkpoint(
             path, model, params | {"embedding": {"bias": np.ones(12), "x": np.ones(1)}}
         )
+    with pytest.raises(ValueError, match="a file cannot leave out a segment"):
+        save_checkpoint(path, model.clone(segment=Segment(0)), params)
     large = params | {"cls": np.full((1, 1, 12), -7e4)}
     with pytest.raises(ValueError, match="cls contains 70000.0, too large for float16"):
         save_checkpoint(path, model, large, dtype="float16")

@@ -186,11 +186,15 @@ def predict_latency(
         one it is that of the first.
 
     Raises:
-      ValueError: if a layer has more tokens than the table.
+      ValueError: if a layer has more tokens than the table, or a time is not positive.
     """
     counted = cost.count(model, image_size)
+    # The keys of a table that was read from JSON are strings.
+    table = {int(number): time for number, time in table.items()}
     tokens = sorted(table)
     times = [table[number] for number in tokens]
+    if not all(time > 0 for time in times):
+        raise ValueError(f"the times of the table must be > 0, got {times}.")
     # Half of a layer is attention and half is MLP.
     used = np.array([*counted.attention_tokens, *counted.mlp_tokens])
     if not tokens or used.max() > tokens[-1]:

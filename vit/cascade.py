@@ -25,6 +25,7 @@ Axes: B images, n current tokens (CLS first), P patches, D width, L layers.
 import dataclasses
 import functools
 import importlib
+import operator
 import warnings
 from collections.abc import Callable
 
@@ -127,9 +128,18 @@ class Cascade:
             if value not in allowed:
                 names = ", ".join(map(str, allowed))
                 raise ValueError(f"{name} must be one of {names}; got {value!r}.")
-        for name in ("keep", "keep_mlp", "keep_heads"):
+        for name in ("keep", "keep_mlp", "keep_heads", "resets"):
             counts = getattr(self, name)
             if counts is None:
+                continue
+            try:  # also NumPy's numbers, which JSON does not know
+                counts = tuple(operator.index(count) for count in counts)
+            except TypeError:
+                raise ValueError(
+                    f"{name} must be whole numbers, got {counts}."
+                ) from None
+            object.__setattr__(self, name, counts)
+            if name == "resets":
                 continue
             lowest = 1 if name == "keep_heads" else 0
             if len(counts) != len(self.keep) or min(counts) < lowest:
@@ -137,6 +147,8 @@ class Cascade:
                     f"{name} must have one count of at least {lowest} for each of the "
                     f"{len(self.keep)} layers, got {counts}."
                 )
+        for name, kind in (("alpha", float), ("beta", float), ("seed", int)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
         self._check_combinations()
 
     def _check_combinations(self):

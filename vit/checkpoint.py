@@ -241,6 +241,8 @@ def save_checkpoint(
         for name, value in traverse_util.flatten_dict(params, sep="/").items()
     }
     _check_fits(model, arrays)
+    if model.segment is not None:
+        raise ValueError("a file cannot leave out a segment; save segment=None.")
     for name, value in arrays.items():
         value = to_float32(name, value)
         largest = np.max(np.abs(value), initial=0)

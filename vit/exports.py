@@ -95,7 +95,9 @@ def _to_timm(model, arrays, grid):
         "embed_dim": model.hidden_size,
         "depth": model.num_layers,
         "num_heads": model.num_heads,
-        "mlp_ratio": model.mlp_dim / model.hidden_size,
+        # timm takes int(hidden_size * mlp_ratio), which must not round down.
+        "mlp_ratio": (model.mlp_dim + 0.5 * (model.mlp_dim % model.hidden_size > 0))
+        / model.hidden_size,
         "act_layer": "gelu_tanh" if model.gelu == "tanh" else "gelu",
         "global_pool": pool,
     }

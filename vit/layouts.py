@@ -215,7 +215,7 @@ def from_foreign(
     if home != "google":
         _check_gated(ours)
         folder = path if path.is_dir() else path.parent
-        settings |= _torch_settings(folder / "config.json", home, sources)
+        settings |= _torch_settings(folder / "config.json", home, sources, ours)
         told = settings.pop("num_heads", None)
         head_dim = _torch_head_dim(ours, num_heads or told)
         ours = {name: _from_torch(name, ours[name], head_dim) for name in ours}
@@ -380,9 +380,23 @@ def _complete_positions(arrays, sources, home, grid, told):
     return grid
 
 
-def _torch_settings(path, home, sources):
+def _torch_settings(path, home, sources, arrays):
     """The fields of `ViT` and the grid that a config.json and the names tell."""
     config = json_object(path, path.read_bytes()) if path.is_file() else {}
+    blocks = {re.match(r"Transformer/encoderblock_\d+/", name) for name in arrays}
+    depth = len({block[0] for block in blocks if block})
+    [width] = np.shape(arrays.get("embedding/kernel"))[:1] or [None]  # (D, C, p, p)
+    arguments = config.get("model_args")  # timm
+    told = config | (arguments if isinstance(arguments, dict) else {})
+    for name, size in (
+        *(("hidden_size", width), ("embed_dim", width)),
+        *(("num_hidden_layers", depth), ("depth", depth)),
+    ):
+        if size and told.get(name, size) != size:
+            raise ValueError(
+                f"{path.name} is of another network: {name} is {told[name]}, that of "
+                f"the weights is {size}."
+            )
     read = _timm_config if home == "timm" else _hugging_face_config
     settings = read(config, set(sources.values()))
     return check_settings(path.name, settings)

@@ -560,6 +560,11 @@ def check_model(model: ViT) -> None:
     for name in ("patch_size", "hidden_size", "num_layers"):
         if getattr(model, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(model, name)}.")
+    for name in ("num_classes", "num_registers", "ln_eps", "head_dim"):
+        if (getattr(model, name) or 0) < 0:
+            raise ValueError(
+                f"{name} must not be negative, got {getattr(model, name)}."
+            )
     if model.patch_size % 2 ** len(model.stem):
         raise ValueError(
             f"patch_size {model.patch_size} must be a multiple of "

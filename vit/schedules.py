@@ -127,14 +127,19 @@ def ramp_ratios(
       ratio: pruned share of the plateau, in [0, 1).
       num_layers: L.
       first_layer: first layer that prunes; None is a quarter of L, 3 of 12 as in the
-        released code.
+        released code, but at least 1: before the first layer there are no scores.
       length: layers of the ramp; None is a half of L, 6 of 12.
 
     Returns:
       L ratios.
+
+    Raises:
+      ValueError: if `length` is less than 1.
     """
-    first_layer = num_layers // 4 if first_layer is None else first_layer
+    first_layer = max(num_layers // 4, 1) if first_layer is None else first_layer
     length = max(num_layers // 2, 1) if length is None else length
+    if length < 1:
+        raise ValueError(f"length must be at least 1, got {length}.")
     return [
         ratio * min(max(layer - first_layer + 1, 0) / length, 1.0)
         for layer in range(num_layers)

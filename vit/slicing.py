@@ -78,7 +78,7 @@ def keep_heads(model: ViT, params: Any, kept: Kept) -> tuple[ViT, Any]:
       >>> smaller.apply({"params": params}, images).shape
       (1, 10)
     """
-    heads = [models.per_layer(model.num_heads, i) for i in range(model.num_layers)]
+    heads = _heads(model)
     _check(kept, heads, "heads")
     if model.cascade is not None and model.cascade.keep_heads is not None:
         raise ValueError(
@@ -116,8 +116,7 @@ def keep_neurons(model: ViT, params: Any, kept: Kept) -> tuple[ViT, Any]:
     Raises:
       ValueError: if a layer would keep no neuron, or a neuron that it does not have.
     """
-    widths = [models.per_layer(model.mlp_dim, i) for i in range(model.num_layers)]
-    _check(kept, widths, "neurons")
+    _check(kept, _widths(model), "neurons")
 
     def cut(layer, block):
         index = np.asarray(kept[layer])
@@ -140,7 +139,11 @@ def mask_heads(model: ViT, params: Any, kept: Kept) -> Any:
 
     Returns:
       Parameters of the same shapes.
+
+    Raises:
+      ValueError: if a layer would keep no head, or a head that it does not have.
     """
+    _check(kept, _heads(model), "heads")
     return _mask(model, params, kept, (_ATTENTION, "out"))
 
 
@@ -154,8 +157,20 @@ def mask_neurons(model: ViT, params: Any, kept: Kept) -> Any:
 
     Returns:
       Parameters of the same shapes.
+
+    Raises:
+      ValueError: if a layer would keep no neuron, or a neuron that it does not have.
     """
+    _check(kept, _widths(model), "neurons")
     return _mask(model, params, kept, (_MLP, "Dense_1"))
+
+
+def _heads(model):
+    return [models.per_layer(model.num_heads, i) for i in range(model.num_layers)]
+
+
+def _widths(model):
+    return [models.per_layer(model.mlp_dim, i) for i in range(model.num_layers)]
 
 
 def _mask(model, params, kept, place):

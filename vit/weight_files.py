@@ -73,11 +73,15 @@ def read_arrays(path: Path) -> Arrays:
 
     Raises:
       FileNotFoundError: if a file does not exist.
-      ValueError: if a file is of another kind or damaged.
+      ValueError: if a file is of another kind or damaged, or two files hold an array
+        of the same name.
     """
     arrays = {}
     for file in find_files(path):
-        arrays |= _read_file(file)
+        found = _read_file(file)
+        if twice := arrays.keys() & found.keys():
+            raise ValueError(f"{file}: {some_names(sorted(twice))} is in two files.")
+        arrays |= found
     return arrays
 
 

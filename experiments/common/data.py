@@ -14,6 +14,7 @@
 
 import functools
 import gzip
+import hashlib
 import math
 import os
 import warnings
@@ -205,6 +206,11 @@ def refuse_unread(what: str, **fields: Any) -> None:
 def signals(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """The images or the values of the fields of a split, (N, *shape, C)."""
     return arrays["image"] if "image" in arrays else arrays["value"]
+
+
+def sha256(values: np.ndarray) -> str:
+    """Digest of the values of images or fields, to tell them from others."""
+    return hashlib.sha256(np.ascontiguousarray(values)).hexdigest()
 
 
 def to_float(images: np.ndarray) -> np.ndarray:

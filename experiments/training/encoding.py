@@ -360,6 +360,7 @@ def write_functaset(
         "flip": flip,
         "padding": padding,
         "seed": seed,
+        "signals_sha256": {split: data.sha256(one) for split, one in signals.items()},
         **config,
     }
     params_sha256 = functaset.hash_params(learner.params)

@@ -248,7 +248,15 @@ def load_images(functaset, split, data_dir):
             f"the {split} images of {name} are not those of the functaset: their "
             "labels differ."
         )
-    return arrays["image"][:num_images], rows
+    images = arrays["image"][:num_images]
+    # Functasets of older versions have no digest.
+    digest = functaset.config.get("signals_sha256", {}).get(split)
+    if digest not in (None, data.sha256(images)):
+        raise ValueError(
+            f"the {split} images of {name} are not those of the functaset: their "
+            "values differ."
+        )
+    return images, rows
 
 
 def _identity(pca):
