@@ -14,8 +14,6 @@ from experiments.networks import lenet, vgg
 from lbi import channels, pruning
 from lbi.channels import trace
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 
 @pytest.fixture(autouse=True)
 def _highest_precision():
