@@ -643,6 +643,10 @@ def test_numbers_of_numpy_become_those_of_python():
     for wrong in ((5.5, 3), (float("nan"), 3)):
         with pytest.raises(ValueError, match="keep must be whole numbers"):
             Cascade(keep=wrong)
+    with pytest.raises(ValueError, match="seed must be whole numbers, got 2.5"):
+        Cascade(keep=(5, 3), seed=2.5)
+    with pytest.raises(ValueError, match="keep must have one count"):
+        Cascade(keep=())
 
 
 @pytest.mark.parametrize(

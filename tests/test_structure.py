@@ -426,6 +426,7 @@ def test_nnx_optimizer_trains_the_same_gamma_as_a_loop_of_optax():
         pure = optax.apply_updates(pure, updates)
     gamma = lbi.gamma(state)["c0"]["kernel"]
     assert np.any(gamma != 0) and np.any(gamma == 0)
+    assert f"{lbi.clock(optimizer.opt_state):.3f}" == f"{lbi.clock(state):.3f}"
     coupled = nnx.to_pure_dict(nnx.state(optimizer))["opt_state"]
     found = [v for path, v in named_leaves(coupled).items() if "dual/c0/kernel" in path]
     np.testing.assert_allclose(found[0], lbi.find_states(state)[0].dual["c0"]["kernel"])

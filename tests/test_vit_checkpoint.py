@@ -597,6 +597,8 @@ def test_hugging_face_config_is_read(tmp_path):
         ('{"hidden_size": 24}', "another network: hidden_size is 24, .* weights is 12"),
         ('{"num_hidden_layers": 7}', "another network: num_hidden_layers is 7"),
         ('{"model_args": {"embed_dim": 24}}', "another network: embed_dim is 24"),
+        ('{"intermediate_size": 48}', "another network: intermediate_size is 48"),
+        ('{"patch_size": 16}', "another network: patch_size is 16"),
         ("{}", "width 12 with an MLP of 20 is not .*; set num_heads"),
     ],
 )

@@ -15,6 +15,7 @@ from vit_files import (
     write,
 )
 
+from vit import exports
 from vit.attention import Segment
 from vit.cascade import Cascade
 from vit.checkpoint import load_checkpoint, save_checkpoint
@@ -130,6 +131,12 @@ def test_settings_of_a_run_are_not_saved(tmp_path):
     chex.assert_trees_all_equal(
         restored, jax.tree.map(lambda x: x.astype(np.float32), halves)
     )
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(12, 20), (112, 230), (1152, 4304)])
+def test_timm_rounds_the_mlp_ratio_to_the_width_of_the_mlp(width, hidden):
+    model = ViT(num_classes=5, **SIZES | {"hidden_size": width, "mlp_dim": hidden})
+    assert int(width * exports._mlp_ratio(model)) == hidden
 
 
 def test_what_can_not_be_saved_is_refused(tmp_path):

@@ -128,28 +128,35 @@ class Cascade:
             if value not in allowed:
                 names = ", ".join(map(str, allowed))
                 raise ValueError(f"{name} must be one of {names}; got {value!r}.")
-        for name in ("keep", "keep_mlp", "keep_heads", "resets"):
+        self._to_python_numbers()
+        for name in ("keep", "keep_mlp", "keep_heads"):
             counts = getattr(self, name)
             if counts is None:
                 continue
-            try:  # also NumPy's numbers, which JSON does not know
-                counts = tuple(operator.index(count) for count in counts)
-            except TypeError:
-                raise ValueError(
-                    f"{name} must be whole numbers, got {counts}."
-                ) from None
-            object.__setattr__(self, name, counts)
-            if name == "resets":
-                continue
             lowest = 1 if name == "keep_heads" else 0
-            if len(counts) != len(self.keep) or min(counts) < lowest:
+            if len(counts) != len(self.keep) or min(counts, default=-1) < lowest:
                 raise ValueError(
                     f"{name} must have one count of at least {lowest} for each of the "
                     f"{len(self.keep)} layers, got {counts}."
                 )
-        for name, kind in (("alpha", float), ("beta", float), ("seed", int)):
-            object.__setattr__(self, name, kind(getattr(self, name)))
         self._check_combinations()
+
+    def _to_python_numbers(self):
+        """JSON, in which a file keeps the cascade, does not know NumPy's numbers."""
+        for name in ("keep", "keep_mlp", "keep_heads", "resets", "seed"):
+            value = getattr(self, name)
+            try:
+                if name == "seed":
+                    value = operator.index(value)
+                elif value is not None:
+                    value = tuple(operator.index(count) for count in value)
+            except TypeError:
+                raise ValueError(
+                    f"{name} must be whole numbers, got {value}."
+                ) from None
+            object.__setattr__(self, name, value)
+        for name in ("alpha", "beta"):
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     def _check_combinations(self):
         path = [count for pair in self.counts for count in pair]

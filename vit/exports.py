@@ -75,6 +75,13 @@ def _to_torch(arrays, modules):
     return renamed
 
 
+def _mlp_ratio(model):
+    """The quotient r of which timm's int(hidden_size * r) is mlp_dim again."""
+    ratio = model.mlp_dim / model.hidden_size
+    rounds_down = int(model.hidden_size * ratio) < model.mlp_dim
+    return math.nextafter(ratio, math.inf) if rounds_down else ratio
+
+
 def _to_timm(model, arrays, grid):
     modules = {name: ours for name, ours in TIMM.items() if "LayerScale" not in ours}
     average = model.pool == "mean_before_norm"
@@ -95,9 +102,7 @@ def _to_timm(model, arrays, grid):
         "embed_dim": model.hidden_size,
         "depth": model.num_layers,
         "num_heads": model.num_heads,
-        # timm takes int(hidden_size * mlp_ratio), which must not round down.
-        "mlp_ratio": (model.mlp_dim + 0.5 * (model.mlp_dim % model.hidden_size > 0))
-        / model.hidden_size,
+        "mlp_ratio": _mlp_ratio(model),
         "act_layer": "gelu_tanh" if model.gelu == "tanh" else "gelu",
         "global_pool": pool,
     }

@@ -383,23 +383,29 @@ def _complete_positions(arrays, sources, home, grid, told):
 def _torch_settings(path, home, sources, arrays):
     """The fields of `ViT` and the grid that a config.json and the names tell."""
     config = json_object(path, path.read_bytes()) if path.is_file() else {}
-    blocks = {re.match(r"Transformer/encoderblock_\d+/", name) for name in arrays}
-    depth = len({block[0] for block in blocks if block})
-    [width] = np.shape(arrays.get("embedding/kernel"))[:1] or [None]  # (D, C, p, p)
-    arguments = config.get("model_args")  # timm
-    told = config | (arguments if isinstance(arguments, dict) else {})
-    for name, size in (
-        *(("hidden_size", width), ("embed_dim", width)),
-        *(("num_hidden_layers", depth), ("depth", depth)),
-    ):
-        if size and told.get(name, size) != size:
-            raise ValueError(
-                f"{path.name} is of another network: {name} is {told[name]}, that of "
-                f"the weights is {size}."
-            )
+    _check_same_network(path, config | _entry(config, "model_args"), arrays)
     read = _timm_config if home == "timm" else _hugging_face_config
     settings = read(config, set(sources.values()))
     return check_settings(path.name, settings)
+
+
+def _check_same_network(path, config, arrays):
+    """Raises ValueError if the sizes in a config.json are not those of the weights."""
+    blocks = {re.match(r"Transformer/encoderblock_\d+/", name) for name in arrays}
+    depth = len({block[0] for block in blocks if block})
+    width, *_, side = np.shape(arrays.get("embedding/kernel")) or (None, None)
+    hidden, *_ = np.shape(arrays.get(f"{MLP}/Dense_0/kernel".replace("#", "0"))) or [0]
+    for name, size in (
+        *(("hidden_size", width), ("embed_dim", width)),
+        *(("num_hidden_layers", depth), ("depth", depth)),
+        *(("intermediate_size", hidden), ("patch_size", side)),
+    ):
+        told = config.get(name)
+        if size and isinstance(told, int) and told != size:
+            raise ValueError(
+                f"{path.name} is of another network: {name} is {told}, that of the "
+                f"weights is {size}."
+            )
 
 
 def _timm_config(config, sources):

@@ -101,7 +101,8 @@ BASE = {
     # from the times of the dense network on fewer tokens (latency.json).
     "latency": settings.Optional(float),
     # Whether to write the networks, fine-tuned if they are: networks/METHOD_RATIO.npz,
-    # or with a budget or latency networks/METHOD.npz.
+    # or with a budget or latency networks/METHOD.npz. A network without a segment of
+    # its attention is not written.
     "save_networks": False,
     # Ratio at which the masked and the compact mode are compared on all test images.
     "parity_ratio": 0.4,

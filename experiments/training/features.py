@@ -250,7 +250,8 @@ def load_images(functaset, split, data_dir):
         )
     images = arrays["image"][:num_images]
     # Functasets of older versions have no digest.
-    digest = functaset.config.get("signals_sha256", {}).get(split)
+    digests = functaset.config.get("signals_sha256", {})
+    digest = digests.get(split) if isinstance(digests, dict) else "unknown"
     if digest not in (None, data.sha256(images)):
         raise ValueError(
             f"the {split} images of {name} are not those of the functaset: their "
