@@ -299,7 +299,7 @@ def _measure_layers(run, dense):
     networks = []
     for count in np.unique(patches).tolist():
         keep = (count,) * dense.model.num_layers
-        model = dense.model.clone(cascade=Cascade(keep=keep))
+        model = dense.model.clone(cascade=Cascade(keep=keep, score="random"))
         networks.append(dense._replace(model=model))
     times = _take_turns(_forward, networks, timing.batch_sizes[-1], timing.num_rounds)
     tokens = [network.cost.mlp_tokens[0] for network in networks]

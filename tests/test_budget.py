@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -149,9 +150,20 @@ def test_heads_and_unknown_units_are_refused():
         (0.7, {}, "times up to 197 tokens, got none"),
         (0.7, {50: 1.0, 100: 2.0}, "times up to 197 tokens, got 50, 100"),
         (0.7, TABLE | {100: 0.0}, "times of the table must be > 0, got .* 0.0"),
+        (0.7, TABLE | {100: math.inf}, "times of the table must be > 0, got .* inf"),
         (0.2, TABLE, "cp_vit needs at least 0.5.* of the cost"),
     ],
 )
 def test_tables_that_do_not_fit_are_refused(share, table, message):
     with pytest.raises(ValueError, match=message):
         for_latency(SMALL, 224, share, table)
+
+
+def test_noise_of_a_table_does_not_make_fewer_tokens_slower():
+    # 60 tokens took longer than 100: noise.
+    noisy = {50: 6.0, 60: 12.0, 100: 10.0, 197: 21.0}
+    smooth = noisy | {100: 12.0}
+    assert predict_latency(SMALL, 224, noisy) == 21.0
+    for share in (0.65, 0.7, 0.8):
+        found = for_latency(SMALL, 224, share, noisy, method="constant")
+        assert found == for_latency(SMALL, 224, share, smooth, method="constant")

@@ -1,6 +1,9 @@
 """Cascade pruning against NumPy loops; masked against compact; old names; errors."""
 
+import functools
 import itertools
+import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,11 @@ from vit import schedules, tokens
 from vit.cascade import Cascade
 from vit.model import ViT
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = [
+    pytest.mark.usefixtures("unoptimized"),
+    # Many cascades here prune in the first layer, where the first patches are kept.
+    pytest.mark.filterwarnings("ignore:the attention of layer"),
+]
 
 # All axes differ: 2 images of 15 x 20, 12 patches of 5 x 5, D 10, H 4, d 6, M 14, K 7.
 SIZES = {
@@ -677,3 +684,49 @@ def test_registers_are_always_kept(class_token, semantics):
             tokens = np.asarray(block["tokens"][0])
             assert tokens.shape == (2, keep + num_prefix)
             np.testing.assert_array_equal(tokens[:, :num_prefix], [[0, 1, 2]] * 2)
+
+
+# What would be decided by nothing.
+
+
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [
+        ({"keep": (10, 6)}, [0]),
+        ({"keep": (10, 6), "score": "cls"}, [0]),
+        ({"keep": (10, 6), "score": "random"}, []),
+        ({"keep": (10, 6), "score": "norm", "resets": (1,)}, []),
+        ({"keep": (12, 6)}, []),
+        ({"keep": (12, 6), "keep_mlp": (10, 4)}, []),
+        ({"keep": (12, 6), "resets": (1,)}, [1]),
+        ({"keep": (12, 6), "score": "random", "resets": (1,)}, [1]),
+        ({"keep": (12, 6), "keep_mlp": (6, 6), "resets": (1,)}, []),
+        ({"keep": (12, 6), "keep_mlp": (6, 6), "resets": (1,), "mode": "masked"}, []),
+        (
+            {"keep": (12, 12), "keep_mlp": (6, 6), "resets": (1,), "semantics": "skip"},
+            [],
+        ),
+        ({"keep": (10, 11), "resets": (1,), "semantics": "skip"}, [0, 1]),
+    ],
+    ids=str,
+)
+def test_pruning_without_scores_warns(options, layers):
+    model = make(Cascade(**options))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(IMAGES))
+    pattern = "the attention of layer (.) keeps .* the first ones are kept"
+    assert [int(re.match(pattern, str(w.message))[1]) for w in caught] == layers
+
+
+@pytest.mark.parametrize("mode", cascades.MODES)
+def test_a_layer_without_any_token_is_refused(mode):
+    cascade = Cascade(keep=(12, 0), semantics="skip", mode=mode)
+    for class_token in (True, False):
+        model = make(cascade, class_token=class_token, pool="mean")
+        init = functools.partial(model.init, jax.random.key(0))
+        if class_token:
+            jax.eval_shape(init, jnp.zeros(IMAGES))
+        else:
+            with pytest.raises(ValueError, match="must keep at least one token"):
+                jax.eval_shape(init, jnp.zeros(IMAGES))

@@ -269,3 +269,6 @@ def test_what_does_not_fit_is_refused():
         ValueError, match="at least 64 patches; the network has 3 and 16"
     ):
         cost.count(model.clone(cascade=Cascade(keep=(64, 9, 9))), 16)
+    cascade = Cascade(keep=(64,) * 3, keep_heads=(2, 9, 5))
+    with pytest.raises(ValueError, match="keep_heads must be at most 8 in layer 1, go"):
+        cost.count(model.clone(cascade=cascade), 32)

@@ -115,6 +115,22 @@ def test_folder_with_gray_and_color_is_read_as_color(tmp_path):
     assert (loaded.splits["test"]["image"][1] == 41).all()
     assert "splits train/ and val/" in loaded.found
     assert "2 gray, read as RGB like the others" in loaded.found
+    alone = data.load_dataset("folder", ["test"], data_dir=str(tmp_path)).splits["test"]
+    np.testing.assert_array_equal(alone["image"], loaded.splits["test"]["image"])
+
+
+def test_one_split_of_a_folder_without_splits_has_the_channels_of_both(tmp_path):
+    for i in range(5):
+        Image.new("L", (5, 6), i).save(tmp_path / f"{i}.png")
+    both = data.load_dataset("folder", data_dir=str(tmp_path)).splits
+    _, *others = sorted(int(image[0, 0, 0]) for image in both["train"]["image"])
+    for i in others:  # The image of the test split and one of training are left gray.
+        Image.new("RGB", (5, 6), (i, i, i)).save(tmp_path / f"{i}.png")
+    both = data.load_dataset("folder", data_dir=str(tmp_path)).splits
+    for split, images in both.items():
+        alone = data.load_dataset("folder", [split], data_dir=str(tmp_path)).splits
+        assert images["image"].shape[-1] == 3
+        np.testing.assert_array_equal(alone[split]["image"], images["image"])
 
 
 def test_found_names_a_class_without_images_in_a_split(tmp_path):

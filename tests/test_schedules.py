@@ -1,5 +1,7 @@
 """Schedules against published counts and counts by hand; errors."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -228,6 +230,10 @@ def test_start_is_the_old_name_of_first_layer(function, arguments):
             r"ratio must lie in \[0, 0.9\] .* got 0.95 and 1",
         ),
         (lambda: schedules.range_ratios(-0.1, [0.1, 0.2]), r"got -0.1 and 1"),
+        (
+            lambda: schedules.range_ratios(0.4, [0.1, math.nan, 0.2]),
+            "ranges must be finite, got .*nan",
+        ),
         (
             lambda: schedules.range_ratios(0.5, [0.1, 0.2], first_layer=2),
             "first_layer below 2, got 0.5 and 2",

@@ -14,7 +14,11 @@ from vit import cost, slicing
 from vit.cascade import Cascade
 from vit.model import ViT
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = [
+    pytest.mark.usefixtures("unoptimized"),
+    # Many cascades here prune in the first layer, where the first patches are kept.
+    pytest.mark.filterwarnings("ignore:the attention of layer"),
+]
 
 # All axes differ: 2 images of 15 x 20, 12 patches of 5 x 5, D 10, H 4, d 6, M 14, K 7.
 IMAGES = (2, 15, 20, 1)

@@ -300,6 +300,15 @@ def big_vision_average(net):
     return arrays
 
 
+def i_jepa_of_hugging_face(net):
+    arrays = hugging_face(net | {"cls": np.zeros(12, np.float32)})
+    del arrays["vit.embeddings.cls_token"]
+    return {name.replace("vit.", "ijepa."): value for name, value in arrays.items()}
+
+
+WITHOUT_CLS = (big_vision_average, i_jepa_of_hugging_face)
+
+
 @pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("layout", "pool", "registers"),
@@ -308,6 +317,7 @@ def big_vision_average(net):
         (dino_of_hugging_face, "cls_and_mean", 3),
         (deit_of_hugging_face, "cls", 1),
         (big_vision_average, "mean", 0),
+        (i_jepa_of_hugging_face, "mean", 0),
     ],
 )
 def test_more_networks_are_those_of_the_equations(tmp_path, layout, pool, registers):
@@ -318,11 +328,14 @@ def test_more_networks_are_those_of_the_equations(tmp_path, layout, pool, regist
         net["head_dist"] = random(5, 12), random(5)
         net["positions"][1] = random(12)
     kind = linen if layout is big_vision_average else timm  # The kind of the file.
+    if layout is i_jepa_of_hugging_face:
+        net["positions"] = net["positions"][1:]
     arrays = {k: np.ascontiguousarray(v) for k, v in layout(net).items()}
     path = write(tmp_path, kind, net, arrays)
     if layout is big_vision_average:
-        del net["cls"]
         net["positions"] = net["positions"][1:]
+    if layout in WITHOUT_CLS:
+        del net["cls"]
     model, params = load(path, kind, net)
     assert (model.pool, model.num_registers) == (pool, registers)
     assert model.distilled == (layout is deit_of_hugging_face)
@@ -334,9 +347,9 @@ def test_more_networks_are_those_of_the_equations(tmp_path, layout, pool, regist
 
     # And back: our own format, and those that can express it.
     targets = {"google": "mine.npz", "timm": "timm", "huggingface": "hf"}
-    if layout in (dino_of_hugging_face, deit_of_hugging_face):
-        del targets["timm"]  # It has no such head, and its epsilon is 1e-6.
-    if layout in (timm_of_today, big_vision_average):
+    if layout in (dino_of_hugging_face, deit_of_hugging_face, i_jepa_of_hugging_face):
+        del targets["timm"]  # It has no such head, or its epsilon is 1e-6.
+    if layout in (timm_of_today, *WITHOUT_CLS):
         del targets["huggingface"]
     for names, name in targets.items():
         save_checkpoint(tmp_path / name, model, params, names=names)
@@ -382,8 +395,15 @@ def test_folders_shards_and_prefixes_are_read(tmp_path):
     index.write_text(json.dumps({"weight_map": {"x": "absent.safetensors"}}))
     with pytest.raises(FileNotFoundError, match="absent.safetensors"):
         load_checkpoint(tmp_path)
+    index.write_text(json.dumps({"weight_map": where | {"x": "a.safetensors"}}))
+    with pytest.raises(ValueError, match="weight_map names x, in no file"):
+        load_checkpoint(tmp_path)
     index.unlink()
     with pytest.raises(ValueError, match="or one file .* got a.safetensors, b.saf"):
+        load_checkpoint(tmp_path)
+    for file in tmp_path.glob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    with pytest.raises(ValueError, match="or one file .* got a.bin, b.bin, c.bin"):
         load_checkpoint(tmp_path)
 
 
@@ -656,6 +676,13 @@ def test_other_image_size(tmp_path, layout):
         ({"num_classes": -1}, "num_classes must be at least 0, got -1"),
         ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ({"num_heads": 4}, "num_heads must be 3 for this file, got 4"),
+        ({"num_heads": "three"}, "num_heads must be a whole number, got 'three'"),
+        ({"num_heads": True}, "num_heads must be a whole number, got True"),
+        ({"num_heads": (3, 3)}, r"num_heads must be a whole number, got \(3, 3\)"),
+        ({"num_classes": 2.0}, "num_classes must be a whole number, got 2.0"),
+        ({"image_size": (9, 9, 2)}, "image_size must be a whole number or two, got"),
+        ({"grid": 4}, "grid must be two whole numbers, got 4"),
+        ({"image_size": 21, "resize": ["timm"]}, "resize must be one of google, "),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(tmp_path, kwargs, match):
@@ -699,7 +726,7 @@ def test_rows_that_fit_two_squares_are_asked_about(tmp_path):
     net["positions"] = net["positions"][:9]
     arrays = timm(net) | {"reg_token": np.ones((1, 4, 12), np.float32)}
     path = write(tmp_path, timm, net, arrays)
-    with pytest.raises(ValueError, match="9 rows, a square .* after 5 and after 0 tok"):
+    with pytest.raises(ValueError, match="9 rows, a grid .* after 5 and after 0 tok"):
         load_checkpoint(path, num_heads=3)
     for side, num_rows in ((2, 9), (3, 14)):
         _, params = load_checkpoint(path, num_heads=3, grid=(side, side))
@@ -726,6 +753,9 @@ def test_oblong_grid_of_a_square_number_with_cls(tmp_path, told_by):
     images = np.random.default_rng(9).uniform(-1, 1, (2, 9, 15, 2)).astype(np.float32)
     expected = forward(net, images, "erf", 1e-6)
     np.testing.assert_allclose(apply(model, params, images), expected, atol=2e-5)
+    if told_by == "argument":
+        with pytest.raises(ValueError, match="16 rows, a grid .* after 1 and after 0"):
+            load_checkpoint(path, image_size=(9, 15), num_heads=3)
 
 
 # Files that are something else.

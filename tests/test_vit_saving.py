@@ -100,7 +100,7 @@ def test_stored_grid_is_known_again(tmp_path):
         load_checkpoint(path, image_size=(6, 24))
     with pytest.raises(ValueError, match=r"a grid of \(2, 4\) after .* got 16"):
         save_checkpoint(path, model, params, grid=(2, 4))
-    save_checkpoint(path, model, params, grid=(2, 8))
+    save_checkpoint(path, model, params, grid=np.array((2, 8)))
     for kwargs in ({}, {"image_size": (6, 24)}):
         loaded, restored = load_checkpoint(path, **kwargs)
         assert loaded == model
@@ -201,8 +201,15 @@ def test_failed_save_leaves_the_older_file_whole(tmp_path, monkeypatch):
             "meta has .* value 'relu' for gelu",
         ),
         ('{"gelu": "erf", "ln_eps": "x"}', "meta has .* value 'x' for ln_eps"),
+        *(
+            (
+                f'{{"gelu": "erf", "ln_eps": 0.1, "cascade": {cascade}}}',
+                "meta has an invalid cascade",
+            )
+            for cascade in ("3", "[1]", '{"keep": 3}', '{"keep": ["a"]}')
+        ),
     ],
-    ids=range(6),
+    ids=range(10),
 )
 def test_damaged_settings_are_refused(tmp_path, meta, match):
     path = write(tmp_path, linen, None, linen(network()) | {"meta": meta})

@@ -183,7 +183,8 @@ def predict_latency(
       image_size: side, or (height, width), in pixels.
       table: {tokens: time of the network with so many tokens in every layer}, CLS
         included. Between its entries the time is interpolated linearly; below the first
-        one it is that of the first.
+        one it is that of the first. A time that is shorter than one of fewer tokens is
+        noise and counts as that one.
 
     Raises:
       ValueError: if a layer has more tokens than the table, or a time is not positive.
@@ -193,8 +194,9 @@ def predict_latency(
     table = {int(number): time for number, time in table.items()}
     tokens = sorted(table)
     times = [table[number] for number in tokens]
-    if not all(time > 0 for time in times):
+    if not all(0 < time < np.inf for time in times):
         raise ValueError(f"the times of the table must be > 0, got {times}.")
+    times = np.maximum.accumulate(times or [0.0])
     # Half of a layer is attention and half is MLP.
     used = np.array([*counted.attention_tokens, *counted.mlp_tokens])
     if not tokens or used.max() > tokens[-1]:

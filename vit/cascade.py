@@ -380,6 +380,7 @@ def pruned_attention(
     if cascade is None:
         update = attention(norm(tokens.x), CascadeAttention(tokens.position))
         return tokens._replace(x=tokens.x + update)
+    _warn_if_unscored(cascade, layer, tokens.x.shape[1] - num_prefix)
     if layer in cascade.resets:
         tokens = tokens._replace(score=jnp.zeros_like(tokens.score))
     if cascade.stale_threshold:
@@ -404,6 +405,25 @@ def pruned_attention(
     if cascade.score == "merge":
         tokens = merge(tokens, attend.keys, after, num_prefix=num_prefix)
     return tokens
+
+
+def _warn_if_unscored(cascade, layer, num_patches):
+    """Warns if the attention of `layer` prunes while all scores are zero."""
+    reset = layer in cascade.resets
+    first = layer == 0 and cascade.score != "random"
+    if cascade.score in ("norm", "merge") or not (reset or first):
+        return
+    keep = cascade.counts[layer][0]
+    if cascade.semantics == "drop" and layer > 0:
+        num_patches = cascade.counts[layer - 1][1]
+    if keep < num_patches:
+        reason = "`resets` erased the scores" if reset else "no layer gave scores yet"
+        warnings.warn(
+            f"the attention of layer {layer} keeps {keep} of {num_patches} patches, "
+            f"but {reason}: the first ones are kept, whatever the image shows. Keep "
+            "all of them there, or use the score 'norm'.",
+            stacklevel=3,
+        )
 
 
 def _scores(cascade, attend):
@@ -497,6 +517,8 @@ def _half_layer(cascade, tokens, keep, norm, apply, num_prefix):
     """
     ranking = _ranking(cascade, tokens, num_prefix)
     count = keep + num_prefix
+    if count < 1 and cascade.semantics != "zero":
+        raise ValueError("a cascade must keep at least one token, CLS or a patch.")
     keeps_all = count >= tokens.x.shape[1]
     if not keeps_all and (cascade.semantics, cascade.mode) == ("drop", "compact"):
         if cascade.fuse:

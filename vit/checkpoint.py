@@ -22,6 +22,7 @@ MLP.
 import dataclasses
 import json
 import math
+import operator
 import os
 import re
 from pathlib import Path
@@ -117,18 +118,14 @@ def load_checkpoint(
     path = Path(path)
     arrays = read_arrays(path)
     try:
-        for argument, value, least in (
-            ("image_size", image_size, 1),
-            ("grid", grid, 1),
-            ("num_classes", num_classes, 0),
-            ("num_heads", num_heads, 1),
-        ):
-            if value is not None and min(pair(value)) < least:
-                raise ValueError(f"{argument} must be at least {least}, got {value}.")
+        image_size = _whole("image_size", image_size, 1, (1, 2))
+        grid = _whole("grid", grid, 1, (2,))
+        num_classes = _whole("num_classes", num_classes, 0)
+        num_heads = _whole("num_heads", num_heads, 1)
         settings = _own_settings(arrays.pop(_SETTINGS, None))
         is_ours = settings is not None
         if not is_ours:
-            arrays, settings = from_foreign(arrays, path, num_heads, grid)
+            arrays, settings = from_foreign(arrays, path, num_heads, grid, image_size)
         known_grid = settings.pop("grid", None)
         grid = grid or known_grid
         told = {"gelu": gelu, "ln_eps": ln_eps, "pool": pool}
@@ -227,6 +224,7 @@ def save_checkpoint(
       True
     """
     path = Path(path)
+    grid = _whole("grid", grid, 1, (2,))
     if names not in ("google", *WRITERS):
         raise ValueError(
             f"names must be one of google, {', '.join(WRITERS)}; got {names!r}."
@@ -273,6 +271,29 @@ def save_checkpoint(
     _write(path, lambda file: np.savez(file, **arrays))
 
 
+def _whole(argument, value, least, lengths=(1,)):
+    """An argument as a Python int, or as a tuple of them; None is kept.
+
+    `lengths` are the possible numbers of entries.
+    """
+    if value is None:
+        return None
+    entries = value if isinstance(value, list | tuple | np.ndarray) else (value,)
+    try:
+        if any(isinstance(entry, bool | np.bool_) for entry in entries):
+            raise TypeError
+        numbers = tuple(operator.index(entry) for entry in entries)
+    except TypeError:
+        numbers = ()
+    if len(numbers) not in lengths:
+        wanted = "a whole number" if 1 in lengths else "two whole numbers"
+        wanted += " or two" if lengths == (1, 2) else ""
+        raise ValueError(f"{argument} must be {wanted}, got {value!r}.")
+    if min(numbers) < least:
+        raise ValueError(f"{argument} must be at least {least}, got {value}.")
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 def _write(path, write):
     """Calls write(file) on a temporary file and moves it into place."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -308,6 +329,8 @@ def _own_settings(entry):
 
 def _cascade(fields):
     """The cascade from its fields; raises ValueError if they are not valid."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{_SETTINGS} has an invalid cascade: {fields!r}.")
     try:
         return Cascade(
             **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}

@@ -179,9 +179,8 @@ def _attention(model, layer, tokens):
     width, cascade = model.hidden_size, model.cascade
     heads = models.per_layer(model.num_heads, layer)
     depth = model.head_dim or width // heads
-    used = heads
-    if cascade is not None and cascade.keep_heads and cascade.mode == "compact":
-        used = cascade.keep_heads[layer]
+    choice = cascades.heads_of(cascade, layer, heads)
+    used = heads if choice is None or choice.mode != "compact" else choice.keep
     inner, kept = heads * depth, used * depth
     scored = tokens * width * 2 * inner + tokens**2 * inner
     return scored + 2 * tokens * width * kept + tokens**2 * kept

@@ -86,7 +86,7 @@ _BIG_VISION = {"pos_embedding": POSITIONS, "Transformer/pos_embedding": POSITION
 # What a wrapper or a library puts before the names of the network.
 _PREFIXES = (
     r"((_orig_mod|module|model|backbone|net|network|vit|deit|dinov2_with_registers"
-    r"|dinov2)\.)+"
+    r"|dinov2|ijepa)\.)+"
 )
 # Hugging Face's pooler, which classifiers do not use, and the token of hidden patches.
 _UNUSED = r"pooler\.dense\.|(embeddings\.)?mask_token$"
@@ -159,6 +159,7 @@ def from_foreign(
     path: Path,
     num_heads: int | None,
     grid: tuple[int, int] | None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> tuple[Arrays, dict[str, Any]]:
     """Converts the arrays of a foreign file to our layout; dtypes do not change.
 
@@ -167,6 +168,8 @@ def from_foreign(
       path: the file or the folder, beside or in which a config.json may lie.
       num_heads: H, if the caller gives it.
       grid: rows and columns of patches, if the caller gives them.
+      image_size: side of the caller's images, or (height, width), if given: without
+        `grid`, positions that fit them and a square are refused.
 
     Returns:
       {our name: array}, where an unknown parameter keeps its name, and the fields of
@@ -222,7 +225,8 @@ def from_foreign(
         _add_absent_biases(ours)
         _fold_layer_scale(ours)
     told = settings.pop("grid", None)
-    grid = _complete_positions(ours, sources, home, grid, told)
+    asked = _grid_setting(image_size, len(ours.get("embedding/kernel", ()))).get("grid")
+    grid = _complete_positions(ours, sources, home, grid, told, asked)
     if home == "dinov2" and "head/kernel" in ours:
         width = shape_of(ours, "embedding/kernel", "(p, p, C, D)")[3]
         if ours["head/kernel"].shape[0] == 2 * width:
@@ -345,11 +349,11 @@ def _fold_layer_scale(arrays):
             arrays[target] = to_float32(target, arrays[target]) * factors
 
 
-def _complete_positions(arrays, sources, home, grid, told):
+def _complete_positions(arrays, sources, home, grid, told, asked):
     """Gives every token before the patches a row: zeros where the file has none.
 
-    `grid` is given, `told` is that of a config.json, which may keep an older size.
-    Returns the grid, None if it is not known.
+    `grid` is given, `told` is that of a config.json, which may keep an older size, and
+    `asked` that of the images. Returns the grid, None if it is not known.
     """
     if np.ndim(arrays.get(POSITIONS)) != 3:
         return grid
@@ -366,10 +370,12 @@ def _complete_positions(arrays, sources, home, grid, told):
     num_positions = arrays[POSITIONS].shape[1]
     if not grid and told and any(is_grid(num_positions - n, told) for n in rows):
         grid = told
-    rows = sorted({n for n in rows if is_grid(num_positions - n, grid)}, reverse=True)
+    shapes = [grid] if grid or not asked else [None, asked]
+    rows = {n for n in rows for shape in shapes if is_grid(num_positions - n, shape)}
+    rows = sorted(rows, reverse=True)
     if len(rows) > 1:
         raise ValueError(
-            f"{POSITIONS} has {num_positions} rows, a square of patches after "
+            f"{POSITIONS} has {num_positions} rows, a grid of patches after "
             f"{rows[0]} and after {rows[1]} tokens; set grid."
         )
     if rows and rows[0] < num_prefix:

@@ -40,7 +40,7 @@ def resize_positions(
     Raises:
       ValueError: if the rule is unknown, or the patches do not form the grid.
     """
-    if rule not in _RESIZING:
+    if not isinstance(rule, str) or rule not in _RESIZING:
         raise ValueError(f"resize must be one of {', '.join(_RESIZING)}; got {rule!r}.")
     old, new = grid_of(positions, grid, num_prefix), pair(grid_size)
     if new == old:

@@ -174,8 +174,8 @@ def range_ratios(
       L ratios.
 
     Raises:
-      ValueError: if the ratio is above `largest`, no layer prunes, or the mean cannot
-        be reached, which may happen with gamma >= 1.
+      ValueError: if the ratio is above `largest`, no layer prunes, a range is not
+        finite, or the mean cannot be reached, which may happen with gamma >= 1.
     """
     values = np.asarray(ranges[first_layer:], np.float64)
     if not 0 <= ratio <= largest < 1 or not len(values):
@@ -183,6 +183,8 @@ def range_ratios(
             f"ratio must lie in [0, {largest}] and first_layer below {len(ranges)}, "
             f"got {ratio} and {first_layer}."
         )
+    if not np.isfinite(values).all():
+        raise ValueError(f"ranges must be finite, got {list(ranges)}.")
     deviation = values - values.mean()
     z = deviation / max(np.abs(deviation).max(), 1e-12)
     ratios = np.clip(ratio * (1 + gamma * z), 0, largest)

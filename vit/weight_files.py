@@ -33,7 +33,11 @@ def find_files(path: str | Path) -> tuple[Path, ...]:
       FileNotFoundError: if the path does not exist.
       ValueError: if a folder holds no or several checkpoints, or an index is damaged.
     """
-    path = Path(path)
+    return _locate(Path(path))[0]
+
+
+def _locate(path):
+    """The files of a checkpoint, and the names that an index promises."""
     if not path.exists():
         raise FileNotFoundError(f"checkpoint {path} does not exist.")
     if path.is_dir():
@@ -43,23 +47,23 @@ def find_files(path: str | Path) -> tuple[Path, ...]:
             files = [one for one in path.iterdir() if one.suffix in _READERS]
             files = sorted(one for one in files if one.is_file())
         if not files or (len(files) > 1 and files[0].name != names[0]):
-            found = some_names(one.name for one in files)
+            found = sorted(one.name for one in files or path.iterdir())
             raise ValueError(
                 f"the folder {path} must hold {', '.join(names)} or one file that ends "
-                f"in {' or '.join(_READERS)}, got {found}."
+                f"in {' or '.join(_READERS)}, got {some_names(found) or 'nothing'}."
             )
         path = files[0]
     if not path.name.endswith(_INDEX):
-        return (path,)
-    names = json_object(path.name, path.read_bytes()).get("weight_map")
-    names = list(names.values()) if isinstance(names, dict) else []
-    if not names or not all(
-        isinstance(name, str) and Path(name).name == name for name in names
+        return (path,), ()
+    weight_map = json_object(path.name, path.read_bytes()).get("weight_map")
+    files = weight_map.values() if isinstance(weight_map, dict) else ()
+    if not files or not all(
+        isinstance(name, str) and Path(name).name == name for name in files
     ):
         raise ValueError(
             f"{path}: weight_map must map each parameter to a file in the same folder."
         )
-    return tuple(path.with_name(name) for name in sorted(set(names)))
+    return tuple(path.with_name(name) for name in sorted(set(files))), weight_map
 
 
 _INDEX = ".safetensors.index.json"
@@ -73,15 +77,18 @@ def read_arrays(path: Path) -> Arrays:
 
     Raises:
       FileNotFoundError: if a file does not exist.
-      ValueError: if a file is of another kind or damaged, or two files hold an array
-        of the same name.
+      ValueError: if a file is of another kind or damaged, two files hold an array of
+        the same name, or none holds one that an index names.
     """
     arrays = {}
-    for file in find_files(path):
+    files, promised = _locate(Path(path))
+    for file in files:
         found = _read_file(file)
         if twice := arrays.keys() & found.keys():
             raise ValueError(f"{file}: {some_names(sorted(twice))} is in two files.")
         arrays |= found
+    if absent := [name for name in promised if name not in arrays]:
+        raise ValueError(f"{path}: weight_map names {some_names(absent)}, in no file.")
     return arrays
 
 

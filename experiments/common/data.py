@@ -15,6 +15,7 @@
 import functools
 import gzip
 import hashlib
+import itertools
 import math
 import os
 import warnings
@@ -282,6 +283,10 @@ def _load_folder(root, splits, image_size, names):
             files, labels = [files[i] for i in kept], labels[kept]
         loaded[split] = {"image": _read_files(files, image_size, seen), "label": labels}
     channels = {arrays["image"].shape[-1] for arrays in loaded.values()}
+    if channels == {1} and len(splits) < len(SPLITS):
+        # One split alone gets the channels that it has together with the other.
+        unread = itertools.chain(*found.files.values())
+        channels |= set() if all(map(image_folder.is_gray, unread)) else {3}
     if len(channels) > 1:
         for arrays in loaded.values():
             arrays["image"] = _as_rgb(arrays["image"], seen)

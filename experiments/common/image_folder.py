@@ -395,6 +395,22 @@ def read_image(
     return array
 
 
+def is_gray(path: Path) -> bool:
+    """Whether `read_image` gives one channel, from the header alone.
+
+    True for a file that is not an image: only `read_image` says what is wrong with it.
+    """
+    try:
+        with _open(path) as opened:
+            return opened.mode in _GRAY
+    except Exception:  # As in `read_image`.
+        return True
+
+
+# Modes of Pillow.
+_GRAY = ("1", "L", "LA", "La")
+
+
 def _open(path):
     from PIL import Image
 
@@ -433,7 +449,7 @@ def _to_array(image, notes):
             f"its gray pixels have more than 8 bits (mode {image.mode}); scale them "
             "and save 8 bits."
         )
-    gray = image.mode in ("1", "L", "LA", "La")
+    gray = image.mode in _GRAY
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getextrema()[3][0] < 255:
