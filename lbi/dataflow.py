@@ -17,48 +17,36 @@ layers of torch; here the primitives of JAX take the place of the layers.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
 from lbi.penalty import named_leaves
 from lbi.units import FIXED, Column, Units
+from lbi.values import (
+    IDENTITIES,
+    Value,
+    common,
+    constant,
+    depending,
+    index,
+    own_axes,
+    pick,
+    removed_entry,
+    scalar,
+    with_origins,
+    zero_or_unknown,
+)
 
 _CONTRIBUTES = "a removed channel would still contribute to a sum"
 _SELECTED = "one of them is selected"
 _OUTPUT = "they are an output of the network"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Value:
-    """The axes, the dependencies and the constant value of one array.
-
-    Attributes:
-      shape: its shape.
-      axes: columns of each axis; an axis without columns has a fixed length.
-      zero: for each axis, whether entries are zero if their index along it is removed.
-      data: whether the array depends on an input.
-      paths: the parameters that it depends on.
-      const: its value if it is a known scalar, or filled with one.
-    """
-
-    shape: tuple[int, ...]
-    axes: tuple[tuple[Column, ...], ...]
-    zero: tuple[bool, ...]
-    data: bool = False
-    paths: tuple[str, ...] = ()
-    const: float | None = None
-
-    @property
-    def is_param(self):
-        """Whether it depends on parameters, but on no input."""
-        return bool(self.paths) and not self.data
 
 
 class Use(NamedTuple):
@@ -102,11 +90,11 @@ class Flow:
             )
         }
         arguments = [
-            _Value(shape, self._columns[path], (True,) * len(shape), paths=(path,))
+            Value(shape, self._columns[path], (0.0,) * len(shape), paths=(path,))
             for path, shape in self.shapes.items()
         ]
         for var in jaxpr.jaxpr.invars[len(arguments) :]:
-            arguments.append(_constant(var.aval.shape, data=True))
+            arguments.append(constant(var.aval.shape, data=True))
         for value in self._run(jaxpr, arguments):
             for columns in value.axes:
                 self._units.fix(columns, _OUTPUT)
@@ -158,7 +146,7 @@ class Flow:
         def read(var):
             if isinstance(var, Literal):
                 return self._known(var.val)
-            return values.get(var) or _constant(var.aval.shape)
+            return values.get(var) or constant(var.aval.shape)
 
         line = self._line
         needed = [True] * len(jaxpr.outvars) if needed is None else needed
@@ -185,20 +173,14 @@ class Flow:
             else:
                 outs = _RULES.get(name, Flow._unknown)(self, eqn, operands)
                 outs = outs or self._unknown(eqn, operands)
-                outs = [_depending(out, operands) for out in outs]
+                outs = [depending(out, operands) for out in outs]
             values.update(zip(eqn.outvars, outs, strict=True))
         return [read(var) for var in jaxpr.outvars]
 
     def _known(self, value):
-        shape = tuple(np.shape(value))
-        const = None
-        if math.prod(shape) == 1 and not jax.dtypes.issubdtype(
-            jnp.result_type(value), jax.dtypes.extended
-        ):
-            item = np.asarray(value).ravel()[0]
-            const = float(item) if np.isrealobj(item) else None
+        shape = np.shape(value)
         data = self._constants_are_data and len(shape) > 0
-        return dataclasses.replace(_constant(shape, data), const=const)
+        return constant(shape, data=data, const=scalar(value))
 
     def _fresh(self, size, origins=()):
         # The only channel of an axis cannot be removed; its origin is still of use.
@@ -217,12 +199,12 @@ class Flow:
         for value in operands:
             for columns in value.axes:
                 self._fix(columns, "there is no rule for this operation")
-        return [_constant(var.aval.shape) for var in eqn.outvars]
+        return [constant(var.aval.shape) for var in eqn.outvars]
 
     def _join(self, first, second):
         """The columns of an axis that two arrays have in common."""
         self._tie(first, second)
-        return _with_origins(first, second)
+        return with_origins(first, second)
 
     def _use(self, kind, values, roles=None):
         for value in values:
@@ -270,8 +252,8 @@ class Flow:
         bias, product = operands
         if self._pending.keys().isdisjoint(product.paths):
             bias, product = product, bias
-        axes = _own_axes(bias)
-        if not axes <= _own_axes(product) or len(axes) == len(product.shape):
+        axes = own_axes(bias)
+        if not axes <= own_axes(product) or len(axes) == len(product.shape):
             return False
         outputs = {p for k in axes for c in product.axes[k] for p, _ in c.origins}
         if not self._activate(product, outputs):
@@ -316,42 +298,34 @@ class Flow:
                     axes[number] = columns
                 else:
                     self._tie(axes[number], columns)
-                    axes[number] = _with_origins(axes[number], columns)
-        zero = tuple(
-            _is_zero(name, eqn, [_zero_along(v, k, shape) for v in operands], operands)
-            for k in range(len(shape))
-        )
-        self._check_poles(name, eqn, operands)
-        const = None
-        if name == "convert_element_type" and operands[0].const is not None:
-            with np.errstate(invalid="ignore"):  # NaN becomes some integer
-                value = np.float64(operands[0].const)
-                const = float(value.astype(eqn.outvars[0].aval.dtype))
-        return [_Value(shape, tuple(a or () for a in axes), zero, active, const=const)]
-
-    def _check_poles(self, name, eqn, operands):
-        """A masked channel would be infinite or NaN: 1 / 0, log 0."""
-        poles = {"rsqrt", "log", "div", "rem", "pow", "digamma", "lgamma"}
-        inverse = name == "integer_pow" and eqn.params["y"] < 0
-        if name not in poles and not inverse:
-            return
-        value = operands[1] if name in ("div", "rem") else operands[0]
-        for columns, zero in zip(value.axes, value.zero, strict=True):
-            if zero and value.const is None:
-                self._fix(columns, "a removed channel would be divided by zero")
+                    axes[number] = with_origins(axes[number], columns)
+        removed = []
+        for k, columns in enumerate(axes):
+            number, pole = 0.0, False
+            if columns:
+                numbers = [value.along(k, shape) for value in operands]
+                number, pole = removed_entry(eqn, numbers)
+            if pole:
+                divided = name in ("div", "rem", "integer_pow")
+                what = "divided by zero" if divided else "infinite or NaN"
+                self._fix(columns, f"a removed channel would be {what}")
+            removed.append(number)
+        axes = tuple(columns or () for columns in axes)
+        const, _ = removed_entry(eqn, [value.const for value in operands])
+        return [Value(shape, axes, tuple(removed), active, const=const)]
 
     def _reshape(self, eqn, operands):
         value, shape = operands[0], tuple(eqn.outvars[0].aval.shape)
         if 0 in value.shape:
             return None
         if eqn.params["dimensions"] is not None:
-            value = _pick(value, eqn.params["dimensions"])
-        axes, zero = [()] * len(shape), [True] * len(shape)
+            value = pick(value, eqn.params["dimensions"])
+        axes, removed = [()] * len(shape), [0.0] * len(shape)
         for ins, outs in _blocks(value.shape, shape):
             sizes, new_sizes = [value.shape[i] for i in ins], [shape[j] for j in outs]
-            flags = all(value.zero[i] for i in ins if value.axes[i])
+            number = common((value.axes[i], value.removed[i]) for i in ins)
             for j in outs:
-                zero[j] = flags
+                removed[j] = number
             for position, i in enumerate(ins):
                 for column in value.axes[i]:
                     view = [1] * len(ins)
@@ -366,7 +340,7 @@ class Flow:
                                 axes[j] += (flat,)
                     else:
                         self._split(flat, outs, new_sizes, axes)
-        return [_Value(shape, tuple(axes), tuple(zero), const=value.const)]
+        return [Value(shape, tuple(axes), tuple(removed), const=value.const)]
 
     def _split(self, column, outs, sizes, axes):
         """Distributes a column over the axes `outs` that its axis is split into."""
@@ -393,35 +367,36 @@ class Flow:
     def _broadcast(self, eqn, operands):
         value, shape = operands[0], tuple(eqn.params["shape"])
         places = eqn.params["broadcast_dimensions"]
-        axes, zero = [None] * len(shape), [value.const == 0] * len(shape)
+        axes, removed = [None] * len(shape), [value.const] * len(shape)
         for i, j in enumerate(places):
             if value.shape[i] == shape[j]:
-                axes[j], zero[j] = value.axes[i], value.zero[i]
+                axes[j], removed[j] = value.axes[i], value.removed[i]
             else:
                 self._fix(value.axes[i], _SELECTED)
         axes = [
             self._fresh(n) if a is None else a for a, n in zip(axes, shape, strict=True)
         ]
-        return [_Value(shape, tuple(axes), tuple(zero), const=value.const)]
+        return [Value(shape, tuple(axes), tuple(removed), const=value.const)]
 
     def _iota(self, eqn, operands):
         shape, axis = tuple(eqn.params["shape"]), eqn.params["dimension"]
         axes = [() if k == axis else self._fresh(n) for k, n in enumerate(shape)]
-        return [_Value(shape, tuple(axes), tuple(k == axis for k in range(len(shape))))]
+        removed = tuple(0.0 if k == axis else None for k in range(len(shape)))
+        return [Value(shape, tuple(axes), removed)]
 
     def _transpose(self, eqn, operands):
-        return [_pick(operands[0], eqn.params["permutation"])]
+        return [pick(operands[0], eqn.params["permutation"])]
 
     def _squeeze(self, eqn, operands):
         value = operands[0]
         gone = {d % len(value.shape) for d in eqn.params["dimensions"]}
         for axis in gone:
             self._fix(value.axes[axis], _SELECTED)
-        return [_pick(value, [k for k in range(len(value.shape)) if k not in gone])]
+        return [pick(value, [k for k in range(len(value.shape)) if k not in gone])]
 
     def _rev(self, eqn, operands):
         flipped = eqn.params["dimensions"]
-        return [_index(operands[0], {axis: slice(None, None, -1) for axis in flipped})]
+        return [index(operands[0], {axis: slice(None, None, -1) for axis in flipped})]
 
     def _slice(self, eqn, operands):
         starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
@@ -435,22 +410,25 @@ class Flow:
                 firsts = np.arange(len(rest)) // stride * stride
                 self._units.tie(rest[firsts], rest, f"a stride ({self._reason})")
         bounds = zip(starts, limits, strides, strict=True)
-        return [_index(operands[0], {k: slice(*b) for k, b in enumerate(bounds)})]
+        return [index(operands[0], {k: slice(*b) for k, b in enumerate(bounds)})]
 
     def _split_rule(self, eqn, operands):
         axis, ends = eqn.params["axis"], np.cumsum(eqn.params["sizes"]).tolist()
         starts = [0, *ends[:-1]]
         pieces = zip(starts, ends, strict=True)
-        return [_index(operands[0], {axis: slice(*piece)}) for piece in pieces]
+        return [index(operands[0], {axis: slice(*piece)}) for piece in pieces]
 
     def _concatenate(self, eqn, operands):
         axis, shape = eqn.params["dimension"], tuple(eqn.outvars[0].aval.shape)
         if any(v.data for v in operands):
             self._use("embedding", operands)
-        axes, zero = list(operands[0].axes), list(operands[0].zero)
+        axes = list(operands[0].axes)
+        removed = [
+            common((v.axes[k], v.removed[k]) for v in operands)
+            for k in range(len(shape))
+        ]
         for value in operands[1:]:
             for k in range(len(shape)):
-                zero[k] = zero[k] and value.zero[k]
                 if k != axis:
                     axes[k] = self._join(axes[k], value.axes[k])
         pieces = [self._units.leaves(v.axes[axis]) for v in operands]
@@ -465,24 +443,24 @@ class Flow:
                     parts.append(np.full(value.shape[axis], FIXED))
             columns.append(Column(np.concatenate(parts), origins))
         axes[axis] = tuple(columns)
-        return [_Value(shape, tuple(axes), tuple(zero))]
+        return [Value(shape, tuple(axes), tuple(removed))]
 
     def _stack(self, eqn, operands):
         first, axis = operands[0], eqn.params["axis"]
         out = first
         for value in operands[1:]:
             out = self._merge(out, value)
-        shape, axes, zero = list(out.shape), list(out.axes), list(out.zero)
+        shape, axes, removed = list(out.shape), list(out.axes), list(out.removed)
         shape.insert(axis, len(operands))
         axes.insert(axis, ())
-        zero.insert(axis, True)
-        return [_Value(tuple(shape), tuple(axes), tuple(zero))]
+        removed.insert(axis, 0.0)
+        return [Value(tuple(shape), tuple(axes), tuple(removed))]
 
     def _unstack(self, eqn, operands):
         axis = eqn.params["axis"] % len(operands[0].shape)
         self._fix(operands[0].axes[axis], _SELECTED)
         kept = [k for k in range(len(operands[0].shape)) if k != axis]
-        return [_pick(operands[0], kept) for _ in eqn.outvars]
+        return [pick(operands[0], kept) for _ in eqn.outvars]
 
     def _tile(self, eqn, operands):
         value, axes = operands[0], []
@@ -497,11 +475,11 @@ class Flow:
                     tuple(c._replace(units=np.tile(c.units, reps)) for c in columns)
                 )
         shape = tuple(eqn.outvars[0].aval.shape)
-        zero = tuple(
-            flag and size > 1
-            for flag, size in zip(value.zero, value.shape, strict=True)
+        removed = tuple(
+            number if size > 1 else value.const
+            for number, size in zip(value.removed, value.shape, strict=True)
         )
-        return [_Value(shape, tuple(axes), zero)]
+        return [Value(shape, tuple(axes), removed)]
 
     def _barrier(self, eqn, operands):
         return list(operands)
@@ -509,12 +487,15 @@ class Flow:
     def _pad(self, eqn, operands):
         value, filling = operands
         shape = tuple(eqn.outvars[0].aval.shape)
-        axes, zero = list(value.axes), list(value.zero)
+        axes, removed = list(value.axes), list(value.removed)
         for k, (low, high, interior) in enumerate(eqn.params["padding_config"]):
             if (low, high, interior) == (0, 0, 0):
                 continue
-            if filling.const != 0:  # The new entries of a removed channel are not 0.
-                zero = [flag and not c for flag, c in zip(zero, axes, strict=True)]
+            # The new entries of a removed channel have another value.
+            removed = [
+                number if not columns or number == filling.const else None
+                for number, columns in zip(removed, axes, strict=True)
+            ]
             if value.axes[k] and (interior or min(low, high) < 0):
                 self._fix(value.axes[k], "they are dilated or cropped")
                 axes[k] = ()
@@ -525,7 +506,7 @@ class Flow:
                     Column(np.r_[before, first.units, after], first.origins),
                     *(Column(np.pad(c.units, (low, high)), c.origins) for c in others),
                 )
-        return [_Value(shape, tuple(axes), tuple(zero))]
+        return [Value(shape, tuple(axes), tuple(removed))]
 
     def _reduce(self, eqn, operands):
         gone = set(eqn.params["axes"])
@@ -537,10 +518,14 @@ class Flow:
             if value.shape == operands[0].shape:
                 for k in kept:
                     self._tie(operands[0].axes[k], value.axes[k])
-        out = _pick(operands[0], kept)
-        if eqn.primitive.name.startswith("arg"):
-            out = dataclasses.replace(out, zero=tuple(not c for c in out.axes))
-        return [dataclasses.replace(out, const=None) for _ in eqn.outvars]
+        out = pick(operands[0], kept)
+        count = math.prod(operands[0].shape[axis] for axis in gone)
+        removed = tuple(
+            _reduced(eqn.primitive.name, number, count) if columns else 0.0
+            for number, columns in zip(out.removed, out.axes, strict=True)
+        )
+        out = dataclasses.replace(out, removed=removed, const=None)
+        return [out for _ in eqn.outvars]
 
     def _along(self, eqn, operands):
         """Sorts and cumulative sums: one axis mixes, the others pass."""
@@ -553,12 +538,18 @@ class Flow:
                 if value is not operands[0] and k != axis:
                     self._tie(operands[0].axes[k], value.axes[k])
         axes = [() if k == axis else c for k, c in enumerate(operands[0].axes)]
-        stays_zero = eqn.primitive.name in ("cumsum", "cumprod", "cummax", "cummin")
-        zero = tuple(
-            not columns or (stays_zero and flag)
-            for columns, flag in zip(axes, operands[0].zero, strict=True)
-        )
-        return [_Value(tuple(var.aval.shape), tuple(axes), zero) for var in eqn.outvars]
+        # Of top_k the second result is indices.
+        sources = operands if eqn.primitive.name == "sort" else operands[:1]
+        outs = []
+        for var, value in itertools.zip_longest(eqn.outvars, sources):
+            removed = tuple(
+                _accumulated(eqn.primitive.name, value and value.removed[k])
+                if columns
+                else 0.0
+                for k, columns in enumerate(axes)
+            )
+            outs.append(Value(tuple(var.aval.shape), tuple(axes), removed))
+        return outs
 
     def _window(self, eqn, operands):
         shape = tuple(eqn.outvars[0].aval.shape)
@@ -577,7 +568,10 @@ class Flow:
             if not same:
                 self._fix(columns, "an operation over windows of them")
         axes = tuple(c if s else () for c, s in zip(value.axes, plain, strict=True))
-        return [_Value(shape, axes, value.zero) for _ in eqn.outvars]
+        removed = value.removed
+        if eqn.primitive.name == "reduce_window_sum":
+            removed = tuple(map(zero_or_unknown, removed))
+        return [Value(shape, axes, removed) for _ in eqn.outvars]
 
     def _dynamic_slice(self, eqn, operands):
         value, shape = operands[0], tuple(eqn.params["slice_sizes"])
@@ -586,7 +580,7 @@ class Flow:
             if size != full:
                 self._fix(axes[k], "a part of them is selected")
                 axes[k] = ()
-        return [_Value(shape, tuple(axes), value.zero)]
+        return [Value(shape, tuple(axes), value.removed)]
 
     def _dynamic_update_slice(self, eqn, operands):
         value, update = operands[:2]
@@ -596,8 +590,11 @@ class Flow:
                 self._tie(axes[k], update.axes[k])
             else:
                 self._fix([*axes[k], *update.axes[k]], "a part of them is replaced")
-        zero = tuple(a and b for a, b in zip(value.zero, update.zero, strict=True))
-        return [_Value(value.shape, tuple(axes), zero)]
+        removed = tuple(
+            common([(columns, a), (columns, b)])
+            for columns, a, b in zip(axes, value.removed, update.removed, strict=True)
+        )
+        return [Value(value.shape, tuple(axes), removed)]
 
     def _gather(self, eqn, operands):
         value, indices = operands
@@ -610,17 +607,17 @@ class Flow:
             )
         dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
         passed = [k for k in range(len(value.shape)) if k not in dropped]
-        axes, zero = [()] * len(shape), [True] * len(shape)
+        axes, removed = [()] * len(shape), [0.0] * len(shape)
         for k in dropped:
             self._fix(value.axes[k], "some of them are selected")
         for k, j in zip(passed, numbers.offset_dims, strict=True):
             if sizes[k] == value.shape[k]:
-                axes[j], zero[j] = value.axes[k], value.zero[k]
+                axes[j], removed[j] = value.axes[k], value.removed[k]
             else:
                 self._fix(value.axes[k], "some of them are selected")
         for columns in indices.axes[:-1]:
             self._fix(columns, "they are indices")
-        return [_Value(shape, tuple(axes), tuple(zero))]
+        return [Value(shape, tuple(axes), tuple(removed))]
 
     def _gathered(self, eqn, value):
         """Columns of the axes that a lookup passes on."""
@@ -649,7 +646,7 @@ class Flow:
             (ours, [kept.index(k) for k in theirs])
             for ours, theirs in (contract, batch)
         )
-        return [self._product(lhs, _pick(rhs, kept), contract, batch)]
+        return [self._product(lhs, pick(rhs, kept), contract, batch)]
 
     def _product(self, lhs, rhs, contract, batch):
         operands = (lhs, rhs)
@@ -687,15 +684,16 @@ class Flow:
                 self._pending |= {use.path: use for use in uses}
                 if not other.is_param:
                     self._mixed |= set(value.paths)
-        parts = [_pick(lhs, batch[0]), _pick(lhs, free[0]), _pick(rhs, free[1])]
-        zero = [
-            a or b
-            for a, b in zip(parts[0].zero, _pick(rhs, batch[1]).zero, strict=True)
+        parts = [pick(lhs, batch[0]), pick(lhs, free[0]), pick(rhs, free[1])]
+        shared_removed = [
+            0.0 if 0 in (lhs.removed[i], rhs.removed[j]) else None
+            for i, j in zip(*batch, strict=True)
         ]
-        return _Value(
+        removed = [*parts[1].removed, *parts[2].removed]
+        return Value(
             tuple(n for part in parts for n in part.shape),
             (*shared, *parts[1].axes, *parts[2].axes),
-            (*zero, *parts[1].zero, *parts[2].zero),
+            (*shared_removed, *map(zero_or_unknown, removed)),
         )
 
     def _contract(self, lhs, i, rhs, j):
@@ -704,9 +702,9 @@ class Flow:
         if lhs.data and rhs.data:
             why = "a product of activations sums over them, and its scale may depend "
             self._fix(columns, why + "on their number")
-        elif not any(v.is_param and v.zero[k] for v, k in ((lhs, i), (rhs, j))) and (
-            lhs.paths or rhs.paths
-        ):
+        elif not any(
+            v.is_param and v.removed[k] == 0 for v, k in ((lhs, i), (rhs, j))
+        ) and (lhs.paths or rhs.paths):
             self._fix(columns, _CONTRIBUTES)
 
     def _conv(self, eqn, operands):
@@ -729,7 +727,7 @@ class Flow:
             self._tie(group_in, group_out)
             if rhs.shape[rhs_in] > 1:
                 self._tie(within, rhs.axes[rhs_in])
-                if not rhs.zero[rhs_in]:
+                if rhs.removed[rhs_in] != 0:
                     self._fix(within, _CONTRIBUTES)
             count = rhs.shape[rhs_out] // groups
             outputs = tuple(
@@ -754,11 +752,12 @@ class Flow:
             self._use("convolution", [rhs], _roles(roles))
             self._use("embedding", [lhs])
         shape = tuple(eqn.outvars[0].aval.shape)
-        axes, zero = [()] * len(shape), [True] * len(shape)
-        axes[out_batch], zero[out_batch] = lhs.axes[lhs_batch], lhs.zero[lhs_batch]
-        axes[out_feature], zero[out_feature] = outputs, rhs.zero[rhs_out]
+        axes, removed = [()] * len(shape), [0.0] * len(shape)
+        axes[out_batch], axes[out_feature] = lhs.axes[lhs_batch], outputs
+        removed[out_batch] = zero_or_unknown(lhs.removed[lhs_batch])
+        removed[out_feature] = zero_or_unknown(rhs.removed[rhs_out])
         # What meets the kernel of a convolution is an activation.
-        return [_Value(shape, tuple(axes), tuple(zero), rhs.is_param)]
+        return [Value(shape, tuple(axes), tuple(removed), rhs.is_param)]
 
     def _in_groups(self, columns, groups):
         """Columns of an axis of n = groups * m channels as those of (groups, m)."""
@@ -790,7 +789,7 @@ class Flow:
             self._fix(value.axes[0], "they are layers of a scan")
             roles = _roles({"stacked": value.axes[0]})
             self._use("stacked", [value], roles)
-            rows.append(_pick(value, range(1, len(value.shape))))
+            rows.append(pick(value, range(1, len(value.shape))))
         outs = self._loop(
             lambda carry: self._run(
                 params["jaxpr"],
@@ -804,7 +803,7 @@ class Flow:
                 y,
                 shape=(params["length"], *y.shape),
                 axes=((), *y.axes),
-                zero=(True, *y.zero),
+                removed=(0.0, *y.removed),
                 const=None,
             )
             for y in outs[len(carry) :]
@@ -833,7 +832,7 @@ class Flow:
             outs = body(carry)
             merged = [self._merge(c, out) for c, out in zip(carry, outs, strict=False)]
             if all(
-                (a.zero, a.data, a.paths) == (b.zero, b.data, b.paths)
+                (a.removed, a.data, a.paths) == (b.removed, b.data, b.paths)
                 for a, b in zip(carry, merged, strict=True)
             ):
                 return [*merged, *outs[len(carry) :]]
@@ -852,30 +851,34 @@ class Flow:
         return dataclasses.replace(
             first,
             axes=tuple(self._join(a, b) for a, b in pairs),
-            zero=tuple(a and b for a, b in zip(first.zero, second.zero, strict=True)),
+            removed=tuple(
+                common(parts)
+                for parts in zip(
+                    zip(first.axes, first.removed, strict=True),
+                    zip(second.axes, second.removed, strict=True),
+                    strict=True,
+                )
+            ),
             data=first.data or second.data,
             paths=tuple(dict.fromkeys(first.paths + second.paths)),
             const=None,
         )
 
 
-# Operations on each entry, by where they are zero.
-_LINEAR = (
-    "add sub add_any neg sign abs floor ceil round tanh sin tan asin atan sinh asinh "
-    "atanh expm1 log1p sqrt cbrt square erf erf_inv real imag conj select_n max min "
-    "convert_element_type reduce_precision copy copy_p stop_gradient integer_pow "
-    "sharding_constraint reshard layout_constraint device_put pvary name"
-).split()
-_OTHER = (
-    "mul div rem pow exp exp2 log rsqrt logistic cos acos cosh acosh erfc lgamma "
-    "digamma is_finite clamp eq ne lt le gt ge and or xor not atan2 complex nextafter "
-    "shift_left shift_right_logical shift_right_arithmetic population_count clz"
+# Operations on each entry.
+_ELEMENTWISE = (
+    "add sub mul div rem add_any neg sign abs floor ceil round sqrt rsqrt cbrt square "
+    "pow integer_pow exp exp2 expm1 log log1p logistic erf erfc erf_inv lgamma digamma "
+    "sin cos tan asin acos atan atan2 sinh cosh tanh asinh acosh atanh real imag conj "
+    "complex max min clamp select_n eq ne lt le gt ge is_finite and or xor not "
+    "nextafter shift_left shift_right_logical shift_right_arithmetic population_count "
+    "clz convert_element_type reduce_precision"
 ).split()
 # Nonlinear, and not used to normalize a kernel.
 _ACTIVATIONS = ("exp", "tanh", "logistic", "sin", "cos", "erf", "erfc")
 _KERNELS = ("convolution", "product")
 _RULES = {
-    **dict.fromkeys([*_LINEAR, *_OTHER], Flow._elementwise),
+    **dict.fromkeys([*_ELEMENTWISE, *IDENTITIES], Flow._elementwise),
     "reshape": Flow._reshape,
     "broadcast_in_dim": Flow._broadcast,
     "iota": Flow._iota,
@@ -921,16 +924,6 @@ _NESTED = {
 }
 
 
-def _depending(value, operands):
-    """The value with the inputs and parameters that its operands depend on."""
-    paths = value.paths + tuple(path for v in operands for path in v.paths)
-    return dataclasses.replace(
-        value,
-        data=value.data or any(v.data for v in operands),
-        paths=tuple(dict.fromkeys(paths)),
-    )
-
-
 def _same_rank(outer, inner):
     return len(outer.aval.shape) == len(inner.aval.shape)
 
@@ -955,76 +948,19 @@ def _line(eqn):
     return None
 
 
-def _constant(shape, data=False):
-    return _Value(tuple(shape), ((),) * len(shape), (True,) * len(shape), data=data)
+def _reduced(name, number, count):
+    """An entry that `count` equal ones are reduced to; None if it is not known."""
+    if number is None or name in ("argmax", "argmin", "reduce_xor"):
+        return None
+    if name == "reduce_prod":
+        return number if number in (0, 1) else None
+    return number * count if name == "reduce_sum" else number
 
 
-def _pick(value, axes):
-    axes = list(axes)
-    return dataclasses.replace(
-        value,
-        shape=tuple(value.shape[k] for k in axes),
-        axes=tuple(value.axes[k] for k in axes),
-        zero=tuple(value.zero[k] for k in axes),
-    )
-
-
-def _index(value, slices):
-    axes, shape = list(value.axes), list(value.shape)
-    for k, chosen in slices.items():
-        axes[k] = tuple(c._replace(units=c.units[chosen]) for c in axes[k])
-        shape[k] = len(range(shape[k])[chosen])
-    return dataclasses.replace(value, shape=tuple(shape), axes=tuple(axes))
-
-
-def _own_axes(value):
-    """The axes of a value that stem from axes of parameters."""
-    return {
-        axis
-        for axis, columns in enumerate(value.axes)
-        if any(column.origins for column in columns)
-    }
-
-
-def _with_origins(first, second):
-    """The columns of an axis that is also known as `second`."""
-    if len(first) != len(second):
-        return first or second
-    return tuple(
-        a._replace(origins=a.origins | b.origins)
-        for a, b in zip(first, second, strict=True)
-    )
-
-
-def _zero_along(value, axis, shape):
-    if len(value.shape) != len(shape) or value.shape[axis] != shape[axis]:
-        return value.const == 0
-    # An axis without columns loses no entries.
-    return value.zero[axis]
-
-
-def _is_zero(name, eqn, flags, operands):
-    if name == "select_n":
-        # jnp.std takes NaN where it is not defined.
-        undefined = [v.const is not None and math.isnan(v.const) for v in operands]
-        branches = list(zip(flags, undefined, strict=True))[1:]
-        return any(flags[1:]) and all(f or u for f, u in branches)
-    if name in ("mul", "and"):
-        return any(flags)
-    if name in ("div", "rem"):
-        return flags[0] and not flags[1]
-    if name in ("max", "min"):
-        sign = 1 if name == "max" else -1
-        low = [v.const is not None and sign * v.const <= 0 for v in operands]
-        return all(f or b for f, b in zip(flags, low, strict=True)) and any(flags)
-    if name == "clamp":
-        low, _, high = (v.const for v in operands)
-        return flags[1] and None not in (low, high) and low <= 0 <= high
-    if name in ("gt", "lt", "ne", "complex"):
-        return all(flags)
-    if name == "integer_pow":
-        return flags[0] and eqn.params["y"] > 0
-    return name in _LINEAR and all(flags)
+def _accumulated(name, number):
+    """The entries of a cumulative operation on equal ones; None if not known."""
+    changes = {"cumsum": (0,), "cumprod": (0, 1), "cumlogsumexp": ()}
+    return number if number in changes.get(name, (number,)) else None
 
 
 def _roles(columns):

@@ -394,6 +394,26 @@ def test_a_large_vit_is_traced_by_its_shapes():
     assert list(graph.removable().values()) == sizes
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: jnp.log(jnp.cosh(x) + 1),
+        lambda x: x / (jnp.std(x, 0, keepdims=True) + 0.1),
+        lambda x: jnp.sort(jax.nn.sigmoid(x), 0) / jnp.cumsum(jnp.exp(x), 0),
+        lambda x: jnp.mod(jnp.exp(x), 3.0) / jax.nn.sigmoid(x).max(0, keepdims=True),
+    ],
+    ids=["cosh", "std", "sort", "mod"],
+)
+def test_removed_entries_that_stay_finite_are_removed(function):
+    def network(p, x):
+        return function(x @ p["a"]) @ p["b"]
+
+    params, x = {"a": draw(3, 4), "b": draw(4, 2)}, draw(5, 3)
+    with jax.debug_nans(True):
+        graph = channels.trace(network, params, x)
+    check(graph, {"a": np.arange(4) != 2}, params, x, network)
+
+
 # What is refused.
 
 
@@ -461,6 +481,42 @@ def remainder(p, x):
     return jax.lax.rem(jnp.ones_like(hidden), hidden) @ p["b"]
 
 
+def modulo(p, x):
+    """`jnp.mod` corrects the sign of the remainder where it is not zero."""
+    hidden = x @ p["a"]
+    return (1 / jnp.mod(hidden, 3.0)) @ p["b"]
+
+
+def share_of_the_median(p, x):
+    hidden = jnp.abs(x @ p["a"])
+    return (hidden / jnp.median(hidden, 0, keepdims=True)) @ p["b"]
+
+
+def largest_share(p, x):
+    hidden = jnp.abs(x @ p["a"]).T
+    return (hidden / jax.lax.top_k(hidden, 2)[0].sum(1, keepdims=True)).T @ p["b"]
+
+
+def inverse_of_cosh(p, x):
+    return jnp.arccosh(x @ p["a"]) @ p["b"]
+
+
+def constant_divided_by_its_deviation(p, x):
+    """A removed channel is 1/2 everywhere and deviates by 0."""
+    hidden = jax.nn.sigmoid(x @ p["a"])
+    return (hidden / hidden.std(0, keepdims=True)) @ p["b"]
+
+
+def logarithm_of_a_difference(p, x):
+    """It is log(exp(0) - 1), that is, log 0."""
+    return jnp.log(jnp.exp(jnp.abs(x @ p["a"])) - 1) @ p["b"]
+
+
+def length_of_pairs(p, x):
+    hidden = x @ p["a"]
+    return (hidden / jnp.hypot(hidden, hidden)) @ p["b"]
+
+
 def padded_with_ones(p, x):
     """The last output sums the removed channel too."""
     wide = jnp.pad(p["b"], ((0, 0), (0, 1)), constant_values=1.0)
@@ -488,6 +544,13 @@ def gates(p, x):
         (cumulative_share, r"would be divided by zero \(div at "),
         (clipped_share, r"would be divided by zero \(div at "),
         (remainder, r"would be divided by zero \(rem at "),
+        (modulo, r"would be divided by zero \(div at "),
+        (share_of_the_median, r"would be divided by zero \(div at "),
+        (largest_share, r"would be divided by zero \(div at "),
+        (inverse_of_cosh, r"would be infinite or NaN \(acosh at "),
+        (constant_divided_by_its_deviation, r"would be divided by zero \(div at "),
+        (logarithm_of_a_difference, r"would be infinite or NaN \(log at "),
+        (length_of_pairs, r"would be divided by zero \(div at "),
         (padded_with_ones, r"would still contribute to a sum \(dot_general at "),
         (gates, r"a removed channel would still contribute to a sum \(dot_general at "),
     ],

@@ -6,6 +6,7 @@ Results do not depend on the number of devices, except for the rounding of sums.
 normalization uses the whole batch.
 """
 
+import ctypes
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,24 @@ def initialize(
         jax.distributed.initialize(coordinator, num_processes, process_id)
     if jax.process_count() > 1:
         partners.connect(coordinator)
+
+
+def keep_freed_memory() -> None:
+    """Lets the process use the memory again that a computation on the CPU frees.
+
+    By default the C library returns every block above 32 MB to the system, and the next
+    step gets it back in pages of 4 kB, which the system clears one by one. A training
+    step with some hundred MB of activations spends a good part of its time on that.
+    Nothing happens on systems without GNU's library. The calls are those of mallopt(3).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mmap_max, trim_threshold, arena_max = -4, -1, -8
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, -1)  # never
+    mallopt(arena_max, 1)  # Memory that one thread freed serves all.
 
 
 def is_main() -> bool:

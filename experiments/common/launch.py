@@ -44,6 +44,7 @@ def launch(
         config, options = parse(name, arguments)
         flags.FLAGS(sys.argv[:1])  # before it, absl's log prints a warning
         silence_libraries(debug=options.debug)
+        devices.keep_freed_memory()
         if options.multihost:
             devices.initialize(*_cluster(options))
         # What JAX cannot start, such as a GPU, the user asked for.
