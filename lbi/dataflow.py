@@ -79,6 +79,7 @@ class Flow:
         self.shapes = {path: tuple(np.shape(leaf)) for path, leaf in leaves.items()}
         self.uses = []
         self._units = Units()
+        self._evaluated = {}
         self._heads, self._stacked, self._mixed = [], [], set()
         self._pending = {}  # uses in products that have not met an input yet
         self._line = self._reason = "an unknown line"
@@ -304,14 +305,15 @@ class Flow:
             number, pole = 0.0, False
             if columns:
                 numbers = [value.along(k, shape) for value in operands]
-                number, pole = removed_entry(eqn, numbers)
+                number, pole = removed_entry(eqn, numbers, self._evaluated)
             if pole:
                 divided = name in ("div", "rem", "integer_pow")
                 what = "divided by zero" if divided else "infinite or NaN"
                 self._fix(columns, f"a removed channel would be {what}")
             removed.append(number)
         axes = tuple(columns or () for columns in axes)
-        const, _ = removed_entry(eqn, [value.const for value in operands])
+        constants = [value.const for value in operands]
+        const, _ = removed_entry(eqn, constants, self._evaluated)
         return [Value(shape, axes, tuple(removed), active, const=const)]
 
     def _reshape(self, eqn, operands):
@@ -431,6 +433,7 @@ class Flow:
             for k in range(len(shape)):
                 if k != axis:
                     axes[k] = self._join(axes[k], value.axes[k])
+        self._rejoin([c for v in operands for c in v.axes[axis] if c.sliced])
         pieces = [self._units.leaves(v.axes[axis]) for v in operands]
         columns = []
         for number in range(max(map(len, pieces))):
@@ -444,6 +447,20 @@ class Flow:
             columns.append(Column(np.concatenate(parts), origins))
         axes[axis] = tuple(columns)
         return [Value(shape, tuple(axes), tuple(removed))]
+
+    def _rejoin(self, parts):
+        """Parts of one axis that are concatenated, as by `jnp.roll`.
+
+        Where the axis is cut may depend on its length, or not. Equal parts stay equal.
+        """
+        for first, second in itertools.combinations(parts, 2):
+            if first.origins.isdisjoint(second.origins):
+                continue
+            if len(first.units) == len(second.units):
+                why = f"parts of one axis are joined ({self._reason})"
+                self._units.tie(first.units, second.units, why)
+            else:
+                self._fix([first, second], "unequal parts of one axis are joined")
 
     def _stack(self, eqn, operands):
         first, axis = operands[0], eqn.params["axis"]

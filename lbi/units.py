@@ -22,10 +22,12 @@ class Column(NamedTuple):
     Attributes:
       units: unit numbers, (n,), int.
       origins: the axes of parameters that the indices come from, {(path, axis)}.
+      sliced: whether it is a part of a longer axis.
     """
 
     units: np.ndarray
     origins: frozenset = frozenset()
+    sliced: bool = False
 
 
 class Units:
@@ -139,7 +141,7 @@ class Units:
         found = []
         for column in columns:
             found += [
-                Column(units, column.origins) for units in self._leaves(column.units, 0)
+                column._replace(units=units) for units in self._leaves(column.units, 0)
             ]
         return found
 

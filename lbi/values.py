@@ -90,8 +90,12 @@ def index(value: Value, slices: Mapping[int, slice]) -> Value:
     """The value with a slice of some axes."""
     axes, shape = list(value.axes), list(value.shape)
     for k, chosen in slices.items():
-        axes[k] = tuple(c._replace(units=c.units[chosen]) for c in axes[k])
-        shape[k] = len(range(shape[k])[chosen])
+        length = len(range(shape[k])[chosen])
+        axes[k] = tuple(
+            c._replace(units=c.units[chosen], sliced=c.sliced or length < shape[k])
+            for c in axes[k]
+        )
+        shape[k] = length
     return dataclasses.replace(value, shape=tuple(shape), axes=tuple(axes))
 
 
@@ -143,13 +147,14 @@ def zero_or_unknown(number: Number | None) -> Number | None:
 
 
 def removed_entry(
-    eqn: Any, numbers: Sequence[Number | None]
+    eqn: Any, numbers: Sequence[Number | None], evaluated: dict
 ) -> tuple[Number | None, bool]:
     """What an elementwise equation makes of the removed entries of its operands.
 
     Args:
       eqn: the equation.
       numbers: the entry of each operand, None if it is not known.
+      evaluated: keeps the entries that were computed, for later calls.
 
     Returns:
       The entry of the result, None if it is not known or not finite, and whether the
@@ -165,7 +170,7 @@ def removed_entry(
     elif name == "select_n":
         number = _selected(*numbers)
     elif len(known) == len(numbers):
-        number = _evaluate(eqn, numbers)
+        number = _evaluate(eqn, numbers, evaluated)
     elif name in ("mul", "and") and 0 in known:
         number = 0.0
     elif name in ("div", "rem") and numbers[0] == 0:
@@ -186,13 +191,13 @@ def _selected(which, *cases):
     return cases[0] if cases and all(case == cases[0] for case in cases) else None
 
 
-def _evaluate(eqn, numbers):
+def _evaluate(eqn, numbers, evaluated):
     """Computes one entry of an equation; None if its type is not one of numbers."""
     dtypes = [var.aval.dtype for var in (*eqn.invars, *eqn.outvars)]
     if any(jax.dtypes.issubdtype(dtype, jax.dtypes.extended) for dtype in dtypes):
         return None
     key = (eqn.primitive, str(eqn.params), tuple(numbers), tuple(dtypes))
-    if key not in _EVALUATED:
+    if key not in evaluated:
         with np.errstate(all="ignore"):  # NaN becomes some integer.
             entries = [
                 np.asarray(number).astype(dtype)
@@ -201,8 +206,5 @@ def _evaluate(eqn, numbers):
         # The caller may trace, and look for NaN.
         with jax.ensure_compile_time_eval(), jax.debug_nans(False):
             result = eqn.primitive.bind(*entries, **eqn.params)
-        _EVALUATED[key] = np.asarray(result).item()
-    return _EVALUATED[key]
-
-
-_EVALUATED = {}
+        evaluated[key] = np.asarray(result).item()
+    return evaluated[key]

@@ -481,6 +481,16 @@ def remainder(p, x):
     return jax.lax.rem(jnp.ones_like(hidden), hidden) @ p["b"]
 
 
+def rolled(p, x):
+    return jnp.roll(x @ p["a"], 1, axis=-1) @ p["b"]
+
+
+def shifted_in_time(p, x):
+    """Some channels come from the example before."""
+    hidden = x @ p["a"]
+    return jnp.concatenate([jnp.roll(hidden[:, :1], 1, 0), hidden[:, 1:]], 1) @ p["b"]
+
+
 def modulo(p, x):
     """`jnp.mod` corrects the sign of the remainder where it is not zero."""
     hidden = x @ p["a"]
@@ -544,6 +554,8 @@ def gates(p, x):
         (cumulative_share, r"would be divided by zero \(div at "),
         (clipped_share, r"would be divided by zero \(div at "),
         (remainder, r"would be divided by zero \(rem at "),
+        (rolled, r"unequal parts of one axis are joined \(concatenate at "),
+        (shifted_in_time, r"unequal parts of one axis are joined \(concatenate at "),
         (modulo, r"would be divided by zero \(div at "),
         (share_of_the_median, r"would be divided by zero \(div at "),
         (largest_share, r"would be divided by zero \(div at "),
@@ -597,6 +609,17 @@ def test_a_barrier_changes_nothing():
     params = {"a": draw(3, 4), "b": draw(4, 2)}
     graph = channels.trace(network, params, draw(5, 3))
     check(graph, {"a": np.arange(4) != 2}, params, draw(5, 3), network)
+
+
+def test_halves_that_change_places_stay_halves():
+    def network(p, x):
+        hidden = x @ p["a"]
+        return jnp.roll(hidden, hidden.shape[1] // 2, -1) @ p["b"]
+
+    params = {"a": draw(3, 6), "b": draw(6, 2)}
+    graph = channels.trace(network, params, draw(5, 3))
+    assert graph.removable() == {"a": 3}  # pairs
+    check(graph, {"a": np.arange(3) != 1}, params, draw(5, 3), network)
 
 
 def test_only_some_channels_may_be_fixed():

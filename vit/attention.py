@@ -1,8 +1,10 @@
 """Self-attention with a choice of heads and with weighted tokens.
 
-Parameters carry the names and shapes of google-research/vision_transformer. Two things
-are added to the standard layer: a row may represent several tokens (`weights`), and the
-output may use only the most important heads (`Heads`).
+Parameters carry the names and shapes of google-research/vision_transformer. Four things
+are added to the standard layer: a row may represent several tokens (`weights`), the
+output may use only the most important heads (`Heads`) or leave out a part of the
+attention (`Segment`), and reductions of the probabilities are recorded
+(`importance.Statistics`).
 
 Axes: B images, N tokens (CLS first), Q queries, D width, H heads, d width of a head.
 """
@@ -78,6 +80,19 @@ def _all_heads(num_heads):
     del num_heads
 
 
+# Arguments of `flax.linen.dot_product_attention` and that of `flax.nnx` that do not
+# change what is computed here.
+_IGNORED = {
+    "broadcast_dropout",
+    "dropout_rng",
+    "dtype",
+    "force_fp32_for_softmax",
+    "module",
+    "precision",
+    "promote_dtype",
+}
+
+
 class CascadeAttention:
     """Dot-product attention in a layer of a cascade, `attend(query, key, value)`.
 
@@ -134,18 +149,23 @@ class CascadeAttention:
           deterministic: whether there is no dropout.
           implementation: see `attend`. Layers that choose heads always write the
             probabilities.
-          **options: other arguments of `flax.linen.dot_product_attention`, which are
-            ignored.
+          **options: other arguments of the attention of Flax. Those that concern
+            dropout, dtypes and precision are ignored.
 
         Returns:
           The attended values, (B, N, H, d). Those of heads that are not chosen are 0.
 
         Raises:
-          ValueError: if there is a bias, a mask or dropout.
+          ValueError: if there is a bias, a mask, dropout, or another option that would
+            change the result, such as is_causal=True.
         """
-        del options
         if bias is not None or mask is not None:
             raise ValueError("attention in a cascade takes no bias and no mask.")
+        changed = [name for name in options.keys() - _IGNORED if options[name]]
+        if changed:
+            raise ValueError(
+                f"attention in a cascade does not have {', '.join(sorted(changed))}."
+            )
         if dropout_rate and not deterministic:
             raise ValueError("attention in a cascade has no dropout.")
         if self.heads_of(query.shape[2]) is not None:
@@ -337,9 +357,9 @@ def attend(
         raise ValueError(
             f"implementation must be one of {known}; got {implementation!r}."
         )
-    if implementation == "pallas" and not _on_nvidia():
+    if implementation in ("cudnn", "pallas") and not _on_nvidia():
         raise ValueError(
-            "attention_implementation 'pallas' needs an NVIDIA GPU; "
+            f"attention_implementation {implementation!r} needs an NVIDIA GPU; "
             f"the backend is {jax.default_backend()}."
         )
     fused = implementation == "cudnn" or (implementation == "pallas" and half)
