@@ -131,7 +131,8 @@ def fit_shrink(latents: np.ndarray, mean: np.ndarray, steps: np.ndarray) -> np.n
     """How much nearer to zero the values of a symbol are than the symbol, on average.
 
     Small values are more frequent than large ones, so the mean of the values that
-    become k > 0 is less than k. Decoding to this mean has the least squared error.
+    become k > 0 is less than k. Of all amounts that are equal for the symbols of a
+    channel, this one has the least squared error.
 
     Args:
       latents: training latents, (N, ..., C).

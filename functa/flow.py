@@ -97,14 +97,14 @@ def fit_gaussians(
 
     Args:
       latents: normalized latents, (N, *Z).
-      labels: integers below K, (N,).
+      labels: integers from 0 to K, (N,); K is no class.
       num_classes: K. The number K and a class of fewer than two latents have the
         Gaussian of all.
       min_variance: smaller variances are raised to it, because the velocity would be
         infinite at t = 1.
 
     Raises:
-      ValueError: if there are fewer than two latents.
+      ValueError: if there are fewer than two latents, or a label is out of range.
 
     Example:
       >>> latents = np.random.default_rng(0).normal(size=(20, 2, 2, 3))
@@ -113,11 +113,17 @@ def fit_gaussians(
     """
     if len(latents) < 2:
         raise ValueError(f"a Gaussian needs at least two latents, got {len(latents)}.")
+    labels = np.asarray(labels)
+    if labels.min() < 0 or labels.max() > num_classes:
+        raise ValueError(
+            f"labels must be from 0 to {num_classes}, got {labels.min()} to "
+            f"{labels.max()}."
+        )
     flat = np.float64(latents).reshape(len(latents), -1)
     means, variances, axes = [], [], []
     for number in range(num_classes + 1):
         values = flat[labels == number]
-        values = values if len(values) > 1 else flat
+        values = values if number < num_classes and len(values) > 1 else flat
         centered = values - values.mean(0)
         covariance = centered.T @ centered / (len(values) - 1)
         variance, vectors = np.linalg.eigh(covariance)

@@ -98,9 +98,9 @@ def kernel_distance(
 def density_and_coverage(
     real: np.ndarray, fake: np.ndarray, *, num_neighbors: int = 5
 ) -> tuple[float, float]:
-    """How many balls around real features hold a generated one, and how many hold it.
+    """Density and coverage of generated features among real ones.
 
-    The ball of a real feature reaches to its k-th nearest real neighbor.
+    The ball around a real feature reaches to its k-th nearest real neighbor.
 
     Args:
       real: features (N, D), N > k.

@@ -1,11 +1,12 @@
 """Quality of reconstructions: PSNR, SNR, and the overlap (IoU) of shapes.
 
-The peak signal-to-noise ratio (PSNR) of a data set has two usual definitions.
-
-Both definitions use mean squared errors of signals in [0, 1] (peak 1). The prediction
-is not clamped, as in google-deepmind/functa. By Jensen's inequality `psnr_of_mean` is
-never greater than `mean_psnr`. If the PSNR of the signals has standard deviation s dB,
-the difference is about 0.115 s^2 dB. State the definition with every number.
+The peak signal-to-noise ratio (PSNR) of a data set has two usual definitions: the mean
+of the PSNRs of its signals (`mean_psnr`), and the PSNR of their mean error
+(`psnr_of_mean`). Both use mean squared errors of signals in [0, 1] (peak 1). The
+prediction is not clamped, as in google-deepmind/functa. By Jensen's inequality
+`psnr_of_mean` is never greater than `mean_psnr`. If the PSNR of the signals has
+standard deviation s dB, the difference is about 0.115 s^2 dB. State the definition with
+every number.
 """
 
 import jax

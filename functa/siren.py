@@ -241,6 +241,12 @@ def _rename_dtype(model):
 
 
 class LatentToModulation(nn.Module):
+    """Maps latents (..., C) to modulations (..., M): linear layers, with ReLU between.
+
+    Attributes:
+      sizes: widths of the layers; the last one is M.
+    """
+
     sizes: Sequence[int]
 
     @nn.compact

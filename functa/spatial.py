@@ -332,6 +332,9 @@ def fit_grids(
     rates = jnp.asarray(learning_rate)
     if rates.shape == (model.channels,):
         rates = jnp.broadcast_to(rates, view.latent.shape)
+    elif rates.ndim == 2:  # Not of the cells of a grid with one axis.
+        between = (1,) * (len(view.latent.shape) - 1)
+        rates = rates.reshape(len(rates), *between, -1)
     latents, info = inner_loop.fit_batch(
         view.apply_fn,
         params,

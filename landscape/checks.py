@@ -81,3 +81,15 @@ def check_like(name: str, tree: Any, params: Any) -> None:
 def path_name(path: tuple[Any, ...]) -> str:
     """Formats a key path of jax.tree_util as "block/layer/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def check_values(
+    name: str, tree: Any, holds: Callable[[Array], Array], what: str
+) -> None:
+    """Raises ValueError if numbers that are known do not fulfil a condition.
+
+    Numbers of a function under `jax.jit` are not known.
+    """
+    for leaf in jax.tree.leaves(tree):
+        if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.all(holds(leaf))):
+            raise ValueError(f"{name} must be {what}.")

@@ -34,7 +34,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
-from landscape.checks import LossFn, check_floating, check_like, scalar_loss
+from landscape.checks import (
+    LossFn,
+    check_floating,
+    check_like,
+    check_values,
+    scalar_loss,
+)
 from landscape.norms import norm, widen
 
 Matvec = Callable[[Any], Any]
@@ -124,7 +130,11 @@ def preconditioned(matvec: Matvec, preconditioner: Any) -> Matvec:
 
     Returns:
       A function like `matvec`.
+
+    Raises:
+      ValueError: if an entry of P is not positive.
     """
+    check_values("preconditioner", preconditioner, lambda x: x > 0, "positive")
     scale = jax.tree.map(lax.rsqrt, preconditioner)
 
     def product(vector):
@@ -153,7 +163,13 @@ def adam_preconditioner(
 
     Returns:
       The diagonal of P, a tree like `nu`.
+
+    Raises:
+      ValueError: if there was no update, or a decay is not below 1.
     """
+    check_values("count", count, lambda x: x >= 1, "at least 1")
+    for name, decay in (("b1", b1), ("b2", b2)):
+        check_values(name, decay, _is_decay, "in [0, 1)")
     count = jnp.asarray(count, jnp.float32)
     first, second = 1 - b1**count, 1 - b2**count
     return jax.tree.map(lambda x: first * (jnp.sqrt(x / second) + eps), nu)
@@ -171,8 +187,16 @@ def adam_bound(b1: Any = 0.9) -> Any:
 
     Returns:
       The bound, with the shape of `b1`.
+
+    Raises:
+      ValueError: if b1 is out of range.
     """
+    check_values("b1", b1, _is_decay, "in [0, 1)")
     return 2 * (1 + b1) / (1 - b1)
+
+
+def _is_decay(values):
+    return (values >= 0) & (values < 1)
 
 
 class Eigenpairs(NamedTuple):

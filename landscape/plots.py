@@ -202,7 +202,7 @@ def stability(
     *,
     x_label: str = "epoch",
     y_label: str = "learning rate x\nlargest eigenvalue",
-    bound: float = 2.0,
+    bound: float | None = 2.0,
     optimizer: str = "gradient descent",
     ax: Any = None,
 ) -> Any:
@@ -214,7 +214,7 @@ def stability(
       x_label: name and unit of the x axis.
       y_label: name and unit of the y axis.
       bound: 2 for gradient descent. For Adam give products with the preconditioned
-        sharpness and `landscape.curvature.adam_bound(b1)`.
+        sharpness and `landscape.curvature.adam_bound(b1)`. None draws no bound.
       optimizer: what the bound belongs to.
       ax: Axes to draw into; None makes a figure.
 
@@ -223,15 +223,16 @@ def stability(
     """
     ax = _axes(ax)
     curves(measured, y_label=y_label, x_label=x_label, ax=ax)
-    ax.axhline(bound, color="0.3", linewidth=0.9, linestyle=":")
-    ax.text(
-        0.02,
-        bound,
-        f"bound of {optimizer}, {bound:g}",
-        transform=ax.get_yaxis_transform(),
-        fontsize=7,
-        va="bottom",
-    )
+    if bound is not None:
+        ax.axhline(bound, color="0.3", linewidth=0.9, linestyle=":")
+        ax.text(
+            0.02,
+            bound,
+            f"bound of {optimizer}, {bound:g}",
+            transform=ax.get_yaxis_transform(),
+            fontsize=7,
+            va="bottom",
+        )
     ax.set_yscale("symlog", linthresh=1e-3)
     return ax
 

@@ -262,5 +262,6 @@ def test_implementations_that_do_not_exist_or_need_a_gpu_are_refused():
     ):
         attention.attend(*inputs, implementation="fast")
     if jax.default_backend() == "cpu":
-        with pytest.raises(ValueError, match="'pallas' needs an NVIDIA GPU; .* cpu"):
-            attention.attend(*inputs, implementation="pallas")
+        for name in ("cudnn", "pallas"):
+            with pytest.raises(ValueError, match=f"'{name}' needs an NVIDIA GPU; .* c"):
+                attention.attend(*inputs, implementation=name)

@@ -593,6 +593,20 @@ def test_preconditioner_of_another_tree_is_refused():
         matvec({"w": jnp.ones(2)})
 
 
+def test_preconditioners_that_are_none_are_refused():
+    fresh = optax.scale_by_adam().init(jnp.ones(2))
+    with pytest.raises(ValueError, match="count must be at least 1"):
+        adam_preconditioner(fresh.nu, fresh.count)
+    for wrong in (1.0, -0.1, np.array([0.9, 1.0])):
+        with pytest.raises(ValueError, match=r"b1 must be in \[0, 1\)"):
+            adam_bound(wrong)
+        with pytest.raises(ValueError, match=r"b2 must be in \[0, 1\)"):
+            adam_preconditioner(fresh.nu, 1, b2=wrong)
+    for wrong in ([1.0, -4.0], [1.0, 0.0], [1.0, np.nan]):
+        with pytest.raises(ValueError, match="preconditioner must be positive"):
+            preconditioned(lambda v: v, jnp.array(wrong))
+
+
 @pytest.mark.parametrize("batches", [[], jnp.zeros((0, 3)), (jnp.ones(2), jnp.ones(3))])
 def test_mean_over_no_or_unequal_batches_is_refused(batches):
     with pytest.raises(ValueError, match="the number of batches"):

@@ -114,6 +114,18 @@ def test_velocity_of_gaussians_with_whole_covariances(correlated):
         np.testing.assert_allclose(value.ravel(), expected, rtol=2e-3, atol=2e-3)
 
 
+def test_latents_of_no_class_belong_to_the_gaussian_of_all(correlated):
+    latents, labels = correlated
+    expected = flow.fit_gaussians(latents, labels, 3)
+    found = flow.fit_gaussians(latents, np.where(labels == 1, 3, labels), 3)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.delete(one, 1, 0), np.delete(other, 1, 0))
+        np.testing.assert_array_equal(one[1], other[3])
+    for wrong in (-1, 4):
+        with pytest.raises(ValueError, match=f"labels must be from 0 to 3, .*{wrong}"):
+            flow.fit_gaussians(latents, np.where(labels == 1, wrong, labels), 3)
+
+
 def test_flow_of_gaussians_ends_on_samples_of_them(correlated):
     latents, labels = correlated
     gaussians = flow.fit_gaussians(latents, labels, 3)

@@ -228,6 +228,11 @@ def attention_without_attend(x, attend):
             lambda x, attend: attend(x, x, x, dropout_rate=0.1, deterministic=False),
             "has no dropout",
         ),
+        (
+            lambda x, attend: attend(x, x, x, is_causal=True, dtype=None, module=None),
+            "does not have is_causal",
+        ),
+        (lambda x, attend: attend(x, x, x, scale=10.0, is_causal=False), "have scale"),
     ],
 )
 def test_attention_that_does_not_fit_is_refused(attention, message):

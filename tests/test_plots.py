@@ -430,7 +430,8 @@ def test_kept_patches_fades_what_is_pruned():
     kept[2, 0, 1] = False  # the upper right quarter
     figure = vit.plots.kept_patches(image, kept)
     shown = figure.axes[3].images[0].get_array()
-    assert np.all(shown[:2, 2:] == 0.6) and np.sum(shown) == pytest.approx(12 * 0.6)
+    assert np.all(shown[:2, 2:] == [0.15, 0.5, 0.75])
+    assert np.sum(shown) == pytest.approx(4 * 1.4)
     assert "75 %" in figure.axes[3].get_title()
     # In a gray image only pruned patches have a color, whatever their pixels are.
     image = np.linspace(0, 1, 16).reshape(1, 4, 4, 1)
@@ -469,7 +470,7 @@ def test_patches_of_oblong_images_lie_in_their_rows():
         figure = vit.plots.kept_patches(image, kept, grid=grid)
         shown = figure.axes[1].images[0].get_array()
         expected = np.zeros(image.shape[1:])
-        expected[: image.shape[1] // 2, 4:] = 0.6
+        expected[: image.shape[1] // 2, 4:] = [0.15, 0.5, 0.75]
         np.testing.assert_array_equal(shown, expected)
     figure = vit.plots.segments(np.ones((4, 6, 3)), np.arange(6)[None] // 2)
     shown = figure.axes[1].images[0].get_array()[::2, ::2].mean(-1)
@@ -686,6 +687,7 @@ def test_probe_landscape_is_rebuilt_from_its_logs(tmp_path):
         "num_epochs": 2,
         "sharpness": {"every": 4},
         "surface": {"size": 0},
+        "optimizer": {"name": "sgd", "options": {}},
     }
     write_run(tmp_path, config)
     probe = {"losses": [1.0, 2.0, 3.0], "grad_distances": [1.0, 2.0, 3.0]}

@@ -264,6 +264,26 @@ def test_stored_configuration_is_its_variant_and_overrides(name):
     assert not differences(name)
 
 
+TIME = re.compile(
+    r"(\d+) (minutes?|seconds)( a seed)?(?: for both methods)? on (?:two (?:busy )?cores"
+    r"|one H200)[^.;()]*\(results/(\w+)\)"
+)
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((ROOT / "experiments" / "configs").glob("*.py")),
+    ids=lambda p: p.stem,
+)
+def test_times_of_variants_are_those_of_their_runs(path):
+    text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
+    for number, unit, a_seed, name in TIME.findall(text):
+        taken = evidence.seconds(ROOT / "results" / name)
+        taken /= evidence.num_seeds(ROOT / "results" / name) if a_seed else 1
+        taken /= 60 if unit.startswith("minute") else 1
+        assert taken == pytest.approx(int(number), rel=0.1, abs=0.6), name
+
+
 def test_upgrade_renames_adds_and_removes():
     old = {"experiment": "meta_learn", "seed": 2, "model": {}, "exact_steps": 0}
     new = upgrade(old)

@@ -294,6 +294,21 @@ def test_fitting_cells_equals_fitting_whole_signals(problem, kernel_size):
     np.testing.assert_allclose(mse, info.mse, atol=1e-7)
 
 
+def test_rates_of_as_many_steps_as_cells_are_those_of_the_steps():
+    model = functa.SpatialSiren(
+        width=5, depth=3, grid=(3,), channels=2, interpolation="bilinear"
+    )
+    coords, latent = np.linspace(-1, 1, 6)[:, None], model.initial_latent()
+    params = jax.jit(model.init)(jax.random.key(0), coords, latent)["params"]
+    signals = np.random.default_rng(0).normal(size=(1, 6, 3))
+    rates = np.linspace(0.1, 0.6, 6).reshape(3, 2)
+    one, other = (
+        fit_grids(model, params, signals, learning_rate=r, num_steps=3)[0]
+        for r in (rates, rates[:, None])
+    )
+    np.testing.assert_array_equal(one, other)
+
+
 def test_latents_of_a_crop_are_a_crop_of_the_latents(problem):
     model, params, rates, signals = problem
     options = {"learning_rate": rates, "num_steps": 3}

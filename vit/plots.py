@@ -177,7 +177,7 @@ def kept_patches(
     grid: tuple[int, int] | None = None,
     ratio_labels: bool = True,
 ) -> Any:
-    """Images over the layers of a cascade; pruned patches are faded, gray ones to blue.
+    """Images over the layers of a cascade; pruned patches are faded to blue.
 
     Args:
       images: (B, H, W, C) in [0, 1], C of 1 or 3.
@@ -209,9 +209,9 @@ def kept_patches(
         _show(axes[row, 0], image)
         for layer in range(num_layers):
             mask = _over_pixels(kept[layer, row], grid, image)
-            # Gray would not differ from the pixels of a gray image.
-            fade = np.array([0.15, 0.5, 0.75]) if image.shape[-1] == 1 else 0.6
-            _show(axes[row, layer + 1], np.where(mask, image, 0.25 * image + fade))
+            # White or gray would not differ from the pixels of some images.
+            faded = 0.25 * image + np.array([0.15, 0.5, 0.75])
+            _show(axes[row, layer + 1], np.where(mask, image, faded))
     axes[0, 0].set_title("image", fontsize=8)
     for layer in range(num_layers):
         share = f"\n{100 * kept[layer].mean():.0f} % kept" if ratio_labels else ""

@@ -203,13 +203,11 @@ def provenance(folder: Path) -> dict[str, str]:
     if environment["backend"] == "cpu":
         device = f"{environment['cpu_count']} CPU cores, {environment['machine']}"
     command = [config["experiment"], config.get("variant", "")]
-    _, overrides = recorded_overrides(environment["command"])
-    # `story` and `report` run other commands; the options are their own.
-    if not re.search(rf"experiments[./]{command[0]}\b", environment["command"]):
-        overrides = {}
-    for old, value in overrides.items():
-        name, value = upgrade_override(command[0], old, value)
-        if name not in _SEED_FIELDS and not name.endswith("data_dir"):
+    options = [_options(command[0], e["command"]) for e in environments]
+    for name, value in options[0].items():
+        is_common = all(other.get(name) == value for other in options)
+        of_seed = name in ("seed", "seeds", *FILLED)
+        if is_common and not of_seed and not name.endswith("data_dir"):
             command.append(f"{name}={value}")
     commits = {e["commit"] and f"`{e['commit']}`" for e in environments}
     values = (
@@ -221,6 +219,17 @@ def provenance(folder: Path) -> dict[str, str]:
         ", ".join(f"`{show(member)}`" for member in folders),
     )
     return dict(zip(ORIGIN, values, strict=True))
+
+
+def _options(experiment, line):
+    """The fields that a command line changes, by their names of today."""
+    # `story` and `report` run other commands; the options are their own.
+    if not re.search(rf"experiments[./]{experiment}\b", line):
+        return {}
+    _, overrides = recorded_overrides(line)
+    return dict(
+        upgrade_override(experiment, name, value) for name, value in overrides.items()
+    )
 
 
 def seconds(folder: Path) -> float | None:

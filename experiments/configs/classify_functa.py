@@ -7,8 +7,8 @@
 Times do not include the making of the functaset.
 
 Variants:
-  digits: a regularized MLP on the latents of meta_learn's digits variant; 99 % in 15
-    seconds on two cores (results/classify_functa_digits).
+  digits: a regularized MLP on the latents of meta_learn's digits variant; 99 % in 17
+    seconds a seed on two cores (results/classify_functa_digits).
   smoke: the digits variant for 4 epochs, to check that the command runs.
   best: a wide, strongly regularized MLP on the latents of meta_learn's cifar10_cpu
     variant; 59 % in 14 minutes on two cores (results/classify_functa_best).
@@ -25,7 +25,7 @@ Variants:
   digits_spatial_vit: a Vision Transformer of 4 layers on the same grids
     (results/classify_functa_digits_spatial_vit).
   fashion_mnist: the same Vision Transformer on the grids of meta_learn's fashion_mnist
-    variant; 88 % in 11 minutes (results/classify_functa_fashion_mnist).
+    variant; 88 % in 15 minutes on two cores (results/classify_functa_fashion_mnist).
   speech: the same Vision Transformer on the 40 cells of each second of speech of
     meta_learn's speech variant. The classes are five languages with one speaker each.
     results/ has no run of it.

@@ -10,8 +10,8 @@ the same command resumes there.
 Variants:
   digits: LeNet on the digits of scikit-learn, one seed; a few minutes on two cores.
     results/ has no run of it.
-  lenet: LeNet on 15,000 images of MNIST, three seeds; half an hour on two cores
-    (results/compare_pruning_lenet has two seeds).
+  lenet: LeNet on 15,000 images of MNIST, three seeds. The two of
+    results/compare_pruning_lenet took 28 minutes on two cores.
   lenet_grains: the order of entry of DessiLBI and the norm for weights, rows, kernels,
     and filters (Mao et al. 2017) at the same fractions; results/ has no run of it.
   vgg_small: VGG-A with batch normalization and a quarter of the channels on CIFAR-10,

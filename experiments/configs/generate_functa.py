@@ -12,7 +12,7 @@ The field, its functaset and the classifier are those of earlier runs:
 
 Variants:
   digits: the grids of latents of meta_learn's digits_spatial variant. The Vision
-    Transformer has 64 features, fewer than there are test images, and the MLP 512. Five
+    Transformer has 64 features, fewer than there are test images, and the MLP 512. 8
     minutes a seed on two busy cores (results/generate_functa_digits).
   smoke: the digits variant with the smoke_spatial runs of meta_learn and
     classify_functa, a small network and 20 steps, to check that the command runs.

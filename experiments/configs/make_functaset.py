@@ -16,7 +16,7 @@ Variants:
   cifar10_cpu: CIFAR-10 with the weights of meta_learn's cifar10_cpu run, each image
     once; about 130 images per second on two cores (results/meta_learn_cifar10_cpu).
   cifar10_spatial_cpu: CIFAR-10 with the weights of meta_learn's cifar10_spatial_cpu
-    run, padded by 4 pixels, and each training image also mirrored; about an hour on two
+    run, padded by 4 pixels, and each training image also mirrored; 20 minutes on two
     cores (results/make_functaset_cifar10_spatial_cpu).
   cifar10_spatial: the same with the weights of meta_learn's cifar10_spatial run, and
     four copies of each training image. It needs a GPU.

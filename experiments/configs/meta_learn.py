@@ -5,7 +5,7 @@
 The PSNR is that of the test images after the inner loop.
 
 Variants:
-  digits: the 8x8 gray digits of scikit-learn; about 42 dB in under 2 minutes on two
+  digits: the 8x8 gray digits of scikit-learn; about 42 dB in 2 minutes a seed on two
     cores (results/meta_learn_digits).
   smoke: the digits with a tiny network and 20 steps, to check that the command runs;
     seconds.
@@ -15,8 +15,8 @@ Variants:
   digits_spatial: the digits with a 2x2 grid of latents of 16 numbers; as in digits, an
     image has as many numbers as pixels.
   smoke_spatial: digits_spatial with a tiny network and 20 steps; seconds.
-  fashion_mnist: Fashion-MNIST with a 7x7 grid of latents of 8 numbers; 31.7 dB. An
-    hour on two busy cores (results/meta_learn_fashion_mnist).
+  fashion_mnist: Fashion-MNIST with a 7x7 grid of latents of 8 numbers; 31.7 dB. 39
+    minutes on two busy cores (results/meta_learn_fashion_mnist).
   cifar10_spatial_cpu: CIFAR-10 with an 8x8 grid of latents of 16 numbers; 38 dB.
     40 minutes on two cores, two fifths of them for the evaluation and the encoding of
     all images (results/meta_learn_cifar10_spatial_cpu).

@@ -103,8 +103,14 @@ def _accuracy_against_size(run):
         points.setdefault(f"{kind}: {head}", []).append(point)
     if not points:
         raise MissingError("accuracies in results/")
-    points = {label: tuple(np.transpose(rows)) for label, rows in points.items()}
-    return plots.against_num_values({}, points, y_label="test accuracy (%)")
+    codes = {}
+    for label, rows in points.items():
+        sizes, accuracies, deviations = np.transpose(rows)
+        # Codes of the same size hide each other; seeds of one code are close.
+        if np.ptp(accuracies) < 1:
+            label = f"{label}, {accuracies.mean():.1f} %"
+        codes[label] = sizes, accuracies, deviations
+    return plots.against_num_values({}, codes, y_label="test accuracy (%)")
 
 
 def _compress_functa(run):

@@ -225,7 +225,13 @@ def _eigenvalues(run, networks):
                     rate * run.need(f"{name}s")[i][..., 0],
                 )
         plots.eigenvalues(largest, x_label="", ax=axes[0, i])
-        plots.stability(products, x_label="" if with_adam else "epoch", ax=axes[1, i])
+        plots.stability(
+            products,
+            x_label="" if with_adam else "epoch",
+            # The bound of gradient descent is not that of another optimizer.
+            bound=2.0 if run.config["optimizer"]["name"] == "sgd" else None,
+            ax=axes[1, i],
+        )
         if with_adam:
             b1 = run.config["optimizer"]["options"].get("b1", 0.9)
             plots.stability(

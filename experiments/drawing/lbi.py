@@ -105,7 +105,7 @@ def _prune_lbi(run):
     rows = [files.read_json(path) for path in sorted(run.workdir.glob("*.json"))]
     curves = [row["curves"] for row in rows if row.get("curves")]
     if curves:
-        figures |= bind({"accuracy_against_sparsity": _sparsity}, run.config, curves)
+        figures |= bind({"accuracy_against_sparsity": _sparsity}, run, curves)
     return figures
 
 
@@ -115,8 +115,11 @@ def _pruned_layer(run):
     )
 
 
-def _sparsity(config, curves):
+def _sparsity(run, curves):
     """`curves` are those of each network, {SCOPE_ORDER: accuracies}."""
+    config = run.config
+    has_bn = "one_layer.recalibrated" in run.summary
+    note = "batch normalization recalibrated" if has_bn else "no fine-tuning"
     shares = sorted({*config["sparsities"], *config["curve_sparsities"]})
     orders = {"entry": "order of entry", "magnitude": "magnitude", "random": "random"}
     titles = [title.format(layer=config["layer"]) for title in _SCOPES.values()]
@@ -128,7 +131,7 @@ def _sparsity(config, curves):
                 label: 100 * np.array([own[f"{scope}_{order}"] for own in curves])
                 for order, label in orders.items()
             },
-            y_label="test accuracy (%), no fine-tuning",
+            y_label=f"test accuracy (%),\n{note}",
             ax=ax,
         )
     share_labels(axes)
