@@ -146,7 +146,7 @@ def against_num_values(
     y_label: str = "PSNR (dB)",
     ax: Any = None,
 ) -> Any:
-    """PSNR, or accuracy, of codes against their size, beside that of linear controls.
+    """PSNR, or accuracy, of codes and of linear controls against their size.
 
     Args:
       controls: {label: (numbers per signal (K,), values (K,))}, drawn as lines.
@@ -415,7 +415,7 @@ def over_inner_steps(
     row_labels: Sequence[str] | None = None,
     size: float = 1.1,
 ) -> Any:
-    """Reconstructions after each inner step, with their PSNR, beside the images.
+    """Reconstructions after each inner step, with their PSNR, and the images.
 
     Args:
       steps: (S + 1, B, H, W, C) in [0, 1], from before the first step on.
@@ -486,7 +486,7 @@ def field_and_gradient(
     fields: Sequence[np.ndarray],
     gradients: Sequence[np.ndarray],
 ) -> Any:
-    """Fitted fields beside their images and the magnitude of their gradients.
+    """Fitted fields, their images and the magnitude of their gradients.
 
     Args:
       images: the B images, (B, H, W, C) in [0, 1].
@@ -619,7 +619,7 @@ def globes(
     unit: str = "m/s",
     size: float = 2.2,
 ) -> Any:
-    """Vector fields on the sphere beside their reconstructions and the errors.
+    """Vector fields on the sphere, their reconstructions and the errors.
 
     Args:
       data: eastward and northward parts, (B, H, W, 2).

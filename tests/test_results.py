@@ -265,8 +265,8 @@ def test_stored_configuration_is_its_variant_and_overrides(name):
 
 
 TIME = re.compile(
-    r"(\d+) (minutes?|seconds)( a seed)?(?: for both methods)? on (?:two (?:busy )?cores"
-    r"|one H200)[^.;()]*\(results/(\w+)\)"
+    r"(\d+) (minutes?|seconds)( a seed)?(?: for both methods)? on "
+    r"(?:two (?:busy )?cores|one H200)[^.;()]*\(results/(\w+)\)"
 )
 
 

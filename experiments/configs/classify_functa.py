@@ -257,7 +257,7 @@ VARIANTS = {
         # Half of the cells cost half the time. The last epochs see all of them.
         "stages": ((0.85, {"model.token_drop": 0.0, "cutmix": 0.0}),),
     },
-    # So few epochs need a shorter average of the weights, and no mixup beside CutMix.
+    # So few epochs need a shorter average of the weights, and CutMix without mixup.
     "cifar10_spatial_cpu": _CIFAR10_GRID
     | {
         "batch_size": 256,

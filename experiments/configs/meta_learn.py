@@ -25,15 +25,15 @@ Variants:
   cifar10_spatial: the grid of cifar10_spatial_cpu in a larger network, width 256 and
     depth 6; 38.7 dB in 3 minutes on one H200
     (results/meta_learn_cifar10_spatial).
-  winds: monthly winds over the globe as fields on the sphere, 64 numbers each, beside
+  winds: monthly winds over the globe as fields on the sphere, 64 numbers each, and
     64 EOF of the same months (apt-get install ferret-datasets); 23 minutes on
     two busy cores (results/meta_learn_winds).
-  speech: seconds of speech as 40 cells of 200 samples, 32 numbers each, beside 32
+  speech: seconds of speech as 40 cells of 200 samples, 32 numbers each, and 32
     principal components of the cells (apt-get install
     asterisk-core-sounds-{en,es,fr,it,ru}-wav). 25 minutes on two busy cores without the
     functaset (results/meta_learn_speech).
   furniture: 3-D models as 16x16x16 voxels with a 4x4x4 grid of latents of 16 numbers,
-    beside 16 principal components of the cells (apt-get install
+    and 16 principal components of the cells (apt-get install
     sweethome3d-furniture); half an hour is expected on two cores; results/ has no run
     of it.
   smoke_winds: winds on synthetic months, which need no package, with a tiny network and
