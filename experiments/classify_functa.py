@@ -30,7 +30,7 @@ from experiments.drawing import figures
 from experiments.networks import heads
 from experiments.networks.heads import Head
 from experiments.training import features, loop, optimizers
-from functa import classifier, functaset
+from functa import classifier
 
 
 class Signals(NamedTuple):
@@ -147,15 +147,7 @@ def load_signals(config: ConfigDict, path: str) -> Signals:
       ValueError: if it is damaged, or if it has no test split, labels or classes, or
         if config.crop or config.cutmix do not fit its latents.
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(
-            f"there is no functaset {path}; experiments.meta_learn and "
-            "experiments.make_functaset write one (--config.functaset=PATH)."
-        )
-    whole = functaset.load_functaset(path)
-    for split in ("train", "test"):
-        if not (whole.split == split).any():
-            raise ValueError(f"{path} has no {split} split.")
+    whole = features.load_splits(path)
     if whole.label.min() < 0:
         raise ValueError(f"{path} has signals without a label (-1).")
     of_split = {

@@ -7,17 +7,17 @@ It needs the range coder of constriction (pip install constriction). The field a
 functaset are those of a run of meta_learn.
 
 Variants:
-  digits: the grids of latents of meta_learn's digits_spatial variant, JPEG and
-    the principal components of whole images and of their cells; 2.9 bits per pixel at
-    30 dB in seconds (results/compress_functa_digits). Images of 8x8 pixels are one
-    block of JPEG, and smaller than a macroblock of WebP and than the packet headers of
-    JPEG 2000 are worth; these two are left out.
+  digits: the grids of latents of meta_learn's digits_spatial variant, compared with
+    JPEG and the principal components of whole images and of their cells; 2.9 bits per
+    pixel at 30 dB in seconds (results/compress_functa_digits). Images of 8x8 pixels
+    are one block of JPEG, and smaller than a macroblock of WebP and than the packet
+    headers of JPEG 2000 are worth; these two are left out.
   smoke: the digits variant with the smoke_spatial run of meta_learn, 64 training and 16
     test images and two steps, to check that the command runs.
   cifar10_spatial_cpu: the grids of latents of meta_learn's cifar10_spatial_cpu variant,
-    first 1,000 test images, JPEG, WebP, JPEG 2000 and principal components of
-    patches of 8x8 and 4x4 pixels; 1.5 bits per pixel at 30 dB in 22 minutes on two
-    cores (results/compress_functa_cifar10_spatial_cpu).
+    first 1,000 test images, compared with JPEG, WebP, JPEG 2000 and principal
+    components of patches of 8x8 and 4x4 pixels; 1.5 bits per pixel at 30 dB in 22
+    minutes on two cores (results/compress_functa_cifar10_spatial_cpu).
 
 With a finished run of classify_functa on the same latents, the accuracy on what is
 decoded is measured too:

@@ -136,12 +136,7 @@ def load_renderable(path: str, run: str, learner: encoding.Learner) -> Functaset
       ValueError: if it is damaged, has the latents of other weights or of padded
         images, does not name the data set of the images, or lacks a split.
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(
-            f"there is no functaset {path}; experiments.meta_learn and "
-            "experiments.make_functaset write one (--config.functaset=PATH)."
-        )
-    whole = load_functaset(path)
+    whole = load_splits(path)
     if whole.params_sha256 != hash_params(learner.params):
         raise ValueError(
             f"the latents of {path} were fitted with other weights than those of {run}."
@@ -152,10 +147,26 @@ def load_renderable(path: str, run: str, learner: encoding.Learner) -> Functaset
         )
     if not isinstance(whole.config.get("dataset"), str):
         raise ValueError(f"{path} does not name the data set of its images.")
+    check_config(path, whole)
+    return whole
+
+
+def load_splits(path: str) -> Functaset:
+    """A functaset with training and test signals.
+
+    Raises:
+      FileNotFoundError: if the file does not exist.
+      ValueError: if it is damaged or lacks a split.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"there is no functaset {path}; experiments.meta_learn and "
+            "experiments.make_functaset write one (--config.functaset=PATH)."
+        )
+    whole = load_functaset(path)
     for split in data.SPLITS:
         if not (whole.split == split).any():
             raise ValueError(f"{path} has no {split} split.")
-    check_config(path, whole)
     return whole
 
 
