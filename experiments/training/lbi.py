@@ -254,7 +254,7 @@ def measure(problem: Problem, state: TrainState) -> dict[str, Any]:
 
 
 def path_arrays(problem: Problem, state: TrainState) -> dict[str, np.ndarray]:
-    """Entry time and final norm of each group: arrays for the figures."""
+    """Entry time of each group and final norm of each filter, for the figures."""
     arrays = {
         "steps_per_epoch": np.array(problem.steps_per_epoch),
         "num_steps": np.array(problem.num_steps),
@@ -265,5 +265,6 @@ def path_arrays(problem: Problem, state: TrainState) -> dict[str, np.ndarray]:
     for path, steps in entries.items():
         layer = path.removesuffix("/kernel")
         arrays[f"entry_{layer}"] = steps.ravel()
-        arrays[f"norm_{layer}"] = np.ravel(assigned[path].norms(leaves[path]))
+        if leaves[path].ndim == 4:  # A large dense layer has many groups.
+            arrays[f"norm_{layer}"] = np.ravel(assigned[path].norms(leaves[path]))
     return arrays
