@@ -217,32 +217,23 @@ def generate(run: runs.Run, signals: Signals) -> dict[str, Any]:
     shown = config.sampling.classes or signals.classes[:_SHOWN_CLASSES]
     shown = np.array(shown or range(_SHOWN_CLASSES), np.int32)
     rows = np.repeat(shown, _PER_CLASS)
-    labels = np.concatenate([train.label, rows])
-    run.say(f"sampling {len(labels)} latents ...")
-    drawn = flow.draw(
-        config,
-        model,
-        jax.device_get(state.sampled),
-        labels if signals.classes else np.zeros_like(labels),
-        whole.latent.shape[1:],
-    )
-    drawn = np.float32(drawn * std + whole.mean)
-    drawn, drawn_rows = np.split(drawn, [len(train.label)])
-    _save_samples(run, signals, drawn, train.label)
-    run.say("rendering the images and fitting them ...")
-    images, latents = make_images(
-        config,
-        signals.learner,
-        {
-            "reconstructions": train.latent,
-            "samples": drawn,
-            "gaussian": _draw_gaussian(config, signals, train.label),
-            "rows": drawn_rows,
-        },
-        train.image.shape[1:3],
-    )
+
+    def draw(labels):
+        drawn = flow.draw(
+            config,
+            model,
+            jax.device_get(state.sampled),
+            labels if signals.classes else np.zeros_like(labels),
+            whole.latent.shape[1:],
+        )
+        return np.float32(drawn * std + whole.mean)
+
+    stored = run.workdir / "generated.npz"
+    if not stored.exists():  # It takes minutes.
+        files.write_npz(stored, _generate_images(run, signals, draw, train, rows))
+    made = files.read_npz(stored)
     sources = {"train": train} | {
-        name: Images(images[name], latents[name], train.label)
+        name: Images(made[f"image_{name}"], made[f"latent_{name}"], train.label)
         for name in ("reconstructions", "samples", "gaussian")
     }
     summary = measure(run, signals, sources)
@@ -253,16 +244,17 @@ def generate(run: runs.Run, signals: Signals) -> dict[str, Any]:
     # One sample of each class.
     few = slice(None, None, _PER_CLASS + 1)
     _, nearest = generation.nearest_distances(
-        data.to_float(images["samples"][:_SHOWN]), data.to_float(signals.train.image)
+        data.to_float(sources["samples"].image[:_SHOWN]),
+        data.to_float(signals.train.image),
     )
     arrays = {
-        "rows": images["rows"],
+        "rows": made["image_rows"],
         "row_labels": rows[::_PER_CLASS],
-        "small": images["rows"][few],
+        "small": made["image_rows"][few],
         "large": render(
             config,
             signals.learner,
-            drawn_rows[few],
+            made["drawn_rows"][few],
             [_SCALE * side for side in train.image.shape[1:3]],
         ),
         "nearest": signals.train.image[nearest],
@@ -275,6 +267,29 @@ def generate(run: runs.Run, signals: Signals) -> dict[str, Any]:
     files.write_npz(run.workdir / "arrays.npz", arrays)
     figures.draw(run.workdir, summary)
     return summary
+
+
+def _generate_images(run, signals, draw, train, rows):
+    """Images of all sources and the latents fitted to them, as arrays of one file."""
+    run.say(f"sampling {len(train.label) + len(rows)} latents ...")
+    drawn = draw(np.concatenate([train.label, rows]))
+    drawn, drawn_rows = np.split(drawn, [len(train.label)])
+    _save_samples(run, signals, drawn, train.label)
+    run.say("rendering the images and fitting them ...")
+    images, latents = make_images(
+        run.config,
+        signals.learner,
+        {
+            "reconstructions": train.latent,
+            "samples": drawn,
+            "gaussian": _draw_gaussian(run.config, signals, train.label),
+            "rows": drawn_rows,
+        },
+        train.image.shape[1:3],
+    )
+    arrays = {f"image_{name}": value for name, value in images.items()}
+    arrays |= {f"latent_{name}": value for name, value in latents.items()}
+    return arrays | {"drawn_rows": drawn_rows}
 
 
 def _save_samples(run, signals, latents, labels):

@@ -56,13 +56,15 @@ def test_smoke_run_stopped_and_resumed_ends_as_one_left_alone(
         np.testing.assert_array_equal(values, second[name])
     assert generate_functa.train_and_evaluate(config, whole) == summary
 
-    # A source that was measured is not measured again.
+    # A source that was measured is not measured again, and nothing is drawn again.
     (stopped / "summary.json").unlink()
     measured = files.read_json(stopped / "measures.json")
     measured["train"]["accuracy_score"] = 2.0
     del measured["samples"]
     files.write_json(stopped / "measures.json", measured)
-    again = generate_functa.train_and_evaluate(config, stopped)
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_functa.flow, "draw", None)
+        again = generate_functa.train_and_evaluate(config, stopped)
     assert again["train"]["accuracy_score"] == 2.0
     assert again["samples"] == summary["samples"]
 
