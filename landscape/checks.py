@@ -86,9 +86,16 @@ def path_name(path: tuple[Any, ...]) -> str:
 def check_values(
     name: str, tree: Any, holds: Callable[[Array], Array], what: str
 ) -> None:
-    """Raises ValueError if numbers that are known do not fulfil a condition.
+    """Checks numbers that are known, as those of a function under `jax.jit` are not.
 
-    Numbers of a function under `jax.jit` are not known.
+    Args:
+      name: names the numbers in the message of the error.
+      tree: arrays or numbers.
+      holds: the condition, elementwise.
+      what: the condition in words.
+
+    Raises:
+      ValueError: if an array does not fulfil the condition.
     """
     for leaf in jax.tree.leaves(tree):
         if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.all(holds(leaf))):

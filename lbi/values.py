@@ -62,7 +62,13 @@ class Value:
 def constant(
     shape: Sequence[int], *, data: bool = False, const: Number | None = None
 ) -> Value:
-    """An array whose axes have fixed lengths."""
+    """An array whose axes have fixed lengths.
+
+    Args:
+      shape: its shape.
+      data: whether it depends on an input.
+      const: its value if it is a known scalar, or filled with one.
+    """
     axes, removed = ((),) * len(shape), (0.0,) * len(shape)
     return Value(tuple(shape), axes, removed, data=data, const=const)
 
