@@ -17,8 +17,8 @@ Variants:
   smoke: the digits variant with the smoke_spatial runs of meta_learn and
     classify_functa, a small network and 20 steps, to check that the command runs.
   fashion_mnist: grids of 7x7 latents of 8 numbers, of the fashion_mnist variants of
-    meta_learn and classify_functa. 41 minutes on two busy cores; the loss still falls
-    at the end (results/generate_functa_fashion_mnist).
+    meta_learn and classify_functa. 81 minutes on two busy cores
+    (results/generate_functa_fashion_mnist).
   cifar10_spatial: the grids of latents of meta_learn's cifar10_spatial variant, with a
     network of width 384. It needs a GPU; results/ has no run of it. The functaset is
     that of make_functaset's cifar10_spatial variant without its copies and padding:
@@ -111,14 +111,14 @@ VARIANTS = {
         "sampling.num_steps": 4,
     },
     "fashion_mnist": {
-        "accuracy_score.num_steps": 2000,
+        "accuracy_score.num_steps": 4000,
         "batch_size": 64,
         "checkpoint_every": 500,
         "classifier": "runs/classify_functa/fashion_mnist",
         "functaset": f"{_FASHION}/functaset.npz",
         "log_every": 100,
-        "num_images": 5000,
-        "num_steps": 3000,
+        "num_images": 10000,
+        "num_steps": 6000,
         "optimizer.ema_decay": 0.999,
         "run": _FASHION,
         "sampling.num_steps": 20,
