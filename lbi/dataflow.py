@@ -32,12 +32,15 @@ from lbi.units import FIXED, Column, Units
 from lbi.values import (
     IDENTITIES,
     Value,
+    accumulated,
+    blocks,
     common,
     constant,
     depending,
     index,
     own_axes,
     pick,
+    reduced,
     removed_entry,
     scalar,
     with_origins,
@@ -323,7 +326,7 @@ class Flow:
         if eqn.params["dimensions"] is not None:
             value = pick(value, eqn.params["dimensions"])
         axes, removed = [()] * len(shape), [0.0] * len(shape)
-        for ins, outs in _blocks(value.shape, shape):
+        for ins, outs in blocks(value.shape, shape):
             sizes, new_sizes = [value.shape[i] for i in ins], [shape[j] for j in outs]
             number = common((value.axes[i], value.removed[i]) for i in ins)
             for j in outs:
@@ -538,7 +541,7 @@ class Flow:
         out = pick(operands[0], kept)
         count = math.prod(operands[0].shape[axis] for axis in gone)
         removed = tuple(
-            _reduced(eqn.primitive.name, number, count) if columns else 0.0
+            reduced(eqn.primitive.name, number, count) if columns else 0.0
             for number, columns in zip(out.removed, out.axes, strict=True)
         )
         out = dataclasses.replace(out, removed=removed, const=None)
@@ -560,7 +563,7 @@ class Flow:
         outs = []
         for var, value in itertools.zip_longest(eqn.outvars, sources):
             removed = tuple(
-                _accumulated(eqn.primitive.name, value and value.removed[k])
+                accumulated(eqn.primitive.name, value and value.removed[k])
                 if columns
                 else 0.0
                 for k, columns in enumerate(axes)
@@ -965,21 +968,6 @@ def _line(eqn):
     return None
 
 
-def _reduced(name, number, count):
-    """An entry that `count` equal ones are reduced to; None if it is not known."""
-    if number is None or name in ("argmax", "argmin", "reduce_xor"):
-        return None
-    if name == "reduce_prod":
-        return number if number in (0, 1) else None
-    return number * count if name == "reduce_sum" else number
-
-
-def _accumulated(name, number):
-    """The entries of a cumulative operation on equal ones; None if not known."""
-    changes = {"cumsum": (0,), "cumprod": (0, 1), "cumlogsumexp": ()}
-    return number if number in changes.get(name, (number,)) else None
-
-
 def _roles(columns):
     return {
         origin: role
@@ -996,27 +984,3 @@ def _windows(axes):
     """
     windows = [column for columns in axes for column in columns[:-1]]
     return windows, [column for columns in axes for column in columns[-1:]]
-
-
-def _blocks(old, new):
-    """Smallest runs of axes of two shapes that have equal products: [(ins, outs)]."""
-    blocks, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        start, a, b = (i, j), 1, 1
-        if i < len(old):
-            a, i = old[i], i + 1
-        if j < len(new):
-            b, j = new[j], j + 1
-        while a != b:
-            if a < b:
-                a, i = a * old[i], i + 1
-            else:
-                b, j = b * new[j], j + 1
-        # An axis of length 1 stays with the axes before it, unless both have one.
-        while [*old[i : i + 1], *new[j : j + 1]].count(1) == 1:
-            if old[i : i + 1] == (1,):
-                i += 1
-            elif new[j : j + 1] == (1,):
-                j += 1
-        blocks.append((list(range(start[0], i)), list(range(start[1], j))))
-    return blocks

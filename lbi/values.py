@@ -105,6 +105,38 @@ def index(value: Value, slices: Mapping[int, slice]) -> Value:
     return dataclasses.replace(value, shape=tuple(shape), axes=tuple(axes))
 
 
+def blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Smallest runs of axes of two shapes that have equal products.
+
+    Args:
+      old: a shape.
+      new: a shape with the same number of entries.
+
+    Returns:
+      The axes of both in each run, [(axes of old, axes of new)].
+    """
+    found, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        start, a, b = (i, j), 1, 1
+        if i < len(old):
+            a, i = old[i], i + 1
+        if j < len(new):
+            b, j = new[j], j + 1
+        while a != b:
+            if a < b:
+                a, i = a * old[i], i + 1
+            else:
+                b, j = b * new[j], j + 1
+        # An axis of length 1 stays with the axes before it, unless both have one.
+        while [*old[i : i + 1], *new[j : j + 1]].count(1) == 1:
+            if old[i : i + 1] == (1,):
+                i += 1
+            elif new[j : j + 1] == (1,):
+                j += 1
+        found.append((list(range(start[0], i)), list(range(start[1], j))))
+    return found
+
+
 def own_axes(value: Value) -> set[int]:
     """The axes of a value that stem from axes of parameters."""
     return {
@@ -186,6 +218,32 @@ def removed_entry(
     if number is None or np.isfinite(number):
         return number, False
     return None, bool(np.isfinite(known).all())
+
+
+def reduced(name: str, number: Number | None, count: int) -> Number | None:
+    """What a reduction of equal entries gives; None if it is not known.
+
+    Args:
+      name: the primitive.
+      number: the entry, None if it is not known.
+      count: how many there are.
+    """
+    if number is None or name in ("argmax", "argmin", "reduce_xor"):
+        return None
+    if name == "reduce_prod":
+        return number if number in (0, 1) else None
+    return number * count if name == "reduce_sum" else number
+
+
+def accumulated(name: str, number: Number | None) -> Number | None:
+    """What a sort or cumulative operation makes of equal entries, None if not known.
+
+    Args:
+      name: the primitive.
+      number: the entry, None if it is not known.
+    """
+    changes = {"cumsum": (0,), "cumprod": (0, 1), "cumlogsumexp": ()}
+    return number if number in changes.get(name, (number,)) else None
 
 
 def _selected(which, *cases):
