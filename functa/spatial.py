@@ -333,8 +333,7 @@ def fit_grids(
     if rates.shape == (model.channels,):
         rates = jnp.broadcast_to(rates, view.latent.shape)
     elif rates.ndim == 2:  # Not of the cells of a grid with one axis.
-        between = (1,) * (len(view.latent.shape) - 1)
-        rates = rates.reshape(len(rates), *between, -1)
+        rates = jnp.expand_dims(rates, range(1, len(view.latent.shape)))
     latents, info = inner_loop.fit_batch(
         view.apply_fn,
         params,

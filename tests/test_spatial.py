@@ -307,6 +307,8 @@ def test_rates_of_as_many_steps_as_cells_are_those_of_the_steps():
         for r in (rates, rates[:, None])
     )
     np.testing.assert_array_equal(one, other)
+    start, _ = fit_grids(model, params, signals, learning_rate=rates[:0], num_steps=0)
+    np.testing.assert_array_equal(start, 0)
 
 
 def test_latents_of_a_crop_are_a_crop_of_the_latents(problem):
