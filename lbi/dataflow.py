@@ -409,9 +409,9 @@ class Flow:
         for columns, start, stride in zip(
             operands[0].axes, starts, strides, strict=True
         ):
-            for units, _ in columns if stride > 1 else ():
+            for column in columns if stride > 1 else ():
                 # Whole periods, or the next ones would change places.
-                rest = units[start // stride * stride :]
+                rest = column.units[start // stride * stride :]
                 firsts = np.arange(len(rest)) // stride * stride
                 self._units.tie(rest[firsts], rest, f"a stride ({self._reason})")
         bounds = zip(starts, limits, strides, strict=True)

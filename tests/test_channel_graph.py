@@ -188,11 +188,11 @@ PLAIN = {
         IMAGE,
         {"stem": 5, "a/conv1": 4, "b/conv1": 6, "b/shortcut": 7},
     ),
+    "strided": (strided, STRIDED, ROWS, {"in": 4}),
     "densenet": (densenet, DENSENET, IMAGE, {"a": 4, "b": 3, "c": 5}),
     "glu": (glu, GLU, ROWS, {"in": 5}),
     "attention": (attention, ATTENTION, (2, 3, 5), {"qkv": 3}),
     "scanned": (scanned, SCANNED, ROWS, {"up": 6}),
-    "strided": (strided, STRIDED, ROWS, {"in": 4}),
     "experts": (experts, EXPERTS, ROWS, {"up": 6}),
 }
 
@@ -220,7 +220,7 @@ def check(graph, keep, params, x, apply_fn, smaller_fn=None):
     return thinned
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("name", PLAIN)
 def test_masked_network_equals_the_smaller_one(name):
     apply_fn, params, shape, sizes = PLAIN[name]

@@ -25,7 +25,9 @@ pytestmark = pytest.mark.usefixtures("unoptimized")
 
 
 def random_params(model, images_shape=(1, 12, 12, 2)):
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(images_shape))
+    shapes = jax.eval_shape(
+        model.clone(cascade=None).init, jax.random.key(0), jnp.zeros(images_shape)
+    )
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes["params"]
