@@ -248,6 +248,7 @@ def fit_whole(model, params, rates, signals):
     )
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("separate", [True, False])
 def test_rates_and_penalty_are_those_of_one_cell(problem, separate):
     """One step from zero, then one on the gradient with the penalty, cell by cell."""

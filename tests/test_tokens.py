@@ -139,7 +139,8 @@ def test_merging_matches_numpy(num_tokens, num_merged):
         np.testing.assert_allclose(merged.x[image], x_expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("num_prefix", [0, 2, 5])
+@pytest.mark.slow_after(1)
+@pytest.mark.parametrize("num_prefix", [2, 0, 5])
 def test_tokens_before_the_patches_stay_first_and_are_never_merged(num_prefix):
     # All keys are equal: only the prefix tells tokens apart.
     num_patches = 8
