@@ -8,7 +8,7 @@ methods and seeds of the variant.
 Variants:
   digits: LeNet on the digits of scikit-learn; results/ has no run of it.
   smoke: the digits variant for two epochs, to check that the command runs.
-  mnist_report: LeNet on MNIST in the settings of the report, 20 epochs at constant
+  mnist_report: LeNet on MNIST in the student report's settings, 20 epochs at constant
     rates; 98.8 % with DessiLBI, 98.7 % with DessiLBI+Adam and 98.4 % with Adam in 6
     minutes on two cores (results/train_lbi_mnist_report).
   mnist: LeNet on MNIST in our settings, three seeds; 99.1 % with DessiLBI, 99.2 % with
