@@ -91,10 +91,11 @@ BASE = {
     },
     # gradual prunes num_prunings times, the last time after this share of the steps.
     "gradual": {"num_prunings": 10, "until": 0.5},
-    # Proximal steps take this share of the norm of a median group without gradient.
+    # The proximal steps shrink the norm of a median group without gradient by this
+    # share over the whole training.
     "lasso_strength": 1.0,
     # DessiLBI: the median group of each layer enters at this share of the run if its
-    # norm stays.
+    # norm stays constant.
     "enter_at": 0.4,
     # Batches of 500 images for the statistics of batch normalization, and of
     # batch_size images for the gradients of taylor.

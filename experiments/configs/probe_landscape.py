@@ -61,7 +61,7 @@ BASE = {
     # type: VGG or DeepLinear. Other fields are those of the module in
     # experiments.networks, except batch_norm.
     "model": settings.Open(type="VGG"),
-    # Pattern of the parameter paths whose gradients the report compares between steps.
+    # Pattern of the parameter paths whose gradients are compared between steps.
     # For a network of your own the default is none.
     "last_layer": settings.Optional(str, "^fc3/kernel$"),
     # Any optimizer of optax, with one of the learning rates above.

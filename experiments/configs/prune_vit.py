@@ -60,9 +60,8 @@ BASE = {
     "dataset": settings.dataset(settings.Optional(str, "cifar10")),
     "num_train": 0,
     "num_test": 0,
-    # Number of the last training images that take the place of the test images. A
-    # network of train_vit has not seen them if its num_train is the number of the
-    # training images before them.
+    # If not 0, so many of the last training images replace the test images. The network
+    # must not have seen them: limit num_train of train_vit to the images before them.
     "num_validation": 0,
     "image_size": 32,
     "normalization": "dataset",

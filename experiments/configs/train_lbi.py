@@ -68,8 +68,8 @@ BASE = {
     # run.
     "penalty": "suggested",
     "enter_at": 0.4,
-    # name: adam, an optimizer of lbi, or adam_then_dessilbi (the report's: a full step
-    # of each). schedule: constant or cosine, after the warm-up.
+    # name: adam, an optimizer of lbi, or adam_then_dessilbi (the student report's: a
+    # full step of each). schedule: constant or cosine, after the warm-up.
     "optimizer": {
         "adam": _optimizer("adam", 1e-3),
         "dessilbi": _optimizer("dessilbi", 0.05, nu=20.0, kappa=1.0, momentum=0.9),
@@ -90,8 +90,8 @@ _CIFAR10 = {
     "log_every": 39,
     "checkpoint_every": 390,
 }
-# The report divides the rate by 10 every 20 epochs and trains for 20 epochs: the rate
-# is constant.
+# The student report divides the rate by 10 every 20 epochs and trains for 20 epochs:
+# the rate is constant.
 _REPORT = {
     "penalty": "auto",
     "seeds": (0,),
