@@ -1,4 +1,4 @@
-"""Commands: all code that uses files, data sets, devices and plots."""
+"""Commands: the code that uses files, data sets, devices and plots."""
 
 import sys
 

@@ -1,6 +1,6 @@
 """Trains a network that classifies images by their latents.
 
-    python -m experiments.classify_functa \
+    python -m experiments.classify_functa \\
         --config=experiments/configs/classify_functa.py:digits
 
 The network is an MLP, or for grids of latents a Vision Transformer or a ConvNeXt. The

@@ -1,6 +1,6 @@
 """Compresses the latents of a functaset and compares the result with image codecs.
 
-    python -m experiments.compress_functa \
+    python -m experiments.compress_functa \\
         --config=experiments/configs/compress_functa.py:digits
 
 For each step of the quantizer the test latents are written to a file, read again and

@@ -1,6 +1,6 @@
 """Trains a flow on the latents of a functaset and generates images with it.
 
-    python -m experiments.generate_functa \
+    python -m experiments.generate_functa \\
         --config=experiments/configs/generate_functa.py:digits
 
 Sampled latents are rendered by the field, rounded to 8 bits and fitted again, so that

@@ -1,6 +1,6 @@
 """Measures the PSNR of principal components, the linear controls of latents.
 
-    python -m experiments.latent_controls \
+    python -m experiments.latent_controls \\
         --config=experiments/configs/latent_controls.py:cifar10
 
 The components of whole images are the control of a latent vector. Those of equal cells

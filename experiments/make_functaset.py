@@ -1,6 +1,6 @@
 """Encodes a data set into a functaset with the weights of a finished run.
 
-    python -m experiments.make_functaset \
+    python -m experiments.make_functaset \\
         --config=experiments/configs/make_functaset.py:digits
 
 Writes <workdir>/functaset.npz; its fields are listed in `functa.functaset`. The memory

@@ -1,6 +1,6 @@
 """Meta-learns a field with the labels of its signals in the outer loss.
 
-    python -m experiments.meta_classify \
+    python -m experiments.meta_classify \\
         --config=experiments/configs/meta_classify.py:digits
 
 The inner loop reconstructs an image and sees no label. The outer loss adds the

@@ -1,17 +1,17 @@
-"""Measures the loss landscape of networks in training (report, 3.1 and 3.2).
+"""Measures the loss landscape of networks during training.
 
-    python -m experiments.probe_landscape \
+    python -m experiments.probe_landscape \\
         --config=experiments/configs/probe_landscape.py:digits
 
 A network with and without batch normalization, or networks of your own
 (--config.network=PATH.py:make_network), are trained at several learning rates. During
 the training the command measures loss and gradient along the gradient (Santurkar
-et al. 2018), differences of gradients between consecutive steps (the report's curves),
-and the largest eigenvalues of the Hessian, which for Adam can be preconditioned. After
-the training it measures a surface around the network and the spectral density. With
-num_epochs=0 the networks are measured without training. Each training has its own run
-folder `NETWORK_rateR_seedN` inside that of the run. The outer folder has the table and
-the figures.
+et al. 2018), differences of gradients between consecutive steps (the curves of the
+student report), and the largest eigenvalues of the Hessian, which for Adam can be
+preconditioned. After the training it measures a surface around the network and the
+spectral density. With num_epochs=0 the networks are measured without training. Each
+training has its own run folder `NETWORK_rateR_seedN` inside that of the run. The outer
+folder has the table and the figures.
 """
 
 import functools

@@ -1,12 +1,12 @@
-"""Prunes and compresses networks trained with DessiLBI (report, 3.3.2).
+"""Prunes and compresses networks trained with DessiLBI.
 
     python -m experiments.prune_lbi --config=experiments/configs/prune_lbi.py:digits
 
-One layer is pruned at several shares, and every layer at one share. Channels are ranked
-by order of entry, by magnitude and at random, and the same number is removed. Batch
-normalization is unchanged as in the authors' code, removed with its filter, or
-recalibrated. Then a network is compressed, fine-tuned, and rebuilt with fewer channels.
-All accuracies are those of the test split.
+One layer is pruned at several fractions, and each layer alone at one fraction. Channels
+are ranked by order of entry, by magnitude and at random, and the same number is
+removed. Batch normalization is unchanged as in the authors' code, removed with its
+filter, or recalibrated. Then a network is compressed, fine-tuned, and rebuilt with
+fewer channels. All accuracies are those of the test split.
 """
 
 import time

@@ -5,7 +5,7 @@
 For every method and ratio the command measures the test accuracy with and without
 fine-tuning, the multiply-adds, and the time in turns with the dense network. Methods
 with another parameter (keep rate, merged tokens, image size) are set to the cost of the
-report's cascade at the same ratio.
+cascade of the student report (vit.schedules.cp_vit) at the same ratio.
 
 McNemar's exact test over the images compares each pruned network with the dense one,
 and each fine-tuned network with the dense one that was fine-tuned in the same way:

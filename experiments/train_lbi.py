@@ -1,4 +1,4 @@
-"""Trains an image classifier with DessiLBI, DessiLBI+Adam and Adam (report, 3.3).
+"""Trains an image classifier with DessiLBI, DessiLBI+Adam and Adam.
 
     python -m experiments.train_lbi --config=experiments/configs/train_lbi.py:digits
 

@@ -1,4 +1,4 @@
-"""Trains a Vision Transformer, from scratch or from a checkpoint file (report, 2.4).
+"""Trains a Vision Transformer, from scratch or from a checkpoint file.
 
 python -m experiments.train_vit --config=experiments/configs/train_vit.py:smoke
 """

@@ -1,7 +1,7 @@
 """Classification of latents: an MLP, its loss, and a linear probe as the baseline.
 
-The CIFAR-10 report that this project follows uses two MLPs with ReLU: hidden_sizes
-(256, 128) and (256, 128, 64).
+The student report whose experiments this project repeats (docs/report.md) uses two MLPs
+with ReLU: hidden_sizes (256, 128) and (256, 128, 64).
 
 Axes: B batch, L latent size, K classes.
 """

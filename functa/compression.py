@@ -265,9 +265,9 @@ def code_cells(
     grid: Sequence[int],
     code: Callable[[tuple[int, ...], np.ndarray, np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """Visits the cells of N signals in the order of their code.
+    """Visits the cells of N signals in the order in which they are coded.
 
-    The order is that of the memory. For each cell `code(cell, base, rows)` returns the
+    This is row-major order. For each cell `code(cell, base, rows)` returns the
     symbols (N, C), integers from base + low on:
 
     * an encoder knows the symbols and encodes `symbols - base - low` with `rows`;

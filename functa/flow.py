@@ -97,8 +97,8 @@ def fit_gaussians(
 
     Args:
       latents: normalized latents, (N, *Z).
-      labels: integers from 0 to K, (N,); K is no class.
-      num_classes: K. The number K and a class of fewer than two latents have the
+      labels: integers from 0 to K, (N,); K means no class.
+      num_classes: K. Label K and a class of fewer than two latents have the
         Gaussian of all.
       min_variance: smaller variances are raised to it, because the velocity would be
         infinite at t = 1.

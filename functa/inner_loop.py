@@ -60,7 +60,7 @@ def reconstruction_loss(
       l2_weight: weight of the penalty, >= 0.
       weight: w, a weight >= 0 of each point: the shape of `target` without its last
         axis, the channels. For example the areas that the points of a sphere stand for.
-        None weighs all points equally.
+        None weights all points equally.
 
     Returns:
       The loss and the mean squared error without the penalty, two scalars.

@@ -1,4 +1,4 @@
-"""Figures of implicit representations: PSNR curves, image grids, classifier accuracy.
+"""Figures of neural fields: PSNR curves, image grids, classifier accuracy.
 
 Every function takes NumPy arrays and draws with matplotlib, which is imported only when
 a function is called. Single-panel functions draw into `ax`, or into a new figure, and

@@ -95,7 +95,7 @@ def check_values(
       what: the condition in words.
 
     Raises:
-      ValueError: if an array does not fulfil the condition.
+      ValueError: if an array does not satisfy the condition.
     """
     for leaf in jax.tree.leaves(tree):
         if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.all(holds(leaf))):

@@ -14,9 +14,9 @@ sharpness during training:
 
 Pass the second result as `vector` in the next call. Gradient descent is stable if the
 learning rate times the sharpness is below 2. This bound does not apply to Adam: see
-`preconditioned`. Make the parameters an argument of the
-jitted function: XLA would treat captured parameters as constants and spend minutes on
-folding them. For data too large for one batch use `mean_over_batches`:
+`preconditioned`. Make the parameters an argument of the jitted function: XLA would
+treat captured parameters as constants and spend minutes on folding them. For data too
+large for one batch use `mean_over_batches`:
 
     matvec = lambda v: mean_over_batches(
         lambda batch: hessian_vector_product(loss_fn, params, batch, v), batches
@@ -159,7 +159,7 @@ def adam_preconditioner(
       count: t >= 1, the number of updates that are in `nu`.
       b1: decay of m.
       b2: decay of `nu`.
-      eps: epsilon of Adam, outside of the root.
+      eps: epsilon of Adam, added outside the square root.
 
     Returns:
       The diagonal of P, a tree like `nu`.

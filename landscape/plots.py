@@ -129,7 +129,7 @@ def step_profile(
     Args:
       step_sizes: multiples of the gradient, (S,).
       betas: {label: values (P, S)} of P probes, for example
-        `landscape.GradientProbe.betas`.
+        `landscape.probes.GradientProbe.betas`.
       y_label: name and unit of the y axis.
       ax: Axes to draw into; None makes a figure.
 

@@ -1,4 +1,4 @@
-"""DessiLBI: structural sparsity while training, as an optax transformation."""
+"""DessiLBI (linearized Bregman iterations): sparsity while training, with optax."""
 
 import importlib
 

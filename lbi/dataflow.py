@@ -6,7 +6,7 @@ index of every axis of every parameter starts with a unit of its own; the equati
 units that can only be removed together. A sum of two arrays ties their channels, a
 product with a kernel ties the channels to the rows of the kernel, and a reshape
 (H, W, C) -> (H W C) gives each index the units of its row, column and channel. Where
-an equation does not allow to remove entries, the units are fixed, with the reason.
+an equation does not allow entries to be removed, the units are fixed, with the reason.
 
 The pass also records how each parameter is used: as kernel of a convolution or product
 (with the role of each axis), as scale, bias or embedding. `lbi.groups` reads these

@@ -1,6 +1,7 @@
 """DessiLBI: structural sparsity found during training, as an optax transformation.
 
-Fu et al. 2020 (arXiv 2007.02010); released code: DessiLBI2020/DessiLBI. The method
+Fu et al. 2020 (arXiv 2007.02010); released code: DessiLBI2020/DessiLBI. LBI stands for
+linearized Bregman iteration. The method
 couples the dense weights W to a structure parameter Gamma of the same shape by
 ||W - Gamma||^2 / (2 nu). Gamma is zero at first. Groups of its entries become nonzero
 one after another, important ones first:

@@ -222,8 +222,8 @@ def assign(spec: PenaltySpec, params: Any) -> dict[str, Penalty]:
           statistics, embeddings and parameters of rank 0 and 1 have no penalty. Neither
           name nor rank tells a scanned layer, or a transposed convolution of another
           name: for these use `lbi.groups`.
-        a penalty: applies to every parameter of rank 2 or more that is no bias, scale,
-          statistic or embedding by name.
+        a penalty: applies to every parameter of rank 2 or more, except what is a bias,
+          scale, statistic or embedding by name.
         None: no penalty.
         a mapping of patterns to any of these: a parameter uses the first pattern that
           `re.search` finds in its path "block/layer/kernel", and has no penalty if no

@@ -131,9 +131,9 @@ def released_code_importance(
     """The score of the authors' released code: ||W_g|| - epoch of entry.
 
     The score is computed in float32, as in the released code; a group that never
-    entered gets epoch 2000. A norm above 1 can
-    outweigh an epoch. Near -2000 float32 has steps of 1e-4, so many weights tie. Use
-    this score only to reproduce published tables.
+    entered gets epoch 2000. A norm above 1 can outweigh an epoch. Near -2000 float32
+    has steps of 1e-4, so many weights tie. Use this score only to reproduce published
+    tables.
 
     Args:
       params: the dense weights.

@@ -64,7 +64,7 @@ class Units:
         return roots
 
     def fix(self, columns: Sequence[Column], reason: str) -> None:
-        """Forbids to remove the units of these columns."""
+        """Forbids removing the units of these columns."""
         self._fixed += [(column.units, reason) for column in columns]
 
     def tie(self, first: np.ndarray, second: np.ndarray, reason: str) -> None:

@@ -245,7 +245,7 @@ def test_numbers_of_an_entry(tmp_path):
             ],
         ),
         page.Figure(folder / "figures" / "there.png", "One"),
-        page.Text("Two: this figure is drawn by a new run only."),
+        page.Text("Two: not in `results/`; a new run draws it."),
         page.Table(
             "",
             ("", *evidence.ORIGIN),

@@ -1,6 +1,6 @@
 """Cascades for a budget of multiply-adds or of time in place of a ratio.
 
-A pruning ratio is not a cost: the same ratio saves different shares with different
+A pruning ratio is not a cost saving: the same ratio saves different shares with other
 schedules, networks and image sizes. `for_budget` turns a share of the multiply-adds of
 the whole network into the cascade that needs at most this share. `for_latency` does the
 same for a share of the time, from times that were measured on the machine; the layers

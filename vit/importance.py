@@ -1,5 +1,8 @@
 """Importance of patches and heads, computed from attention (CP-ViT, arXiv 2203.04570).
 
+"The report" is the student report whose experiments this project repeats
+(docs/report.md). "The released code" is that of CP-ViT's authors (ok858ok/CP-ViT).
+
 A[h, i, j] is the probability with which query i of head h attends to key j. If a key
 represents several tokens (`weights`), A holds the sum of their probabilities.
 

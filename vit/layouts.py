@@ -165,7 +165,7 @@ def from_foreign(
 
     Args:
       arrays: {their name: array}.
-      path: the file or the folder, beside or in which a config.json may lie.
+      path: the file, next to which a config.json may lie, or the folder, in which.
       num_heads: H, if the caller gives it.
       grid: rows and columns of patches, if the caller gives them.
       image_size: side of the caller's images, or (height, width), if given: without

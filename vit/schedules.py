@@ -4,7 +4,8 @@ A pruning ratio is not a cost saving: `vit.cost.count` gives the multiply-adds o
 cascade.
 
 Sources: CP-ViT (arXiv 2203.04570) and its released code (ok858ok/CP-ViT), EViT (Liang
-et al. 2022, arXiv 2202.07800), token merging (Bolya et al. 2023, arXiv 2210.09461).
+et al. 2022, arXiv 2202.07800), token merging (Bolya et al. 2023, arXiv 2210.09461), and
+the student report whose experiments this project repeats (docs/report.md).
 
 Axes: P patches (CLS not counted), L layers.
 """
@@ -127,7 +128,7 @@ def ramp_ratios(
       ratio: pruned share of the plateau, in [0, 1).
       num_layers: L.
       first_layer: first layer that prunes; None is a quarter of L, 3 of 12 as in the
-        released code, but at least 1: before the first layer there are no scores.
+        released code, but at least 1: the first layer has no scores yet.
       length: layers of the ramp; None is a half of L, 6 of 12.
 
     Returns:
@@ -160,8 +161,8 @@ def range_ratios(
     r_l = ratio * (1 + gamma * z_l), where z_l is the deviation of the range from its
     mean, divided by the largest absolute deviation. Mean and maximum are taken over the
     layers from `first_layer` on. The ratios are clipped to [0, largest] and rescaled to
-    the mean `ratio`. CP-ViT has a formula of the same purpose that is illegible in our
-    source; this one is our own.
+    the mean `ratio`. This formula is our own; CP-ViT's formula for the same purpose
+    is illegible in the copy that we have.
 
     Args:
       ratio: mean over the layers that prune, in [0, largest].
@@ -214,7 +215,7 @@ def cp_vit(
     length: int | None = None,
     **options: Any,
 ) -> Cascade:
-    """CP-ViT as in the report's Tables 6 and 7.
+    """CP-ViT as in Tables 6 and 7 of the student report.
 
     The ratios are those of `ramp_ratios`. By default scores are cumulative maxima,
     attention and MLP of a layer work on the same tokens, CLS is always kept, and pruned

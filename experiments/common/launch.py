@@ -115,7 +115,7 @@ def _cluster(options):
 
 
 def parse_flags(arguments: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
-    """The options that do not set a field, and the arguments that are no options."""
+    """The options that do not set a field, and the arguments that are not options."""
     options = _make_flags()
     try:
         return options, options(["", *arguments])[1:]

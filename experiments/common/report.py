@@ -1,4 +1,4 @@
-"""The tables and figures of the student report in its order, theirs beside ours.
+"""The tables and figures of the student report in its order, with ours.
 
 `ENTRIES` is the table of all of them: which runs give which numbers and figures. It is
 shown with the runs of results/ (docs/report.md) or with those of a user.
@@ -115,7 +115,7 @@ def _describe(entry, find):
         if picture and picture.exists():
             yield page.Figure(picture, caption)
         elif picture:
-            yield page.Text(f"{caption}: this figure is drawn by a new run only.")
+            yield page.Text(f"{caption}: not in `results/`; a new run draws it.")
         else:
             yield page.Text(f"{caption}: {evidence.NOT_RUN}.")
     rows = [
@@ -266,9 +266,9 @@ ENTRIES = (
         "PSNR in dB on test images. The report has a latent of 512 numbers and states "
         "about the same PSNR for training and test images; ours has 256 numbers.",
         rows={
-            "3 latent steps, all 10,000": (None, "test_psnr"),
-            "3 latent steps, first 64": (None, "further_psnr_start"),
-            "200 latent steps (report: 5,000), first 64": ("psnr", "further_psnr"),
+            "3 inner steps, all 10,000": (None, "test_psnr"),
+            "3 inner steps, first 64": (None, "further_psnr_start"),
+            "200 inner steps (report: 5,000), first 64": ("psnr", "further_psnr"),
         },
         columns={
             "report, about": Column(PUBLISHED, "section_1_2.{0}", "d"),
@@ -285,7 +285,7 @@ ENTRIES = (
         "Figure 7",
         "reconstructions with different inner steps",
         "Test images.",
-        figures={"After 0, 1, 2 and 3 latent steps": (_FUNCTA, "over_inner_steps")},
+        figures={"After 0, 1, 2 and 3 inner steps": (_FUNCTA, "over_inner_steps")},
     ),
     Entry(
         "Table 3",
@@ -357,13 +357,14 @@ ENTRIES = (
     Entry(
         "Figure 15",
         "gradient predictiveness",
-        "Largest distance of gradients along the gradient. The report gives curves and "
-        "compares consecutive steps on different batches (first figure). Santurkar et "
-        "al. compare along one gradient (table and second figure).",
+        "Largest distance of the gradients along the gradient. The report gives curves "
+        "and compares consecutive steps on different batches (first figure). Santurkar "
+        "et al. compare along one gradient (table and second figure).",
         **_landscape("gradient_predictiveness"),
         figures={
             "Gradients of consecutive steps": (_LANDSCAPE, "consecutive_steps"),
-            "Along the gradient": (_LANDSCAPE, "along_the_gradient"),
+            "Loss, distance of the gradients and beta along the gradient, against the "
+            "epoch": (_LANDSCAPE, "along_the_gradient"),
         },
     ),
     Entry(

@@ -12,11 +12,11 @@ Variants:
   smoke: the digits variant for 4 epochs, to check that the command runs.
   best: a wide, strongly regularized MLP on the latents of meta_learn's cifar10_cpu
     variant; 59 % in 14 minutes on two cores (results/classify_functa_best).
-  report_mlp1: the first MLP of the report (256 and 128 units) on the raw latents of
-    CIFAR-10, 600 epochs of Adam, accuracy every 100 epochs; 52 % in 4 minutes on two
-    cores (results/classify_functa_report_mlp1).
-  report_mlp2: the second MLP of the report (256, 128 and 64 units), otherwise as
-    report_mlp1; 53 % in 5 minutes on two cores (results/classify_functa_report_mlp2).
+  report_mlp1: the first MLP of the student report (256 and 128 units) on the raw
+    latents of CIFAR-10, 600 epochs of Adam, accuracy every 100 epochs; 52 % in 4
+    minutes on two cores (results/classify_functa_report_mlp1).
+  report_mlp2: its second MLP (256, 128 and 64 units), otherwise as report_mlp1; 53 % in
+    5 minutes on two cores (results/classify_functa_report_mlp2).
   report_mlp1_decay: report_mlp1 with weight decay 1e-4 in the gradient, 500 epochs;
     54 % in 4 minutes on two cores (results/classify_functa_report_mlp1_decay).
 
@@ -48,8 +48,8 @@ The controls of a grid of latents use the same head on the same images:
     --config.functaset=PATH        latents after one inner step, for example a functaset
                                    of make_functaset with --config.inner.num_steps=1
 
-The MLPs of the report end in logits. With --config.double_softmax they end in a softmax
-before the softmax of the loss, as in the report's code.
+These MLPs end in logits. With --config.double_softmax they end in a softmax
+before the softmax of the loss, as in the code of the student report.
 """
 
 import functools

@@ -12,8 +12,8 @@ Variants:
     results/ has no run of it.
   lenet: LeNet on 15,000 images of MNIST, three seeds. The two of
     results/compare_pruning_lenet took 28 minutes on two cores.
-  lenet_grains: the order of entry of DessiLBI and the norm for weights, rows, kernels,
-    and filters (Mao et al. 2017) at the same fractions; results/ has no run of it.
+  lenet_grains: pruning by DessiLBI's order of entry and by norm at four granularities,
+    weights, rows, kernels and filters (Mao et al. 2017); results/ has no run of it.
   vgg_small: VGG-A with batch normalization and a quarter of the channels on CIFAR-10,
     three seeds. It takes hours on two cores and is meant for a GPU; results/ has no run
     of it.
@@ -91,10 +91,11 @@ BASE = {
     },
     # gradual prunes num_prunings times, the last time after this share of the steps.
     "gradual": {"num_prunings": 10, "until": 0.5},
-    # Proximal steps take this share of the norm of a median group without gradient.
+    # The proximal steps shrink the norm of a median group without gradient by this
+    # share over the whole training.
     "lasso_strength": 1.0,
     # DessiLBI: the median group of each layer enters at this share of the run if its
-    # norm stays.
+    # norm stays constant.
     "enter_at": 0.4,
     # Batches of 500 images for the statistics of batch normalization, and of
     # batch_size images for the gradients of taylor.

@@ -9,9 +9,9 @@ functaset are those of a run of meta_learn.
 Variants:
   digits: the grids of latents of meta_learn's digits_spatial variant, compared with
     JPEG and the principal components of whole images and of their cells; 2.9 bits per
-    pixel at 30 dB in seconds (results/compress_functa_digits). Images of 8x8 pixels
-    are one block of JPEG, and smaller than a macroblock of WebP and than the packet
-    headers of JPEG 2000 are worth; these two are left out.
+    pixel at 30 dB in seconds (results/compress_functa_digits). WebP and
+    JPEG 2000 are left out: images of 8x8 pixels are smaller than a macroblock of WebP,
+    and the packet headers of JPEG 2000 outweigh their content.
   smoke: the digits variant with the smoke_spatial run of meta_learn, 64 training and 16
     test images and two steps, to check that the command runs.
   cifar10_spatial_cpu: the grids of latents of meta_learn's cifar10_spatial_cpu variant,

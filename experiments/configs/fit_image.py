@@ -7,9 +7,9 @@ Variants:
     yours (--config.image=PATH); 43 dB in 8 minutes on two cores
     (results/fit_image_photo).
   smoke: the photograph at 16 pixels, to check that the command runs; seconds.
-  report: the setting of the report on CIFAR-10 at sizes 32 to 128, and its mosaic of
-    nine images; Adam at a constant rate. All 32x32 images are exact to 8 bits after 161
-    steps, the 128x128 image is not within 2,000; an hour on two cores
+  report: the setting of the student report on CIFAR-10 at sizes 32 to 128, and its
+    mosaic of nine images; Adam at a constant rate. All 32x32 images are exact to 8 bits
+    after 161 steps, the 128x128 image is not within 2,000; an hour on two cores
     (results/fit_image_report).
   best: our setting on CIFAR-10. The 32x32 images are exact to 8 bits after 78 steps,
     the 128x128 image after 654; 3 minutes on two cores (results/fit_image_best).

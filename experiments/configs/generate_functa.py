@@ -79,8 +79,8 @@ BASE = {
     "sampling": {
         # Steps of Heun's method, with two evaluations of the network each.
         "num_steps": 30,
-        # Weight of the class; 1 is no guidance. More makes samples more typical and
-        # less varied.
+        # Weight of the class; 1 is no guidance. A larger weight makes samples more
+        # typical and less varied.
         "guidance": 1.0,
         # Latents that are sampled at once.
         "batch_size": 256,

@@ -6,7 +6,7 @@
 Variants:
   digits: the digits of scikit-learn, in seconds.
   smoke: the first 100 images of each split, to check that the command runs.
-  cifar10: the sizes of the literature on functa; 95 seconds on two cores
+  cifar10: the sizes of published latents; 95 seconds on two cores
     (results/latent_controls_cifar10).
 """
 

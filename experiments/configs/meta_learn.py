@@ -81,8 +81,8 @@ BASE = {
         # meta_sgd = False they keep their initial values. Equal ends give a constant.
         "meta_sgd": True,
         "rate_range": (0.2, 0.4),
-        # If given, all rates start at calibration / eigenvalue instead, the largest one
-        # of the inner loop of the initial network. Below 2 a step contracts.
+        # If given, all rates start at calibration / eigenvalue instead, with the
+        # functa.largest_eigenvalue of the initial network. Below 2 a step contracts.
         "calibration": settings.Optional(float),
         # Whether each inner step has its own rates, instead of one set for all steps.
         "rates_per_step": True,

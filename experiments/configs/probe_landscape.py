@@ -17,8 +17,8 @@ Variants:
   cifar10_subset: the same network on 5,000 images, 30 epochs, two seeds, without the
     surface. Every run except those at the smallest rate without normalization fits the
     images; 3.8 in 55 minutes on two cores (results/probe_landscape_cifar10_subset).
-  cifar10: VGG-A on CIFAR-10, 20 epochs as in the report. It needs a GPU; results/ has
-    no run of it.
+  cifar10: VGG-A on CIFAR-10, 20 epochs as in the student report. It needs a GPU;
+    results/ has no run of it.
   own: a residual network and a Vision Transformer from a file on the digits, as an
     example for networks of your own; Adam's preconditioned sharpness and the spectral
     density are measured too. A few minutes on two cores; results/ has no run of it.
@@ -28,7 +28,7 @@ Variants:
 
 A network of your own, trained and measured on any data set:
 
-    --config.network=PATH.py:make_network   its functions, see networks/custom.py;
+    --config.network=PATH.py:make_network   see experiments/networks/custom.py;
                                             PATH.py:first,second measures several
     --config.loss=PATH.py:loss              loss(logits, labels) -> scalar
     --config.num_epochs=0                   measures it without training
@@ -61,7 +61,7 @@ BASE = {
     # type: VGG or DeepLinear. Other fields are those of the module in
     # experiments.networks, except batch_norm.
     "model": settings.Open(type="VGG"),
-    # Pattern of the parameter paths whose gradients the report compares between steps.
+    # Pattern of the parameter paths whose gradients are compared between steps.
     # For a network of your own the default is none.
     "last_layer": settings.Optional(str, "^fc3/kernel$"),
     # Any optimizer of optax, with one of the learning rates above.

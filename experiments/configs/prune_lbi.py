@@ -11,7 +11,7 @@ Variants:
   digits: LeNet on the digits of scikit-learn; results/ has no run of it.
   smoke: the network of train_lbi's smoke variant with one epoch of fine-tuning, to
     check that the command runs.
-  mnist_report: LeNet on MNIST in the settings of the report; 98.8 % and 98.9 % in 2
+  mnist_report: LeNet on MNIST in the student report's settings; 98.8 %, 98.9 % in 2
     minutes on two cores (results/prune_lbi_mnist_report).
   mnist: LeNet on MNIST in our settings, mean over three seeds; 99.1 % and 99.0 % in 22
     minutes on two cores (results/prune_lbi_mnist).

@@ -16,16 +16,17 @@ Variants:
   cifar10_cpu_tuned: the same network at ratio 0.4, fine-tuned for 4 epochs with
     RandAugment and with the dense network as a teacher; 88.3 % fine-tuned in 14 minutes
     on two cores (results/prune_vit_cifar10_cpu_tuned).
-  cifar10_cpu_segments: the same network without one segment of its attention, the
-    least, the second and the most attended third of the patches in heads, and of the
-    heads; section 2.3.1 of the report.
+  cifar10_cpu_segments: the same network without one segment of its attention: the
+    least, the second or the most attended third of the regions (a patch in a head), or
+    the same of the heads; section 2.3.1 of the student report
+    (results/prune_vit_cifar10_cpu_segments).
   cifar10_cpu_heads: the same network without a quarter or half of its heads: those of
     the smallest maxima, those that entered last in DessiLBI, random ones, and those
     that an A* search over all layers finds. results/ has no run of it.
   cifar10: the network of train_vit's cifar10 variant. Fine-tuning needs a GPU; results/
     has no run of it.
   b16: a ViT-B/16 that train_vit's finetune_b16 variant has fine-tuned (Tables 6 and 7
-    of the report). It needs a GPU; results/ has no run of it.
+    of the student report). It needs a GPU; results/ has no run of it.
   speed_b16: the speed of ViT-B/16 at 224 pixels with random weights; at ratio 0.6 a
     batch of 32 is 1.7 times faster than the dense network, in 7 minutes on two cores
     (results/prune_vit_speed_b16).
@@ -40,10 +41,10 @@ Variants:
 To choose settings, hold images out of the training split. train_vit trains on the
 others, and prune_vit measures on the held-out images:
 
-    python -m experiments.train_vit --config=experiments/configs/train_vit.py:digits \
+    python -m experiments.train_vit --config=experiments/configs/train_vit.py:digits \\
         --config.num_train=1200 --workdir=runs/train_vit/digits_1200
-    python -m experiments.prune_vit --config=experiments/configs/prune_vit.py:digits \
-        --config.checkpoint=runs/train_vit/digits_1200/model.npz \
+    python -m experiments.prune_vit --config=experiments/configs/prune_vit.py:digits \\
+        --config.checkpoint=runs/train_vit/digits_1200/model.npz \\
         --config.num_validation=237 --workdir=runs/prune_vit/digits_validation
 """
 
@@ -59,9 +60,8 @@ BASE = {
     "dataset": settings.dataset(settings.Optional(str, "cifar10")),
     "num_train": 0,
     "num_test": 0,
-    # Number of the last training images that take the place of the test images. A
-    # network of train_vit has not seen them if its num_train is the number of the
-    # training images before them.
+    # If not 0, so many of the last training images replace the test images. The network
+    # must not have seen them: limit num_train of train_vit to the images before them.
     "num_validation": 0,
     "image_size": 32,
     "normalization": "dataset",

@@ -23,11 +23,11 @@ _RECORDED = (
     *("train_lbi", "prune_lbi", "probe_landscape", "train_vit", "prune_vit"),
 )
 BASE = {
-    # Seed of the moments of the kills and the places of the bits.
+    # Seed of the times of the kills and the positions of the bits.
     "seed": 0,
     "commands": (*_RECORDED, "generate_functa", "compare_pruning"),
     "inputs": {
-        # Every how many-th input is tried; 0: none.
+        # n: every n-th input is tried; 0: none.
         "every": 1,
         "num_processes": 2,
         # Seconds after which an input counts as a hang.

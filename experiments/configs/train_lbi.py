@@ -8,7 +8,7 @@ methods and seeds of the variant.
 Variants:
   digits: LeNet on the digits of scikit-learn; results/ has no run of it.
   smoke: the digits variant for two epochs, to check that the command runs.
-  mnist_report: LeNet on MNIST in the settings of the report, 20 epochs at constant
+  mnist_report: LeNet on MNIST in the student report's settings, 20 epochs at constant
     rates; 98.8 % with DessiLBI, 98.7 % with DessiLBI+Adam and 98.4 % with Adam in 6
     minutes on two cores (results/train_lbi_mnist_report).
   mnist: LeNet on MNIST in our settings, three seeds; 99.1 % with DessiLBI, 99.2 % with
@@ -68,8 +68,8 @@ BASE = {
     # run.
     "penalty": "suggested",
     "enter_at": 0.4,
-    # name: adam, an optimizer of lbi, or adam_then_dessilbi (the report's: a full step
-    # of each). schedule: constant or cosine, after the warm-up.
+    # name: adam, an optimizer of lbi, or adam_then_dessilbi (the student report's: a
+    # full step of each). schedule: constant or cosine, after the warm-up.
     "optimizer": {
         "adam": _optimizer("adam", 1e-3),
         "dessilbi": _optimizer("dessilbi", 0.05, nu=20.0, kappa=1.0, momentum=0.9),
@@ -90,8 +90,8 @@ _CIFAR10 = {
     "log_every": 39,
     "checkpoint_every": 390,
 }
-# The report divides the rate by 10 every 20 epochs and trains for 20 epochs: the rate
-# is constant.
+# The student report divides the rate by 10 every 20 epochs and trains for 20 epochs:
+# the rate is constant.
 _REPORT = {
     "penalty": "auto",
     "seeds": (0,),

@@ -123,7 +123,7 @@ def _meta_learn(run):
 
 
 def _fields(run):
-    """Signals beside their fields and linear control, drawn by their number of axes."""
+    """Signals, their fields and linear control, drawn by their number of axes."""
     signals, code = run.need("signals"), run.need("fields")
     model = run.config["model"]
     if "grid" in model:

@@ -1,6 +1,6 @@
 """Networks for --config.network of probe_landscape, as examples to copy.
 
-    python -m experiments.probe_landscape \
+    python -m experiments.probe_landscape \\
         --config=experiments/configs/probe_landscape.py:own
 """
 

@@ -1,4 +1,4 @@
-"""LeNet of the report, for 28x28 images: three convolutions, two dense layers.
+"""LeNet of the student report, for 28x28 images: three convolutions, two dense layers.
 
 LeCun et al. 1998 with ReLU and maximum pooling: 61,706 parameters for one channel.
 """

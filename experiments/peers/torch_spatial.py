@@ -3,7 +3,7 @@
     python experiments/peers/torch_spatial.py
 
 It is what a user of torch would write, and it needs only torch to run.
-`experiments.benchmark` runs it beside the project's own step. The equations are those
+`experiments.benchmark` compares the project's own step with it. The equations are those
 of Bauer et al. 2023 (arXiv 2302.03130):
 
   M = z K + b                                   modulations of all sine layers

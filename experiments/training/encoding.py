@@ -155,8 +155,8 @@ def points_of(
     """The positions and weights of the points of a data set, as `Learner` has them.
 
     Raises:
-      ValueError: if the model has a grid of latents and the points are no regular grid
-        or have weights.
+      ValueError: if the model has a grid of latents and the points are not a regular
+        grid or have weights.
     """
     coords, weight = dataset.coords, dataset.weight
     if coords is None or not isinstance(model, functa.SpatialSiren):

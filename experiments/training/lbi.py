@@ -170,7 +170,7 @@ def make_penalty(
 def adam_then_dessilbi(
     learning_rate: optax.Schedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """DessiLBI+Adam of the report: a full step of Adam, then a full step of DessiLBI.
+    """The student report's DessiLBI+Adam: a full step of Adam, then one of DessiLBI.
 
     Both steps use the same gradient. The coupling and the dual use the weights after
     the step of Adam. This is not a discretization of DessiLBI; it reproduces the
