@@ -1,5 +1,6 @@
 """experiments.common.data: arrays of all sources, and one error for each mistake."""
 
+import copy
 import gzip
 import os
 import zipfile
@@ -47,6 +48,16 @@ def test_digits_splits_are_disjoint_and_whole():
 def test_fields_that_digits_does_not_read_are_refused(field):
     with pytest.raises(ValueError, match=rf"dataset\.{next(iter(field))}=.* not read"):
         data.load_dataset("digits", **field)
+
+
+def test_digests_tell_other_signals_and_labels():
+    first = data.load_dataset("digits")
+    assert data.digests(first) == data.digests(data.load_dataset("digits"))
+    for name in ("image", "label"):
+        splits = copy.deepcopy(first.splits)
+        splits["test"][name][3] += 1
+        old, new = data.digests(first), data.digests(first._replace(splits=splits))
+        assert [old[split] != new[split] for split in old] == [False, True]
 
 
 def test_the_old_name_loads_one_split_and_warns():
@@ -354,6 +365,8 @@ def test_tfds_splits_are_named_by_the_user():
         load_mnist(test_split="train[90%:]")
     with pytest.raises(ValueError, match="holds no images"):
         load_mnist(test_split="test[5:5]")
+    with pytest.raises(ValueError, match=r"split 'train\[5:2\]' .* holds no images"):
+        load_mnist(train_split="train[5:2]")
 
 
 def test_unknown_split():

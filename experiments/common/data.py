@@ -214,6 +214,15 @@ def sha256(values: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(values)).hexdigest()
 
 
+def digests(dataset: Dataset) -> dict[str, str]:
+    """Digests of the signals and labels of each split, for `runs.open_run`."""
+    return {
+        f"{split} split of the data set": sha256(signals(arrays))
+        + sha256(arrays["label"])
+        for split, arrays in dataset.splits.items()
+    }
+
+
 def to_float(images: np.ndarray) -> np.ndarray:
     """uint8 images -> float32 in [0, 1]; the values of fields are left as they are."""
     if images.dtype != np.uint8:
@@ -539,6 +548,7 @@ def _check_tfds_splits(name, available, chosen):
             ranges[split] = {
                 (file.filename, file.skip, file.skip + file.take)
                 for file in available[spec].file_instructions
+                if file.take > 0  # It is negative for "train[5:2]".
             }
         except (KeyError, ValueError):
             raise ValueError(
