@@ -168,6 +168,11 @@ def load_dataset(
                 [resize_and_crop(image, image_size) for image in arrays["image"]]
             )
     _check_shapes(source, loaded)
+    if name in ("folder", "npz") and loaded.keys() == set(SPLITS):
+        known = set(_image_digests(loaded["train"]))
+        shared = sum(digest in known for digest in _image_digests(loaded["test"]))
+        if shared:
+            notes = [*notes, f"{shared} of the test images are also training images"]
     return Dataset(loaded, class_names, _describe(source, loaded, class_names, notes))
 
 
@@ -368,6 +373,8 @@ def _load_npz(root, splits, image_size, names):
     notes = [f"files {chosen['train']}.npz and {chosen['test']}.npz"]
     if any(arrays["image"].dtype != np.uint8 for arrays in read.values()):
         notes.append(f"pixels multiplied by {scaling} and rounded to uint8")
+    if max(arrays["image"].max() for arrays in loaded.values()) <= 1:
+        notes.append("no pixel is above 1 of 255: if 1 is white, multiply by 255")
     if unread:
         notes.append(f"not read: {some(unread)}")
     return loaded, None, notes
@@ -432,7 +439,7 @@ def _scaling(images):
             raise ValueError(
                 f"{path}: `image` of {image.dtype} must be in [0, 1], or whole numbers "
                 f"from 0 to 255; its {'whole ' if whole else ''}numbers are from "
-                f"{low:g} to {high:g}."
+                f"{low:.9g} to {high:.9g}."
             )
         ranges[path] = image.dtype.kind in "bf" and high <= 1
     if len(set(ranges.values())) > 1:
@@ -641,6 +648,10 @@ def _check_shapes(source, loaded):
 
 def _size(shape):
     return "x".join(map(str, shape[:2]))
+
+
+def _image_digests(arrays):
+    return (hashlib.sha256(image.tobytes()).digest() for image in arrays["image"])
 
 
 def _describe(
