@@ -31,6 +31,7 @@ from experiments.networks import heads
 from experiments.networks.heads import Head
 from experiments.training import features, loop, optimizers
 from functa import classifier
+from functa.functaset import hash_params
 
 
 class Signals(NamedTuple):
@@ -43,14 +44,14 @@ class Signals(NamedTuple):
       num_images: number of training images; each has N / num_images copies.
       num_classes: K.
       class_names: names of the classes, or None.
-      params_sha256: digest of the weights that made the functaset.
+      digests: of the weights that made the functaset, and of its latents and labels.
     """
 
     splits: dict[str, tuple[np.ndarray, np.ndarray]]
     num_images: int
     num_classes: int
     class_names: list[str] | None
-    params_sha256: str
+    digests: dict[str, str]
 
 
 @struct.dataclass
@@ -91,7 +92,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     def inputs(config):
         [seed] = config.seeds
-        return {"functaset": loaded[paths[seed]].params_sha256}
+        return loaded[paths[seed]].digests
 
     return sweep(config, workdir, experiment, inputs=inputs)
 
@@ -207,7 +208,10 @@ def load_signals(config: ConfigDict, path: str) -> Signals:
         num_images=len(kept),
         num_classes=num_classes,
         class_names=whole.config.get("class_names"),
-        params_sha256=whole.params_sha256,
+        digests={
+            "functaset": whole.params_sha256,
+            "content of the functaset": hash_params([whole.latent, whole.label]),
+        },
     )
 
 

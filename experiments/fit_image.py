@@ -52,7 +52,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         states = train(run, model, tasks)
         return _evaluate(run, model, tasks, states)
 
-    return sweep(config, workdir, experiment)
+    digests = {f"data of task {task.name}": data.sha256(task.images) for task in tasks}
+    return sweep(config, workdir, experiment, inputs=lambda config: digests)
 
 
 def make_tasks(config: ConfigDict) -> list[Task]:

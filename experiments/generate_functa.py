@@ -86,7 +86,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     def inputs(config):
         signals = loaded[config.seeds[0]]
-        return {"functaset": functaset.hash_params(signals.whole.latent)}
+        return {
+            "functaset": functaset.hash_params(signals.whole.latent),
+            "classifier": signals.classifier and signals.classifier.sha256,
+        }
 
     return sweep(config, workdir, experiment, inputs=inputs)
 
@@ -104,6 +107,10 @@ def load_signals(config: ConfigDict, seed: int) -> Signals:
     )
     learner = encoding.load_learner(run)
     whole = features.load_renderable(path, run, learner)
+    # Samples are fitted again as the latents of the functaset were fitted.
+    num_steps = whole.config.get("inner", {}).get("num_steps")
+    if num_steps is not None:
+        learner = learner.with_steps(num_steps)
     images, rows = features.load_images(whole, "train", config.data_dir)
     features.check_grid(path, whole, learner, images)
     learner = learner.for_shape(images.shape[1:3])

@@ -49,7 +49,8 @@ def import_checkpoint(path: Path, workdir: Path) -> dict[str, Any]:
         }
     )
     weights = {"params": imported.params, "learning_rate": checkpoint.learning_rate}
-    with runs.open_run(workdir, config) as run:
+    digest = functa.functaset.hash_params([weights, imported.latent])
+    with runs.open_run(workdir, config, inputs={"checkpoint": digest}) as run:
         if run.summary is None:
             run.save(0, {"weights": weights, "latent": imported.latent})
             sizes = {

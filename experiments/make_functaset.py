@@ -28,6 +28,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     devices.say(dataset.found)
     signals = data.signals(next(iter(dataset.splits.values())))
     learner.for_padded(signals.shape[1:-1], config.padding)
+    encoding.check_coords(learner, dataset, config.run)
     coords, weight = encoding.points_of(learner.model, dataset)
     learner = learner._replace(coords=coords, weight=weight)
 
@@ -46,8 +47,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             say=run.say,
         )
 
-    weights = functaset.hash_params(learner.params)
-    return runs.run_once(workdir, config, experiment, inputs={"weights": weights})
+    inputs = {"weights": functaset.hash_params(learner.params), **data.digests(dataset)}
+    return runs.run_once(workdir, config, experiment, inputs=inputs)
 
 
 def load_dataset(config: ConfigDict, out_channels: int) -> data.Dataset:

@@ -40,6 +40,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     meta_classifier.make_optimizers(config)
     loaded = data.load_dataset(**config.dataset)
     devices.say(loaded.found)
+    digests = data.digests(loaded)
     problem = make_problem(config, loaded)
 
     def finish(run, summaries):
@@ -63,6 +64,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         workdir,
         lambda run: _run(run, problem),
         axes={"methods": "{}", "seeds": "seed{}"},
+        inputs=lambda config: digests,
         nested=True,
         finish=finish,
     )

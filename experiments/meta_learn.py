@@ -35,6 +35,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if config.init_from:
         learner = encoding.load_learner(config.init_from)
         _adopt(config, learner)
+        encoding.check_coords(learner, loaded, config.init_from)
     signals = data.signals(dataset["train"])
     _complete_config(config, signals.shape, is_image=signals.dtype == np.uint8)
     _check_training(config, loaded)
@@ -47,7 +48,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         trained = trained._replace(coords=coords, weight=weight)
         return _evaluate(run, trained, loaded)
 
-    return sweep(config, workdir, experiment)
+    digests = data.digests(loaded)
+    return sweep(config, workdir, experiment, inputs=lambda config: digests)
 
 
 def _adopt(config, learner):
@@ -64,6 +66,11 @@ def _adopt(config, learner):
     dtype = {"derivative_dtype": config.model.derivative_dtype}
     config.model = ConfigDict(learner.model_config | dtype)
     for name, value in learner.inner.items():
+        if config.inner[name] != value:
+            devices.say(
+                f"inner.{name} is {value}, as in {config.init_from}, instead of "
+                f"{config.inner[name]}."
+            )
         config.inner[name] = value
 
 

@@ -329,24 +329,38 @@ def fit_grids(
       ValueError: if the grid does not divide the signals.
     """
     view = layout(model, signals.shape[1:-1])
-    rates = jnp.asarray(learning_rate)
-    if rates.shape == (model.channels,):
-        rates = jnp.broadcast_to(rates, view.latent.shape)
-    elif rates.ndim == 2:  # Not of the cells of a grid with one axis.
-        rates = jnp.expand_dims(rates, range(1, len(view.latent.shape)))
+    rates = spread_rates(view.num_cells * jnp.asarray(learning_rate), view.latent.shape)
     latents, info = inner_loop.fit_batch(
         view.apply_fn,
         params,
         view.latent,
         view.coords,
         view.split(signals),
-        learning_rate=view.num_cells * rates,
+        learning_rate=rates,
         l2_weight=l2_weight / view.num_cells,
         **options,
     )
     latents = latents.reshape(len(signals), *model.latent_shape)
     mse = info.mse.reshape(len(signals), -1, info.mse.shape[-1]).mean(1)
     return latents, mse
+
+
+def spread_rates(rates: jax.Array, latent_shape: Sequence[int]) -> jax.Array:
+    """Learning rates that cells share, with the axes that `functa.fit_latent` expects.
+
+    Args:
+      rates: (), one per channel (C,), or per step, (S, C) or (S, 1).
+      latent_shape: (*grid, C).
+
+    Returns:
+      (), (*grid, C), or (S, 1, ..., 1, C). For a latent vector these are the rates.
+    """
+    rates = jnp.asarray(rates)
+    if rates.ndim == 1:
+        return jnp.broadcast_to(rates, latent_shape)
+    if rates.ndim == 2:  # Not of the cells of a grid with one axis.
+        return jnp.expand_dims(rates, range(1, len(latent_shape)))
+    return rates
 
 
 def _check_division(shape, grid):

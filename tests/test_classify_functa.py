@@ -268,6 +268,17 @@ def test_run_stopped_and_resumed_ends_as_one_left_alone(path, tmp_path, monkeypa
     assert again == runs.load_summary(whole)
 
 
+def test_other_latents_or_labels_of_the_same_weights_are_noticed(path):
+    signals = classify_functa.load_signals(make_config(path), path)
+    whole = make_functaset()
+    found = [signals.digests]
+    for changes in ({"latent": 2 * whole.latent}, {"label": (whole.label + 1) % 3}):
+        functaset.save_functaset(path, whole._replace(**changes))
+        found.append(classify_functa.load_signals(make_config(path), path).digests)
+    assert len({digests["functaset"] for digests in found}) == 1
+    assert len({digests["content of the functaset"] for digests in found}) == 3
+
+
 @pytest.mark.slow
 def test_report_variant_logs_the_reports_table(path, tmp_path):
     config = make_config(path, "report_mlp1", num_epochs=4)

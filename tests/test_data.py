@@ -1,5 +1,6 @@
 """experiments.common.data: arrays of all sources, and one error for each mistake."""
 
+import copy
 import gzip
 import os
 import zipfile
@@ -47,6 +48,16 @@ def test_digits_splits_are_disjoint_and_whole():
 def test_fields_that_digits_does_not_read_are_refused(field):
     with pytest.raises(ValueError, match=rf"dataset\.{next(iter(field))}=.* not read"):
         data.load_dataset("digits", **field)
+
+
+def test_digests_tell_other_signals_and_labels():
+    first = data.load_dataset("digits")
+    assert data.digests(first) == data.digests(data.load_dataset("digits"))
+    for name in ("image", "label"):
+        splits = copy.deepcopy(first.splits)
+        splits["test"][name][3] += 1
+        old, new = data.digests(first), data.digests(first._replace(splits=splits))
+        assert [old[split] != new[split] for split in old] == [False, True]
 
 
 def test_the_old_name_loads_one_split_and_warns():
@@ -134,9 +145,9 @@ def test_one_split_of_a_folder_without_splits_has_the_channels_of_both(tmp_path)
 
 
 def test_found_names_a_class_without_images_in_a_split(tmp_path):
-    for name in ("train/cat", "train/do\ng", "test/do\ng"):
+    for level, name in enumerate(("train/cat", "train/do\ng", "test/do\ng")):
         (tmp_path / name).mkdir(parents=True)
-        Image.new("L", (3, 3)).save(tmp_path / name / "0.png")
+        Image.new("L", (3, 3), level).save(tmp_path / name / "0.png")
     (tmp_path / "train" / "cat" / "notes.txt").touch()
     loaded = data.load_dataset("folder", data_dir=str(tmp_path))
     np.testing.assert_array_equal(loaded.splits["test"]["label"], [1])
@@ -191,6 +202,21 @@ def test_npz_directory(tmp_path):
     np.testing.assert_array_equal(test["label"], [-1, -1])
     assert train["label"].dtype == np.int32 and loaded.class_names is None
     assert "3 classes (train): 0 2, 1 2, 2 2; no labels in test" in loaded.found
+
+
+def test_found_names_shared_images_and_binary_pixels(tmp_path):
+    write_npz(tmp_path, image=IMAGE[:4], test={"image": IMAGE[2:]})
+    found = load_npz(tmp_path).found
+    assert "2 of the test images are also training images" in found
+    assert "of 255" not in found
+    write_npz(tmp_path, image=IMAGE[:4] % 2, test={"image": IMAGE[4:] % 2})
+    loaded = load_npz(tmp_path)
+    assert loaded.splits["train"]["image"].max() == 1  # as the file has it
+    assert "no pixel is above 1 of 255" in loaded.found
+    assert "also training images" not in loaded.found
+    # Numbers in [0, 1] of another type are scaled.
+    write_npz(tmp_path, image=IMAGE[:4] > 99, test={"image": IMAGE[4:] > 99})
+    assert "of 255" not in load_npz(tmp_path).found
 
 
 def test_npz_splits_in_other_spellings(tmp_path):
@@ -354,6 +380,8 @@ def test_tfds_splits_are_named_by_the_user():
         load_mnist(test_split="train[90%:]")
     with pytest.raises(ValueError, match="holds no images"):
         load_mnist(test_split="test[5:5]")
+    with pytest.raises(ValueError, match=r"split 'train\[5:2\]' .* holds no images"):
+        load_mnist(train_split="train[5:2]")
 
 
 def test_unknown_split():

@@ -237,10 +237,18 @@ def test_quality_of_a_code():
 # --- files ---
 
 
-def write_winds(path, *, num_months=132, value=3.0, latitude=(-90, 0, 90), scale=1):
+def write_winds(
+    path,
+    *,
+    num_months=132,
+    value=3.0,
+    latitude=(-90, 0, 90),
+    longitude=(0, 90, 180, 270),
+    scale=1,
+):
     with netcdf_file(path, "w") as file:
         sizes = {"TIME": num_months, "FNOCY": 3, "FNOCX": 4}
-        axes = np.arange(num_months), latitude, [0, 90, 180, 270]
+        axes = np.arange(num_months), latitude, longitude
         for (name, size), values in zip(sizes.items(), axes, strict=True):
             file.createDimension(name, size)
             file.createVariable(name, "f8", (name,))[:] = values
@@ -285,6 +293,10 @@ def test_winds_of_a_file(tmp_path):
     for latitude in ((90, 0, -90), (-90, np.nan, 90), (-180, 0, 180)):
         write_winds(path, latitude=latitude)
         with pytest.raises(ValueError, match="must have rising latitudes from -90"):
+            fields.load_fields("winds", tmp_path)
+    for longitude in ((0, 120, 240, 360), (0, 10, 20, 30), (0, 90, 200, 270)):
+        write_winds(path, longitude=longitude)
+        with pytest.raises(ValueError, match="longitudes that divide the circle"):
             fields.load_fields("winds", tmp_path)
     write_winds(path, scale=0)
     with pytest.raises(ValueError, match="the same wind everywhere"):

@@ -213,6 +213,27 @@ def test_missing_and_broken_files_are_named(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_another_photo_is_not_taken_for_that_of_the_run(tmp_path, monkeypatch):
+    photo, workdir = tmp_path / "photo.png", tmp_path / "run"
+    config = tiny_config(image=str(photo))
+    pixels = np.zeros((8, 8), np.uint8)
+    Image.fromarray(pixels).save(photo)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit_image, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit_image.train_and_evaluate(config, workdir)
+    # A run of which something is done already.
+    (workdir / "metrics.jsonl").write_text('{"step": 8, "seconds": 1}\n')
+    with pytest.raises(KeyboardInterrupt):
+        fit_image.train_and_evaluate(config, workdir)
+    Image.fromarray(pixels + 1).save(photo)
+    with pytest.raises(ValueError, match="the data of task 8x8 of .*run has changed"):
+        fit_image.train_and_evaluate(config, workdir)
+
+
 @pytest.mark.parametrize("variant", configs.VARIANTS)
 def test_variants_agree_with_themselves(variant):
     config = configs.get_config(variant)

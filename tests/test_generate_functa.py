@@ -226,6 +226,25 @@ def test_guidance_needs_signals_of_no_class(trained, tmp_path):
     refused(config, tmp_path / "run", "sampling.guidance needs label_dropout above 0")
 
 
+def test_samples_are_fitted_with_the_steps_of_the_functaset(trained, tmp_path):
+    folder, whole, *_ = trained
+    path = tmp_path / "functaset.npz"
+    config = smoke(folder, functaset=str(path))
+    for num_steps in (2, 3):  # The run itself has 3.
+        inner = {"num_steps": num_steps}
+        functa.save_functaset(
+            path, whole._replace(config=whole.config | {"inner": inner})
+        )
+        learner = generate_functa.load_signals(config, 0).learner
+        assert learner.inner["num_steps"] == num_steps
+        assert len(learner.learning_rate) == num_steps
+    for inner in ({"num_steps": 1.5}, 3, {"num_steps": -1}):
+        functa.save_functaset(
+            path, whole._replace(config=whole.config | {"inner": inner})
+        )
+        refused(config, tmp_path / "run", "inner must hold num_steps")
+
+
 def test_other_latents_and_runs_are_refused(trained, tmp_path):
     folder, whole, *_ = trained
     path, workdir = tmp_path / "functaset.npz", tmp_path / "run"

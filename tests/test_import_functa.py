@@ -42,6 +42,15 @@ def test_imported_run_is_evaluated_and_encoded(checkpoint, tmp_path):
     summary = import_functa.import_checkpoint(path, tmp_path / "run")
     assert summary["resolution"] == 8
 
+    # Another file of the same name is not taken for the one that was imported.
+    stored = pickle.loads(path.read_bytes())
+    stored["params"] = jax.tree.map(lambda x: 2 * x, stored["params"])
+    other = tmp_path / "other" / path.name
+    other.parent.mkdir()
+    other.write_bytes(pickle.dumps(stored))
+    with pytest.raises(ValueError, match="the checkpoint of .*run has changed"):
+        import_functa.import_checkpoint(other, tmp_path / "run")
+
     learner = encoding.load_learner(tmp_path / "run")
     assert learner.inner["num_steps"] == 2
     np.testing.assert_array_equal(learner.latent, latent)

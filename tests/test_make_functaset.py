@@ -378,7 +378,7 @@ def test_fewer_inner_steps_are_the_first_ones(learner, dataset):
         per_step.with_steps(3)
 
 
-def test_command_writes_the_functaset_of_a_run(meta_run, tmp_path):
+def test_command_writes_the_functaset_of_a_run(meta_run, tmp_path, capsys):
     summary = make_functaset.train_and_evaluate(smoke_config(meta_run), tmp_path)
     assert summary["num_signals"] == 2 * 6 + 6
     written = functa.load_functaset(tmp_path / "functaset.npz")
@@ -390,6 +390,11 @@ def test_command_writes_the_functaset_of_a_run(meta_run, tmp_path):
     assert functa.reconstruct(written, params, 12).shape == (18, 12, 12, 1)
     again = make_functaset.train_and_evaluate(smoke_config(meta_run), tmp_path)
     assert again == summary
+    assert "is not finished; its newest checkpoint" in capsys.readouterr().out
+    done = shutil.copytree(meta_run, tmp_path / "done")
+    (done / "summary.json").write_text("{}")
+    encoding.load_learner(done)
+    assert "is not finished" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -466,6 +471,8 @@ def test_command_names_the_mistake(meta_run, tmp_path, dataset):
         np.savez(tmp_path / f"{split}.npz", **dataset[split])
     with pytest.raises(ValueError, match="npz have 3 channels, but .* have 1"):
         run(dataset={"name": "npz", "data_dir": str(tmp_path)})
+    with pytest.raises(ValueError, match="have 3 coordinates, but the fields of .* 2"):
+        run(dataset={"name": "synthetic_furniture"})
     with pytest.raises(FileNotFoundError, match="absent holds no run"):
         run(run=str(tmp_path / "absent"))
     with pytest.raises(

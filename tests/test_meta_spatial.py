@@ -40,6 +40,38 @@ def test_the_cells_share_rates_per_step_and_channel():
     assert state.latent.shape == (1, 1, 3)
 
 
+@pytest.mark.parametrize(
+    "grid, rates_per_step",
+    [
+        # As many steps as cells: the rates are those of the steps, not of the cells.
+        ((2,), True),
+        pytest.param((2, 2), False, marks=pytest.mark.slow),
+    ],
+)
+def test_whole_grids_are_trained_with_the_rates_of_their_encoding(grid, rates_per_step):
+    config = small_config(
+        model__grid=grid, model__kernel_size=3, inner__rates_per_step=rates_per_step
+    )
+    model = functa.make_model(config.model.to_dict())
+    optimizer = meta.make_optimizer(config)
+    state = meta.init_state(config, model, optimizer, num_coords=len(grid))
+    rates = np.linspace(0.01, 0.5, state.weights["learning_rate"].size)
+    rates = np.float32(rates.reshape(state.weights["learning_rate"].shape))
+    state = state.replace(weights=state.weights | {"learning_rate": rates})
+    learner = encoding.make_learner(config, jax.device_get(vars(state)))
+    shape = tuple(4 * n for n in grid)
+    learner = learner._replace(cell=(4,) * len(grid)).with_steps(2)
+    rng = np.random.default_rng(0)
+    signals = rng.random((2, *shape, 1), dtype=np.float32)
+    [(_, mse)] = encoding.encode(learner, signals, batch_size=2)
+    update = meta.make_update(config, model, optimizer)
+    coords = functa.coordinate_grid(shape)
+    state, _, psnr = update(state, coords, signals, jax.random.key(0))
+    np.testing.assert_allclose(psnr, functa.psnr(mse).mean(0), rtol=1e-4)
+    assert np.ptp(psnr) > 0.01  # The rates matter.
+    assert state.weights["learning_rate"].shape == rates.shape
+
+
 def test_calibrated_rate_contracts_the_linearized_field():
     model, _, state = start(small_config())
     params = state.weights["params"]

@@ -168,6 +168,11 @@ def load_dataset(
                 [resize_and_crop(image, image_size) for image in arrays["image"]]
             )
     _check_shapes(source, loaded)
+    if name in ("folder", "npz") and loaded.keys() == set(SPLITS):
+        known = set(_image_digests(loaded["train"]))
+        shared = sum(digest in known for digest in _image_digests(loaded["test"]))
+        if shared:
+            notes = [*notes, f"{shared} of the test images are also training images"]
     return Dataset(loaded, class_names, _describe(source, loaded, class_names, notes))
 
 
@@ -212,6 +217,15 @@ def signals(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
 def sha256(values: np.ndarray) -> str:
     """Digest of the values of images or fields, to tell them from others."""
     return hashlib.sha256(np.ascontiguousarray(values)).hexdigest()
+
+
+def digests(dataset: Dataset) -> dict[str, str]:
+    """Digests of the signals and labels of each split, for `runs.open_run`."""
+    return {
+        f"{split} split of the data set": sha256(signals(arrays))
+        + sha256(arrays["label"])
+        for split, arrays in dataset.splits.items()
+    }
 
 
 def to_float(images: np.ndarray) -> np.ndarray:
@@ -359,6 +373,8 @@ def _load_npz(root, splits, image_size, names):
     notes = [f"files {chosen['train']}.npz and {chosen['test']}.npz"]
     if any(arrays["image"].dtype != np.uint8 for arrays in read.values()):
         notes.append(f"pixels multiplied by {scaling} and rounded to uint8")
+    if max(arrays["image"].max() for arrays in loaded.values()) <= 1:
+        notes.append("no pixel is above 1 of 255: if 1 is white, multiply by 255")
     if unread:
         notes.append(f"not read: {some(unread)}")
     return loaded, None, notes
@@ -423,7 +439,7 @@ def _scaling(images):
             raise ValueError(
                 f"{path}: `image` of {image.dtype} must be in [0, 1], or whole numbers "
                 f"from 0 to 255; its {'whole ' if whole else ''}numbers are from "
-                f"{low:g} to {high:g}."
+                f"{low:.9g} to {high:.9g}."
             )
         ranges[path] = image.dtype.kind in "bf" and high <= 1
     if len(set(ranges.values())) > 1:
@@ -539,6 +555,7 @@ def _check_tfds_splits(name, available, chosen):
             ranges[split] = {
                 (file.filename, file.skip, file.skip + file.take)
                 for file in available[spec].file_instructions
+                if file.take > 0  # It is negative for "train[5:2]".
             }
         except (KeyError, ValueError):
             raise ValueError(
@@ -631,6 +648,10 @@ def _check_shapes(source, loaded):
 
 def _size(shape):
     return "x".join(map(str, shape[:2]))
+
+
+def _image_digests(arrays):
+    return (hashlib.sha256(image.tobytes()).digest() for image in arrays["image"])
 
 
 def _describe(

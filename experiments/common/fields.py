@@ -192,6 +192,13 @@ def _load_winds(root, say):
         raise ValueError(
             f"{path} must have rising latitudes from -90 to 90 degrees, and longitudes."
         )
+    # A meridian that is given twice, at 0 and 360 degrees, would have twice its weight.
+    if not np.allclose(np.diff(longitude), 360 / len(longitude), atol=1e-3):
+        raise ValueError(
+            f"{path} must have rising longitudes that divide the circle evenly, each "
+            f"meridian once; got {len(longitude)} from {longitude[0]:g} to "
+            f"{longitude[-1]:g}."
+        )
     values = np.stack(winds, -1)
     if not np.ptp(values[:NUM_TRAIN_MONTHS]) > 0:
         raise ValueError(f"{path} has the same wind everywhere.")

@@ -38,7 +38,8 @@ class Learner(NamedTuple):
       model_config: {"type": ..., **fields} of the model.
       params: weights. They, the latent and the rates are arrays on the host.
       latent: initial latent of the inner loop, (*Z), of any shape.
-      learning_rate: (), (*Z) or (S, ...), as in `functa.fit_latent`.
+      learning_rate: (), one per channel or entry of a vector (C,), or those of each
+        step, (S, C) or (S, 1).
       inner: keywords of `functa.fit_latent`: num_steps, l2_weight, unroll.
       cell: points of a cell along each axis, for a model whose cells are separate
         signals, otherwise None.
@@ -107,7 +108,7 @@ class Learner(NamedTuple):
           ValueError: if there are rates for each step, but not for so many steps.
         """
         rates = self.learning_rate
-        if rates.shape not in ((), self.latent.shape):
+        if rates.ndim == 2:
             if num_steps > len(rates):
                 raise ValueError(
                     f"inner.num_steps is {num_steps}, but the run has learned rates "
@@ -143,6 +144,10 @@ def load_learner(workdir: str | Path) -> Learner:
         coords = jnp.zeros((1, len(learner.params["layer_0"]["kernel"])))
         variables = {"params": learner.params}
         jax.eval_shape(model.apply, variables, coords, latent)
+    if not (Path(workdir) / "summary.json").exists():
+        devices.say(
+            f"the run {workdir} is not finished; its newest checkpoint is used."
+        )
     for leaf in jax.tree.leaves(learner[1:4]):
         if not np.isfinite(leaf).all():
             raise ValueError(f"the weights of {workdir} are not finite.")
@@ -168,6 +173,24 @@ def points_of(
             "of the sphere set model.type to LatentModulatedSiren."
         )
     return None, None
+
+
+def check_coords(learner: Learner, dataset: data.Dataset, run: str) -> None:
+    """Raises ValueError if the points of a data set have other coordinates.
+
+    Args:
+      learner: the weights.
+      dataset: the signals.
+      run: the folder of the weights, for the error.
+    """
+    shape = data.signals(next(iter(dataset.splits.values()))).shape
+    found = len(shape) - 2 if dataset.coords is None else dataset.coords.shape[-1]
+    expected = len(learner.params["layer_0"]["kernel"])
+    if found != expected:
+        raise ValueError(
+            f"the points of the signals have {found} coordinates, but the fields of "
+            f"{run} have {expected}."
+        )
 
 
 def make_learner(config: ConfigDict, state: dict[str, Any]) -> Learner:

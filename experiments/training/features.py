@@ -198,6 +198,13 @@ def check_config(path: str | Path, functaset: Functaset) -> None:
             raise ValueError(
                 f"{path}: {field} must be of type {kind.__name__}, got {value!r:.80}."
             )
+    inner = config.get("inner", {})
+    num_steps = inner.get("num_steps", 0) if isinstance(inner, dict) else None
+    if type(num_steps) is not int or num_steps < 0:
+        raise ValueError(
+            f"{path}: inner must hold num_steps, an integer of at least 0, got "
+            f"{inner!r:.80}."
+        )
     copies, num_rows = config.get("copies", 1), (functaset.split == "train").sum()
     if num_rows % copies:
         raise ValueError(

@@ -318,21 +318,27 @@ def make_update(
         if inner.noise_std:
             shape = (batch_size, *state.latent.shape)
             noise = inner.noise_std * jax.random.normal(key, shape)
+
+        def spread(rates):
+            # The loss is a mean over the cells; the rates are those of one cell.
+            rates = _num_cells(model) * rates
+            return functa.spatial.spread_rates(rates, state.latent.shape)
+
+        rates, pull_back = jax.vjp(spread, state.weights["learning_rate"])
         (grads, rate_grads), info = functa.meta_gradient(
             apply_fn,
             state.weights["params"],
             state.latent,
             coords,
             targets,
-            # The loss is a mean over the cells; the rates are those of one cell.
-            learning_rate=_num_cells(model) * state.weights["learning_rate"],
+            learning_rate=rates,
             noise=noise,
             num_groups=count_groups(batch_size, num_points, config.points_per_group),
             first_order=inner.first_order,
             weight=weight,
             **encoding.fit_options(config, _num_cells(model)),
         )
-        rate_grads = _num_cells(model) * rate_grads
+        [rate_grads] = pull_back(rate_grads)
         grads = {"params": grads, "learning_rate": rate_grads}
         state = apply_gradients(config, optimizer, state, grads)
         psnr = functa.psnr(info.mse).mean(0)

@@ -242,6 +242,8 @@ def make_update(
         def loss_fn(changed):
             both = weights | changed
             field = both["field"]
+            # The loss is a mean over the cells; the rates are those of one cell.
+            rates = view.num_cells * field["learning_rate"]
 
             def label_loss(latents, group):
                 targets, numbers = group
@@ -261,8 +263,7 @@ def make_update(
                 view.split(jnp.float32(images) / 255),
                 label_loss,
                 (smooth, jnp.arange(batch_size)),
-                # The loss is a mean over the cells; the rates are those of one cell.
-                learning_rate=view.num_cells * field["learning_rate"],
+                learning_rate=functa.spatial.spread_rates(rates, view.latent.shape),
                 reconstruction_weight=config.reconstruction_weight,
                 label_weight=config.label_weight if phase == "joint" else 0.0,
                 normalize=config.normalize_losses,
