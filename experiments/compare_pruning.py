@@ -53,9 +53,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     settings.check(config, configs.RULES)
     if not any(config.sparsities.values()):
         raise ValueError("sparsities must have a value for at least one grain.")
-    images, validation = classifier.split_validation(
-        classifier.load_images(config), config.num_validation
-    )
+    loaded = classifier.load_images(config)
+    digests = classifier.digests(loaded)
+    images, validation = classifier.split_validation(loaded, config.num_validation)
     shapes = classifier.check(config, images)["params"]
     params = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
     num_steps = config.num_epochs * classifier.count_steps(images, config.batch_size)
@@ -73,6 +73,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         workdir,
         lambda run: _compare(run, images, validation),
         nested=True,
+        inputs=lambda config: digests,
         finish=finish,
     )
 

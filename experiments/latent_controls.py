@@ -46,7 +46,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         figures.draw(run.workdir, summary)
         return summary
 
-    return runs.run_once(workdir, config, measure)
+    return runs.run_once(workdir, config, measure, inputs=data.digests(loaded.splits))
 
 
 def _check_sizes(config, shape):

@@ -47,7 +47,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             say=run.say,
         )
 
-    inputs = {"weights": functaset.hash_params(learner.params), **data.digests(dataset)}
+    digests = data.digests(dataset.splits)
+    inputs = {"weights": functaset.hash_params(learner.params), **digests}
     return runs.run_once(workdir, config, experiment, inputs=inputs)
 
 

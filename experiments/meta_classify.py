@@ -40,7 +40,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     meta_classifier.make_optimizers(config)
     loaded = data.load_dataset(**config.dataset)
     devices.say(loaded.found)
-    digests = data.digests(loaded)
+    digests = data.digests(loaded.splits)
     problem = make_problem(config, loaded)
 
     def finish(run, summaries):

@@ -48,7 +48,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         trained = trained._replace(coords=coords, weight=weight)
         return _evaluate(run, trained, loaded)
 
-    digests = data.digests(loaded)
+    digests = data.digests(loaded.splits)
     return sweep(config, workdir, experiment, inputs=lambda config: digests)
 
 

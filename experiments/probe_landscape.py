@@ -135,7 +135,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             config.last_layer = None
     images = classifier.load_images(config)
     _check(config, images)
-    code = {
+    digests = classifier.digests(images) | {
         field: hashlib.sha256(Path(chosen.rpartition(":")[0]).read_bytes()).hexdigest()
         for field, chosen in (("network", config.network), ("loss", config.loss))
         if chosen
@@ -170,7 +170,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         experiment,
         axes={"networks": "{}", "learning_rates": "rate{:g}", "seeds": "seed{}"},
         nested=True,
-        inputs=lambda config: code,
+        inputs=lambda config: digests,
         finish=finish,
     )
 

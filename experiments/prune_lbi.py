@@ -28,6 +28,7 @@ from experiments.networks import registry
 from experiments.training import classifier, optimizers
 from experiments.training import lbi as lbi_training
 from experiments.training.classifier import Images
+from functa.functaset import hash_params
 from lbi import pruning
 
 ORDERS = ("entry", "magnitude", "random")
@@ -62,6 +63,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     for trained in all_trained:
         _check_layers(config, trained.graph)
 
+    digests = classifier.digests(images)
+    for folder, trained in zip(folders, all_trained, strict=True):
+        digests[f"weights of {folder}"] = hash_params(trained.variables)
+
     def experiment(run):
         rows = []
         for folder, trained in zip(folders, all_trained, strict=True):
@@ -76,7 +81,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         figures.draw(run.workdir)
         return {"num_runs": len(rows), **mean_and_std(rows)}
 
-    return runs.run_once(workdir, config, experiment)
+    return runs.run_once(workdir, config, experiment, inputs=digests)
 
 
 def find_runs(config: ConfigDict) -> list[Path]:

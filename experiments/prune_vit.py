@@ -52,17 +52,21 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     dense = load_problem(config, images)
     _check_network(config, dense.model)
     # A resumed run must not combine the rows of two networks.
-    digest = None
+    digests = {"checkpoint": None}
     if config.checkpoint:
         digest = hashlib.sha256()
-        for path in find_files(config.checkpoint):
+        weights = find_files(config.checkpoint)
+        beside = weights[0].with_name("config.json")  # heads, pooling, ...
+        for path in (*weights, *[beside] * beside.exists()):
             digest.update(path.read_bytes())
-        digest = digest.hexdigest()
+        digests["checkpoint"] = digest.hexdigest()
+    if images is not None:
+        digests |= classifier.digests(images)
     return sweep(
         config,
         workdir,
         lambda run: _measure_all(run, dense),
-        inputs=lambda config: {"checkpoint": digest},
+        inputs=lambda config: digests,
     )
 
 

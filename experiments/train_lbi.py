@@ -27,11 +27,13 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     settings.check(config, configs.RULES)
     images = classifier.load_images(config)
     lbi_training.check(config, images)
+    digests = classifier.digests(images)
     return sweep(
         config,
         workdir,
         lambda run: _train_one(run, images),
         axes={"methods": "{}", "seeds": "seed{}"},
+        inputs=lambda config: digests,
         finish=_summarize_all,
     )
 

@@ -29,7 +29,13 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     images = vit_training.load_images(config)
     vit_training.check(config, images)
     jax.eval_shape(lambda: make_problem(config, images).params)
-    return sweep(config, workdir, lambda run: _train_one(run, images))
+    digests = classifier.digests(images)
+    return sweep(
+        config,
+        workdir,
+        lambda run: _train_one(run, images),
+        inputs=lambda config: digests,
+    )
 
 
 def _train_one(run, images):

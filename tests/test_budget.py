@@ -49,6 +49,16 @@ def test_the_budget_is_used_and_not_exceeded(method, options, step):
         assert share - step < used <= share
 
 
+def test_the_whole_budget_merges_nothing():
+    # One merged token in each layer costs more than none: its similarities do.
+    model = models.ViT(10, 4, 32, num_layers=3, num_heads=2, mlp_dim=64)
+    whole = cost.count(model, 128).total
+    one = schedules.token_merging(1, num_layers=3, num_patches=1024)
+    assert cost.count(model.clone(cascade=one), 128).total > whole
+    cascade = for_budget(model, 128, 1.0, method="token_merging")
+    assert cascade == schedules.token_merging(0, num_layers=3, num_patches=1024)
+
+
 @pytest.mark.parametrize("num_heads", [6, (6, 3, 2)])
 @pytest.mark.parametrize("units", ["heads", "neurons"])
 def test_units_are_the_most_that_fit(units, num_heads):

@@ -730,3 +730,10 @@ def test_a_layer_without_any_token_is_refused(mode):
         else:
             with pytest.raises(ValueError, match="must keep at least one token"):
                 jax.eval_shape(init, jnp.zeros(IMAGES))
+
+
+def test_scores_of_cls_need_cls():
+    cascade = Cascade(keep=(4, 2), score="cls")
+    tokens = cascades.initial_tokens(cascade, jnp.zeros((1, 4, 3)))
+    with pytest.raises(ValueError, match="'cls' requires a CLS token; num_prefix is 0"):
+        cascades.pruned_attention(cascade, 0, tokens, abs, abs, num_prefix=0)

@@ -52,11 +52,13 @@ def test_fields_that_digits_does_not_read_are_refused(field):
 
 def test_digests_tell_other_signals_and_labels():
     first = data.load_dataset("digits")
-    assert data.digests(first) == data.digests(data.load_dataset("digits"))
+    assert data.digests(first.splits) == data.digests(
+        data.load_dataset("digits").splits
+    )
     for name in ("image", "label"):
         splits = copy.deepcopy(first.splits)
         splits["test"][name][3] += 1
-        old, new = data.digests(first), data.digests(first._replace(splits=splits))
+        old, new = data.digests(first.splits), data.digests(splits)
         assert [old[split] != new[split] for split in old] == [False, True]
 
 

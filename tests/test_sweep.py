@@ -79,10 +79,16 @@ def test_resumed_sweep_repeats_no_finished_run(tmp_path):
     assert seen == [0, 1, 1, 2] and summary["score"] == 1.0
 
 
-def test_changed_input_is_refused(tmp_path):
-    sweep(config(), tmp_path, experiment, inputs=lambda config: {"weights": "a"})
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_changed_input_is_refused(tmp_path, seeds):
+    def run(digest):
+        one = config(seeds=seeds)
+        return sweep(one, tmp_path, experiment, inputs=lambda config: digest)
+
+    summary = run({"weights": "a"})
+    assert run({"weights": "a"}) == summary
     with pytest.raises(ValueError, match="the weights of .* has changed"):
-        sweep(config(), tmp_path, experiment, inputs=lambda config: {"weights": "b"})
+        run({"weights": "b"})
 
 
 def test_mean_and_std_of_nested_rows():

@@ -443,6 +443,29 @@ def test_positions_are_resized_by_the_rules_of_pytorch(old, new):
         resize_positions(positions, new, rule="x", **options)
 
 
+@pytest.mark.parametrize(
+    ("layout", "rule"),
+    [
+        (linen, "google"),
+        (big_vision, "google"),
+        (timm, "timm"),
+        (hugging_face, "huggingface"),
+        (dino_of_hugging_face, "timm"),  # Of DINOv2 with registers alone.
+    ],
+)
+def test_positions_are_resized_by_the_rule_of_the_library(tmp_path, layout, rule):
+    net = grown(3, scaled=True) if layout is dino_of_hugging_face else network()
+    kind = timm if layout is dino_of_hugging_face else layout
+    arrays = {k: np.ascontiguousarray(v) for k, v in layout(net).items()}
+    path = write(tmp_path, kind, net, arrays)
+    model, whole = load(path, kind, net)
+    _, params = load(path, kind, net, image_size=6)  # Narrower: the rules differ.
+    old, new = flat(whole)[POSITIONS], flat(params)[POSITIONS]
+    options = {"num_prefix": model.num_prefix}
+    expected = resize_positions(np.asarray(old), 2, rule=rule, **options)
+    np.testing.assert_array_equal(new, expected)
+
+
 # What the shapes of PyTorch's files do not tell.
 
 
@@ -468,6 +491,19 @@ def test_heads_of_other_networks_are_asked_for(tmp_path):
             ValueError, match="128 with an MLP of 3 is not .*set num_he"
         ):
             load_checkpoint(path)
+
+
+def test_heads_of_a_small_network_with_fixed_positions_are_asked_for(tmp_path):
+    # MoCo v3's has 12 heads; all other published ones of this width have 6.
+    sizes = {"width": 384, "hidden": 1536, "layers": 1, "size": 1, "channels": 1}
+    net = network(heads=12, grid=2, **sizes)
+    net["positions"][0] = 0
+    path = write(tmp_path, timm, net)
+    with pytest.raises(ValueError, match="12 heads in MoCo v3 and 6 .*; set num_heads"):
+        load_checkpoint(path)
+    assert load_checkpoint(path, num_heads=12)[0].num_heads == 12
+    (tmp_path / "config.json").write_text('{"architecture": "vit_small_patch1_2"}')
+    assert load_checkpoint(path)[0].num_heads == 6
 
 
 @pytest.mark.slow_after(1)
@@ -657,7 +693,7 @@ def test_positions_are_resized_as_by_scipy(old, new):
 def test_other_image_size(tmp_path, layout):
     net = network()  # 4 x 4 patches of 3 pixels
     path = write(tmp_path, layout, net)
-    model, params = load(path, layout, net, image_size=21)
+    model, params = load(path, layout, net, image_size=21, resize="google")
     images = images_of(net, grid=7)
     grid = net["positions"][1:].reshape(4, 4, 12)
     grid = scipy.ndimage.zoom(grid, (7 / 4, 7 / 4, 1), order=1)

@@ -111,7 +111,7 @@ def test_timm_resizes_positions_as_its_rule(tmp_path):
     )
     for height, width in ((21, 15), (6, 9)):
         images = images_of(height, width)
-        loaded = load_checkpoint(tmp_path, image_size=(height, width), resize="timm")
+        loaded = load_checkpoint(tmp_path, image_size=(height, width))
         check(loaded, images, logits_of_torch(network, images))
 
 
@@ -135,17 +135,19 @@ def test_transformers(tmp_path, name, config, options):
     np.testing.assert_allclose(logits_of_torch(read, images), expected, atol=1e-4)
 
 
-def test_transformers_resize_positions_as_their_rule(tmp_path):
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "dinov2-registers"])
+def test_transformers_resize_positions_as_their_rule(tmp_path, kind):
     transformers = pytest.importorskip("transformers", reason="needs transformers")
-    config = transformers.ViTConfig(**CONFIG, intermediate_size=20)
-    network = randomized(transformers.ViTForImageClassification(config))
+    name, config, options = HUGGING_FACE[kind]
+    config = getattr(transformers, config)(**(CONFIG | options))
+    network = randomized(getattr(transformers, name)(config))
     network.save_pretrained(tmp_path)
+    # DINOv2 does it by itself.
+    asked = {"interpolate_pos_encoding": True} if kind == "vit" else {}
     for height, width in ((21, 15), (6, 9)):
         images = images_of(height, width)
         pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
         with torch.no_grad():
-            expected = network(pixels, interpolate_pos_encoding=True).logits.numpy()
-        loaded = load_checkpoint(
-            tmp_path, image_size=(height, width), resize="huggingface"
-        )
+            expected = network(pixels, **asked).logits.numpy()
+        loaded = load_checkpoint(tmp_path, image_size=(height, width))
         check(loaded, images, expected)

@@ -346,9 +346,8 @@ def _forward(names, tiles, interpret, *arrays):
 
 
 def _backward(names, tiles, interpret, arrays, cotangents):
-    *inputs, weights = arrays
-    _, pull_back = jax.vjp(lambda *x: blocked_attention(*x, weights)[0], *inputs)
-    return *pull_back(cotangents[0]), jnp.zeros_like(weights)
+    _, pull_back = jax.vjp(lambda *x: blocked_attention(*x)[0], *arrays)
+    return pull_back(cotangents[0])
 
 
 _pallas_attention.defvjp(_forward, _backward)

@@ -238,7 +238,10 @@ def _search(method, model, image_size, share, cost_of, options):
 
 def _first_that_fits(name, values, share_of, share):
     """The first of the values, from the dearest on, that costs at most a share."""
-    low, high = 0, len(values)
+    # Merging one token costs more than none, by the similarities; then the cost falls.
+    if share_of(values[0]) <= share:
+        return values[0]
+    low, high = 1, len(values)
     while low < high:
         middle = (low + high) // 2
         if share_of(values[middle]) <= share:

@@ -380,6 +380,8 @@ def pruned_attention(
     if cascade is None:
         update = attention(norm(tokens.x), CascadeAttention(tokens.position))
         return tokens._replace(x=tokens.x + update)
+    if cascade.score == "cls" and not num_prefix:
+        raise ValueError("the score 'cls' requires a CLS token; num_prefix is 0.")
     _warn_if_unscored(cascade, layer, tokens.x.shape[1] - num_prefix)
     if layer in cascade.resets:
         tokens = tokens._replace(score=jnp.zeros_like(tokens.score))

@@ -61,7 +61,7 @@ def load_checkpoint(
     ln_eps: float | None = None,
     pool: str | None = None,
     grid: tuple[int, int] | None = None,
-    resize: str = "google",
+    resize: str | None = None,
 ) -> tuple[ViT, dict]:
     """Reads a Vision Transformer for `model.apply({"params": params}, images)`.
 
@@ -71,8 +71,8 @@ def load_checkpoint(
     epsilon are the defaults of the library ("tanh" and 1e-6 for Google, "erf" and 1e-6
     for timm, "erf" and 1e-12 for Hugging Face), the pooling is "mean_before_norm" for a
     timm file with `fc_norm` and "cls" for others, and the heads are those of the
-    published network of the same width. The caller must scale the images as in
-    training; Google's weights expect [-1, 1].
+    published network of the same width, if it is the only one. The caller must scale
+    the images as in training; Google's weights expect [-1, 1].
 
     Args:
       path: a file that ends in .npz or .safetensors, or see `find_files`.
@@ -87,7 +87,8 @@ def load_checkpoint(
       pool: a value of `ViT.pool`.
       grid: rows and columns of patches of the file's position embedding; None reads
         them from config.json, or else takes a square.
-      resize: rule of `resize_positions`: "google", "timm" or "huggingface".
+      resize: rule of `resize_positions`: "google", "timm" or "huggingface"; None takes
+        that of the file's library, and "google" for .npz files of `save_checkpoint`.
 
     Returns:
       The model and its float32 parameters as nested dicts. `num_heads` or `mlp_dim` is
@@ -128,6 +129,7 @@ def load_checkpoint(
             arrays, settings = from_foreign(arrays, path, num_heads, grid, image_size)
         known_grid = settings.pop("grid", None)
         grid = grid or known_grid
+        known_rule = settings.pop("resize", "google")
         told = {"gelu": gelu, "ln_eps": ln_eps, "pool": pool}
         told = {name: value for name, value in told.items() if value is not None}
         fields = _architecture(arrays) | settings | check_settings("argument", told)
@@ -165,7 +167,7 @@ def load_checkpoint(
                 new,
                 grid=grid,
                 num_prefix=model.num_prefix,
-                rule=resize,
+                rule=known_rule if resize is None else resize,
             )
         elif grid or not is_ours:
             grid_of(params[POSITIONS], grid, model.num_prefix)

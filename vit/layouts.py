@@ -110,6 +110,7 @@ class _Layout(NamedTuple):
     names: dict[str, str]
     gelu: str
     ln_eps: float
+    resize: str
 
 
 def torch_names(modules: dict[str, str]) -> dict[str, str]:
@@ -138,10 +139,10 @@ def _google_names():
 
 
 _LAYOUTS = {
-    "google": _Layout(_google_names(), "tanh", 1e-6),
-    "timm": _Layout(torch_names(TIMM), "erf", 1e-6),
-    "hugging_face": _Layout(torch_names(HUGGING_FACE_VIT), "erf", 1e-12),
-    "dinov2": _Layout(torch_names(HUGGING_FACE_DINO), "erf", 1e-6),
+    "google": _Layout(_google_names(), "tanh", 1e-6, "google"),
+    "timm": _Layout(torch_names(TIMM), "erf", 1e-6, "timm"),
+    "hugging_face": _Layout(torch_names(HUGGING_FACE_VIT), "erf", 1e-12, "huggingface"),
+    "dinov2": _Layout(torch_names(HUGGING_FACE_DINO), "erf", 1e-6, "huggingface"),
 }
 
 
@@ -173,7 +174,7 @@ def from_foreign(
 
     Returns:
       {our name: array}, where an unknown parameter keeps its name, and the fields of
-      `ViT` and the grid that shapes do not determine.
+      `ViT`, the grid and the rule of `resize_positions` that shapes do not determine.
 
     Raises:
       ValueError: if the names are those of no layout, of several networks or of an
@@ -231,7 +232,9 @@ def from_foreign(
         width = shape_of(ours, "embedding/kernel", "(p, p, C, D)")[3]
         if ours["head/kernel"].shape[0] == 2 * width:
             settings["pool"] = "cls_and_mean"
-    return ours, settings | {"grid": grid}
+    # Hugging Face resizes those of DINOv2 with registers as timm does.
+    resize = "timm" if home == "dinov2" and "registers" in ours else layout.resize
+    return ours, settings | {"grid": grid, "resize": resize}
 
 
 def _check_supported(names):
@@ -279,11 +282,23 @@ def _torch_head_dim(arrays, num_heads):
                 "published network; set num_heads."
             )
         num_heads = _KNOWN_HEADS[sizes]
+        if sizes == (384, 1536) and _has_fixed_positions(arrays):
+            raise ValueError(
+                "the number of heads is unknown: a network of width 384 with a fixed "
+                "position embedding has 12 heads in MoCo v3 and 6 in other programs; "
+                "set num_heads."
+            )
     if width % num_heads:
         raise ValueError(
             f"num_heads must divide the attention's width {width}, got {num_heads}."
         )
     return width // num_heads
+
+
+def _has_fixed_positions(arrays):
+    """Whether CLS has a position of zeros, as before sines and cosines."""
+    positions = arrays.get(POSITIONS)
+    return "cls" in arrays and np.ndim(positions) == 3 and not positions[0, 0].any()
 
 
 # (width, width of the MLP) -> heads, of the networks of timm, DeiT and DINOv2.
@@ -435,6 +450,8 @@ def _timm_config(config, sources):
         settings["gelu"] = _translate("act_layer", activation, _TIMM_GELU)
     _translate("norm_layer", arguments.get("norm_layer"), {None: 0, "layernorm": 0})
     num_heads = 16 if architecture == "vit_base_patch16_gap_224" else None
+    if "_small_" in architecture:
+        num_heads = 6
     num_heads = arguments.get("num_heads", num_heads)
     if num_heads is not None:
         settings["num_heads"] = num_heads

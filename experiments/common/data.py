@@ -219,12 +219,12 @@ def sha256(values: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(values)).hexdigest()
 
 
-def digests(dataset: Dataset) -> dict[str, str]:
+def digests(splits: Mapping[str, Arrays]) -> dict[str, str]:
     """Digests of the signals and labels of each split, for `runs.open_run`."""
     return {
         f"{split} split of the data set": sha256(signals(arrays))
         + sha256(arrays["label"])
-        for split, arrays in dataset.splits.items()
+        for split, arrays in splits.items()
     }
 
 

@@ -57,14 +57,16 @@ def sweep(
                 f"{count} runs would have the name {name}; choose values of "
                 f"{', '.join(axes)} that differ more."
             )
+    singles = {}
+    for name, values in zip(names, combinations, strict=True):
+        singles[name] = ConfigDict(config)
+        singles[name].update(dict(zip(axes, zip(values), strict=True)))
     if len(combinations) == 1 and not nested:
         return runs.run_once(workdir, config, experiment, inputs=inputs(config))
 
     def run_all(run):
         summaries = {}
-        for name, values in zip(names, combinations, strict=True):
-            single = ConfigDict(config)
-            single.update(dict(zip(axes, zip(values), strict=True)))
+        for name, single in singles.items():
             run.say(f"--- {name}")
             summaries[name] = runs.run_once(
                 run.workdir / name, single, experiment, inputs=inputs(single)
@@ -77,7 +79,12 @@ def sweep(
         seconds = sum(summary["seconds"] for summary in summaries.values())
         return {**table, "seconds": seconds, "runs": summaries}
 
-    return runs.run_once(workdir, config, run_all)
+    of_all = {
+        f"{key} of {name}": digest
+        for name, single in singles.items()
+        for key, digest in inputs(single).items()
+    }
+    return runs.run_once(workdir, config, run_all, inputs=of_all)
 
 
 def mean_and_std(rows: Sequence[Mapping[str, Any]]) -> Summary:

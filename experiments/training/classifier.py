@@ -165,6 +165,17 @@ def split_validation(
     return images._replace(train=training), (pixels[num_train:], labels[num_train:])
 
 
+def digests(images: Images) -> dict[str, str]:
+    """Digests of the images and labels of each split, for `runs.open_run`."""
+    splits = {"train": images.train, "test": images.test}
+    return data.digests(
+        {
+            split: {"image": pixels, "label": labels}
+            for split, (pixels, labels) in splits.items()
+        }
+    )
+
+
 def count_steps(images: Images, batch_size: int) -> int:
     """Steps per epoch; a remainder that does not fill a batch is dropped."""
     num_examples = len(images.train[0])
