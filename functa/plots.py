@@ -305,8 +305,8 @@ def image_grid(
     """Images in rows, for example originals above reconstructions.
 
     Args:
-      rows: sequences of images (H, W, C) in [0, 1], C of 1 or 3; rows may differ in
-        length and images in size. Values outside [0, 1] are clipped.
+      rows: sequences of images (H, W, C) in [0, 1] or uint8, C of 1 or 3; rows may
+        differ in length and images in size. Values outside the range are clipped.
       row_labels: text at the left of each row.
       column_titles: text above each column.
       size: inches of an image.
@@ -377,7 +377,7 @@ def reconstructions(
     """Images, their reconstructions by one or more codes, and maps of the error.
 
     Args:
-      images: (B, H, W, C) in [0, 1].
+      images: (B, H, W, C) in [0, 1] or uint8.
       codes: {label: reconstructions (B, H, W, C)}. The error maps of all codes have one
         color scale.
       size: inches of an image.
@@ -385,7 +385,8 @@ def reconstructions(
     Returns:
       The Figure, one column for each image. The PSNR stands above a reconstruction.
     """
-    codes = {label: np.asarray(values) for label, values in codes.items()}
+    images = _in_unit_range(images)
+    codes = {label: _in_unit_range(values) for label, values in codes.items()}
     errors = {label: np.abs(values - images) for label, values in codes.items()}
     rows, labels = [images], ["image"]
     for label, values in codes.items():
@@ -419,14 +420,14 @@ def over_inner_steps(
 
     Args:
       steps: (S + 1, B, H, W, C) in [0, 1], from before the first step on.
-      images: (B, H, W, C) in [0, 1].
+      images: (B, H, W, C) in [0, 1] or uint8.
       row_labels: text at the left of each image.
       size: inches of an image.
 
     Returns:
       The Figure, one row for each image.
     """
-    steps, images = np.asarray(steps), np.asarray(images)
+    steps, images = _in_unit_range(steps), _in_unit_range(images)
     titles = [f"inner step {number}" for number in range(len(steps))]
     figure = image_grid(
         [*zip(*steps, images, strict=True)],
@@ -530,14 +531,14 @@ def show_image(image: np.ndarray, *, ax: Any = None) -> Any:
     """One image.
 
     Args:
-      image: (H, W, C), in [0, 1]; gray if C is 1.
+      image: (H, W, C), in [0, 1] or uint8; gray if C is 1.
       ax: Axes to draw into; None makes a figure.
 
     Returns:
       The Axes.
     """
     ax = _axes(ax, size=(3, 3))
-    image = np.clip(image, 0, 1)
+    image = np.clip(_in_unit_range(image), 0, 1)
     gray = image.shape[-1] == 1
     ax.imshow(image[..., 0] if gray else image, cmap="gray", vmin=0, vmax=1)
     ax.set_xticks([])
@@ -876,6 +877,12 @@ def _window(image, window):
         slice(round(top * rows), round((top + height) * rows)),
         slice(round(left * columns), round((left + width) * columns)),
     )
+
+
+def _in_unit_range(images):
+    """Floats; integers are taken as 8-bit images, as in matplotlib."""
+    images = np.asarray(images)
+    return images / 255 if images.dtype.kind in "iu" else images
 
 
 def _axes(ax, size=(5.5, 3.4)):

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+import chex  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -240,6 +241,36 @@ def test_image_functions_show_the_images():
     )
     _, given = plt.subplots()
     assert functa.plots.show_image(images[0], ax=given) is given
+
+
+def test_images_of_8_bits_are_shown_like_fractions_of_255():
+    images = np.random.default_rng(0).integers(256, size=(2, 4, 4, 3), dtype=np.uint8)
+    changed = images[::-1]  # Differences in uint8 would wrap around.
+    kept = np.array([[[True, False, True, True]] * 2])
+    segments = np.array([[0, 1, 2, 2]])
+
+    def shown(scale):
+        image, other = scale(images), scale(changed)
+        figures = (
+            functa.plots.reconstructions(image, {"a": other}),
+            functa.plots.over_inner_steps(other[None], image),
+            functa.plots.super_resolution({"a": image}),
+            vit.plots.kept_patches(image, kept),
+            vit.plots.segments(image[0], segments),
+        )
+        for figure in figures:
+            for ax in figure.axes:
+                yield (
+                    ax.get_title(),
+                    ax.get_xlabel(),
+                    [np.asarray(one.get_array()) for one in ax.images],
+                )
+
+    for ours, expected in zip(
+        shown(lambda x: x), shown(lambda x: x / 255), strict=True
+    ):
+        chex.assert_trees_all_close(ours[2], expected[2], atol=1e-12)
+        assert ours[:2] == expected[:2]
 
 
 def test_channels_of_a_latent_grid_share_a_symmetric_scale():

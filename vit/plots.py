@@ -180,7 +180,7 @@ def kept_patches(
     """Images over the layers of a cascade; pruned patches are faded to blue.
 
     Args:
-      images: (B, H, W, C) in [0, 1], C of 1 or 3.
+      images: (B, H, W, C) in [0, 1] or uint8, C of 1 or 3.
       kept: True where a patch is computed in a layer, (L, B, N), as
         `vit.observe(model, params, images).kept`. Patches lie in rows.
       grid: rows and columns of patches; None means square patches.
@@ -194,6 +194,7 @@ def kept_patches(
     """
     import matplotlib.pyplot as plt
 
+    images = [_in_unit_range(image) for image in images]
     kept = np.asarray(kept)
     num_layers, num_images, num_patches = kept.shape
     height, width = images[0].shape[:2]
@@ -225,7 +226,7 @@ def segments(
     """Segments of the attention over an image: the lighter, the more attended.
 
     Args:
-      image: (H, W, C) in [0, 1], C of 1 or 3.
+      image: (H, W, C) in [0, 1] or uint8, C of 1 or 3.
       segments: segment of each patch in each head, from 0, (heads, N), as
         `vit.importance.segments` returns for one image. Patches lie in rows.
       grid: rows and columns of patches; None means square patches.
@@ -238,6 +239,7 @@ def segments(
     """
     import matplotlib.pyplot as plt
 
+    image = _in_unit_range(image)
     segments = np.asarray(segments)
     num_heads, num_patches = segments.shape
     height, width = image.shape[:2]
@@ -458,8 +460,14 @@ def _axes(ax):
     return plt.subplots(figsize=(5.5, 3.6), layout="constrained")[1]
 
 
+def _in_unit_range(images):
+    """Floats; integers are taken as 8-bit images, as in matplotlib."""
+    images = np.asarray(images)
+    return images / 255 if images.dtype.kind in "iu" else images
+
+
 def _show(ax, image):
-    image = np.clip(image, 0, 1)
+    image = np.clip(_in_unit_range(image), 0, 1)
     gray = image.shape[-1] == 1
     ax.imshow(image[..., 0] if gray else image, cmap="gray", vmin=0, vmax=1)
     ax.set_xticks([])
