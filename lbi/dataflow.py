@@ -339,6 +339,8 @@ class Flow:
                     flat = column.take(np.broadcast_to(places, sizes).ravel())
                     if all(size == 1 for size in new_sizes):
                         self._fix([flat], _SELECTED)
+                        for j in outs if np.any(flat.sliced) else ():
+                            axes[j] += (flat,)  # for `_rejoin`
                     elif sum(size > 1 for size in new_sizes) == 1:
                         for j in outs:
                             if shape[j] > 1:
