@@ -335,10 +335,12 @@ class Flow:
                 for column in value.axes[i]:
                     view = [1] * len(ins)
                     view[position] = sizes[position]
-                    units = np.broadcast_to(column.units.reshape(view), sizes).ravel()
-                    flat = Column(units, column.origins)
+                    places = np.arange(sizes[position]).reshape(view)
+                    flat = column.take(np.broadcast_to(places, sizes).ravel())
                     if all(size == 1 for size in new_sizes):
                         self._fix([flat], _SELECTED)
+                        for j in outs if np.any(flat.sliced) else ():
+                            axes[j] += (flat,)  # for `_rejoin`
                     elif sum(size > 1 for size in new_sizes) == 1:
                         for j in outs:
                             if shape[j] > 1:
@@ -357,13 +359,14 @@ class Flow:
             if not varies:
                 self._fix([leaf], "they are reshaped as a whole")
             elif len(varies) == 1:
-                units = np.moveaxis(array, varies[0], 0).reshape(sizes[varies[0]], -1)
-                axes[outs[varies[0]]] += (Column(units[:, 0], leaf.origins),)
+                [k] = varies
+                places = np.moveaxis(np.arange(array.size).reshape(sizes), k, 0)
+                axes[outs[k]] += (leaf.take(places.reshape(sizes[k], -1)[:, 0]),)
             else:
-                parts = []
+                parts, sliced = [], np.any(leaf.sliced)
                 for k in varies:
                     units = self._units.fresh(sizes[k])
-                    axes[outs[k]] += (Column(units, leaf.origins),)
+                    axes[outs[k]] += (Column(units, leaf.origins, sliced),)
                     view = [1] * len(sizes)
                     view[k] = sizes[k]
                     parts.append(np.broadcast_to(units.reshape(view), sizes).ravel())
@@ -436,18 +439,20 @@ class Flow:
             for k in range(len(shape)):
                 if k != axis:
                     axes[k] = self._join(axes[k], value.axes[k])
-        self._rejoin([c for v in operands for c in v.axes[axis] if c.sliced])
+        self._rejoin([c for v in operands for c in v.axes[axis]])
         pieces = [self._units.leaves(v.axes[axis]) for v in operands]
         columns = []
         for number in range(max(map(len, pieces))):
-            parts, origins = [], frozenset()
-            for value, piece in zip(operands, pieces, strict=True):
-                if number < len(piece):
-                    parts.append(piece[number].units)
-                    origins |= piece[number].origins
-                else:
-                    parts.append(np.full(value.shape[axis], FIXED))
-            columns.append(Column(np.concatenate(parts), origins))
+            parts = [
+                piece[number]
+                if number < len(piece)
+                else Column(np.full(value.shape[axis], FIXED))
+                for value, piece in zip(operands, pieces, strict=True)
+            ]
+            units = np.concatenate([p.units for p in parts])
+            origins = frozenset().union(*(p.origins for p in parts))
+            sliced = [np.broadcast_to(p.sliced, p.units.shape) for p in parts]
+            columns.append(Column(units, origins, np.concatenate(sliced)))
         axes[axis] = tuple(columns)
         return [Value(shape, tuple(axes), tuple(removed))]
 
@@ -456,6 +461,11 @@ class Flow:
 
         Where the axis is cut may depend on its length, or not. Equal parts stay equal.
         """
+        parts = [
+            c.take(np.broadcast_to(c.sliced, c.units.shape))
+            for c in parts
+            if np.any(c.sliced)
+        ]
         for first, second in itertools.combinations(parts, 2):
             if first.origins.isdisjoint(second.origins):
                 continue
@@ -491,9 +501,8 @@ class Flow:
                 self._fix(columns, _SELECTED)
                 axes.append(self._fresh(reps))
             else:
-                axes.append(
-                    tuple(c._replace(units=np.tile(c.units, reps)) for c in columns)
-                )
+                places = np.tile(np.arange(size), reps)
+                axes.append(tuple(c.take(places) for c in columns))
         shape = tuple(eqn.outvars[0].aval.shape)
         removed = tuple(
             number if size > 1 else value.const
@@ -520,12 +529,17 @@ class Flow:
                 self._fix(value.axes[k], "they are dilated or cropped")
                 axes[k] = ()
             elif value.axes[k]:
-                first, *others = value.axes[k]
-                before, after = self._units.fresh(low), self._units.fresh(high)
-                axes[k] = (
-                    Column(np.r_[before, first.units, after], first.origins),
-                    *(Column(np.pad(c.units, (low, high)), c.origins) for c in others),
+                first, *others = (
+                    Column(
+                        np.pad(c.units, (low, high)),  # with FIXED
+                        c.origins,
+                        np.pad(np.broadcast_to(c.sliced, c.units.shape), (low, high)),
+                    )
+                    for c in value.axes[k]
                 )
+                first.units[:low] = self._units.fresh(low)
+                first.units[low + value.shape[k] :] = self._units.fresh(high)
+                axes[k] = (first, *others)
         return [Value(shape, tuple(axes), tuple(removed))]
 
     def _reduce(self, eqn, operands):

@@ -231,7 +231,7 @@ def assign(spec: PenaltySpec, params: Any) -> dict[str, Penalty]:
       params: a tree of arrays.
 
     Returns:
-      {path: penalty}, in the order of the leaves.
+      {path: penalty}, in the order of the leaves, without empty parameters.
 
     Raises:
       ValueError: if `spec` is of another kind, a pattern matches no path, "auto" cannot
@@ -242,7 +242,7 @@ def assign(spec: PenaltySpec, params: Any) -> dict[str, Penalty]:
     _check_patterns(spec, params)
     for path, leaf in named_leaves(params).items():
         penalty = _choose(spec, path, np.shape(leaf))
-        if penalty is None:
+        if penalty is None or 0 in np.shape(leaf):
             continue
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise ValueError(

@@ -22,12 +22,17 @@ class Column(NamedTuple):
     Attributes:
       units: unit numbers, (n,), int.
       origins: the axes of parameters that the indices come from, {(path, axis)}.
-      sliced: whether it is a part of a longer axis.
+      sliced: which indices come from a part of a longer axis, bool, (n,) or ().
     """
 
     units: np.ndarray
     origins: frozenset = frozenset()
-    sliced: bool = False
+    sliced: np.ndarray | bool = False
+
+    def take(self, places: np.ndarray | slice) -> "Column":
+        """The column of the indices at these places."""
+        sliced = np.broadcast_to(self.sliced, self.units.shape)
+        return self._replace(units=self.units[places], sliced=sliced[places])
 
 
 class Units:

@@ -97,10 +97,9 @@ def index(value: Value, slices: Mapping[int, slice]) -> Value:
     axes, shape = list(value.axes), list(value.shape)
     for k, chosen in slices.items():
         length = len(range(shape[k])[chosen])
-        axes[k] = tuple(
-            c._replace(units=c.units[chosen], sliced=c.sliced or length < shape[k])
-            for c in axes[k]
-        )
+        axes[k] = tuple(c.take(chosen) for c in axes[k])
+        if length < shape[k]:
+            axes[k] = tuple(c._replace(sliced=True) for c in axes[k])
         shape[k] = length
     return dataclasses.replace(value, shape=tuple(shape), axes=tuple(axes))
 
@@ -153,7 +152,7 @@ def with_origins(
     if len(first) != len(second):
         return first or second
     return tuple(
-        a._replace(origins=a.origins | b.origins)
+        a._replace(origins=a.origins | b.origins, sliced=a.sliced | b.sliced)
         for a, b in zip(first, second, strict=True)
     )
 

@@ -491,6 +491,18 @@ def shifted_in_time(p, x):
     return jnp.concatenate([jnp.roll(hidden[:, :1], 1, 0), hidden[:, 1:]], 1) @ p["b"]
 
 
+def rolled_after_reshaping(p, x):
+    hidden = x @ p["a"]
+    parts = [part.reshape(len(x), -1, 1) for part in (hidden[:, 1:], hidden[:, :1])]
+    return jnp.concatenate(parts, 1)[..., 0] @ p["b"]
+
+
+def rolled_after_a_sum(p, x):
+    hidden, zeros = x @ p["a"], jnp.zeros((len(x), 4))
+    parts = [zeros[:, 1:] + hidden[:, 1:], zeros[:, :1] + hidden[:, :1]]
+    return jnp.concatenate(parts, 1) @ p["b"]
+
+
 def modulo(p, x):
     """`jnp.mod` corrects the sign of the remainder where it is not zero."""
     hidden = x @ p["a"]
@@ -556,6 +568,8 @@ def gates(p, x):
         (remainder, r"would be divided by zero \(rem at "),
         (rolled, r"unequal parts of one axis are joined \(concatenate at "),
         (shifted_in_time, r"unequal parts of one axis are joined \(concatenate at "),
+        (rolled_after_reshaping, r"unequal parts of one axis .*\(concatenate at "),
+        (rolled_after_a_sum, r"unequal parts of one axis .*\(concatenate at "),
         (modulo, r"would be divided by zero \(div at "),
         (share_of_the_median, r"would be divided by zero \(div at "),
         (largest_share, r"would be divided by zero \(div at "),
@@ -620,6 +634,32 @@ def test_halves_that_change_places_stay_halves():
     graph = channels.trace(network, params, draw(5, 3))
     assert graph.removable() == {"a": 3}  # pairs
     check(graph, {"a": np.arange(3) != 1}, params, draw(5, 3), network)
+
+
+def test_channels_that_are_rolled_in_two_steps_are_fixed():
+    def network(p, x):
+        first, second, third, fourth = jnp.split(x @ p["a"], 4, axis=1)
+        half = jnp.concatenate([fourth, third], 1)
+        return jnp.concatenate([half, second, first], 1) @ p["b"]
+
+    params = {"a": draw(3, 4), "b": draw(4, 2)}
+    graph = channels.trace(network, params, draw(5, 3))
+    assert graph.removable() == {}
+    [reason] = set(graph.fixed["a"].values())
+    assert reason.startswith("unequal parts of one axis are joined (concatenate at ")
+
+
+def test_halves_that_are_joined_in_two_steps_stay_halves():
+    def network(p, x):
+        first, second = jnp.split(x @ p["a"], 2, axis=1)
+        second = jnp.concatenate([second, jax.nn.relu(second @ p["c"])], 1)
+        return jnp.concatenate([first, second], 1) @ p["b"]
+
+    params = {"a": draw(3, 6), "b": draw(8, 2), "c": draw(3, 2)}
+    graph = channels.trace(network, params, draw(5, 3))
+    assert graph.removable() == {"a": 3, "c": 2}  # pairs
+    keep = {"a": np.arange(3) != 1, "c": np.arange(2) > 0}
+    check(graph, keep, params, draw(5, 3), network)
 
 
 def test_only_some_channels_may_be_fixed():

@@ -40,6 +40,19 @@ def linen(num_classes):
     return Linen(num_classes)
 
 
+class Default(Linen):
+    def __call__(self, x, train=True):
+        return super().__call__(x, train)
+
+
+def sequential(num_classes):
+    return nn.Sequential([Default(num_classes), nn.tanh])
+
+
+def without_train(num_classes):
+    return nn.Sequential([lambda x: x.reshape(len(x), -1), nn.Dense(num_classes)])
+
+
 class Nnx(nnx.Module):
     def __init__(self, num_classes, rngs):
         self.first = nnx.Linear(16, 5, rngs=rngs)
@@ -255,6 +268,22 @@ def test_every_framework_gives_what_a_direct_call_gives(path, name):
         frozen = network.apply(variables, others)
         trained, _ = network.apply(variables, others, train=True, mutable=["x"])
         assert np.abs(frozen - trained).max() > 1e-3
+
+
+def test_train_reaches_a_module_inside_of_sequential(path):
+    network = load(path, "sequential")
+    variables = network.init(jax.random.key(0), IMAGES)
+    inner = load(path, "linen")
+    [params], [stats] = (variables[k].values() for k in ("params", "batch_stats"))
+    for train in (False, True):
+        found, _ = network.apply(variables, IMAGES, train=train, mutable=["x"])
+        expected, _ = inner.apply(
+            {"params": params, "batch_stats": stats}, IMAGES, train=train, mutable=["x"]
+        )
+        np.testing.assert_allclose(found, np.tanh(expected), rtol=1e-5, atol=1e-6)
+    network = load(path, "without_train")
+    variables = network.init(jax.random.key(0), IMAGES)
+    assert network.apply(variables, IMAGES).shape == (6, 3)
 
 
 @pytest.mark.parametrize(

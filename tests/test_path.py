@@ -474,6 +474,15 @@ def test_median_of_zero_is_refused():
         lbi.suggest_lambda(params, RATE, NU, 10)
 
 
+def test_empty_parameters_have_no_groups():
+    params = {"a": {"kernel": jnp.ones((2, 3))}, "b": {"kernel": jnp.ones((0, 3))}}
+    penalty = lbi.suggest_lambda(params, RATE, NU, 10)
+    assert list(penalty) == ["^a/kernel$"]
+    assert lbi.forecast_entries(params, RATE, NU, 10, penalty) == {"a/kernel": 1.0}
+    state = lbi.dessilbi(RATE, NU).init(params)
+    assert list(lbi.metrics(state)) == ["clock", "density/a/kernel", "entered/a/kernel"]
+
+
 def test_lengths_and_couplings_out_of_range_are_refused():
     with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
         lbi.final_clock(RATE, NU, 0)

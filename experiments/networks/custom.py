@@ -6,7 +6,7 @@ names a function. It is called with the number of classes, with config.network_o
 as keywords, and with `seed` if it has such an argument. It returns one of
 
 * a module of Flax Linen, called with images (B, H, W, C), and with train=True or False
-  if its `__call__` has such an argument;
+  if its `__call__` has such an argument or passes keywords on, as nn.Sequential;
 * a module of Flax NNX, whose parameters are the initial ones;
 * hk.transform(f) of Haiku with f(images), or hk.transform_with_state(f) with
   f(images, train), also in hk.without_apply_rng;
@@ -197,13 +197,12 @@ def _widened(create):
 
 def _linen(module):
     _refuse_modes(module, allowed={"train"})
-    has_train = "train" in inspect.signature(type(module).__call__).parameters
 
-    def options(train):
-        return {"train": train} if has_train else {}
+    def options(train, images):
+        return {"train": train} if _takes_train(module, images) else {}
 
     def create(key, images):
-        variables = dict(module.init(key, images, **options(False)))
+        variables = dict(module.init(key, images, **options(False, images)))
         params, stats = (variables.pop(k, {}) for k in ("params", "batch_stats"))
         _refuse_state(variables)
         return params, stats
@@ -213,11 +212,26 @@ def _linen(module):
             {"params": params, "batch_stats": stats},
             images,
             mutable=["batch_stats"],
-            **options(train),
+            **options(train, images),
         )
         return logits, updated.get("batch_stats", {})
 
     return create, run
+
+
+def _takes_train(module, images):
+    """Whether the module has the argument; **kwargs may pass it to another module."""
+    arguments = inspect.signature(type(module).__call__).parameters
+    if "train" in arguments:
+        return True
+    if all(a.kind != inspect.Parameter.VAR_KEYWORD for a in arguments.values()):
+        return False
+    init = functools.partial(module.init, train=False)
+    try:
+        jax.eval_shape(init, jax.random.key(0), images)
+    except TypeError:  # An unexpected keyword.
+        return False
+    return True
 
 
 def _nnx(module):
