@@ -312,7 +312,7 @@ def test_what_is_no_network_is_refused(path, name, message):
     [
         ("{path}", "network must be PATH.py:FUNCTION"),
         ("/nowhere/mine.py:plain", "there is no file /nowhere/mine.py"),
-        ("{path}:missing", "has no function 'missing'; it has linen, of_nnx"),
+        ("{path}:missing", "has no function 'missing'; it has linen, sequential"),
         ("{path}:plain,hk", "has no function 'hk'"),
     ],
 )
