@@ -246,10 +246,11 @@ def test_attention_that_does_not_fit_is_refused(attention, message):
 
 # Two images of CLS and 11 patches, of which 4 are padding. D 6, two heads, L 3.
 PADDED = {
+    "norm": Cascade(keep=(6, 5, 3), score="norm"),
+    "whole": None,
     "drop": Cascade(keep=(11, 5, 3), keep_mlp=(9, 4, 2), alpha=0.5),
     "sum": Cascade(keep=(8, 5, 3), score="sum", keep_heads=(2, 1, 2)),
     "cls": Cascade(keep=(9, 5, 3), score="cls", cumulative=False),
-    "norm": Cascade(keep=(6, 5, 3), score="norm"),
     "random": Cascade(keep=(6, 5, 3), score="random"),
     "skip": Cascade(keep=(11, 5, 6), score="norm", semantics="skip"),
     "zero": Cascade(keep=(9, 5, 6), semantics="zero", alpha=0.5),
@@ -263,10 +264,10 @@ PADDED = {
 @pytest.mark.parametrize(
     ("name", "mode"),
     [(name, "compact") for name in PADDED]
-    + [(name, "masked") for name in list(PADDED)[:-3]],
+    + [(name, "masked") for name in ("norm", *list(PADDED)[2:-3])],
 )
 def test_padding_of_weight_zero_changes_nothing(name, mode):
-    cascade = dataclasses.replace(PADDED[name], mode=mode)
+    cascade = PADDED[name] and dataclasses.replace(PADDED[name], mode=mode)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 12, 6)) * 2
     score = rng.uniform(size=(2, 12))
@@ -301,25 +302,28 @@ def test_padding_of_weight_zero_changes_nothing(name, mode):
             tokens = pruned_mlp(cascade, layer, tokens, normalize, mlp)
         return tokens.x[:, 0], mean_of_patches(tokens)
 
-    def shortened(counts):
-        return tuple(min(count, 7) for count in counts)
-
-    fewer = dataclasses.replace(
-        cascade,
-        mode="compact",
-        keep=shortened(cascade.keep),
-        keep_mlp=shortened(cascade.keep_mlp or cascade.keep),
-    )
     alone = [np.take_along_axis(x, visible[..., None], 1)]
     alone += [np.take_along_axis(score, visible, 1)]
-    if name == "merge":
-        fewer = Cascade(keep=(7, 6, 4), keep_mlp=(6, 4, 2), score="merge")
+    without = functools.partial(apply, without_padding(PADDED[name]))
     with jax.default_matmul_precision("highest"):
         cls, mean = run(functools.partial(apply, cascade), x, score, weights)
-        expected = run(functools.partial(apply, fewer), *alone)
+        expected = run(without, *alone)
     np.testing.assert_allclose(cls, expected[0], rtol=0, atol=2e-5)
-    if PADDED[name].semantics == "drop":
-        np.testing.assert_allclose(mean, expected[1], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(mean, expected[1], rtol=0, atol=2e-5)
+
+
+def without_padding(cascade):
+    """The cascade of 11 patches for the 7 that are no padding."""
+    if cascade is None:
+        return None
+    if cascade.score == "merge":
+        # Of what merges, 2 tokens of the first layer and 1 of the second are padding.
+        return dataclasses.replace(cascade, keep=(7, 6, 4), keep_mlp=(6, 4, 2))
+    keep, keep_mlp = (
+        tuple(min(count, 7) for count in counts)
+        for counts in zip(*cascade.counts, strict=True)
+    )
+    return dataclasses.replace(cascade, keep=keep, keep_mlp=keep_mlp)
 
 
 def normalize(x):

@@ -121,6 +121,8 @@ def test_stored_grid_is_known_again(tmp_path):
         apply(loaded, (12, 12))
     with pytest.raises(ValueError, match="for 4 x 4 patches, the images have 2 x 8"):
         apply(square, (6, 24))
+    with pytest.raises(ValueError, match="is for 17 tokens, the images have 21; resi"):
+        apply(loaded, (15, 12))
     for one, shape in ((loaded, (6, 24)), (square, (12, 12)), (model, (12, 12))):
         assert apply(one, shape).shape == (1, 5)
     save_checkpoint(path, square, resized)

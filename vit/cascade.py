@@ -378,7 +378,8 @@ def pruned_attention(
       [[0, 3, 4]]
     """
     if cascade is None:
-        update = attention(norm(tokens.x), CascadeAttention(tokens.position))
+        attend = CascadeAttention(tokens.position, tokens.weights)
+        update = attention(norm(tokens.x), attend)
         return tokens._replace(x=tokens.x + update)
     if cascade.score == "cls" and not num_prefix:
         raise ValueError("the score 'cls' requires a CLS token; num_prefix is 0.")

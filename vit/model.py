@@ -327,6 +327,14 @@ class PositionEmbedding(nn.Module):
     @nn.compact
     def __call__(self, x):
         shape = (1, *x.shape[1:])
+        known = self.get_variable("params", "pos_embedding", x[:1])
+        known = nn.meta.unbox(known).shape
+        if known[1:2] != shape[1:2]:
+            raise ValueError(
+                f"the position embedding is for {known[1]} tokens, the images have "
+                f"{shape[1]}; resize it with vit.load_checkpoint(path, image_size="
+                "(height, width))."
+            )
         return self.param("pos_embedding", nn.initializers.normal(0.02), shape)
 
 
