@@ -184,6 +184,10 @@ def load_images(config: ConfigDict) -> Images:
             "replace the test images"
         )
         images = images._replace(test=validation)
+        by_train = config.normalization == "dataset"
+        if by_train and config.dataset.name != "functaset":
+            # As in train_vit, which has not seen the validation images either.
+            images = images._replace(**classifier.moments(images.train[0]))
     return images
 
 

@@ -10,6 +10,7 @@ import pytest
 from vit import budget, cost, schedules
 from vit import model as models
 from vit.budget import for_budget, for_latency, predict_latency
+from vit.cascade import Cascade
 
 SMALL = models.make("S", 10, 16)
 
@@ -118,6 +119,19 @@ def test_the_ratio_is_the_smallest_that_fits():
 def test_budgets_that_cannot_be_met_are_refused(share, options, message):
     with pytest.raises(ValueError, match=message):
         for_budget(SMALL, 224, share, **options)
+
+
+def test_layers_with_fewer_heads_keep_them():
+    model = SMALL.clone(num_layers=3, num_heads=(6, 2, 3), head_dim=64)
+    cascade = for_budget(model, np.int64(224), 1.0, method="heads")
+    assert cascade.keep_heads == (6, 2, 3)
+    shares = {}
+    for keep in (4, 3):
+        one = Cascade(keep=(196,) * 3, keep_heads=(keep, 2, 3))
+        shares[keep] = cost.count(model.clone(cascade=one), 224).total
+        shares[keep] /= cost.count(model, 224).total
+    cascade = for_budget(model, 224, np.mean(list(shares.values())), method="heads")
+    assert cascade.keep_heads == (3, 2, 3)
 
 
 TABLE = {50: 6.0, 100: 10.0, 150: 15.0, 197: 21.0}

@@ -1,5 +1,6 @@
 """A cascade in networks of Linen and NNX that know nothing of vit.ViT."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ from vit_oracle import run
 import vit
 from vit import schedules
 from vit.cascade import Cascade, initial_tokens, pruned_attention, pruned_mlp
+from vit.tokens import mean_of_patches
 
 pytestmark = [
     pytest.mark.usefixtures("unoptimized"),
@@ -240,3 +242,89 @@ def test_attention_that_does_not_fit_is_refused(attention, message):
     tokens = initial_tokens(cascade, jnp.ones((1, 5, 3)))
     with pytest.raises(ValueError, match=message):
         pruned_attention(cascade, 0, tokens, lambda x: x, attention)
+
+
+# Two images of CLS and 11 patches, of which 4 are padding. D 6, two heads, L 3.
+PADDED = {
+    "norm": Cascade(keep=(6, 5, 3), score="norm"),
+    "whole": None,
+    "drop": Cascade(keep=(11, 5, 3), keep_mlp=(9, 4, 2), alpha=0.5),
+    "sum": Cascade(keep=(8, 5, 3), score="sum", keep_heads=(2, 1, 2)),
+    "cls": Cascade(keep=(9, 5, 3), score="cls", cumulative=False),
+    "random": Cascade(keep=(6, 5, 3), score="random"),
+    "skip": Cascade(keep=(11, 5, 6), score="norm", semantics="skip"),
+    "zero": Cascade(keep=(9, 5, 6), semantics="zero", alpha=0.5),
+    "sum fused": Cascade(keep=(11, 6, 4), fuse="sum"),
+    "mean fused": Cascade(keep=(11, 6, 4), fuse="mean", score="cls"),
+    "merge": schedules.token_merging(3, num_layers=3, num_patches=11),
+}
+
+
+@pytest.mark.slow_after(1)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [(name, "compact") for name in PADDED]
+    + [(name, "masked") for name in ("norm", *list(PADDED)[2:-3])],
+)
+def test_padding_of_weight_zero_changes_nothing(name, mode):
+    cascade = PADDED[name] and dataclasses.replace(PADDED[name], mode=mode)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 12, 6)) * 2
+    score = rng.uniform(size=(2, 12))
+    visible = np.array([[0, 2, 3, 5, 6, 7, 9, 11], [0, 1, 2, 3, 4, 8, 9, 10]])
+    if name == "merge":
+        visible = np.array([np.arange(8)] * 2)  # the sets A and B are the same
+    weights = np.zeros((2, 12))
+    np.put_along_axis(weights, visible, 1, axis=1)
+    # What has to be hidden is conspicuous.
+    x, score = x * np.where(weights, 1, 5)[..., None], score + 1 - weights
+    kernels = jnp.asarray(rng.normal(size=(3, 5, 6, 6)) * 0.4, jnp.float32)
+
+    def apply(cascade, x, score, weights=None):
+        tokens = initial_tokens(cascade, jnp.asarray(x, jnp.float32))
+        if name == "random":
+            tokens = tokens._replace(score=jnp.asarray(score, jnp.float32))
+        if weights is not None:
+            tokens = tokens._replace(weights=jnp.asarray(weights, jnp.float32))
+        for layer in range(3):
+
+            def attention(x, attend, layer=layer):
+                heads = [
+                    (x @ kernels[layer, i]).reshape(*x.shape[:2], 2, 3)
+                    for i in range(3)
+                ]
+                return attend(*heads).reshape(x.shape) @ kernels[layer, 3]
+
+            def mlp(x, layer=layer):
+                return jnp.tanh(x @ kernels[layer, 4])
+
+            tokens = pruned_attention(cascade, layer, tokens, normalize, attention)
+            tokens = pruned_mlp(cascade, layer, tokens, normalize, mlp)
+        return tokens.x[:, 0], mean_of_patches(tokens)
+
+    alone = [np.take_along_axis(x, visible[..., None], 1)]
+    alone += [np.take_along_axis(score, visible, 1)]
+    without = functools.partial(apply, without_padding(PADDED[name]))
+    with jax.default_matmul_precision("highest"):
+        cls, mean = run(functools.partial(apply, cascade), x, score, weights)
+        expected = run(without, *alone)
+    np.testing.assert_allclose(cls, expected[0], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(mean, expected[1], rtol=0, atol=2e-5)
+
+
+def without_padding(cascade):
+    """The cascade of 11 patches for the 7 that are no padding."""
+    if cascade is None:
+        return None
+    if cascade.score == "merge":
+        # Of what merges, 2 tokens of the first layer and 1 of the second are padding.
+        return dataclasses.replace(cascade, keep=(7, 6, 4), keep_mlp=(6, 4, 2))
+    keep, keep_mlp = (
+        tuple(min(count, 7) for count in counts)
+        for counts in zip(*cascade.counts, strict=True)
+    )
+    return dataclasses.replace(cascade, keep=keep, keep_mlp=keep_mlp)
+
+
+def normalize(x):
+    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True))

@@ -70,7 +70,8 @@ def test_model_gives_the_golden_logits(layout, logits):
     config = json.loads(str(golden["config"]))
     image_size = config.pop("image_size")
     model, params = load_checkpoint(layout)
-    assert model == ViT(**config)
+    grid = (image_size // config["patch_size"],) * 2
+    assert model == ViT(**config, grid=grid)
     assert flat(params).keys() == set(np.load(layout).files)
     found = apply(model, params, golden["images"])
     np.testing.assert_allclose(found, golden["logits"], rtol=0, atol=1e-4)
@@ -97,6 +98,7 @@ def test_logits_are_those_of_the_equations(tmp_path, layout):
         gelu=gelu,
         ln_eps=EPSILON.get(layout, 1e-6),
         pool="mean_before_norm" if layout is timm_average else "cls",
+        grid=(4, 4),
     )
     images = images_of(net)
     logits = apply(model, params, images)

@@ -552,6 +552,12 @@ def test_validation_images_replace_the_test_images(untrained):
     assert len(images.train[0]) == len(images.train[1]) == 100
     np.testing.assert_array_equal(images.test[0], pixels[100:])
     np.testing.assert_array_equal(images.test[1], labels[100:])
+    # The network was trained on the others alone, and normalizes by their moments.
+    trained = vit_training.load_images(prune_config(untrained, num_train=100))
+    np.testing.assert_array_equal(images.mean, trained.mean)
+    np.testing.assert_array_equal(images.std, trained.std)
+    google = {"num_validation": 28, "normalization": "google"}
+    assert np.all(prune_vit.load_images(prune_config(untrained, **google)).mean == 0.5)
 
 
 def test_errors_are_the_images_that_lower_the_accuracy(untrained):

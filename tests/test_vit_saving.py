@@ -105,11 +105,30 @@ def test_stored_grid_is_known_again(tmp_path):
     save_checkpoint(path, model, params, grid=np.array((2, 8)))
     for kwargs in ({}, {"image_size": (6, 24)}):
         loaded, restored = load_checkpoint(path, **kwargs)
-        assert loaded == model
+        assert loaded == model.clone(grid=(2, 8))
         chex.assert_trees_all_equal(restored, params)
     save_checkpoint(tmp_path / "told.npz", model, params)
     _, expected = load_checkpoint(tmp_path / "told.npz", image_size=12, grid=(2, 8))
-    chex.assert_trees_all_equal(load_checkpoint(path, image_size=12)[1], expected)
+    square, resized = load_checkpoint(path, image_size=12)
+    chex.assert_trees_all_equal(resized, expected)
+
+    def apply(model, shape):
+        images = jax.ShapeDtypeStruct((1, *shape, 2), jnp.float32)
+        return jax.eval_shape(model.apply, {"params": params}, images)
+
+    # 2 x 8 positions have the shape of 4 x 4 positions.
+    with pytest.raises(ValueError, match="for 2 x 8 patches, the images have 4 x 4"):
+        apply(loaded, (12, 12))
+    with pytest.raises(ValueError, match="for 4 x 4 patches, the images have 2 x 8"):
+        apply(square, (6, 24))
+    with pytest.raises(ValueError, match="is for 17 tokens, the images have 21; resi"):
+        apply(loaded, (15, 12))
+    for one, shape in ((loaded, (6, 24)), (square, (12, 12)), (model, (12, 12))):
+        assert apply(one, shape).shape == (1, 5)
+    save_checkpoint(path, square, resized)
+    assert load_checkpoint(path)[0] == square
+    with pytest.raises(ValueError, match="grid must be two whole numbers, got 4"):
+        apply(model.clone(grid=4), (12, 12))
 
 
 def test_saved_file_is_one_of_the_reference_program(tmp_path):
@@ -119,6 +138,7 @@ def test_saved_file_is_one_of_the_reference_program(tmp_path):
     with np.load(tmp_path / "mine.npz", allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     meta = {"gelu": "tanh", "ln_eps": 1e-6, "pool": "cls", "distilled": False}
+    meta["grid"] = [4, 4]
     assert json.loads(str(arrays.pop("meta"))) == meta
     chex.assert_trees_all_equal(arrays, linen(net))
 

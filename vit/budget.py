@@ -18,6 +18,7 @@ from vit import cost, schedules
 from vit import model as models
 from vit.cascade import Cascade
 from vit.model import ViT
+from vit.positions import pair
 
 
 def for_budget(
@@ -221,8 +222,7 @@ def _search(method, model, image_size, share, cost_of, options):
         )
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
-    shape = (image_size, image_size) if isinstance(image_size, int) else image_size
-    num_patches = models.count_patches(shape, model.patch_size)
+    num_patches = models.count_patches(pair(image_size), model.patch_size)
     sizes = {"num_layers": model.num_layers, "num_patches": num_patches}
     parameters, make = METHODS[method]
     whole = cost_of(model.clone(cascade=None))
@@ -279,10 +279,8 @@ def _released_code(plateau, **sizes_and_options):
     return schedules.released_code(plateau=plateau, **(compact | sizes_and_options))
 
 
-def _heads(keep, *, num_layers, num_patches, **options):
-    return Cascade(
-        keep=(num_patches,) * num_layers, keep_heads=(keep,) * num_layers, **options
-    )
+def _heads(keep_heads, *, num_layers, num_patches, **options):
+    return Cascade(keep=(num_patches,) * num_layers, keep_heads=keep_heads, **options)
 
 
 def _up_to(largest):
@@ -305,9 +303,13 @@ METHODS: dict[str, tuple[Callable, Callable[..., Cascade]]] = {
         lambda _, num_patches: range(num_patches // 2 + 1),
         schedules.token_merging,
     ),
-    "heads": (lambda model, _: range(_fewest_heads(model), 0, -1), _heads),
+    "heads": (lambda model, _: _kept_heads(model), _heads),
 }
 
 
-def _fewest_heads(model):
-    return min(models.per_layer(model.num_heads, i) for i in range(model.num_layers))
+def _kept_heads(model):
+    """The same number of heads in each layer, or all where a layer has fewer."""
+    heads = [models.per_layer(model.num_heads, i) for i in range(model.num_layers)]
+    return [
+        tuple(min(keep, total) for total in heads) for keep in range(max(heads), 0, -1)
+    ]

@@ -378,7 +378,8 @@ def pruned_attention(
       [[0, 3, 4]]
     """
     if cascade is None:
-        update = attention(norm(tokens.x), CascadeAttention(tokens.position))
+        attend = CascadeAttention(tokens.position, tokens.weights)
+        update = attention(norm(tokens.x), attend)
         return tokens._replace(x=tokens.x + update)
     if cascade.score == "cls" and not num_prefix:
         raise ValueError("the score 'cls' requires a CLS token; num_prefix is 0.")
@@ -541,9 +542,12 @@ def _masked(cascade, tokens, selected, count, norm, apply):
     del count
     if cascade.semantics == "zero":
         position = jnp.where(selected, tokens.position, -1)
-        update, scores = apply(norm(tokens.x) * selected[..., None], position, None)
+        x = norm(tokens.x) * selected[..., None]
+        update, scores = apply(x, position, tokens.weights)
         return _advance(cascade, tokens, update, scores)
     weights = selected.astype(jnp.float32)
+    if tokens.weights is not None:
+        weights = weights * tokens.weights
     update, scores = apply(norm(tokens.x), tokens.position, weights)
     if cascade.semantics == "drop":
         tokens = tokens._replace(weights=weights)
@@ -555,14 +559,17 @@ def _compact(cascade, tokens, selected, count, norm, apply):
     """Half a layer on the gathered rows, for tokens that may return."""
     indices = mask_to_indices(selected, count)
     x, position = norm(take(tokens.x, indices)), take(tokens.position, indices)
-    weights = None
+    weights = tokens.weights
     if cascade.semantics == "zero":
         # All zeroed rows are equal: one row represents them.
         batch, _, width = x.shape
         x = jnp.concatenate([x, jnp.zeros((batch, 1, width), x.dtype)], axis=1)
-        weights = jnp.ones(x.shape[:2])
-        weights = weights.at[:, -1].set(selected.shape[1] - count)
+        weights = jnp.ones_like(tokens.score) if weights is None else weights
+        zeroed = jnp.sum(weights * ~selected, axis=1, keepdims=True)
+        weights = jnp.concatenate([take(weights, indices), zeroed], axis=1)
         position = jnp.pad(position, ((0, 0), (0, 1)), constant_values=-1)
+    elif weights is not None:
+        weights = take(weights, indices)
     update, scores = apply(x, position, weights)
     # The row of each kept token among the kept ones. The other tokens point at the last
     # row: with "zero" it is the row of the zeroed tokens, with "skip" it is not used.
@@ -597,7 +604,7 @@ def _ranking(cascade, tokens, num_prefix):
     if cascade.score == "norm":
         score = jnp.linalg.norm(tokens.x.astype(jnp.float32), axis=-1)
         score = jax.lax.stop_gradient(score)
-    if cascade.mode == "masked" and tokens.weights is not None:
+    if tokens.weights is not None:
         score = jnp.where(tokens.weights > 0, score, -jnp.inf)
     if cascade.keep_cls:
         score = score.at[:, :num_prefix].set(jnp.inf)

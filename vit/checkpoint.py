@@ -36,7 +36,7 @@ from flax import traverse_util
 from vit.cascade import Cascade
 from vit.exports import WRITERS, check_expressible
 from vit.layouts import ATTENTION, MLP, check_settings, from_foreign
-from vit.model import ViT, pooled_size
+from vit.model import ViT, one_or_each, pooled_size
 from vit.positions import POSITIONS, grid_of, pair
 from vit.positions import resize_positions as resize_positions
 from vit.weight_files import (
@@ -169,8 +169,10 @@ def load_checkpoint(
                 num_prefix=model.num_prefix,
                 rule=known_rule if resize is None else resize,
             )
+            model = model.clone(grid=new)
         elif grid or not is_ours:
-            grid_of(params[POSITIONS], grid, model.num_prefix)
+            known_grid = grid_of(params[POSITIONS], grid, model.num_prefix)
+            model = model.clone(grid=known_grid)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     params = {name: jnp.asarray(value) for name, value in params.items()}
@@ -206,8 +208,8 @@ def save_checkpoint(
       params: nested dicts; `vit.slicing` may have removed heads and neurons.
       dtype: "float32" or "float16". NumPy's format has no bfloat16.
       names: "google", "timm" or "huggingface".
-      grid: rows and columns of patches; None takes a square for "timm" and
-        "huggingface", and stores none for "google".
+      grid: rows and columns of patches; None takes `model.grid`. Without it, "timm" and
+        "huggingface" take a square, and "google" stores none.
 
     Raises:
       ValueError: if the name, the dtype or the parameters do not fit, or the library
@@ -226,7 +228,7 @@ def save_checkpoint(
       True
     """
     path = Path(path)
-    grid = _whole("grid", grid, 1, (2,))
+    grid = _whole("grid", grid, 1, (2,)) or model.grid
     if names not in ("google", *WRITERS):
         raise ValueError(
             f"names must be one of google, {', '.join(WRITERS)}; got {names!r}."
@@ -352,7 +354,7 @@ def _architecture(arrays: Arrays) -> dict[str, Any]:
     queries = _shapes(arrays, f"{ATTENTION}/query/kernel", "(D, H, d)", num_layers)
     first = _shapes(arrays, f"{MLP}/Dense_0/kernel", "(D, M)", num_layers)
     mlp_dim = [shape[1] for shape in first]
-    num_heads = _once([shape[1] for shape in queries])
+    num_heads = one_or_each([shape[1] for shape in queries])
     head_dim = queries[0][2]
     if isinstance(num_heads, int) and num_heads * head_dim == hidden_size:
         head_dim = None
@@ -366,7 +368,7 @@ def _architecture(arrays: Arrays) -> dict[str, Any]:
         "hidden_size": hidden_size,
         "num_layers": num_layers,
         "num_heads": num_heads,
-        "mlp_dim": _once(mlp_dim),
+        "mlp_dim": one_or_each(mlp_dim),
         "head_dim": head_dim,
         "representation_size": _width(arrays, "pre_logits"),
         "class_token": "cls" in arrays,
@@ -392,10 +394,6 @@ def _width(arrays, module):
     return shape_of(arrays, f"{module}/kernel", "(D, out)")[1]
 
 
-def _once(sizes):
-    return sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
-
-
 def _replace_head(arrays, fields, num_classes):
     """Replaces the head by zeros, or removes it if num_classes is 0; in place."""
     for name in list(arrays):
@@ -419,7 +417,7 @@ def _check_fits(model, arrays):
     if first in arrays:
         channels = shape_of(arrays, first, "(side, side, C, features)")[2]
     images = jax.ShapeDtypeStruct((1, num_patches * side, side, channels), jnp.float32)
-    init = model.clone(cascade=None).init
+    init = model.clone(cascade=None, grid=None).init
     expected = jax.eval_shape(init, jax.random.key(0), images)["params"]
     expected = traverse_util.flatten_dict(expected, sep="/")
     problems = {

@@ -14,6 +14,7 @@ from vit import cascade as cascades
 from vit import model as models
 from vit.cascade import Cascade
 from vit.model import ViT
+from vit.positions import pair
 
 
 class Cost(NamedTuple):
@@ -66,7 +67,7 @@ def count(model: ViT, image_size: int | tuple[int, int], *, channels: int = 3) -
       '22% saved at ratio 0.4'
     """
     models.check_model(model)
-    shape = (image_size, image_size) if isinstance(image_size, int) else image_size
+    shape = pair(image_size)
     num_patches = models.count_patches(shape, model.patch_size)
     width = model.hidden_size
     embedding, inputs, pixels = 0, channels, shape[0] * shape[1]
@@ -132,12 +133,14 @@ def token_counts(
     )
 
 
-def count_params(model: ViT, image_size: int, *, channels: int = 3) -> int:
+def count_params(
+    model: ViT, image_size: int | tuple[int, int], *, channels: int = 3
+) -> int:
     """Counts the parameters; a cascade does not change them.
 
     Args:
       model: the network.
-      image_size: side of the images in pixels.
+      image_size: side of the images, or (height, width), in pixels.
       channels: channels of the images.
 
     Returns:
@@ -147,7 +150,7 @@ def count_params(model: ViT, image_size: int, *, channels: int = 3) -> int:
       ValueError: if the images do not divide into patches.
     """
     models.check_model(model)
-    shape = (image_size, image_size)
+    shape = pair(image_size)
     num_patches = models.count_patches(shape, model.patch_size)
     width = model.hidden_size
     total, inputs = 0, channels

@@ -11,7 +11,8 @@ M width of the MLP, L layers, K classes.
 
 import functools
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -86,6 +87,8 @@ class ViT(nn.Module):
         a mean, and a cascade cannot use the score "cls".
       num_registers: R, learned tokens after CLS that are not read (Darcet et al. 2024,
         arXiv 2309.16588). A cascade always keeps CLS and the registers.
+      grid: rows and columns of the patches that the position embedding is for, which
+        `load_checkpoint` sets; None takes images of any shape with as many patches.
       distilled: whether the first register is DeiT's distillation token (Touvron et al.
         2021, arXiv 2012.12877): a second head reads it, and the logits are the mean of
         the two.
@@ -115,6 +118,7 @@ class ViT(nn.Module):
     class_token: bool = True
     num_registers: int = 0
     distilled: bool = False
+    grid: tuple[int, int] | None = None
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
     cascade: Cascade | None = None
@@ -157,6 +161,7 @@ class ViT(nn.Module):
                 f"images must be floating point and scaled, got {images.dtype}."
             )
         num_patches = count_patches(images.shape[1:3], self.patch_size)
+        _check_grid(self.grid, tuple(n // self.patch_size for n in images.shape[1:3]))
         if self.cascade is not None:
             cascades.check_fits(self.cascade, num_patches, self.num_layers)
         x = images
@@ -322,6 +327,14 @@ class PositionEmbedding(nn.Module):
     @nn.compact
     def __call__(self, x):
         shape = (1, *x.shape[1:])
+        known = self.get_variable("params", "pos_embedding", x[:1])
+        known = nn.meta.unbox(known).shape
+        if known[1:2] != shape[1:2]:
+            raise ValueError(
+                f"the position embedding is for {known[1]} tokens, the images have "
+                f"{shape[1]}; resize it with vit.load_checkpoint(path, image_size="
+                "(height, width))."
+            )
         return self.param("pos_embedding", nn.initializers.normal(0.02), shape)
 
 
@@ -527,6 +540,11 @@ def per_layer(value: int | tuple[int, ...], layer: int) -> int:
     return value if isinstance(value, int) else value[layer]
 
 
+def one_or_each(sizes: Sequence[int]) -> int | tuple[int, ...]:
+    """One number if all layers have the same, or else one for each layer."""
+    return sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
+
+
 def pooled_size(model: ViT) -> int:
     """Width of what the head gets: D, or 2 D for pool "cls_and_mean"."""
     return model.hidden_size * (1 + (model.pool == "cls_and_mean"))
@@ -551,6 +569,16 @@ def count_patches(image_shape: tuple[int, int], patch_size: int) -> int:
     return (height // patch_size) * (width // patch_size)
 
 
+def _check_grid(grid, of_images):
+    """Other numbers of patches do not fit the shape of the position embedding."""
+    if grid and math.prod(grid) == math.prod(of_images) and tuple(grid) != of_images:
+        raise ValueError(
+            "the position embedding is for {} x {} patches, the images have {} x {}; "
+            "resize it with vit.load_checkpoint(path, image_size=(height, width)), or "
+            "set the grid of the model if it is for these.".format(*grid, *of_images)
+        )
+
+
 def check_model(model: ViT) -> None:
     """Checks that the fields of a model fit together.
 
@@ -565,6 +593,9 @@ def check_model(model: ViT) -> None:
             raise ValueError(
                 f"{name} must not be negative, got {getattr(model, name)}."
             )
+    grid = (1, 1) if model.grid is None else model.grid
+    if not isinstance(grid, tuple) or len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"grid must be two whole numbers, got {model.grid}.")
     if model.patch_size % 2 ** len(model.stem):
         raise ValueError(
             f"patch_size {model.patch_size} must be a multiple of "

@@ -127,4 +127,4 @@ def is_grid(number: int, grid: tuple[int, int] | None) -> bool:
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """Both sides of a size, which may be one number."""
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return (size, size) if np.ndim(size) == 0 else tuple(size)

@@ -59,9 +59,10 @@ def keep_heads(model: ViT, params: Any, kept: Kept) -> tuple[ViT, Any]:
       kept: indices of the heads that each layer keeps, L sequences.
 
     Returns:
-      The smaller model and its parameters. Its logits are those of `mask_heads`, with
-      one exception: a cascade that ranks tokens by attention, or merges them, uses all
-      heads there, masked ones included, and only the remaining heads here.
+      The smaller model and its parameters; `num_heads` is a tuple if layers differ. Its
+      logits are those of `mask_heads`, with one exception: a cascade that ranks tokens
+      by attention, or merges them, uses all heads there, masked ones included, and only
+      the remaining heads here.
 
     Raises:
       ValueError: if a layer would keep no head, or a head that it does not have.
@@ -96,7 +97,7 @@ def keep_heads(model: ViT, params: Any, kept: Kept) -> tuple[ViT, Any]:
         return block | {_ATTENTION: attention}
 
     smaller = model.clone(
-        num_heads=tuple(len(index) for index in kept),
+        num_heads=models.one_or_each([len(index) for index in kept]),
         head_dim=model.head_dim or model.hidden_size // heads[0],
     )
     return smaller, _map_blocks(cut, model, params)
@@ -111,7 +112,8 @@ def keep_neurons(model: ViT, params: Any, kept: Kept) -> tuple[ViT, Any]:
       kept: indices of the neurons that each layer keeps, L sequences.
 
     Returns:
-      The smaller model and its parameters. Its logits are those of `mask_neurons`.
+      The smaller model and its parameters; `mlp_dim` is a tuple if layers differ. Its
+      logits are those of `mask_neurons`.
 
     Raises:
       ValueError: if a layer would keep no neuron, or a neuron that it does not have.
@@ -125,7 +127,8 @@ def keep_neurons(model: ViT, params: Any, kept: Kept) -> tuple[ViT, Any]:
         second = second | {"kernel": second["kernel"][index]}
         return block | {_MLP: {"Dense_0": first, "Dense_1": second}}
 
-    smaller = model.clone(mlp_dim=tuple(len(index) for index in kept))
+    widths = [len(index) for index in kept]
+    smaller = model.clone(mlp_dim=models.one_or_each(widths))
     return smaller, _map_blocks(cut, model, params)
 
 

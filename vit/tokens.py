@@ -25,6 +25,8 @@ class Tokens(NamedTuple):
         a fused token.
       score: importance of each token, (B, n), float32.
       weights: number of tokens that each row represents, (B, n); None means one each.
+        Zero hides a row, such as one that pads an image: no row attends to it, and a
+        cascade keeps it only where nothing else is left.
       previous: ranking before the attention of this layer, (B, n); only the stale
         threshold of the released code needs it.
     """
@@ -126,18 +128,26 @@ def fuse(
     if form not in FUSIONS:
         raise ValueError(f"form must be one of {', '.join(FUSIONS)}; got {form!r}.")
     count -= 1
-    selected = top_mask(ranking, count)
-    sums = jnp.where(selected, 0.0, ranking)
+    fused = ~top_mask(ranking, count)
+    if tokens.weights is not None:
+        fused &= tokens.weights > 0
+    sums = jnp.where(fused, ranking, 0.0)
     shares = sums / jnp.maximum(sums.sum(1, keepdims=True), 1e-12)
     x = jnp.einsum("bn,bnd->bd", sums if form == "sum" else shares, tokens.x)
     x = x[:, None]  # (B, 1, D)
     score = jnp.sum(shares * tokens.score, axis=1, keepdims=True)
     kept = gather(tokens, ranking, count)
     no_position = jnp.full_like(kept.position[:, :1], -1)
+    weights = kept.weights
+    if weights is not None:
+        # Fused from hidden rows alone, the token is hidden.
+        weight = jnp.any(fused, axis=1, keepdims=True).astype(weights.dtype)
+        weights = jnp.concatenate([weights, weight], axis=1)
     return kept._replace(
         x=jnp.concatenate([kept.x, x.astype(kept.x.dtype)], axis=1),
         position=jnp.concatenate([kept.position, no_position], axis=1),
         score=jnp.concatenate([kept.score, score], axis=1),
+        weights=weights,
     )
 
 
@@ -165,10 +175,14 @@ def merge(tokens: Tokens, keys: jax.Array, keep: int, *, num_prefix: int = 1) ->
     keys = jax.lax.stop_gradient(keys.astype(jnp.float32))
     keys = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
     similarity = jnp.einsum("bid,bjd->bij", keys[:, ::2], keys[:, 1::2])
+    # Hidden rows are merged first, and nothing is merged into them.
+    sizes = tokens.weights
+    similarity = jnp.where(sizes[:, None, 1::2] > 0, similarity, -2.0)
     # Of the prefix, every second token is in A, from the first on.
     in_a, in_b = (num_prefix + 1) // 2, num_prefix // 2
     similarity = similarity.at[:, :, :in_b].set(-jnp.inf)
     best = jnp.max(similarity, axis=2)  # (B, A)
+    best = jnp.where(sizes[:, ::2] > 0, best, jnp.inf)
     best = best.at[:, :in_a].set(-jnp.inf)
     merged = top_mask(best, num_merged)
     onto = jax.nn.one_hot(jnp.argmax(similarity, axis=2), similarity.shape[2])
@@ -180,11 +194,11 @@ def merge(tokens: Tokens, keys: jax.Array, keep: int, *, num_prefix: int = 1) ->
             [x[:, :num_prefix], take(x[:, ::2], rest)[:, in_a:], of_b[:, in_b:]], axis=1
         )
 
-    sizes = tokens.weights
     size = sizes[:, 1::2] + jnp.einsum("bij,bi->bj", onto, sizes[:, ::2])
     weighted = tokens.x * sizes[..., None]
     x = weighted[:, 1::2] + jnp.einsum("bij,bid->bjd", onto, weighted[:, ::2])
-    x = (x / size[..., None]).astype(tokens.x.dtype)
+    x = (x / jnp.where(size > 0, size, 1.0)[..., None]).astype(tokens.x.dtype)
+    x = jnp.where(size[..., None] > 0, x, tokens.x[:, 1::2])
     return Tokens(
         x=join(tokens.x, x),
         position=join(tokens.position, tokens.position[:, 1::2]),
@@ -207,5 +221,6 @@ def mean_of_patches(tokens: Tokens, *, num_prefix: int = 1) -> jax.Array:
     if tokens.weights is None:
         return jnp.mean(x, axis=1)
     weights = tokens.weights[:, num_prefix:]
-    shares = weights / jnp.sum(weights, axis=1, keepdims=True)
+    total = jnp.sum(weights, axis=1, keepdims=True)
+    shares = weights / jnp.where(total > 0, total, 1.0)
     return jnp.einsum("bn,bnd->bd", shares, x)

@@ -92,14 +92,15 @@ def load_images(config: ConfigDict) -> Images:
         splits[split] = images, arrays["label"][kept]
     num_classes = 1 + int(max(labels.max() for _, labels in splits.values()))
     _check_classes(config.dataset.name, num_classes)
-    pixels = data.to_float(splits["train"][0])
-    axes = (0, 1, 2)
-    return Images(
-        **splits,
-        mean=pixels.mean(axes, keepdims=True, dtype=np.float64).astype(np.float32),
-        std=pixels.std(axes, keepdims=True, dtype=np.float64).astype(np.float32),
-        num_classes=num_classes,
-    )
+    return Images(**splits, **moments(splits["train"][0]), num_classes=num_classes)
+
+
+def moments(images: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean and standard deviation of each channel of images, as in `Images`."""
+    pixels, axes = data.to_float(images), (0, 1, 2)
+    mean = pixels.mean(axes, keepdims=True, dtype=np.float64)
+    std = pixels.std(axes, keepdims=True, dtype=np.float64)
+    return {"mean": mean.astype(np.float32), "std": std.astype(np.float32)}
 
 
 def _check_classes(source, num_classes):

@@ -21,6 +21,7 @@ from experiments.training import classifier, optimizers
 from experiments.training.vit import Problem, make_predict
 from vit import Cascade, checkpoint, importance, schedules, slicing
 from vit.attention import Segment
+from vit.model import one_or_each
 
 Scores = Mapping[str, np.ndarray]
 Heads = frozenset[tuple[int, int]]  # of (layer, head)
@@ -150,7 +151,8 @@ def _resolutions(problem):
         )
         resized = encoder | {"posembed_input": {"pos_embedding": resized}}
         params = problem.params | {"Transformer": resized}
-        yield problem._replace(params=params, image_size=side * patch)
+        model = problem.model.clone(grid=(side, side))
+        yield problem._replace(model=model, params=params, image_size=side * patch)
 
 
 def _slices(cut, name):
@@ -275,8 +277,8 @@ def _by_structure(problem, ratio, scores, seed):
             counts[name].append(count)
             keep[kernel.format(layer)] = np.isin(np.arange(len(score)), kept)
     smaller = model.clone(
-        num_heads=tuple(counts["heads_lbi"]),
-        mlp_dim=tuple(counts["neurons_lbi"]),
+        num_heads=one_or_each(counts["heads_lbi"]),
+        mlp_dim=one_or_each(counts["neurons_lbi"]),
         head_dim=model.head_dim or model.hidden_size // len(scores["heads_lbi"][0]),
     )
     params = lbi.channels.thin(problem.params, keep, graph)
