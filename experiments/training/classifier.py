@@ -464,8 +464,8 @@ def in_batches(
         num_images = len(pixels)
         size = min(batch_size, num_images)
         size += -size % jax.device_count()
-        missing = -num_images % size
-        padded = np.pad(pixels, [(0, missing)] + [(0, 0)] * (pixels.ndim - 1))
+        # Images again, not zeros: a cascade may choose heads by the whole batch.
+        padded = pixels[np.arange(num_images + -num_images % size) % num_images]
         batches = padded.reshape(-1, size, *pixels.shape[1:])
         batches = devices.divide(batches, axis=1)
         logits = np.asarray(predict(devices.replicate(variables), batches))
