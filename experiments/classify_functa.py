@@ -29,7 +29,7 @@ from experiments.configs import classify_functa as configs
 from experiments.drawing import figures
 from experiments.networks import heads
 from experiments.networks.heads import Head
-from experiments.training import features, loop, optimizers
+from experiments.training import features, latent_classifier, loop, optimizers
 from functa import classifier
 from functa.functaset import hash_params
 
@@ -44,7 +44,8 @@ class Signals(NamedTuple):
       num_images: number of training images; each has N / num_images copies.
       num_classes: K.
       class_names: names of the classes, or None.
-      digests: of the weights that made the functaset, and of its latents and labels.
+      digests: of the weights that made the functaset, of its latents and labels, and
+        of their normalization.
     """
 
     splits: dict[str, tuple[np.ndarray, np.ndarray]]
@@ -211,6 +212,7 @@ def load_signals(config: ConfigDict, path: str) -> Signals:
         digests={
             "functaset": whole.params_sha256,
             "content of the functaset": hash_params([whole.latent, whole.label]),
+            latent_classifier.NORMALIZATION: hash_params([whole.mean, whole.std]),
         },
     )
 

@@ -10,6 +10,7 @@ import concurrent.futures
 import multiprocessing
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     settings.check(config, configs.RULES)
 
     def measure(run):
+        _check_devices(config.num_devices, jax.devices())
         summary = {}
         for package in _PACKAGES:
             times = [_time_import(package) for _ in range(config.num_starts)]
@@ -72,6 +74,15 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return runs.run_once(workdir, config, measure)
 
 
+def _check_devices(num_devices, found):
+    """Only a CPU can be divided into virtual devices; other processes find them all."""
+    if found[0].platform != "cpu" and set(num_devices) != {len(found)}:
+        raise ValueError(
+            f"num_devices must be {len(found)}, the devices of {found[0].platform}; "
+            f"got {num_devices}. For virtual devices set JAX_PLATFORMS=cpu."
+        )
+
+
 def _time_import(package):
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", f"import {package}"], check=True)
@@ -99,6 +110,11 @@ def _time_first_step(workdir):
         for line in process.stdout:
             if line.startswith("step 1/1"):
                 break
+        else:
+            raise ValueError(
+                f"{shlex.join(command)} ended before its first step; its error is "
+                "above."
+            )
         seconds = time.perf_counter() - started
         process.kill()
     return seconds

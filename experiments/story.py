@@ -66,9 +66,13 @@ def plan(config: ConfigDict, workdir: Path) -> dict[str, tuple[str, ConfigDict]]
 
     def step(command, fields):
         own = settings.flatten(config[command])
-        return command, settings.derive(
-            command, own.pop("variant"), {**own, **fields, "seeds": config.seeds}
-        )
+        fields = {**fields, "seeds": config.seeds}
+        if "variant" not in own:
+            raise ValueError(f"{command} must name a variant of that command.")
+        for field in own:
+            if any(f"{field}.".startswith(f"{fixed}.") for fixed in fields):
+                raise ValueError(f"{command}.{field} is set by the story itself.")
+        return command, settings.derive(command, own.pop("variant"), {**own, **fields})
 
     def prune(method, checkpoint, budget):
         fields = {"methods": {method: (0.5,)}, "tuning.methods": {method: (0.5,)}}
@@ -84,7 +88,7 @@ def plan(config: ConfigDict, workdir: Path) -> dict[str, tuple[str, ConfigDict]]
     side, *others = functa[1].model.grid
     if others != [side]:
         raise ValueError("meta_learn.model.grid must be square.")
-    return {
+    steps = {
         "functa": functa,
         "classify": step("classify_functa", {"functaset": functaset}),
         "cascade": prune("max", dense, config.cascade_budget),
@@ -92,6 +96,27 @@ def plan(config: ConfigDict, workdir: Path) -> dict[str, tuple[str, ConfigDict]]
         "landscape_before": probe(dense),
         "landscape_after": probe(cut),
     }
+    _check_measures(config, steps["cascade"][1], steps["landscape_before"][1])
+    return steps
+
+
+def _check_measures(config, pruning, landscape):
+    """Raises ValueError if the steps do not measure what the summary states."""
+    sizes = pruning.timing.batch_sizes
+    if config.timed_batch_size not in sizes:
+        raise ValueError(
+            f"timed_batch_size must be one of prune_vit.timing.batch_sizes {sizes}; "
+            f"got {config.timed_batch_size}."
+        )
+    if not landscape.network or len(landscape.learning_rates) > 1:
+        raise ValueError(
+            "probe_landscape must measure one network of its field network with one of "
+            f"learning_rates, got {landscape.network} and {landscape.learning_rates}."
+        )
+    for field in ("sharpness.every", "spectrum.num_samples"):
+        entry, name = field.split(".")
+        if not landscape[entry][name]:
+            raise ValueError(f"probe_landscape.{field} must be at least 1, got 0.")
 
 
 def tell(run: runs.Run) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 import functa
+from experiments import classify_functa
 from experiments.common import data, runs
 from experiments.configs import classify_functa as classify_configs
 from experiments.configs import meta_learn as meta_configs
@@ -56,11 +57,13 @@ def make_runs(folder: Path, num: dict[str, int]) -> Runs:
     functa.save_functaset(folder / "functaset.npz", whole)
     config = classify_configs.get_config("smoke")
     config.functaset = str(folder / "functaset.npz")
+    config.batch_size = 8
     head = heads.make_head(config.model.to_dict(), 10, model.latent_shape)
     best = jax.tree.map(
         lambda x: np.stack([0 * x, x]), jax.jit(head.init)(jax.random.key(1))
     )
-    with runs.open_run(folder / "classify", config) as run:
+    inputs = classify_functa.load_signals(config, config.functaset).digests
+    with runs.open_run(folder / "classify", config, inputs=inputs) as run:
         run.save(
             4, {"best": {"params": best, "accuracy": np.array([0.1, 0.2], np.float32)}}
         )

@@ -307,6 +307,7 @@ def test_report_variant_logs_the_reports_table(path, tmp_path):
         (lambda f: f.select("train"), "has no test split"),
         (lambda f: f.select("test"), "has no train split"),
         (lambda f: f._replace(config={"copies": 7}), "are not 7 copies"),
+        (lambda f: f._replace(config={"copies": 3}), "labels of its 3 copies differ"),
         (lambda f: f._replace(config={"copies": 0}), "copies must be an integer of at"),
         (lambda f: f._replace(config={"copies": "2"}), "at least 1, got '2'"),
         (lambda f: f._replace(config={"padding": -1}), "padding must be .* least 0"),

@@ -1,5 +1,7 @@
 """compress_functa: the smoke run on a field of random weights, and bad inputs."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -197,6 +199,17 @@ def test_other_latents_and_runs_are_refused(trained, tmp_path):
     refused(missing, workdir, "there is no functaset", FileNotFoundError)
     refused(
         smoke(folder, run=str(folder / "classify")), workdir, "is not a run of meta"
+    )
+    # The classifier was trained on latents that were normalized differently.
+    functa.save_functaset(path, whole._replace(mean=whole.mean + 1))
+    shutil.copytree(folder / "classify", tmp_path / "classify")
+    stored = tmp_path / "classify" / "config.json"
+    changed = files.read_json(stored) | {"functaset": str(path)}
+    files.write_json(stored, changed)
+    refused(
+        smoke(folder, classifier=str(tmp_path / "classify")),
+        workdir,
+        "functaset.npz has changed since .*classify was trained on it",
     )
     for name, error, message in (
         ("meta", ValueError, "is not a run of classify_functa on latents"),

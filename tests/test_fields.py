@@ -245,6 +245,8 @@ def write_winds(
     latitude=(-90, 0, 90),
     longitude=(0, 90, 180, 270),
     scale=1,
+    packed=None,
+    missing=None,
 ):
     with netcdf_file(path, "w") as file:
         sizes = {"TIME": num_months, "FNOCY": 3, "FNOCX": 4}
@@ -254,9 +256,17 @@ def write_winds(
             file.createVariable(name, "f8", (name,))[:] = values
         rng = np.random.default_rng(0)
         for name in ("UWND", "VWND"):
-            variable = file.createVariable(name, "f4", tuple(sizes))
-            variable[:] = scale * rng.normal(size=tuple(sizes.values()))
-            variable[0, 0, 0] = scale * value
+            variable = file.createVariable(
+                name, "f4" if packed is None else "i2", tuple(sizes)
+            )
+            values = scale * rng.normal(size=tuple(sizes.values()))
+            values[0, 0, 0] = scale * value
+            if packed is not None:
+                variable.scale_factor, variable.add_offset = packed
+                values = np.rint((values - packed[1]) / packed[0])
+            if missing is not None:
+                variable.missing_value = np.float32(missing)
+            variable[:] = values
 
 
 def test_winds_of_a_file(tmp_path):
@@ -289,6 +299,17 @@ def test_winds_of_a_file(tmp_path):
         write_winds(path, **options)
         with pytest.raises(ValueError, match="without missing values"):
             fields.load_fields("winds", tmp_path)
+    # Integers with a scale and an offset.
+    write_winds(path, packed=(0.1, 3.0))
+    packed = fields.load_fields("winds", tmp_path)
+    assert packed.bounds == pytest.approx((low, high), abs=0.051)
+    restored = low + (high - low) * values
+    ours = packed.splits["train"]["value"] * np.ptp(packed.bounds) + packed.bounds[0]
+    assert ours == pytest.approx(restored, abs=0.051)
+    # A value that the file declares missing is not a wind.
+    write_winds(path, value=-9.99, missing=-9.99)
+    with pytest.raises(ValueError, match="without missing values"):
+        fields.load_fields("winds", tmp_path)
     # A file in the other order would weigh the bands by negative areas.
     for latitude in ((90, 0, -90), (-90, np.nan, 90), (-180, 0, 180)):
         write_winds(path, latitude=latitude)
@@ -363,7 +384,11 @@ def test_clips_that_cannot_be_used(tmp_path):
         fields.load_fields("speech", tmp_path, say=lambda line: None)
     write_clip(bad, np.arange(16000))
     whole = bad.read_bytes()
-    for content in (b"", b"RIFF", b"no sound at all", whole[:-1], whole[:20000]):
+    chunk_beyond_the_end = whole[:16] + b"\xff\xff\xff\x0f" + whole[20:]
+    for content in (
+        *(b"", b"RIFF", b"no sound at all", whole[:-1], whole[:20000]),
+        chunk_beyond_the_end,
+    ):
         bad.write_bytes(content)
         with pytest.raises(ValueError, match="bad.wav is not a readable WAV file"):
             fields.load_fields("speech", tmp_path, say=lambda line: None)
@@ -408,10 +433,18 @@ def test_a_cube_has_its_surface_as_voxels():
     assert np.flatnonzero(flat.any((0, 1))).tolist() in ([6, 7, 8, 9], [*range(6, 11)])
 
 
+def test_white_space_before_and_after_a_keyword_is_not_read():
+    text = CUBE.replace(b"\nf ", b"\n\tf\t", 2).replace(b"v ", b" v  ")
+    for found, expected in zip(*map(fields.read_obj, (text, CUBE)), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
         (b"v 0 0 0\nf 1 2 3\n", "vertex that does not exist"),
+        # Vertices are counted from 1.
+        (b"v 0 0 0\nv 1 0 0\nv 1 1 0\nf 0 1 2 3\n", "vertex that does not exist"),
         (b"v 0 0 0\nv 1 0 0\nv 1 1 0\nf 1 x 3\n", "."),
         (b"v 0 0 zero\n", "."),
         # The second vertex has a weight, so all numbers after it would be shifted.

@@ -84,6 +84,9 @@ def test_workdir_is_a_folder(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match="file is a file, not a folder"):
             launch.find_workdir(path)
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match="link is a link to .*gone, which does not"):
+        launch.find_workdir(tmp_path / "link" / "below")
     with pytest.raises(ValueError, match="--workdir must name a folder"):
         launch.find_workdir("")
 

@@ -661,6 +661,23 @@ def test_two_runs_are_compared(tmp_path):
         figures.compare(tmp_path / "none", tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"over_steps": np.float32(1)},
+        {"super_resolved": np.ones((1, 8, 8, 1))},
+        {"super_resolved": np.ones((2, 8))},
+        {"super_resolved": np.array(["a", "b"])},
+    ],
+)
+def test_other_arrays_are_not_compared(tmp_path, changes):
+    images = {"over_steps": np.ones((3, 2, 4, 4, 1))}
+    arrays = images | {"super_resolved": np.ones((2, 8, 8, 1))} | changes
+    meta_learn_run(tmp_path / "a", arrays)
+    with pytest.raises(ValueError, match="a has no enlarged images"):
+        figures.compare(tmp_path / "a", tmp_path / "a")
+
+
 def test_fields_of_the_data_set_stand_with_the_controls(tmp_path, monkeypatch):
     grid = {"type": "SpatialSiren", "grid": [2, 4], "channels": 3}
     for name, model, psnr, num_images in (

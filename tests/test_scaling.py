@@ -1,5 +1,8 @@
 """scaling: the measurements of processes are consistent."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 from experiments import scaling
@@ -17,6 +20,21 @@ def test_smoke_run(tmp_path):
     assert summary["num_images"] == [100]
     assert (tmp_path / "figures" / "scaling.png").exists()
     assert scaling.train_and_evaluate(config, tmp_path) == summary
+
+
+def test_a_start_that_fails_has_no_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(ValueError, match="experiments.meta_learn .* ended before"):
+        scaling._time_first_step(tmp_path / "run")
+
+
+def test_only_a_cpu_has_virtual_devices():
+    one_gpu, one_cpu = ([SimpleNamespace(platform=name)] for name in ("gpu", "cpu"))
+    scaling._check_devices((1, 2), one_cpu)
+    scaling._check_devices((1,), one_gpu)
+    for num_devices in ((1, 2), (2,)):
+        with pytest.raises(ValueError, match="num_devices must be 1, .* of gpu; got"):
+            scaling._check_devices(num_devices, one_gpu)
 
 
 def test_numbers_below_one_are_refused(tmp_path):

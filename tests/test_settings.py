@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.common import settings
+from experiments.configs import report
 
 BASE = {
     "rate": 0.1,
@@ -68,6 +69,7 @@ def test_unknown_variant_and_field():
         (settings.pair(settings.at_least(0)), ((0, 1),), ((1, 0), (0, 0), (-1, 1), 3)),
         (settings.pair(settings.FINITE, equal=True), ((-1, -1),), ((0, float("nan")),)),
         (settings.distinct(settings.one_of("a", "b")), (("b", "a"),), (("a", "a"), ())),
+        (report.RULES["run"], (("all",), ()), ((1,), ("nosuch",))),
     ],
 )
 def test_rules(rule, good, bad):

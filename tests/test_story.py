@@ -46,6 +46,19 @@ def test_variants_of_the_steps_exist(variant, tmp_path):
         ("prune_vit.variant", "no", "prune_vit: variant 'no' must be one of"),
         ("meta_learn.model", {"grid": (2, 4)}, "model.grid must be square"),
         ("cascade_budget", 1.5, "cascade_budget must be in"),
+        ("timed_batch_size", 7, r"timed_batch_size must be one of .* \(1, 32\); got 7"),
+        ("meta_learn", {}, "meta_learn must name a variant"),
+        ("prune_vit.methods", {"max": (0.3,)}, "prune_vit.methods.max is set by the"),
+        ("classify_functa.functaset", "x.npz", "functaset is set by the story"),
+        ("classify_functa.seeds", (1,), "classify_functa.seeds is set by the story"),
+        ("probe_landscape.learning_rates", (0.1, 0.2), "with one of learning_rates"),
+        ("probe_landscape.network", None, "of its field network .* got None"),
+        ("probe_landscape.sharpness", {"every": 0}, "sharpness.every must be at least"),
+        (
+            "probe_landscape.spectrum",
+            {"num_samples": 0},
+            "num_samples must be at least",
+        ),
     ],
 )
 def test_wrong_fields_of_a_step_are_refused_before_the_first(

@@ -54,6 +54,8 @@ _BROKEN_ZIP = (
     EOFError,
     RuntimeError,
 )
+# A number that no corner of a face has; those of vertices start at 1.
+_END_OF_FACE = -(2**62)
 # Bytes of a 3-D model as text; the largest of the package has 9 MB.
 _MAX_MODEL_BYTES = 2**27
 
@@ -166,9 +168,11 @@ def _load_winds(root, say):
     from scipy.io import netcdf_file
 
     try:
-        with netcdf_file(path, mmap=False) as file:
+        # Values may be stored as integers with a scale, or be marked as missing.
+        with netcdf_file(path, mmap=False, maskandscale=True) as file:
             arrays = {
-                key: np.float64(file.variables[name][:]) for key, name in names.items()
+                key: np.ma.filled(file.variables[name][:].astype(np.float64), np.nan)
+                for key, name in names.items()
             }
     # scipy has no error of its own: what it raises depends on where the file breaks.
     except Exception as error:  # noqa: BLE001
@@ -232,7 +236,8 @@ def _read_clip(path):
                 if len(content) != 2 * file.getnframes():
                     raise EOFError
                 return np.frombuffer(content, "<i2")
-    except (wave.Error, EOFError) as error:
+    # A chunk that ends after the file is a RuntimeError.
+    except (wave.Error, EOFError, RuntimeError) as error:
         raise ValueError(
             f"{path} is not a readable WAV file: {str(error) or 'it ends too early'}."
         ) from None
@@ -331,9 +336,9 @@ def read_obj(text: bytes) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       ValueError: if the text is not such a model.
     """
-    lines = text.split(b"\n")
-    of_vertices = [line[2:] for line in lines if line[:2] == b"v "]
-    of_faces = [line[2:] for line in lines if line[:2] == b"f "]
+    of_vertices, of_faces = (
+        re.findall(rb"^[ \t]*%c[ \t](.*)$" % kind, text, re.MULTILINE) for kind in b"vf"
+    )
     # The first three numbers are the position.
     counts = {len(line.split()) for line in of_vertices} or {3}
     if len(counts) > 1 or min(counts) < 3:
@@ -343,10 +348,11 @@ def read_obj(text: bytes) -> tuple[np.ndarray, np.ndarray]:
         )
     vertices = _numbers(b" ".join(of_vertices), np.float64)
     vertices = vertices.reshape(len(of_vertices), *counts)[:, :3]
-    # Only the first number of a corner counts, and a zero ends a face.
-    corners = re.sub(rb"/\S*", b"", b" 0 ".join(of_faces) + b" 0 ")
+    # Only the first number of a corner counts.
+    end = b" %d " % _END_OF_FACE
+    corners = re.sub(rb"/\S*", b"", end.join(of_faces) + end)
     corners = _numbers(corners, np.int64)
-    is_end = corners == 0
+    is_end = corners == _END_OF_FACE
     starts = np.concatenate([[0], np.flatnonzero(is_end)[:-1] + 1])
     first = starts[np.cumsum(is_end) - is_end]
     [third] = np.nonzero((np.arange(len(corners)) >= first + 2) & ~is_end)
@@ -388,7 +394,8 @@ def voxelize(
     """
     corners = vertices[triangles]  # (T, 3, 3)
     edges = corners[:, 1:] - corners[:, :1]
-    areas = np.linalg.norm(np.cross(edges[:, 0], edges[:, 1]), axis=-1)
+    with np.errstate(over="ignore", invalid="ignore"):  # The result is refused.
+        areas = np.linalg.norm(np.cross(edges[:, 0], edges[:, 1]), axis=-1)
     if not (np.isfinite(areas).all() and areas.sum() > 0):
         raise ValueError("the model has no surface")
     rng = np.random.default_rng(seed)

@@ -188,11 +188,16 @@ def load_config(name: str, chosen: str | None) -> ConfigDict:
 
 
 def find_workdir(path: str | Path) -> Path:
-    """The run folder; raises ValueError if it is empty, or in or at a file."""
+    """The run folder; raises ValueError if it is empty, or a file or broken link."""
     if not path:
         raise ValueError("--workdir must name a folder, got an empty string.")
     workdir = Path(path)
     for folder in (workdir, *workdir.parents):
+        if folder.is_symlink() and not folder.exists():
+            raise ValueError(
+                f"--workdir={path}: {folder} is a link to {folder.readlink()}, which "
+                "does not exist."
+            )
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--workdir={path}: {folder} is a file, not a folder.")
     return workdir

@@ -248,7 +248,7 @@ class Run:
     def _check_inputs(self, inputs):
         """Stores the digests of the inputs; raises ValueError if they have changed."""
         path = self.workdir / "inputs.json"
-        known = _read_dict(path) if path.exists() else {}
+        known = load_inputs(self.workdir)
         stored = dict(known)
         for name, digest in inputs.items():
             if known.setdefault(name, digest) != digest:
@@ -372,6 +372,12 @@ def load_summary(workdir: Path) -> dict[str, Any]:
     summary = _read_dict(path)
     summary.pop(_CONFIG_HASH, None)
     return summary
+
+
+def load_inputs(workdir: Path) -> dict[str, str]:
+    """The digests of the inputs of a run; {} if it recorded none."""
+    path = Path(workdir) / "inputs.json"
+    return _read_dict(path) if path.exists() else {}
 
 
 def load_checkpoint(workdir: Path, state: Any = None) -> tuple[ConfigDict, Any]:

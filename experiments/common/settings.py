@@ -299,7 +299,7 @@ def check_value(field: str, value: Any, rule: Rule) -> None:
     """Raises ValueError if the value of a field breaks the rule."""
     try:
         holds = rule.holds(value)
-    except (TypeError, OverflowError):  # not a value of this kind
+    except (TypeError, AttributeError, OverflowError):  # not a value of this kind
         holds = False
     if not holds:
         raise ValueError(f"{field} must be {rule.words}, got {value!r}.")

@@ -98,7 +98,7 @@ def compare(workdir: Path, other: Path) -> None:
     runs = [read_run(Path(folder)) for folder in (workdir, other)]
     columns, images = {}, []
     for run in runs:
-        if not {"super_resolved", "over_steps"} <= run.arrays.keys():
+        if not _has_enlarged(run):
             raise ValueError(
                 f"{run.workdir} has no enlarged images of a run of meta_learn."
             )
@@ -112,6 +112,24 @@ def compare(workdir: Path, other: Path) -> None:
     title = "\n".join(map(describe, runs))
     _save(figure, runs[0].workdir, "super_resolution_compared", title)
     plt.close("all")
+
+
+def _has_enlarged(run):
+    """Whether a run has the images (B, H, W, C) of `compare` and their originals."""
+    is_model = isinstance(run.config, dict) and isinstance(
+        run.config.get("model"), dict
+    )
+    empty = np.empty(0)
+    steps, enlarged = (
+        run.arrays.get(name, empty) for name in ("over_steps", "super_resolved")
+    )
+    return (
+        is_model
+        and (steps.dtype.kind, enlarged.dtype.kind) == ("f", "f")
+        and (steps.ndim, enlarged.ndim) == (5, 4)
+        and 0 < steps.shape[1] == len(enlarged)
+        and len(steps) > 0
+    )
 
 
 def _save(drawn, workdir, name, title):

@@ -205,10 +205,18 @@ def check_config(path: str | Path, functaset: Functaset) -> None:
             f"{path}: inner must hold num_steps, an integer of at least 0, got "
             f"{inner!r:.80}."
         )
-    copies, num_rows = config.get("copies", 1), (functaset.split == "train").sum()
-    if num_rows % copies:
+    copies = config.get("copies", 1)
+    labels = functaset.label[functaset.split == "train"]
+    if len(labels) % copies:
         raise ValueError(
-            f"{path}: {num_rows} training signals are not {copies} copies."
+            f"{path}: {len(labels)} training signals are not {copies} copies."
+        )
+    # In another order, copies of validation images would be among those of training.
+    by_copy = labels.reshape(copies, len(labels) // copies)
+    if (by_copy != by_copy[:1]).any():
+        raise ValueError(
+            f"{path}: the labels of its {copies} copies differ; the training signals "
+            "must be ordered by copy, and within a copy by image."
         )
     num_classes, names = 1 + int(functaset.label.max()), config.get("class_names")
     if names is not None and not (

@@ -16,6 +16,9 @@ from experiments.common import devices, runs, settings
 from experiments.networks import heads
 from functa import classifier, functaset
 
+# Name of the digest of mean and deviation among the inputs of a classifier.
+NORMALIZATION = "normalization of the functaset"
+
 
 class LatentClassifier(NamedTuple):
     """A network on latents, its weights, and how its latents are normalized."""
@@ -74,7 +77,7 @@ def load(
     Raises:
       FileNotFoundError: if the run is not finished, or if its functaset is gone.
       ValueError: if it classifies something else than these latents, or if its
-        functaset is damaged.
+        functaset is damaged or has another mean and deviation than in training.
     """
     path = Path(path)
     runs.load_summary(path)
@@ -86,6 +89,13 @@ def load(
     source = functaset.load_functaset(
         config.functaset.replace("{seed}", str(seed)), with_signals=False
     )
+    # The file may have been written again, with other steps or images.
+    known = runs.load_inputs(path).get(NORMALIZATION)
+    if known not in (None, functaset.hash_params([source.mean, source.std])):
+        raise ValueError(
+            f"the functaset {config.functaset} has changed since {path} was trained on "
+            "it."
+        )
     if source.params_sha256 != params_sha256:
         raise ValueError(f"{path} classifies the latents of other weights.")
     classified = source.config.get("dataset")
