@@ -16,8 +16,8 @@ Variants:
     (results/train_lbi_mnist).
   cifar10_report: VGG-A with batch normalization on CIFAR-10 in the settings of the
     report, 20 epochs at constant rates. It needs a GPU; results/ has no run of it.
-  cifar10: the same network in our settings with DessiLBI only, 20 epochs with crops,
-    mirror images and weight decay; results/ has no run of it.
+  cifar10: the same network in our settings with DessiLBI only, 20 epochs with crops and
+    mirror images; 89 % in 108 minutes on two cores (results/train_lbi_cifar10).
   cifar10_short: the same network with DessiLBI only, 8 epochs without augmentation;
     84 % in 40 minutes on two cores (results/train_lbi_cifar10_short).
   cifar10_narrow: the same network with a quarter of the channels, all three methods, 10
@@ -112,15 +112,7 @@ VARIANTS = {
     "mnist_report": _REPORT,
     "mnist": {},
     "cifar10_report": _CIFAR10 | _REPORT,
-    "cifar10": _CIFAR10
-    | {
-        "methods": ("dessilbi",),
-        "augment": True,
-        # Of 5e-4 and 2e-3, the better one for the narrow network on a validation part.
-        "optimizer.dessilbi": _optimizer(
-            "dessilbi", 0.05, nu=50.0, kappa=1.0, momentum=0.9, weight_decay=2e-3
-        ),
-    },
+    "cifar10": _CIFAR10 | {"methods": ("dessilbi",), "augment": True},
     "cifar10_short": _CIFAR10 | {"methods": ("dessilbi",), "num_epochs": 8},
     "cifar10_narrow": _CIFAR10
     | {
