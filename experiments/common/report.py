@@ -225,7 +225,7 @@ _LENET = {
     "ours, report's settings": "prune_lbi/mnist_report",
     "ours, our settings": "prune_lbi/mnist",
 }
-_VGG = {"ours, 8 epochs": "prune_lbi/cifar10_short"}
+_VGG = {"ours, 20 epochs": "prune_lbi/cifar10"}
 
 ENTRIES = (
     Entry(
@@ -468,7 +468,7 @@ ENTRIES = (
         "conv3 of VGG-A before and after pruning",
         "80 % of the filters are removed.",
         figures={
-            "conv3 of VGG-A": ("prune_lbi/cifar10_short", "layer_before_and_after")
+            "conv3 of VGG-A": ("prune_lbi/cifar10", "layer_before_and_after")
         },
     ),
     Entry(

@@ -17,9 +17,8 @@ Variants:
     minutes on two cores (results/prune_lbi_mnist).
   cifar10_report: VGG-A with batch normalization on CIFAR-10, of the train_lbi variant
     of the same name. It is slow without a GPU; results/ has no run of it.
-  cifar10: the same network in our settings, without curves; results/ has no run of it.
-  cifar10_short: VGG-A after 8 epochs, without fine-tuning; 84 % before pruning, 12
-    minutes on two cores (results/prune_lbi_cifar10_short).
+  cifar10: the same network in our settings, without curves; 88.7 % and 86.0 % in 19
+    minutes on two cores (results/prune_lbi_cifar10).
   cifar10_narrow: VGG-A with a quarter of the channels; 80.2 % and 74.8 % in 34 minutes
     on two cores (results/prune_lbi_cifar10_narrow).
 """
@@ -85,9 +84,6 @@ VARIANTS = {
     "mnist": {"run": "runs/train_lbi/mnist"},
     "cifar10_report": _CIFAR10 | {"run": "runs/train_lbi/cifar10_report"},
     "cifar10": _CIFAR10 | _WITHOUT_CURVES | {"run": "runs/train_lbi/cifar10"},
-    "cifar10_short": _CIFAR10
-    | _WITHOUT_CURVES
-    | {"run": "runs/train_lbi/cifar10_short", "finetune.compressed_epochs": 0},
     "cifar10_narrow": _CIFAR10 | {"run": "runs/train_lbi/cifar10_narrow"},
 }
 

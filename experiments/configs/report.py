@@ -79,7 +79,7 @@ SMOKE = {
     "probe_landscape": {"learning_rates": (1e-4, 5e-4, 1e-3, 2e-3)},
     "train_lbi/cifar10_narrow": _VGG,
     "train_lbi/cifar10_report": _VGG,
-    "train_lbi/cifar10_short": _VGG | {"methods": ("dessilbi",)},
+    "train_lbi/cifar10": _VGG | {"methods": ("dessilbi",)},
 }
 # A paragraph of the page.
 SMOKE_TEXT = (

@@ -18,8 +18,6 @@ Variants:
     report, 20 epochs at constant rates. It needs a GPU; results/ has no run of it.
   cifar10: the same network in our settings with DessiLBI only, 20 epochs with crops and
     mirror images; 89 % in 108 minutes on two cores (results/train_lbi_cifar10).
-  cifar10_short: the same network with DessiLBI only, 8 epochs without augmentation;
-    84 % in 40 minutes on two cores (results/train_lbi_cifar10_short).
   cifar10_narrow: the same network with a quarter of the channels, all three methods, 10
     epochs without augmentation; 80 % with DessiLBI, 79 % with DessiLBI+Adam and 78 %
     with Adam in 24 minutes on two cores (results/train_lbi_cifar10_narrow).
@@ -113,7 +111,6 @@ VARIANTS = {
     "mnist": {},
     "cifar10_report": _CIFAR10 | _REPORT,
     "cifar10": _CIFAR10 | {"methods": ("dessilbi",), "augment": True},
-    "cifar10_short": _CIFAR10 | {"methods": ("dessilbi",), "num_epochs": 8},
     "cifar10_narrow": _CIFAR10
     | {
         "model": {
