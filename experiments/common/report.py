@@ -467,9 +467,7 @@ ENTRIES = (
         "Figure 20",
         "conv3 of VGG-A before and after pruning",
         "80 % of the filters are removed.",
-        figures={
-            "conv3 of VGG-A": ("prune_lbi/cifar10", "layer_before_and_after")
-        },
+        figures={"conv3 of VGG-A": ("prune_lbi/cifar10", "layer_before_and_after")},
     ),
     Entry(
         "Figures 21 to 24",
