@@ -299,7 +299,7 @@ def test_padded_copies_are_moved_by_less_than_a_cell_and_mirrored():
 
 
 def test_a_field_of_another_grid_is_refused(tmp_path):
-    make_runs(tmp_path, {"train": 4, "test": 2})
+    make_runs(tmp_path, {"train": 64, "test": 2})
     config = small_config(model__grid=(4, 4), init_from=str(tmp_path / "meta"))
     with pytest.raises(ValueError, match=r"\(4, 4\), but .*meta was .* grid \(2, 2\)"):
         meta_learn.train_and_evaluate(config, tmp_path / "run")
