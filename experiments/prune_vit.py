@@ -124,11 +124,12 @@ def _check_methods(config):
 
 
 def _check_network(config, model):
-    if model.cascade is not None:
+    others = set(_methods(config)) - _BESIDE_A_CASCADE
+    if model.cascade is not None and others:
         raise ValueError(
-            f"{config.checkpoint} has a cascade, but pruning starts from a dense "
-            "network; save it without one: vit.save_checkpoint(path, "
-            "model.clone(cascade=None), params)."
+            f"{config.checkpoint} has a cascade, but the methods "
+            f"{', '.join(sorted(others))} start from a dense network; save it without "
+            "one: vit.save_checkpoint(path, model.clone(cascade=None), params)."
         )
     for name in ("num_heads", "mlp_dim"):
         if not isinstance(value := getattr(model, name), int):
@@ -144,6 +145,8 @@ def _check_network(config, model):
         )
 
 
+# Methods that leave the cascade of the network as it is.
+_BESIDE_A_CASCADE = {"dense", "structure_lbi"}
 # Methods that begin so work on all tokens.
 _EVERY_TOKEN = ("heads", "neurons", "segment")
 

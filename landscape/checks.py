@@ -98,5 +98,9 @@ def check_values(
       ValueError: if an array does not satisfy the condition.
     """
     for leaf in jax.tree.leaves(tree):
-        if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.all(holds(leaf))):
+        if isinstance(leaf, jax.core.Tracer):
+            continue
+        with jax.ensure_compile_time_eval():  # Under jit, a comparison is traced.
+            known = bool(jnp.all(holds(leaf)))
+        if not known:
             raise ValueError(f"{name} must be {what}.")

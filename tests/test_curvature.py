@@ -571,6 +571,9 @@ def test_adam_preconditioner_is_that_of_optax():
         grads = random_tree({"w": (2, 3), "b": (3,)}, seed)
         updates, state = optimizer.update(grads, state)
     found = adam_preconditioner(state.nu, state.count, b1=0.8, b2=0.95, eps=1e-3)
+    jitted = jax.jit(lambda nu: adam_preconditioner(nu, 1, b1=0.8, b2=0.95, eps=1e-3))
+    eager = adam_preconditioner(state.nu, 1, b1=0.8, b2=0.95, eps=1e-3)
+    chex.assert_trees_all_close(jitted(state.nu), eager, rtol=1e-6)
     expected = jax.tree.map(jnp.divide, state.mu, updates)
     chex.assert_trees_all_close(found, expected, rtol=1e-5)
 

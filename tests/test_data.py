@@ -2,6 +2,7 @@
 
 import copy
 import gzip
+import hashlib
 import os
 import zipfile
 
@@ -48,6 +49,13 @@ def test_digits_splits_are_disjoint_and_whole():
 def test_fields_that_digits_does_not_read_are_refused(field):
     with pytest.raises(ValueError, match=rf"dataset\.{next(iter(field))}=.* not read"):
         data.load_dataset("digits", **field)
+
+
+def test_digest_in_parts_is_that_of_all_bytes(monkeypatch):
+    values = np.random.default_rng(0).random((7, 3))
+    expected = hashlib.sha256(values.tobytes()).hexdigest()
+    monkeypatch.setattr(data, "_HASHED_AT_ONCE", 3)
+    assert data.sha256(values) == data.sha256(values.T.copy().T) == expected
 
 
 def test_digests_tell_other_signals_and_labels():

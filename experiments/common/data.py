@@ -44,6 +44,9 @@ _FASHION_CLASSES = (
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 
+# Signals of which a digest is computed at once.
+_HASHED_AT_ONCE = 4096
+
 Arrays = dict[str, np.ndarray]
 
 
@@ -216,7 +219,11 @@ def signals(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def sha256(values: np.ndarray) -> str:
     """Digest of the values of images or fields, to tell them from others."""
-    return hashlib.sha256(np.ascontiguousarray(values)).hexdigest()
+    digest = hashlib.sha256()
+    for start in range(0, len(values), _HASHED_AT_ONCE):  # They may lie in a file.
+        part = values[start : start + _HASHED_AT_ONCE]
+        digest.update(np.ascontiguousarray(part))
+    return digest.hexdigest()
 
 
 def digests(splits: Mapping[str, Arrays]) -> dict[str, str]:
