@@ -56,8 +56,11 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if config.checkpoint:
         digest = hashlib.sha256()
         weights = find_files(config.checkpoint)
-        beside = weights[0].with_name("config.json")  # heads, pooling, ...
-        for path in (*weights, *[beside] * beside.exists()):
+        # Beside a .npz it is the configuration of a run, which is not read.
+        settings_of = weights[0].with_name("config.json")
+        if weights[0].suffix == ".safetensors" and settings_of.exists():
+            weights = (*weights, settings_of)
+        for path in weights:
             digest.update(path.read_bytes())
         digests["checkpoint"] = digest.hexdigest()
     if images is not None:

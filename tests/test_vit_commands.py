@@ -553,7 +553,7 @@ def test_validation_images_replace_the_test_images(untrained):
     assert len(images.train[0]) == len(images.train[1]) == 100
     np.testing.assert_array_equal(images.test[0], pixels[100:])
     np.testing.assert_array_equal(images.test[1], labels[100:])
-    # The network was trained on the others alone, and normalizes by their moments.
+    # train_vit normalized by mean and deviation of the remaining images.
     trained = vit_training.load_images(prune_config(untrained, num_train=100))
     np.testing.assert_array_equal(images.mean, trained.mean)
     np.testing.assert_array_equal(images.std, trained.std)

@@ -93,8 +93,8 @@ def load(
     known = runs.load_inputs(path).get(NORMALIZATION)
     if known not in (None, functaset.hash_params([source.mean, source.std])):
         raise ValueError(
-            f"the functaset {config.functaset} has changed since {path} was trained on "
-            "it."
+            f"{path} was trained on another version of the functaset "
+            f"{config.functaset}."
         )
     if source.params_sha256 != params_sha256:
         raise ValueError(f"{path} classifies the latents of other weights.")
