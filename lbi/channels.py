@@ -131,7 +131,7 @@ def trace(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
     numbers, places, fixed = {}, {}, {}
     outputs = [
         (use.path, axis)
-        for use in flow.uses
+        for use in flow.uses.found
         for axis, role in use.roles.items()
         if role == "output" and use.kind in ("convolution", "product", "embedding")
     ]

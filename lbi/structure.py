@@ -58,7 +58,7 @@ def groups(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Layers:
 
 
 def _layer(flow, path):
-    uses = [use for use in flow.uses if use.path == path]
+    uses = [use for use in flow.uses.found if use.path == path]
     kinds = {use.kind for use in uses}
     kind = next((kind for kind in _KINDS if kind in kinds), "other")
     if kind not in ("convolution", "product", "embedding"):

@@ -150,6 +150,39 @@ class Units:
             ]
         return found
 
+    def split(
+        self, column: Column, sizes: Sequence[int], reason: str
+    ) -> list[tuple[Column, ...]]:
+        """The columns of the axes that an axis is split into.
+
+        Args:
+          column: a column of the whole axis.
+          sizes: lengths of the new axes.
+          reason: why, for units that become fixed.
+        """
+        axes = [()] * len(sizes)
+        for leaf in self.leaves([column]):
+            array = leaf.units.reshape(sizes)
+            varies = [
+                k for k in range(len(sizes)) if (array != array.take([0], k)).any()
+            ]
+            if not varies:
+                self.fix([leaf], f"they are reshaped as a whole ({reason})")
+            elif len(varies) == 1:
+                [k] = varies
+                places = np.moveaxis(np.arange(array.size).reshape(sizes), k, 0)
+                axes[k] += (leaf.take(places.reshape(sizes[k], -1)[:, 0]),)
+            else:
+                parts, sliced = [], np.any(leaf.sliced)
+                for k in varies:
+                    units = self.fresh(sizes[k])
+                    axes[k] += (Column(units, leaf.origins, sliced),)
+                    view = [1] * len(sizes)
+                    view[k] = sizes[k]
+                    parts.append(np.broadcast_to(units.reshape(view), sizes).ravel())
+                self.expand(leaf.units, parts, f"reshaped ({reason})")
+        return axes
+
     def reasons(self) -> dict[int, str]:
         """{class without parts: why it is fixed}."""
         found = {}

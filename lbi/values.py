@@ -1,14 +1,12 @@
 """The arrays of a traced network: their axes, and what a removed entry is worth.
 
 In a masked network the weights of a removed channel are zero, and each equation makes a
-number of them, such as exp(0) = 1. `removed_entry` follows these numbers, so that
-`lbi.dataflow` sees where a removed channel would add something to a sum, or be divided
-by zero.
+number of them, such as exp(0) = 1, which `lbi.entries` computes.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +15,8 @@ import numpy as np
 from lbi.units import Column
 
 Number = float | complex
-# Operations that return their operand.
-IDENTITIES = (
-    "copy copy_p stop_gradient sharding_constraint reshard layout_constraint "
-    "device_put pvary name"
-).split()
+# Why an axis keeps its length.
+SELECTED = "one of them is selected"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,59 +87,6 @@ def pick(value: Value, axes: Iterable[int]) -> Value:
     )
 
 
-def index(value: Value, slices: Mapping[int, slice]) -> Value:
-    """The value with a slice of some axes."""
-    axes, shape = list(value.axes), list(value.shape)
-    for k, chosen in slices.items():
-        length = len(range(shape[k])[chosen])
-        axes[k] = tuple(c.take(chosen) for c in axes[k])
-        if length < shape[k]:
-            axes[k] = tuple(c._replace(sliced=True) for c in axes[k])
-        shape[k] = length
-    return dataclasses.replace(value, shape=tuple(shape), axes=tuple(axes))
-
-
-def blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Smallest runs of axes of two shapes that have equal products.
-
-    Args:
-      old: a shape.
-      new: a shape with the same number of entries.
-
-    Returns:
-      The axes of both in each run, [(axes of old, axes of new)].
-    """
-    found, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        start, a, b = (i, j), 1, 1
-        if i < len(old):
-            a, i = old[i], i + 1
-        if j < len(new):
-            b, j = new[j], j + 1
-        while a != b:
-            if a < b:
-                a, i = a * old[i], i + 1
-            else:
-                b, j = b * new[j], j + 1
-        # An axis of length 1 stays with the axes before it, unless both have one.
-        while [*old[i : i + 1], *new[j : j + 1]].count(1) == 1:
-            if old[i : i + 1] == (1,):
-                i += 1
-            elif new[j : j + 1] == (1,):
-                j += 1
-        found.append((list(range(start[0], i)), list(range(start[1], j))))
-    return found
-
-
-def own_axes(value: Value) -> set[int]:
-    """The axes of a value that stem from axes of parameters."""
-    return {
-        axis
-        for axis, columns in enumerate(value.axes)
-        if any(column.origins for column in columns)
-    }
-
-
 def with_origins(
     first: tuple[Column, ...], second: tuple[Column, ...]
 ) -> tuple[Column, ...]:
@@ -181,93 +123,3 @@ def common(parts: Iterable[tuple[tuple[Column, ...], Number | None]]) -> Number 
 def zero_or_unknown(number: Number | None) -> Number | None:
     """A removed entry after an operation that only leaves zeros as they are."""
     return 0.0 if number == 0 else None
-
-
-def removed_entry(
-    eqn: Any, numbers: Sequence[Number | None], evaluated: dict
-) -> tuple[Number | None, bool]:
-    """What an elementwise equation makes of the removed entries of its operands.
-
-    Args:
-      eqn: the equation.
-      numbers: the entry of each operand, None if it is not known.
-      evaluated: keeps the entries that were computed, for later calls.
-
-    Returns:
-      The entry of the result, None if it is not known or not finite, and whether the
-      equation makes it infinite or NaN.
-    """
-    name, known = eqn.primitive.name, [n for n in numbers if n is not None]
-    if name in ("div", "rem") and numbers[1] == 0:
-        return None, True
-    if name == "pow" and numbers[0] == 0 and numbers[1] is None:
-        return None, True  # The exponent may be negative.
-    if name in IDENTITIES:
-        number = numbers[0]
-    elif name == "select_n":
-        number = _selected(*numbers)
-    elif len(known) == len(numbers):
-        number = _evaluate(eqn, numbers, evaluated)
-    elif name in ("mul", "and") and 0 in known:
-        number = 0.0
-    elif name in ("div", "rem") and numbers[0] == 0:
-        number = 0.0
-    else:
-        number = None
-    if number is None or np.isfinite(number):
-        return number, False
-    return None, bool(np.isfinite(known).all())
-
-
-def reduced(name: str, number: Number | None, count: int) -> Number | None:
-    """What a reduction of equal entries gives; None if it is not known.
-
-    Args:
-      name: the primitive.
-      number: the entry, None if it is not known.
-      count: how many there are.
-    """
-    if number is None or name in ("argmax", "argmin", "reduce_xor"):
-        return None
-    if name == "reduce_prod":
-        return number if number in (0, 1) else None
-    return number * count if name == "reduce_sum" else number
-
-
-def accumulated(name: str, number: Number | None) -> Number | None:
-    """What a sort or cumulative operation makes of equal entries, None if not known.
-
-    Args:
-      name: the primitive.
-      number: the entry, None if it is not known.
-    """
-    changes = {"cumsum": (0,), "cumprod": (0, 1), "cumlogsumexp": ()}
-    return number if number in changes.get(name, (number,)) else None
-
-
-def _selected(which, *cases):
-    """An entry of `select_n`, whose first operand is the number of the case."""
-    if which is not None:
-        return cases[int(which)]
-    # jnp.std takes NaN where it is not defined.
-    cases = [case for case in cases if case is None or not np.isnan(case)]
-    return cases[0] if cases and all(case == cases[0] for case in cases) else None
-
-
-def _evaluate(eqn, numbers, evaluated):
-    """Computes one entry of an equation; None if its type is not one of numbers."""
-    dtypes = [var.aval.dtype for var in (*eqn.invars, *eqn.outvars)]
-    if any(jax.dtypes.issubdtype(dtype, jax.dtypes.extended) for dtype in dtypes):
-        return None
-    key = (eqn.primitive, str(eqn.params), tuple(numbers), tuple(dtypes))
-    if key not in evaluated:
-        with np.errstate(all="ignore"):  # NaN becomes some integer.
-            entries = [
-                np.asarray(number).astype(dtype)
-                for number, dtype in zip(numbers, dtypes, strict=False)
-            ]
-        # The caller may trace, and look for NaN.
-        with jax.ensure_compile_time_eval(), jax.debug_nans(False):
-            result = eqn.primitive.bind(*entries, **eqn.params)
-        evaluated[key] = np.asarray(result).item()
-    return evaluated[key]
