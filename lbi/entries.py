@@ -21,10 +21,11 @@ from lbi.values import SELECTED, Value, pick, with_origins, zero_or_unknown
 _ELEMENTWISE = (
     "add sub mul div rem add_any neg sign abs floor ceil round sqrt rsqrt cbrt square "
     "pow integer_pow exp exp2 expm1 log log1p logistic erf erfc erf_inv lgamma digamma "
+    "igamma igammac polygamma zeta regularized_incomplete_beta bessel_i0e bessel_i1e "
     "sin cos tan asin acos atan atan2 sinh cosh tanh asinh acosh atanh real imag conj "
-    "complex max min clamp select_n eq ne lt le gt ge is_finite and or xor not "
-    "nextafter shift_left shift_right_logical shift_right_arithmetic population_count "
-    "clz convert_element_type reduce_precision"
+    "complex max min clamp select_n eq ne lt le gt ge eq_to lt_to le_to is_finite and "
+    "or xor not nextafter shift_left shift_right_logical shift_right_arithmetic "
+    "population_count clz convert_element_type reduce_precision"
 ).split()
 # Operations that return their operand.
 _IDENTITIES = (
@@ -137,7 +138,7 @@ def _removed_entry(eqn, numbers, evaluated):
 
     `numbers` has the entry of each operand, None if it is not known. Returns that of
     the result, None if it is not known, and whether the equation makes it infinite or
-    NaN. `evaluated` keeps what was computed.
+    NaN from finite numbers. `evaluated` keeps what was computed.
     """
     name, known = eqn.primitive.name, [n for n in numbers if n is not None]
     if name in ("div", "rem") and numbers[1] == 0:
@@ -158,13 +159,15 @@ def _removed_entry(eqn, numbers, evaluated):
         number = None
     if number is None or np.isfinite(number):
         return number, False
-    return None, bool(np.isfinite(known).all())
+    return number, bool(np.isfinite(known).all())
 
 
 def _reduced(name, number, count):
     """What a reduction of `count` equal entries gives; None if it is not known."""
-    if number is None or name in ("argmax", "argmin", "reduce_xor"):
+    if number is None or name == "reduce_xor":
         return None
+    if name in ("argmax", "argmin"):
+        return 0  # the first of equal entries
     if name == "reduce_prod":
         return number if number in (0, 1) else None
     return number * count if name == "reduce_sum" else number

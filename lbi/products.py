@@ -87,13 +87,16 @@ def _product(flow, lhs, rhs, contract, batch):
 def _contract(flow, lhs, i, rhs, j):
     flow.tie(lhs.axes[i], rhs.axes[j])
     columns = (*lhs.axes[i], *rhs.axes[j])
+    sides = ((lhs, i), (rhs, j))
     if lhs.data and rhs.data:
         why = "a product of activations sums over them, and its scale may depend "
         flow.fix(columns, why + "on their number")
-    elif not any(
-        v.is_param and v.removed[k] == 0 for v, k in ((lhs, i), (rhs, j))
-    ) and (lhs.paths or rhs.paths):
+    elif not any(v.is_param and v.removed[k] == 0 for v, k in sides) and (
+        lhs.paths or rhs.paths
+    ):
         flow.fix(columns, _CONTRIBUTES)
+    elif not all(np.isfinite(v.removed[k] or 0) for v, k in sides):
+        flow.fix(columns, "a removed channel would be infinite or NaN")
 
 
 def _conv(flow, eqn, operands):

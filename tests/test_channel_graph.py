@@ -401,8 +401,12 @@ def test_a_large_vit_is_traced_by_its_shapes():
         lambda x: x / (jnp.std(x, 0, keepdims=True) + 0.1),
         lambda x: jnp.sort(jax.nn.sigmoid(x), 0) / jnp.cumsum(jnp.exp(x), 0),
         lambda x: jnp.mod(jnp.exp(x), 3.0) / jax.nn.sigmoid(x).max(0, keepdims=True),
+        lambda x: jnp.exp(jnp.where(x > 0, x, -jnp.inf)),
+        lambda x: (
+            jax.scipy.special.i0e(x) * jax.scipy.special.gammainc(2.0, jnp.abs(x))
+        ),
     ],
-    ids=["cosh", "std", "sort", "mod"],
+    ids=["cosh", "std", "sort", "mod", "infinite", "bessel"],
 )
 def test_removed_entries_that_stay_finite_are_removed(function):
     def network(p, x):
@@ -429,6 +433,26 @@ def softmax(p, x):
 
 def sorted_channels(p, x):
     return jnp.sort(x @ p["a"]) @ p["b"]
+
+
+def largest_of_the_active(p, x):
+    """A removed channel is -inf everywhere."""
+    hidden = x @ p["a"]
+    return jnp.where(hidden > 0, hidden, -jnp.inf).max(0) @ p["b"]
+
+
+def softmax_of_the_active(p, x):
+    hidden = x @ p["a"]
+    return jax.nn.softmax(jnp.where(hidden > 0, hidden, -jnp.inf), 0) @ p["b"]
+
+
+def mean_without_nan(p, x):
+    hidden = x @ p["a"]
+    return jnp.nanmean(jnp.where(hidden > 0, hidden, jnp.nan), 0) @ p["b"]
+
+
+def place_of_the_largest(p, x):
+    return (1 / jnp.argmax(x @ p["a"], 0)) @ p["b"]
 
 
 def unknown(p, x):
@@ -577,6 +601,10 @@ def gates(p, x):
         (constant_divided_by_its_deviation, r"would be divided by zero \(div at "),
         (logarithm_of_a_difference, r"would be infinite or NaN \(log at "),
         (length_of_pairs, r"would be divided by zero \(div at "),
+        (largest_of_the_active, r"would be infinite or NaN \(dot_general at "),
+        (softmax_of_the_active, r"would be infinite or NaN \(dot_general at "),
+        (mean_without_nan, r"would be divided by zero \(div at "),
+        (place_of_the_largest, r"would be divided by zero \(div at "),
         (padded_with_ones, r"would still contribute to a sum \(dot_general at "),
         (gates, r"a removed channel would still contribute to a sum \(dot_general at "),
     ],
