@@ -244,7 +244,13 @@ def structural_coupling(
             return jnp.where((first_entry < 0) & inside, count, first_entry)
 
         pulls = jax.tree_util.tree_map_with_path(pull, state.dual, params)
-        updates = jax.tree.map(lambda u, p: u + p.astype(u.dtype), updates, pulls)
+        updates = jax.tree.map(
+            # None: a parameter without a gradient.
+            lambda u, p: None if u is None else u + p.astype(u.dtype),
+            updates,
+            pulls,
+            is_leaf=lambda u: u is None,
+        )
         dual = jax.tree.map(lambda v, p: v + _cast(alpha, v) * p, state.dual, pulls)
         first_entry = state.first_entry
         if record_entry:

@@ -528,3 +528,13 @@ def test_patterns_that_find_nothing_are_refused():
 def test_several_penalties_without_patterns_are_refused():
     with pytest.raises(ValueError, match="must be given as a mapping of patterns"):
         lbi.structural_coupling(0.1, 2.0, penalty=(L1(),))
+
+
+def test_parameters_without_a_gradient_are_left_alone():
+    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+    optimizer = lbi.dessilbi(0.1, nu=2.0, penalty={"kernel": lbi.L1(0.1)})
+    grads = {"kernel": jnp.zeros((2, 3)), "bias": None}
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    assert updates["bias"] is None
+    # -alpha W / nu, because Gamma is zero.
+    np.testing.assert_allclose(updates["kernel"], jnp.full((2, 3), -0.05))
