@@ -9,7 +9,7 @@ Every function reads the state of any optax chain that contains
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -31,8 +31,8 @@ def gamma(opt_state: Any, params: Any = None) -> Any:
     """The structure parameter Gamma = kappa prox(V).
 
     Args:
-      opt_state: state of a chain that contains `structural_coupling`, once or, under
-        `optax.partition`, several times.
+      opt_state: state of a chain that contains `structural_coupling`, once or, for
+        different parameters, several times.
       params: if given, parameters that `optax.masked` hid from the chain get zeros.
 
     Returns:
@@ -42,19 +42,14 @@ def gamma(opt_state: Any, params: Any = None) -> Any:
     Raises:
       ValueError: if `opt_state` has no state of `structural_coupling`.
     """
-
-    def gamma_of(state):
-        assigned = state.spec.assign(state.dual)
-
-        def one(path, dual):
-            chosen = assigned.get(penalties.path_name(path))
-            if chosen is None:
-                return jnp.zeros_like(dual)
-            return state.kappa.astype(dual.dtype) * chosen.prox(dual)
-
-        return jax.tree_util.tree_map_with_path(one, state.dual)
-
-    merged = _merge([gamma_of(state) for state in _require_states(opt_state)])
+    gammas = {
+        path: state.kappa.astype(dual.dtype) * chosen.prox(dual)
+        for path, state, dual, _, chosen in _penalized(opt_state)
+    }
+    merged = jax.tree_util.tree_map_with_path(
+        lambda path, dual: gammas.get(penalties.path_name(path), jnp.zeros_like(dual)),
+        _merge([state.dual for state in _require_states(opt_state)]),
+    )
     if params is None:
         return merged
     return jax.tree.map(
@@ -69,7 +64,7 @@ def in_support(opt_state: Any) -> dict[str, Array]:
     """Whether each group is nonzero in Gamma now: {layer: bool, one per group}."""
     return {
         path: chosen.norms(dual) > chosen.thresholds(dual.shape)
-        for path, dual, _, chosen in _penalized(opt_state)
+        for path, _, dual, _, chosen in _penalized(opt_state)
     }
 
 
@@ -113,7 +108,7 @@ def sparse_params(params: Any, opt_state: Any) -> Any:
       ValueError: if `params` lacks a path of the state or has other shapes, or the
         state is stacked.
     """
-    penalized = {path: (v, c) for path, v, _, c in _penalized(opt_state)}
+    penalized = {path: (v, c) for path, _, v, _, c in _penalized(opt_state)}
     require_leaves(params, {path: v.shape for path, (v, _) in penalized.items()})
 
     def project(path, param):
@@ -139,7 +134,7 @@ def entry_steps(opt_state: Any) -> dict[str, np.ndarray]:
       ValueError: if the entries were not recorded.
     """
     steps = {}
-    for path, _, first_entry, _ in _penalized(opt_state):
+    for path, _, _, first_entry, _ in _penalized(opt_state):
         if first_entry is None:
             raise ValueError(
                 "the entries were not recorded: create the optimizer with "
@@ -196,7 +191,7 @@ def final_clock(
       T.
 
     Raises:
-      ValueError: if `nu` or `num_steps` is out of range.
+      ValueError: if a number is out of range.
     """
     return float(_clock_path(learning_rate, nu, num_steps)[-1])
 
@@ -283,11 +278,11 @@ def open_groups(params: Any, opt_state: Any, total_clock: float) -> dict[str, Ar
       ValueError: as `sparse_params`, or if a parameter contains NaN.
     """
     left = total_clock - clock(opt_state)
-    penalized = list(_penalized(opt_state))
-    require_leaves(params, {path: dual.shape for path, dual, _, _ in penalized})
+    penalized = _penalized(opt_state)
+    require_leaves(params, {path: dual.shape for path, _, dual, _, _ in penalized})
     leaves = penalties.named_leaves(params)
     found = {}
-    for path, dual, _, chosen in penalized:
+    for path, _, dual, _, chosen in penalized:
         penalties.check_not_nan(path, leaves[path])
         threshold = chosen.thresholds(dual.shape)
         at_end = chosen.norms(dual + left.astype(dual.dtype) * leaves[path])
@@ -359,7 +354,7 @@ def suggest_lambda(
 
 def penalties_of(opt_state: Any) -> dict[str, penalties.Penalty]:
     """The penalty of each layer that has one: {layer: penalty}."""
-    return {path: chosen for path, _, _, chosen in _penalized(opt_state)}
+    return {path: chosen for path, _, _, _, chosen in _penalized(opt_state)}
 
 
 def find_states(opt_state: Any) -> list[StructuralCouplingState]:
@@ -404,29 +399,56 @@ def require_leaves(params: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _penalized(opt_state):
-    """(path, dual, first_entry or None, penalty) of each parameter with a penalty."""
-    rows = []
+    """(path, state, dual, first_entry or None, penalty) of what has a penalty."""
+    rows = {}
     for state in _require_states(opt_state):
         duals = penalties.named_leaves(state.dual)
         entries = penalties.named_leaves(state.first_entry)
         for path, chosen in state.spec.assign(state.dual).items():
-            rows.append((path, duals[path], entries.get(path), chosen))
-    return rows
+            if path in rows:
+                raise ValueError(
+                    f"{path} has two couplings; give each parameter one penalty."
+                )
+            rows[path] = (path, state, duals[path], entries.get(path), chosen)
+    return list(rows.values())
 
 
 def _clock_path(learning_rate, nu, num_steps):
     """T after each of the updates, (num_steps,), float64."""
     check_positive(nu=nu)
+    if not isinstance(num_steps, int | np.integer):
+        raise ValueError(f"num_steps must be an integer, got {num_steps!r}.")
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
-    counts = jnp.arange(num_steps)
+    rates = _schedule("learning_rate", learning_rate, num_steps)
+    couplings = _schedule("nu", nu, num_steps)
+    for name, values, allowed, wanted in (
+        ("learning_rate", rates, rates >= 0, ">= 0"),
+        ("nu", couplings, couplings > 0, "> 0"),
+    ):
+        wrong = np.flatnonzero(~(allowed & np.isfinite(values)))
+        if wrong.size:
+            raise ValueError(
+                f"{name} must be finite and {wanted}, got {values[wrong[0]]} at update "
+                f"{wrong[0]}."
+            )
+    return np.cumsum(rates / couplings)
 
-    def values(number: float | Callable[[Array], Any]):
-        if callable(number):
-            number = jax.vmap(number)(counts)
-        return np.broadcast_to(np.asarray(number, np.float64), (num_steps,))
 
-    return np.cumsum(values(learning_rate) / values(nu))
+def _schedule(name, number, num_steps):
+    """A number or schedule at each of the updates, (num_steps,), float64."""
+    if callable(number):
+        try:
+            number = jax.vmap(number)(jnp.arange(num_steps))
+        except jax.errors.JAXTypeError:  # written in Python or NumPy
+            number = [number(count) for count in np.arange(num_steps, dtype=np.int32)]
+    values = np.asarray(number, np.float64)
+    if values.shape not in ((), (num_steps,)):
+        raise ValueError(
+            f"{name} must be one number at each update, got the shape "
+            f"{values.shape} for {num_steps} updates."
+        )
+    return np.broadcast_to(values, (num_steps,))
 
 
 def _is_coupling(node):

@@ -1,6 +1,7 @@
 """Measurements of a DessiLBI path against NumPy replays; recovery of known supports."""
 
 import functools
+import math
 import re
 
 import chex
@@ -483,9 +484,54 @@ def test_empty_parameters_have_no_groups():
     assert list(lbi.metrics(state)) == ["clock", "density/a/kernel", "entered/a/kernel"]
 
 
-def test_lengths_and_couplings_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
-        lbi.final_clock(RATE, NU, 0)
+@pytest.mark.parametrize(
+    "learning_rate",
+    [
+        lambda count: 0.4 if count < 3 else 0.1,
+        lambda count: [0.4, 0.4, 0.4, 0.1, 0.1][count],
+        lambda count: 0.4 * math.exp(-math.log(4) * (count // 3)),
+    ],
+    ids=["if", "table", "math"],
+)
+def test_final_clock_of_a_schedule_in_python(learning_rate):
+    np.testing.assert_allclose(lbi.final_clock(learning_rate, 2.0, 5), 0.7, rtol=1e-6)
+
+
+def test_two_couplings_of_different_parameters_are_read_together():
+    params = {"a": jnp.full((1, 2), 3.0), "b": jnp.full((1, 2), 5.0)}
+    links = [
+        lbi.structural_coupling(1.0, 1.0, penalty={name: lbi.L1(lam)})
+        for name, lam in (("a", 1.0), ("b", 2.0))
+    ]
+    optimizer = optax.chain(*links)
+    _, state = optimizer.update(params, optimizer.init(params), params)
+    # V is W after one step.
+    expected = {"a": jnp.full((1, 2), 2.0), "b": jnp.full((1, 2), 3.0)}
+    chex.assert_trees_all_close(lbi.gamma(state), expected)
+    both = optax.chain(links[0], links[0])
+    with pytest.raises(ValueError, match="a has two couplings"):
+        lbi.gamma(both.init(params))
+
+
+@pytest.mark.parametrize(
+    ("learning_rate", "nu", "num_steps", "message"),
+    [
+        (RATE, NU, 0, "num_steps must be at least 1, got 0"),
+        (RATE, NU, 2.5, "num_steps must be an integer, got 2.5"),
+        (float("nan"), NU, 5, "learning_rate must be finite and >= 0, got nan at"),
+        (lambda count: 1.0 - count, NU, 5, "learning_rate .* got -1.0 at update 2"),
+        (RATE, lambda count: 2.0 - count, 5, "nu .* > 0, got 0.0 at update 2"),
+        (lambda count: jnp.ones(2), NU, 5, r"learning_rate .*one number .*\(5, 2\)"),
+    ],
+)
+def test_a_clock_of_impossible_numbers_is_refused(
+    learning_rate, nu, num_steps, message
+):
+    with pytest.raises(ValueError, match=message):
+        lbi.final_clock(learning_rate, nu, num_steps)
+
+
+def test_couplings_out_of_range_are_refused():
     for function in (lbi.forecast_entries, lbi.suggest_lambda):
         with pytest.raises(ValueError, match="nu must be > 0, got 0"):
             function(tensors(), RATE, 0, 10)
