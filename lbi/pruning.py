@@ -190,6 +190,8 @@ def keep_masks(
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity}.")
     if min_keep < 0:
         raise ValueError(f"min_keep must be >= 0, got {min_keep}.")
+    # Unsigned integers and bool have no negative, by which `_keep_largest` sorts.
+    importance = {p: np.asarray(v, np.float64) for p, v in importance.items()}
     for path, values in importance.items():
         if np.isnan(values).any():
             raise ValueError(f"{path}: the importance of a group is NaN.")
@@ -201,14 +203,16 @@ def keep_masks(
     if scope != "global":
         raise ValueError(f'scope must be "layer" or "global", got {scope!r}.')
     total = sum(values.size for values in importance.values())
-    guarded = {}
-    for path, values in importance.items():
-        guarded[path] = np.array(values, np.float64)
-        guarded[path][_keep_largest(values, min(min_keep, values.size))] = np.inf
-    flat = _flatten(guarded)
+    guarded = {
+        path: _keep_largest(values, min(min_keep, values.size))
+        for path, values in importance.items()
+    }
+    flat, always = _flatten(importance), _flatten(guarded)
+    # Even an infinite importance comes after the groups kept by `min_keep`.
+    flat = np.where(always, np.inf, np.minimum(flat, np.finfo(np.float64).max))
     kept = _keep_largest(flat, _num_kept(total, sparsity, 0))
-    # Groups kept by `min_keep` stay even if they exceed the requested count.
-    return _unflatten(kept | np.isposinf(flat), importance)
+    # Those stay even if they exceed the requested count.
+    return _unflatten(kept | always, importance)
 
 
 def percentile_masks(

@@ -550,3 +550,21 @@ def test_removed_parameters_stay_zero_in_training(links):
     # Without it they leave zero at once.
     for name, path in train(optax.chain(*links)).items():
         assert np.all(path[1:, ~masks[name]] != 0)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, bool, np.float16])
+def test_scores_of_any_type_are_ordered_as_numbers(dtype):
+    scores = np.array([0, 1, 1, 0], dtype)
+    masks = pruning.keep_masks({"a": scores}, 0.5)
+    assert masks["a"].tolist() == [False, True, True, False]
+    least = np.array([np.iinfo(np.int8).min, 0, 1], np.int8)
+    assert pruning.keep_masks({"a": least}, 0.6)["a"].tolist() == [False, False, True]
+
+
+def test_infinite_scores_keep_the_count():
+    scores = {"a": np.full(3, np.inf), "b": np.array([2.0])}
+    masks = pruning.keep_masks(scores, 0.5, scope="global")
+    assert {k: v.tolist() for k, v in masks.items()} == {
+        "a": [True, False, False],
+        "b": [True],
+    }
