@@ -153,9 +153,10 @@ def filter_norms(
     last = max(np.max(entry) for _, entry in layers.values())
     scale = plt.cm.ScalarMappable(plt.Normalize(0, max(last, 1e-3)), "viridis")
     for ax, (layer, (norms, entry)) in zip(axes.flat, layers.items(), strict=False):
-        order = np.argsort(-np.asarray(norms))
-        never = np.asarray(entry)[order] < 0
-        colors = scale.to_rgba(np.asarray(entry)[order])
+        norms, entry = np.ravel(norms), np.ravel(entry)
+        order = np.argsort(-norms)
+        never = entry[order] < 0
+        colors = scale.to_rgba(entry[order])
         colors[never] = matplotlib.colors.to_rgba("lightgray")
         bars = ax.bar(np.arange(len(order)), norms[order], width=1.0, color=colors)
         for bar in np.array(bars.patches)[never]:
@@ -184,12 +185,19 @@ def pruned_layer(kernel: np.ndarray, kept: np.ndarray, *, name: str = "layer") -
 
     Returns:
       The Figure of two panels.
+
+    Raises:
+      ValueError: if the mask has other values than bool or another length.
     """
     import matplotlib
     import matplotlib.pyplot as plt
 
     flat = np.abs(np.reshape(kernel, (-1, np.shape(kernel)[-1])))
     kept = np.ravel(channels.bool_mask(name, kept))
+    if kept.shape != flat.shape[1:]:
+        raise ValueError(
+            f"{name}: the mask must have shape {flat.shape[1:]}, got {kept.shape}."
+        )
     columns = np.lexsort((-np.linalg.norm(flat, axis=0), ~kept))
     rows = np.argsort(-flat.mean(1))
     shown = flat[rows][:, columns]
@@ -242,7 +250,7 @@ def accuracy_against_sparsity(
     Returns:
       The Axes.
     """
-    ax = _axes(ax)
+    ax, sparsity = _axes(ax), np.asarray(sparsity)
     for number, (label, values) in enumerate(orders.items()):
         color, marker, line = _STYLES[number % len(_STYLES)]
         values = np.atleast_2d(values)

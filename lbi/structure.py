@@ -38,7 +38,9 @@ def groups(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Layers:
       params: a tree of arrays or of jax.ShapeDtypeStruct, for Linen, NNX, Haiku,
         Equinox or a plain function. Its paths are the paths of the result.
       *inputs: arrays or jax.ShapeDtypeStruct. Keep what is not an array out of them
-        with a lambda.
+        with a lambda. Statistics are no input: give them with `params`, or close over
+        them. A kernel that is divided by an input, as spectral normalization does with
+        its statistics, is not seen as a kernel.
 
     Returns:
       {path: Layer}, one for each parameter.

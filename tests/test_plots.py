@@ -788,3 +788,21 @@ def test_titles_name_what_a_run_reads_once(tmp_path, config, title):
     config = config | {"functaset": "runs/meta_learn/a/functaset.npz"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert describe(read_run(tmp_path)) == title
+
+
+def test_lists_and_matrices_of_weights_are_drawn():
+    values = [[90.0, 80.0], [91.0, 82.0]]
+    ax = lbi.plots.accuracy_against_sparsity([0, 50], {"a": values, "b": values})
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [90.5, 81.0])
+    # Every weight of a matrix is a group of its own.
+    layers = {"fc": ([[3.0, 1.0], [2.0, 4.0]], [[1, -1], [2, 5]])}
+    ax = lbi.plots.filter_norms(layers).axes[0]
+    assert [bar.get_height() for bar in ax.patches] == [4.0, 3.0, 2.0, 1.0]
+    assert "75 % entered" in ax.get_title()
+
+
+def test_a_mask_of_another_layer_is_not_drawn():
+    with pytest.raises(
+        ValueError, match=r"fc: the mask must have shape \(4,\), got .3"
+    ):
+        lbi.plots.pruned_layer(np.ones((3, 4)), np.ones(3, bool), name="fc")
