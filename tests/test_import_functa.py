@@ -92,3 +92,13 @@ def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         encoding.load_learner(tmp_path / "run")
     assert isinstance(meta_learn_config.get_config("smoke"), ConfigDict)
+
+
+@pytest.mark.parametrize("option", ["--config=a.py:b", "--multihost", "--process_id=0"])
+def test_options_that_have_no_effect_are_refused(option):
+    paths = import_functa.parse(["a/b.npz", "--workdir=c", "--debug"])
+    assert list(map(str, paths)) == ["a/b.npz", "c"]
+    assert import_functa.parse(["a/b.npz"])[1] == "runs/import_functa/b"
+    name = option.split("=")[0]
+    with pytest.raises(ValueError, match=f"import_functa does not use {name}: "):
+        import_functa.parse(["a/b.npz", option])
