@@ -382,6 +382,7 @@ def write_functaset(
         "copies": copies,
         "flip": flip,
         "padding": padding,
+        "shape": first.shape[1:-1],
         "seed": seed,
         "signals_sha256": {split: data.sha256(one) for split, one in signals.items()},
         **config,
