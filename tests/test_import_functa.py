@@ -1,6 +1,7 @@
 """import_functa: other commands accept the run made from an original checkpoint."""
 
 import pickle
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,12 @@ def test_imported_run_is_evaluated_and_encoded(checkpoint, tmp_path):
         )
     expected = functa.mean_psnr(info.mse[:, -1])
     np.testing.assert_allclose(summary["test_psnr"], expected, rtol=1e-5)
+
+    # The results of one network are not shown for another one at its place.
+    shutil.rmtree(tmp_path / "run")
+    import_functa.import_checkpoint(other, tmp_path / "run")
+    with pytest.raises(ValueError, match="the network of init_from of .* has changed"):
+        meta_learn.train_and_evaluate(config, tmp_path / "evaluation")
 
 
 def test_what_is_no_checkpoint(tmp_path):
