@@ -475,7 +475,9 @@ def copy_images(
     Without padding, the copies after the first are augmented by `augment`. With padding
     they are moved by less than a cell, by one random distance per shard, and every
     second one is mirrored if `flip`. The windows of their grids of latents are then the
-    latents of all crops of the padded images and of their mirror images.
+    latents of all crops of the padded images and of their mirror images. With a
+    kernel_size above 1 they differ from these at the border of the window, whose cells
+    were fitted together with their neighbors outside of it.
 
     Args:
       images: the images of the shard, uint8 (N, H, W, C).
