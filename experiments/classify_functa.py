@@ -173,6 +173,14 @@ def load_signals(config: ConfigDict, path: str) -> Signals:
     order = np.random.default_rng(0).permutation(num_images)
     num_validation = round(config.validation_fraction * num_images)
     held_out, kept = order[:num_validation], np.sort(order[num_validation:])
+    labels = whole.label[train_rows]
+    untrained = np.setdiff1d(labels, labels[kept])
+    if untrained.size:
+        devices.say(
+            f"{path}: all training images of the classes "
+            f"{', '.join(map(str, untrained[:10]))} are in the validation part; they "
+            "are not learned."
+        )
     # The rows are ordered by copy, and within a copy by image.
     copied = (np.arange(copies)[:, None] * num_images + kept).ravel()
     rows = {"train": train_rows[copied]}

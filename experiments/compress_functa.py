@@ -71,15 +71,18 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     for grid in config.klt_grids:
         with settings.blamed_on("klt_grids"):
             functa.spatial.split_cells(signals.images["test"][:1], grid)
+    inputs = {"functaset": functaset.hash_params(signals.latents)}
     classify = None
     if config.classifier is not None:
-        classify = latent_classifier.load(
+        classifier = latent_classifier.load(
             config.classifier,
             num_classes=signals.num_classes,
             latent_shape=signals.latents["test"].shape[1:],
             dataset=signals.dataset,
             params_sha256=signals.params_sha256,
-        ).predict
+        )
+        inputs["classifier"] = classifier.sha256
+        classify = classifier.predict
 
     def experiment(run):
         field, split = encoding.make_field(learner, signals.images["test"].shape[1:3])
@@ -142,7 +145,6 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         figures.draw(run.workdir, summary)
         return summary
 
-    inputs = {"functaset": functaset.hash_params(signals.latents)}
     return runs.run_once(workdir, config, experiment, inputs=inputs)
 
 

@@ -278,20 +278,32 @@ def _reconstruct(config, model, params, task):
 
 def _evaluate(run, model, tasks, states):
     config = run.config
+    folded = {
+        task.name: jax.vmap(lambda p: fold_range(p, config.coord_range))(
+            states[task.name].params
+        )
+        for task in tasks
+    }
+    # Before the figures, which need the most memory.
+    run.say("writing the functaset ...")
+    latents = [np.asarray(jax.vmap(_ravel)(folded[task.name])) for task in tasks]
+    written = _make_functaset(config, tasks, states, np.concatenate(latents))
+    files.write_atomic(
+        run.workdir / "functaset.npz",
+        lambda file: functa.save_functaset(file, written),
+        mode="wb",
+    )
     run.say("evaluating the fields ...")
     summary = {}
     arrays = {"tasks": np.array([task.name for task in tasks])}
-    latents = []
     for task in tasks:
         state = states[task.name]
         psnr = np.asarray(functa.psnr(state.mse))  # (K, B)
         curve = np.asarray(functa.psnr(state.loss))  # (S, B)
-        folded = jax.vmap(lambda p: fold_range(p, config.coord_range))(state.params)
-        latents.append(np.asarray(jax.vmap(_ravel)(folded)))
         summary |= _summarize(task, psnr, curve)
-        few = jax.tree.map(lambda x: x[:_NUM_LARGE], folded)
+        few = jax.tree.map(lambda x: x[:_NUM_LARGE], folded[task.name])
         shape = task.images.shape[1:3]
-        large = evaluate_fields(model, few, tuple(4 * n for n in shape), False)
+        large = evaluate_fields(model, few, enlarged_shape(shape), False)
         shown = np.asarray(state.shown)
         arrays |= {
             f"{task.name}_steps": np.array(task.snapshots),
@@ -303,19 +315,21 @@ def _evaluate(run, model, tasks, states):
             f"{task.name}_gradient": np.asarray(gradient_magnitude(model, few, shape)),
         }
     files.write_npz(run.workdir / "arrays.npz", arrays)
-    run.say("writing the functaset ...")
-    written = _make_functaset(config, tasks, states, np.concatenate(latents))
-    files.write_atomic(
-        run.workdir / "functaset.npz",
-        lambda file: functa.save_functaset(file, written),
-        mode="wb",
-    )
     figures.draw(run.workdir)
     return summary | {"num_params": written.latent.shape[1]}
 
 
-# Number of images per task whose field is drawn at four times the resolution.
-_NUM_LARGE = 2
+def enlarged_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    """The size (H, W) at which a field is drawn: four times that of its image.
+
+    The longer side has at most 4,096 pixels, or those of the image.
+    """
+    factor = max(1, min(4, _LARGEST_SIDE // max(shape)))
+    return tuple(factor * side for side in shape)
+
+
+# Number of images per task whose field is drawn enlarged, and its largest side.
+_NUM_LARGE, _LARGEST_SIDE = 2, 4096
 
 
 def _ravel(params):

@@ -9,6 +9,7 @@ the training from the weights or, with --config.num_steps=0, only evaluates them
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,27 @@ def import_checkpoint(path: Path, workdir: Path) -> dict[str, Any]:
         return run.summary
 
 
+def parse(arguments: Sequence[str]) -> tuple[Path, str]:
+    """The file and the run folder of a command line.
+
+    Raises:
+      ValueError: if there is not one file, or an option that has no effect.
+    """
+    options, paths = launch.parse_flags(arguments)
+    if len(paths) != 1:
+        raise ValueError("usage: python -m experiments.import_functa PATH")
+    for option in options:
+        if options[option].present and option not in ("workdir", "debug"):
+            raise ValueError(
+                f"import_functa does not use --{option}: the configuration is that of "
+                "the checkpoint."
+            )
+    path = Path(paths[0])
+    if options.workdir is None:
+        return path, f"runs/import_functa/{path.stem}"
+    return path, options.workdir
+
+
 def main() -> None:
     with launch.one_line_errors(debug="--debug" in sys.argv):
         launch.expand_home()
@@ -68,14 +90,8 @@ def main() -> None:
         if {"-h", "-help", "--help"} & set(arguments):
             print(__doc__)
             return
-        options, paths = launch.parse_flags(arguments)
-        if len(paths) != 1:
-            raise ValueError("usage: python -m experiments.import_functa PATH")
+        path, workdir = parse(arguments)
         launch.silence_libraries()
-        path = Path(paths[0])
-        workdir = options.workdir
-        if workdir is None:
-            workdir = f"runs/import_functa/{path.stem}"
         import_checkpoint(path, launch.find_workdir(workdir))
 
 

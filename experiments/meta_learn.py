@@ -49,6 +49,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         return _evaluate(run, trained, loaded)
 
     digests = data.digests(loaded.splits)
+    if learner is not None:
+        digests["network of init_from"] = functaset.hash_params(learner[1:4])
     return sweep(config, workdir, experiment, inputs=lambda config: digests)
 
 

@@ -19,6 +19,7 @@ byte order, as long as labels are class numbers and latents are finite.
 
 import hashlib
 import json
+import math
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -90,6 +91,8 @@ _KINDS = {
     "params_sha256": "U",
 }
 _CHECKSUM = "sha256"
+# Points of an image that are evaluated at once.
+_POINTS_AT_ONCE = 2**14
 _KIND_NAMES = {"f": "floats", "iu": "integers", "U": "strings"}
 _LONGEST_TEXT = {"split": 64, "params_sha256": 64, _CHECKSUM: 64, "config": 2**20}
 # A classifier has one output for each class up to the largest label.
@@ -340,18 +343,23 @@ def reconstruct(
 ) -> np.ndarray:
     """Computes the images of a functaset's latents, at any resolution.
 
+    Of latents of padded images, the part inside of the padding is computed; in copies,
+    which are moved, it is the moved image.
+
     Args:
       functaset: N latents and the configuration of their model.
       params: the weights from the checkpoint of the run.
-      resolution: (H, W), or one number for both.
+      resolution: number of points along each axis, (H, W) for images; or one number for
+        all axes.
       batch_size: number of images computed at once, which limits the memory.
 
     Returns:
       float32 (N, H, W, C), not clamped to [0, 1].
 
     Raises:
-      ValueError: if the latents were fitted with other weights than `params`, or if
-        the functaset does not name its model.
+      ValueError: if the latents were fitted with other weights than `params`, if the
+        functaset does not name its model or, with padding, the shape of its images, or
+        if the points of its fields have another number of coordinates.
 
     Example:
       >>> config = {"type": "LatentModulatedSiren", "width": 8, "depth": 3}
@@ -377,12 +385,42 @@ def reconstruct(
             "the latents were fitted with other weights than these "
             f"(params_sha256 {functaset.params_sha256[:12]}...)."
         )
-    shape = (resolution, resolution) if isinstance(resolution, int) else resolution
     config = functaset.config.get("model")
     if not isinstance(config, Mapping):
         raise ValueError(f"the functaset's config must hold a model, got {config!r}.")
     model = make_model(config)
-    return render(model, params, functaset.latent, shape, batch_size=batch_size)
+    # The networks of plain SIRENs, of images, are the latents themselves.
+    num_coords = len(params["layer_0"]["kernel"]) if params else 2
+    shape = (resolution,) * num_coords if np.ndim(resolution) == 0 else resolution
+    if len(shape) != num_coords:
+        raise ValueError(
+            f"the points of the fields have {num_coords} coordinates, so that many "
+            f"axes are needed; got the resolution {resolution}. For points that are no "
+            "regular grid, call functa.render with their coords."
+        )
+    return render(
+        model,
+        params,
+        functaset.latent,
+        shape,
+        batch_size=batch_size,
+        coords=_inside_padding(functaset.config, coordinate_grid(shape)),
+    )
+
+
+def _inside_padding(config, coords):
+    """Positions in the image (..., d) as positions in the padded image."""
+    padding = config.get("padding", 0)
+    if not padding:
+        return coords
+    if "shape" not in config:
+        raise ValueError(
+            f"the latents are those of images with a padding of {padding}, and the "
+            "functaset, of an earlier version, does not tell the shape of the images; "
+            "functa.render computes the padded images."
+        )
+    shape = np.array(config["shape"])
+    return np.float32((padding + coords * shape) / (shape + 2 * padding))
 
 
 def render(
@@ -409,17 +447,30 @@ def render(
       float32 (N, *shape, C).
     """
     coords = jnp.asarray(coordinate_grid(shape) if coords is None else coords)
+
+    def evaluate(params, *latent):
+        def at(points):
+            return model.apply({"params": params}, points, *latent)
+
+        num_points = math.prod(coords.shape[:-1])
+        if num_points <= _POINTS_AT_ONCE:
+            return at(coords)
+        # The activations of all points of a large image need gigabytes.
+        points = coords.reshape(num_points, -1)
+        values = jax.lax.map(at, points, batch_size=_POINTS_AT_ONCE)
+        return values.reshape(*coords.shape[:-1], -1)
+
     if isinstance(model, Siren):
         start = jax.eval_shape(model.init, jax.random.key(0), coords)["params"]
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), start)
         unravel = jax.flatten_util.ravel_pytree(zeros)[1]
 
         def field(latent):
-            return model.apply({"params": unravel(latent)}, coords)
+            return evaluate(unravel(latent))
     else:
 
         def field(latent):
-            return model.apply({"params": params}, coords, latent)
+            return evaluate(params, latent)
 
     fields = jax.jit(jax.vmap(field))
     values = [

@@ -155,6 +155,20 @@ def test_validation_holds_out_all_copies_of_its_images(tmp_path):
     np.testing.assert_array_equal(labels, np.int32(train[:, 0]) % 3)
 
 
+def test_classes_that_only_the_validation_part_has_are_named(tmp_path, capsys):
+    made = make_functaset(num_train=20, copies=3)
+    config = make_config(tmp_path / "a.npz", validation_fraction=0.3)
+    functaset.save_functaset(tmp_path / "a.npz", made)
+    classify_functa.load_signals(config, config.functaset)
+    assert "not learned" not in capsys.readouterr().out
+    held_out = np.random.default_rng(0).permutation(20)[:6]  # As in the command.
+    labels = made.label.copy()
+    labels[: 3 * 20].reshape(3, 20)[:, held_out[0]] = 7
+    functaset.save_functaset(tmp_path / "a.npz", made._replace(label=labels))
+    classify_functa.load_signals(config, config.functaset)
+    assert "all training images of the classes 7 are in" in capsys.readouterr().out
+
+
 def one_epoch(config, latents, labels):
     settings = classify_functa.make_candidates(config)
     config.model.hidden_sizes = ()

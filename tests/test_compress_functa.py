@@ -86,6 +86,11 @@ def test_smoke_run(trained, tmp_path):
         figures.draw(tmp_path)
         assert path.stat().st_size > 0
     assert compress_functa.train_and_evaluate(config, tmp_path) == summary
+    # The accuracies of one classifier are not shown for another one at its place.
+    known = files.read_json(tmp_path / "inputs.json")
+    files.write_json(tmp_path / "inputs.json", known | {"classifier": "0" * 64})
+    with pytest.raises(ValueError, match="the classifier of .* has changed since"):
+        compress_functa.train_and_evaluate(config, tmp_path)
     assert files.read_json(tmp_path / "summary.json")["dataset"] == "digits"
 
 

@@ -265,6 +265,14 @@ def test_npz_of_booleans_is_black_and_white(tmp_path):
     np.testing.assert_array_equal(found, np.where(IMAGE > 100, 255, 0))
 
 
+def test_a_small_test_split_may_have_the_classes_of_the_training_split(tmp_path):
+    pixels = np.zeros((3000, 1, 1, 1), np.uint8)
+    np.savez(tmp_path / "train.npz", image=pixels, label=np.arange(3000) % 1500)
+    np.savez(tmp_path / "test.npz", image=pixels[:2], label=np.array([0, 1499]))
+    splits = load_npz(tmp_path).splits
+    assert splits["test"]["label"].tolist() == [0, 1499]
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -283,6 +291,7 @@ def test_npz_of_booleans_is_black_and_white(tmp_path):
         ({"image": np.where(IMAGE > 9, IMAGE / 255, np.nan)}, "not finite"),
         ({"images": IMAGE, "labels": LABEL}, "found images, labels"),
         ({"image": IMAGE, "labels": LABEL}, "no `label`; rename `labels`"),
+        ({"image": IMAGE, "Label": LABEL}, "no `label`; rename `Label`"),
         ({"image": IMAGE, "label": np.float32(LABEL)}, "must be integers"),
         ({"image": IMAGE, "label": np.eye(3)[LABEL]}, "must be integers"),
         ({"image": IMAGE, "label": LABEL[:3]}, r"integers \(6,\)"),

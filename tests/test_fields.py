@@ -409,6 +409,35 @@ def test_a_written_sound_is_read_again(tmp_path):
     assert (fields._read_clip(tmp_path / "a.wav") == samples).all()
 
 
+@pytest.mark.parametrize(
+    ("of_file", "of_data"),
+    [
+        (0xFFFFFFFF, 0xFFFFFFFF),  # ffmpeg
+        (0x7FFFF024, 0x7FFFF000),  # SoX
+        (0, 0),
+        (0xFFFFFFFF, None),
+    ],
+)
+def test_clips_that_a_pipe_has_written_reach_to_the_end(tmp_path, of_file, of_data):
+    samples = np.random.default_rng(0).integers(-(2**15), 2**15, 8000)
+    path = tmp_path / "a.wav"
+    write_clip(path, samples)
+    header, content = path.read_bytes()[:44], path.read_bytes()[44:]
+    fmt = header[8:36]
+    note = b"LIST\x04\x00\x00\x00INFO"  # ffmpeg writes one before the samples.
+    of_data = len(content) if of_data is None else of_data
+    sizes = [np.uint32(size).astype("<u4").tobytes() for size in (of_file, of_data)]
+    whole = b"RIFF" + sizes[0] + fmt + note + b"data" + sizes[1] + content
+    path.write_bytes(whole)
+    assert (fields._read_clip(path) == samples).all()
+    path.write_bytes(whole[:-1])
+    if of_data == len(content):
+        with pytest.raises(ValueError, match="a.wav is not .*: it ends too early"):
+            fields._read_clip(path)
+    else:
+        assert (fields._read_clip(path) == samples[:-1]).all()
+
+
 CUBE = b"""# a unit cube, one side at a time
 v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nv 0 0 1\nv 1 0 1\nv 1 1 1\nv 0 1 1 0.5 0.5 0.5
 f 1 2 3 4\nf 5/1/1 6/1/1 7/2/2 8/2/2\nf 1//1 2//1 6//2 5//2

@@ -124,6 +124,18 @@ def test_longer_side_gets_the_resolution():
     assert fit_image.resize(image[:1].repeat(9, axis=1), 2).shape == (1, 2, 3)
 
 
+def test_fields_are_drawn_with_at_most_4096_pixels_on_a_side():
+    for shape, expected in (
+        ((7, 5), (28, 20)),
+        ((1024, 512), (4096, 2048)),
+        ((1000, 1366), (2000, 2732)),
+        ((5000, 9000), (5000, 9000)),
+    ):
+        assert fit_image.enlarged_shape(shape) == expected
+    # Both sides have the same factor, so that the pixels are squares.
+    assert fit_image.enlarged_shape((1025, 3)) == (3075, 9)
+
+
 def test_mosaic_puts_images_side_by_side():
     config = tiny_config(mosaic=(2,))
     [task] = fit_image.make_tasks(config)

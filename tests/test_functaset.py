@@ -7,6 +7,8 @@ import struct
 import tracemalloc
 import zipfile
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -255,6 +257,43 @@ def test_model_of_a_functaset_that_names_none():
             functa.reconstruct(signals, {}, 4)
     with pytest.raises(ValueError, match=r"model type \('Siren',\) is not one of"):
         functa.make_model({"type": ["Siren"]})
+
+
+@pytest.mark.parametrize("num_coords", [1, 3])
+def test_one_number_is_the_resolution_of_every_axis(num_coords):
+    config = {"type": "LatentModulatedSiren", "width": 8, "depth": 3, "latent_dim": 4}
+    model = functa.make_model(config)
+    params = model.init(
+        jax.random.key(0), jnp.zeros(num_coords), model.initial_latent()
+    )["params"]
+    signals = make()._replace(
+        config={"model": config}, params_sha256=functaset.hash_params(params)
+    )
+    signals = signals._replace(latent=np.ones((2, 4), np.float32))
+    values = functa.reconstruct(signals, params, np.int64(5))
+    assert values.shape == (2, *(5,) * num_coords, 3)
+    with pytest.raises(ValueError, match=f"have {num_coords} coordinates, .* coords"):
+        functa.reconstruct(signals, params, (5, 6))
+
+
+@pytest.mark.parametrize("interpolation", functa.spatial.INTERPOLATIONS)
+def test_large_images_are_computed_in_parts(monkeypatch, interpolation):
+    model = functa.SpatialSiren(8, 3, (2, 3), 4, interpolation=interpolation)
+    latents = np.random.default_rng(0).normal(size=(2, 2, 3, 4)).astype(np.float32)
+    coords = functa.coordinate_grid((10, 9))
+    params = model.init(jax.random.key(0), coords, latents[0])["params"]
+    whole = functa.render(model, params, latents, (10, 9))
+    siren = functa.Siren(8, 3)
+    weights = siren.init(jax.random.key(0), coords)["params"]
+    flat = np.asarray(jax.flatten_util.ravel_pytree(weights)[0])[None]
+    plain = functa.render(siren, {}, flat, (10, 9))
+    monkeypatch.setattr(functaset, "_POINTS_AT_ONCE", 13)
+    parts = functa.render(model, params, latents, (10, 9))
+    assert parts.shape == whole.shape == (2, 10, 9, 3)
+    np.testing.assert_allclose(parts, whole, atol=1e-6)
+    np.testing.assert_allclose(
+        functa.render(siren, {}, flat, (10, 9)), plain, atol=1e-6
+    )
 
 
 def test_a_functaset_without_its_signals(tmp_path):

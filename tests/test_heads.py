@@ -463,3 +463,7 @@ def test_controls_need_to_know_the_images(tmp_path):
     config = make_config(tmp_path, made, features="patches")
     with pytest.raises(ValueError, match="does not name the data set of its images"):
         classify_functa.load_signals(config, config.functaset)
+    made.config["dataset"] = "folder"
+    config = make_config(tmp_path, made, features="patches")
+    with pytest.raises(ValueError, match="set 'folder'; .*: --config.data_dir=PATH"):
+        classify_functa.load_signals(config, config.functaset)

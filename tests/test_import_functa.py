@@ -1,6 +1,7 @@
 """import_functa: other commands accept the run made from an original checkpoint."""
 
 import pickle
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,12 @@ def test_imported_run_is_evaluated_and_encoded(checkpoint, tmp_path):
     expected = functa.mean_psnr(info.mse[:, -1])
     np.testing.assert_allclose(summary["test_psnr"], expected, rtol=1e-5)
 
+    # The results of one network are not shown for another one at its place.
+    shutil.rmtree(tmp_path / "run")
+    import_functa.import_checkpoint(other, tmp_path / "run")
+    with pytest.raises(ValueError, match="the network of init_from of .* has changed"):
+        meta_learn.train_and_evaluate(config, tmp_path / "evaluation")
+
 
 def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file"):
@@ -92,3 +99,13 @@ def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         encoding.load_learner(tmp_path / "run")
     assert isinstance(meta_learn_config.get_config("smoke"), ConfigDict)
+
+
+@pytest.mark.parametrize("option", ["--config=a.py:b", "--multihost", "--process_id=0"])
+def test_options_that_have_no_effect_are_refused(option):
+    paths = import_functa.parse(["a/b.npz", "--workdir=c", "--debug"])
+    assert list(map(str, paths)) == ["a/b.npz", "c"]
+    assert import_functa.parse(["a/b.npz"])[1] == "runs/import_functa/b"
+    name = option.split("=")[0]
+    with pytest.raises(ValueError, match=f"import_functa does not use {name}: "):
+        import_functa.parse(["a/b.npz", option])

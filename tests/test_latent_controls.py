@@ -62,6 +62,15 @@ def test_large_images_have_patches_only():
     assert controls.linear_controls(dataset, (64,)) == {}
     patches = controls.linear_controls(dataset, (32, 32, 2))
     assert patches.keys() == {"patch_pca_psnr"} and patches["patch_pca_psnr"] > 0
+    # A cell of 64 x 32 pixels has 6,144 values.
+    assert controls.linear_controls(dataset, (1, 2, 99)) == {}
+
+
+def test_one_training_image_has_the_components_of_its_cells_only(digits):
+    one = digits | {"train": {"image": digits["train"]["image"][:1]}}
+    assert controls.linear_controls(one, (16,)) == {}
+    patches = controls.linear_controls(one, (4, 4, 1))
+    assert patches.keys() == {"patch_pca_psnr"} and patches["patch_pca_psnr"] > 5
 
 
 def test_smoke_run(tmp_path, digits):

@@ -298,6 +298,38 @@ def test_padded_copies_are_moved_by_less_than_a_cell_and_mirrored():
         assert 0 <= 4 - row < 4 and 0 <= 4 - column < 4
 
 
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_padded_latents_give_the_images_without_their_padding(tmp_path, kernel_size):
+    config = small_config(model__kernel_size=kernel_size, by_cells=False)
+    model = functa.make_model(config.model.to_dict())
+    state = meta.init_state(config, model, meta.make_optimizer(config))
+    learner = encoding.make_learner(config, vars(state))
+    rng = np.random.default_rng(0)
+    dataset = {
+        split: {
+            "image": rng.integers(0, 256, (2, 8, 12, 1), np.uint8),
+            "label": np.zeros(2, np.int32),
+        }
+        for split in data.SPLITS
+    }
+    path = tmp_path / "a.npz"
+    options = {"config": {}, "batch_size": 2, "say": lambda line: None}
+    encoding.write_functaset(path, learner, dataset, padding=4, **options)
+    written = functa.load_functaset(path)
+    model = functa.make_model(written.config["model"])
+    assert model.grid == (4, 5)
+    for times in (1, 3):
+        whole = functa.render(
+            model, learner.params, written.latent, (16 * times, 20 * times)
+        )
+        images = functa.reconstruct(written, learner.params, (8 * times, 12 * times))
+        inside = whole[:, 4 * times : 12 * times, 4 * times : 16 * times]
+        np.testing.assert_allclose(images, inside, atol=1e-5)
+    without = {k: v for k, v in written.config.items() if k != "shape"}
+    with pytest.raises(ValueError, match="a padding of 4, .* does not tell the shape"):
+        functa.reconstruct(written._replace(config=without), learner.params, 8)
+
+
 def test_a_field_of_another_grid_is_refused(tmp_path):
     make_runs(tmp_path, {"train": 64, "test": 2})
     config = small_config(model__grid=(4, 4), init_from=str(tmp_path / "meta"))

@@ -405,7 +405,11 @@ def test_no_run_and_no_checkpoint(tmp_path):
         runs.load_checkpoint(tmp_path)
     with runs.open_run(tmp_path, ConfigDict(CONFIG)):
         pass
-    with pytest.raises(FileNotFoundError, match="has no checkpoints"):
+    with pytest.raises(FileNotFoundError, match="has no checkpoints.$"):
+        runs.load_checkpoint(tmp_path)
+    for seed in (1, 0):
+        (tmp_path / f"seed{seed}" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="one of .* seed0, seed1: .*/seed0$"):
         runs.load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text('{"a"')
     with pytest.raises(ValueError, match="config.json is damaged"):

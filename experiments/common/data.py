@@ -370,12 +370,14 @@ def _load_npz(root, splits, image_size, names):
         unread |= dict.fromkeys(ignored)
     scaling = _scaling({path: arrays["image"] for path, arrays in read.items()})
     loaded = {}
+    # A test split of few images may have as many classes as the training split.
+    num_classes = max(1000, *(len(arrays["image"]) for arrays in read.values()))
     for split, (path, arrays) in zip(splits, read.items(), strict=True):
         image = arrays["image"]
         if image.dtype != np.uint8:
             image = np.rint(np.float32(image) * np.float32(scaling)).astype(np.uint8)
         labels = arrays.get("label", np.full(len(image), -1))
-        labels = _check_labels(labels.reshape(-1), path)
+        labels = _check_labels(labels.reshape(-1), path, num_classes)
         loaded[split] = {"image": image, "label": labels}
     notes = [f"files {chosen['train']}.npz and {chosen['test']}.npz"]
     if any(arrays["image"].dtype != np.uint8 for arrays in read.values()):
@@ -417,7 +419,8 @@ def _check_headers(path, headers, members):
             f"{path} needs `image` (N, H, W, C) of numbers with C = 1 or 3, {found}."
         )
     check_memory(shape[0], shape[1:], str(path))
-    likely = [n for n in members if n.lower() in ("labels", "y", "target", "targets")]
+    names = ("label", "labels", "y", "target", "targets")
+    likely = [name for name in members if name.lower() in names]
     if "label" not in headers:
         if likely:
             raise ValueError(
@@ -457,7 +460,7 @@ def _scaling(images):
     return 255 if any(ranges.values()) else 1
 
 
-def _check_labels(labels, where, num_classes=1000):
+def _check_labels(labels, where, num_classes):
     """Labels as int32, after a check of their range."""
     low, high = int(labels.min()), int(labels.max())
     # Numbers far beyond the number of images are not classes.

@@ -18,6 +18,7 @@ are the smallest and the largest value of the training months, for speech those 
 full scale.
 """
 
+import io
 import re
 import time
 import warnings
@@ -43,6 +44,9 @@ NUM_TRAIN_MONTHS, NUM_MONTHS = 100, 132
 SAMPLE_RATE = 8000
 LANGUAGES = ("en", "es", "fr", "it", "ru")
 NUM_VOXELS = 16
+_UNKNOWN_SIZE = b"\xff" * 4
+# Programs write 2^31 or 2^32 less a few bytes for a size that they do not know.
+_LONGEST_CLIP = 2**31 - 2**16
 # Points on the surface of a model. Its faces have at most 6 x 16^2 voxels in a box.
 _NUM_SURFACE_POINTS = 60_000
 # What `zipfile` raises on damaged and on encrypted files.
@@ -227,15 +231,24 @@ def _make_synthetic_winds(root, say):
 
 
 def _read_clip(path):
-    """The samples of a clip, int16 (T,)."""
+    """The samples of a clip, int16 (T,).
+
+    A program that writes into a pipe cannot return to the header. It leaves 0 or the
+    largest size there, and the samples then reach to the end of the file.
+    """
+    content = path.read_bytes()
+    # The size of the whole is not needed, and `wave` would stop at a size of 0.
+    stream = io.BytesIO(content[:4] + _UNKNOWN_SIZE + content[8:])
     try:
-        with wave.open(str(path)) as file:
+        with wave.open(stream) as file:
             found = file.getframerate(), file.getnchannels(), 8 * file.getsampwidth()
             if found == (SAMPLE_RATE, 1, 16):
-                content = file.readframes(file.getnframes())
-                if len(content) != 2 * file.getnframes():
+                start, size = stream.tell(), 2 * file.getnframes()
+                if size == 0 or size >= _LONGEST_CLIP:
+                    size = (len(content) - start) // 2 * 2
+                if start + size > len(content):
                     raise EOFError
-                return np.frombuffer(content, "<i2")
+                return np.frombuffer(content, "<i2", size // 2, offset=start)
     # A chunk that ends after the file is a RuntimeError.
     except (wave.Error, EOFError, RuntimeError) as error:
         raise ValueError(

@@ -24,6 +24,7 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments.common import devices, files, partners
+from experiments.common.image_folder import some
 from experiments.common.launch import one_line
 from experiments.common.settings import flatten
 from experiments.common.upgrade import upgrade
@@ -396,7 +397,12 @@ def load_checkpoint(workdir: Path, state: Any = None) -> tuple[ConfigDict, Any]:
     config = load_config(workdir)
     folder = Path(workdir) / "checkpoints"
     if not folder.is_dir():
-        raise FileNotFoundError(f"the run {workdir} has no checkpoints.")
+        inner = sorted(path.parent for path in Path(workdir).glob("*/checkpoints"))
+        names = some(path.name for path in inner)
+        raise FileNotFoundError(
+            f"the run {workdir} has no checkpoints."
+            + (f" Choose one of its runs, {names}: {inner[0]}" if inner else "")
+        )
     newest, _ = _find_checkpoint(folder)
     if newest is None:
         raise FileNotFoundError(f"{folder} holds no complete checkpoint.")
@@ -470,7 +476,7 @@ def _hash(config):
 
 
 _CONFIG_HASH = "config_sha256"
-_START = {"config.json", "environment.json", "inputs.json", "identity.json"}
+_START = {"config.json", "environment.json", "inputs.json"}
 
 
 def _has_results(folder):

@@ -9,8 +9,8 @@ import functa
 from experiments.common import data
 from functa import linear, metrics
 
-# Larger images have no control by their own components: their covariance would need
-# minutes and gigabytes.
+# Larger images or cells have no control by their own components: their covariance would
+# need minutes and gigabytes.
 MAX_VALUES = 4096
 # Squared rounding error of float32: where a code is exact, the PSNR is finite.
 _ROUNDING = 1e-14
@@ -33,19 +33,22 @@ def linear_controls(
       num_images: test images that are used, from the first on; 0 uses all.
 
     Returns:
-      "pca_psnr": principal components of whole images; absent for images of more than
-      MAX_VALUES values. "patch_pca_psnr", for grids only: C components of each cell.
+      "pca_psnr": principal components of whole images. "patch_pca_psnr", for grids
+      only: C components of each cell. A control is absent if an image or cell has more
+      than MAX_VALUES values, or if there is only one.
     """
     train, test = (dataset[split]["image"] for split in data.SPLITS)
     test = test[: num_images or len(test)]
     *grid, channels = latent_shape
-    psnr = {}
-    if math.prod(train.shape[1:]) <= MAX_VALUES:
-        curve = psnr_per_size(train, test)
-        psnr["pca_psnr"] = _at(curve, math.prod(latent_shape))
+    sizes = {"pca_psnr": ((), math.prod(latent_shape))}
     if grid:
-        curve = psnr_per_size(train, test, grid=grid)
-        psnr["patch_pca_psnr"] = _at(curve, channels)
+        sizes["patch_pca_psnr"] = (grid, channels)
+    psnr = {}
+    for name, (cells, size) in sizes.items():
+        num_cells = math.prod(cells)
+        values = math.prod(train.shape[1:]) // num_cells
+        if values <= MAX_VALUES and len(train) * num_cells > 1:
+            psnr[name] = _at(psnr_per_size(train, test, grid=cells), size)
     return psnr
 
 

@@ -382,6 +382,7 @@ def write_functaset(
         "copies": copies,
         "flip": flip,
         "padding": padding,
+        "shape": first.shape[1:-1],
         "seed": seed,
         "signals_sha256": {split: data.sha256(one) for split, one in signals.items()},
         **config,
@@ -399,14 +400,8 @@ def write_functaset(
             f"{free / 2**30:.1f} GiB are free."
         )
     parts = path.with_name(path.name + ".parts")
-    identity = {
-        "config": config,
-        "learner": functaset.hash_params(learner[1:4]),
-        "num": {split: len(values) for split, values in signals.items()},
-    }
-    if devices.is_main():
-        _open_parts(parts, json.loads(json.dumps(identity)))
-    devices.wait_for_all("parts are open")
+    # What all latents depend on, besides the images of their shard.
+    common = functaset.hash_params([json.dumps(config), learner[1:4], total])
     todo = [
         (split, copy, start)
         for split, values in signals.items()
@@ -423,8 +418,8 @@ def write_functaset(
         mine = number % jax.process_count() == jax.process_index()
         images = signals[split][start:stop]
         labels = dataset[split]["label"][start:stop]
-        if mine and not _is_whole(shard, images, labels):
-            source = _source(shard, images, labels)
+        source = _source(shard, images, labels, common) if mine else None
+        if mine and not _is_whole(shard, source):
             if images.dtype == np.uint8:
                 images = copy_images(
                     images,
@@ -480,7 +475,9 @@ def copy_images(
     Without padding, the copies after the first are augmented by `augment`. With padding
     they are moved by less than a cell, by one random distance per shard, and every
     second one is mirrored if `flip`. The windows of their grids of latents are then the
-    latents of all crops of the padded images and of their mirror images.
+    latents of all crops of the padded images and of their mirror images. With a
+    kernel_size above 1 they differ from these at the border of the window, whose cells
+    were fitted together with their neighbors outside of it.
 
     Args:
       images: the images of the shard, uint8 (N, H, W, C).
@@ -543,27 +540,17 @@ def _augment(key, images, *, flip):
     return jnp.uint8(jnp.clip(jnp.round(images), 0, 255))
 
 
-def _open_parts(parts, identity):
-    """Creates the folder of shards; deletes shards of a different data set or run."""
-    record = parts / "identity.json"
-    if record.exists() and files.read_json(record) != identity:
-        shutil.rmtree(parts)
-    if not record.exists():
-        files.write_json(record, identity)
+def _source(shard, images, labels, common):
+    """A digest of the place of a shard and of all from which it is encoded."""
+    return functaset.hash_params({shard.name: (images, labels, common)})
 
 
-def _source(shard, images, labels):
-    """A digest of the place of a shard and of the rows from which it is encoded."""
-    return functaset.hash_params({shard.name: (images, labels)})
-
-
-def _is_whole(shard, images, labels):
-    """Whether a shard exists, can be read and was encoded from these rows."""
+def _is_whole(shard, source):
+    """Whether a shard exists, can be read and was encoded from this source."""
     if not shard.exists():
         return False
     try:
-        known = files.read_npz(shard)
-        if str(known["source"]) == _source(shard, images, labels):
+        if str(files.read_npz(shard)["source"]) == source:
             return True
     except (ValueError, KeyError):  # damaged, or of an earlier version
         pass

@@ -265,6 +265,11 @@ def load_images(functaset, split, data_dir):
     name = functaset.config.get("dataset")
     if name is None:
         raise ValueError("the functaset does not name the data set of its images.")
+    if name in ("folder", "npz") and data_dir is None:
+        raise ValueError(
+            f"the images of the functaset are of the data set {name!r}; set their "
+            "directory: --config.data_dir=PATH"
+        )
     how_read = {field: functaset.config.get(field) for field in data.HOW_READ}
     dataset = data.load_dataset(name, (split,), data_dir=data_dir, **how_read)
     arrays = dataset.splits[split]
