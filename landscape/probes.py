@@ -410,8 +410,10 @@ def at_equal_loss(losses: Array, values: Array, levels: Array) -> Array:
     # From no finite loss to a finite one, or at the first step, nothing lies between.
     is_between = jnp.isfinite(low_before) & (low_before > low_after)
     weight = _divide(low_before - levels, low_before - low_after, otherwise=1)
-    weight = jnp.where(is_between, weight, 1)
+    # A level that is a loss of the run takes its value, whatever the one before is.
+    is_exact = ~is_between | (low_after == levels)
     found = value_before + weight * (value_after - value_before)
+    found = jnp.where(is_exact, value_after, found)
     starts_below = (after == 0) & (low_after < levels)
     return jnp.where(is_reached.any(-1) & ~starts_below, found, jnp.nan)
 

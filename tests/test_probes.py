@@ -715,6 +715,13 @@ def test_at_equal_loss_of_a_run_that_begins_without_a_loss():
     np.testing.assert_allclose(found, [8, 8.5])
 
 
+def test_at_equal_loss_takes_no_value_from_before_a_level_that_is_met():
+    found = probes.at_equal_loss(
+        np.array([3.0, 2.0, 1.0]), np.array([np.inf, 5.0, 7.0]), np.array([2.0, 1.5])
+    )
+    np.testing.assert_allclose(found, [5, 6])
+
+
 def test_at_equal_loss_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match=re.escape("got (2, 3) and (3,)")):
         probes.at_equal_loss(np.ones((2, 3)), np.ones(3), np.ones(1))
