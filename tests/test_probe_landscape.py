@@ -472,10 +472,13 @@ def test_modes_agree_where_they_must():
             "sharpness.num_eigenvalues must be below",
         ),
         ({"network_options": {"width": 3}}, "network_options are those of a network"),
-        (
-            {"optimizer": {"name": "sgd", "options": {}}}
-            | {"sharpness": {"preconditioned": True}},
-            "sharpness.preconditioned needs an optimizer with the state of Adam",
+        *(
+            (
+                {"optimizer": {"name": name, "options": {}}}
+                | {"sharpness": {"preconditioned": True}},
+                f"sharpness.preconditioned needs one of .* adam, .*; got '{name}'",
+            )
+            for name in ("sgd", "adamax", "lamb")
         ),
         ({"networks": ("resnet",)}, "networks must be .* each value one of bn, plain"),
         ({"learning_rates": (0.0,)}, "learning_rates must be .* each value above 0"),

@@ -87,7 +87,8 @@ BASE = {
         "num_images": 512,
         "num_eigenvalues": 2,
         "num_steps": 15,
-        # Whether to measure those of the preconditioned Hessian too; for Adam.
+        # Whether to measure those of the preconditioned Hessian too; for adam, adamw,
+        # nadam and nadamw.
         "preconditioned": False,
     },
     # Density of all eigenvalues after the training, on the images of `sharpness`:

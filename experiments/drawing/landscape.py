@@ -228,21 +228,35 @@ def _eigenvalues(run, networks):
         plots.stability(
             products,
             x_label="" if with_adam else "epoch",
-            # The bound of gradient descent is not that of another optimizer.
-            bound=2.0 if run.config["optimizer"]["name"] == "sgd" else None,
+            bound=_descent_bound(run.config["optimizer"]),
             ax=axes[1, i],
         )
         if with_adam:
-            b1 = run.config["optimizer"]["options"].get("b1", 0.9)
             plots.stability(
                 preconditioned,
                 y_label="learning rate x\npreconditioned sharpness",
-                bound=curvature.adam_bound(b1),
+                bound=_adam_bound(run.config["optimizer"]),
                 optimizer="Adam",
                 ax=axes[2, i],
             )
     share_labels(axes)
     return figure
+
+
+def _descent_bound(optimizer):
+    """None for another optimizer than gradient descent."""
+    if optimizer["name"] != "sgd":
+        return None
+    momentum = optimizer["options"].get("momentum") or 0.0
+    nesterov = bool(optimizer["options"].get("nesterov"))
+    return curvature.gradient_descent_bound(momentum, nesterov=nesterov)
+
+
+def _adam_bound(optimizer):
+    nesterov = optimizer["name"].startswith("nadam")
+    nesterov = optimizer["options"].get("nesterov", nesterov)
+    b1 = optimizer["options"].get("b1", 0.9)
+    return curvature.adam_bound(b1, nesterov=bool(nesterov))
 
 
 def _spectral_density(run, networks):

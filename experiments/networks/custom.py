@@ -14,8 +14,8 @@ as keywords, and with `seed` if it has such an argument. It returns one of
   with params of any structure.
 
 The outputs are logits (B, num_classes). Parameters of 16 bits become float32. Besides
-parameters a network may have running statistics of batch normalization, and no other
-state. The file is executed.
+parameters a network may have running statistics of batch normalization, which change in
+training and in training alone, and no other state. The file is executed.
 """
 
 import functools
@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx, traverse_util
+from jax.interpreters import partial_eval
 
 from experiments.common import settings
 from landscape.checks import check_floating, check_scalar
@@ -127,6 +128,7 @@ def load_network(
                 functools.partial(run, train=train), *shapes, images
             )
             _check_logits(outputs, (images.shape[0], num_classes))
+            _check_statistics(run, shapes, images, train)
         to_dicts, from_dicts = zip(*map(_renaming, shapes), strict=True)
 
     def init(key, images):
@@ -148,6 +150,19 @@ def _check_logits(outputs, shape):
         raise ValueError(f"the outputs must be logits {shape}, got {found}.")
     if not jnp.issubdtype(outputs.dtype, jnp.floating):
         raise ValueError(f"the outputs must be floating point, got {outputs.dtype}.")
+
+
+def _check_statistics(run, shapes, images, train):
+    """A module inside of another may not get `train`."""
+    if not jax.tree.leaves(shapes[1]):
+        return
+    jaxpr = jax.make_jaxpr(lambda *args: run(*args, train)[1])(*shapes, images).jaxpr
+    _, is_used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    if is_used[-1] != train:  # the images
+        raise ValueError(
+            f"with train={train} the running statistics of batch normalization "
+            f"{'stay as they are' if train else 'change'}: pass train on to the layers."
+        )
 
 
 def load_loss(chosen: str, num_classes: int) -> Callable[..., jax.Array]:
