@@ -165,7 +165,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     def finish(run, summaries):
         figures.draw(run.workdir)
         arrays = landscape.read_arrays(run.workdir, config)
-        return landscape.make_table(config, arrays, images.num_classes)
+        return landscape.make_table(config, arrays, images.train[1])
 
     return sweep(
         config,
@@ -420,7 +420,7 @@ def _train_one(run, tools, *, with_surface):
         "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
     }
     if num_steps:
-        dead = landscape.is_dead(config, state.loss, problem.images.num_classes)
+        dead = landscape.is_dead(config, state.loss, problem.images.train[1])
         summary["is_dead"] = bool(dead)
     if config.spectrum.num_samples:
         key = jax.random.fold_in(jax.random.key(config.seeds[0]), num_steps + 2)

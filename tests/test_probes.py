@@ -751,6 +751,19 @@ def test_dead_is_judged_by_the_last_losses():
     assert not is_dead(losses, 5, num_last=2)
 
 
+def test_a_constant_classifier_of_rare_classes_is_dead():
+    labels = jnp.array([0] * 18 + [1] * 2)
+    # The best constant logits, the logarithms of the frequencies.
+    logits = jnp.broadcast_to(jnp.log(jnp.array([0.9, 0.1])), (20, 2))
+    losses = jnp.full(5, cross_entropy(logits, labels))
+    counts = np.bincount(labels)
+    assert is_dead(losses, 2, class_counts=counts) and not is_dead(losses, 2)
+    assert not is_dead(losses - 0.1, 2, class_counts=counts)
+    assert is_dead(losses, 3, class_counts=[9, 0, 1])
+    with pytest.raises(ValueError, match=re.escape("class_counts must be (3,)")):
+        is_dead(losses, 3, class_counts=counts)
+
+
 def test_dead_network_looks_predictive():
     def loss_fn(params, batch):
         logits = jax.nn.relu(batch["x"] @ params["kernel"]) @ params["head"]

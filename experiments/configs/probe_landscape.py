@@ -214,7 +214,10 @@ RULES = {
     "sharpness.num_steps": settings.whole(1),
     "spectrum.num_samples": settings.whole(0),
     "spectrum.num_steps": settings.whole(1),
-    "surface.size": settings.whole(0, 2**16),
+    "surface.size": settings.Rule(
+        "0, or from 2 to 65536",
+        lambda v: v == 0 or settings.whole(2, 2**16).holds(v),
+    ),
     "surface.span": settings.above(0),
     "surface.num_images": settings.whole(1),
     "surface.chunk_size": settings.whole(1),
