@@ -244,6 +244,17 @@ def failing(num_classes):
     raise KeyError("width")
 
 
+def branching(logits, labels):
+    if logits.max() > 3:
+        return jnp.float32(0)
+    return jnp.mean(logits)
+
+
+def branching_network(num_classes):
+    init, apply = plain(num_classes)
+    return init, lambda params, x: float(x[0, 0, 0, 0]) * apply(params, x)
+
+
 def vector(logits, labels):
     return logits[:, 0]
 
@@ -348,6 +359,10 @@ def test_train_reaches_a_module_inside_of_sequential(path):
         ("second_in_training", "with train=False the running statistics .* change: "),
         ("haiku_in_training", "with train=False the running statistics .* change: "),
         ("second_frozen", "with train=True the running statistics .* stay as they are"),
+        (
+            "branching_network",
+            r"line \d+ of .*mine.py needs the value .* \(return init,",
+        ),
         ("auxiliary", r"the outputs must be logits \(6, 3\), got tuple"),
         ("leaving", "network leaving: SystemExit"),
     ],
@@ -379,7 +394,11 @@ def test_a_file_that_fails_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("vector", "must return a floating-point scalar"), ("twice", "got a tuple")],
+    [
+        ("vector", "must return a floating-point scalar"),
+        ("twice", "got a tuple"),
+        ("branching", r"line \d+ of .*mine.py needs the value .*if logits.max\(\) > 3"),
+    ],
 )
 def test_what_is_no_loss_is_refused(path, name, message):
     with pytest.raises(ValueError, match=message):

@@ -18,10 +18,12 @@ parameters a network may have running statistics of batch normalization, which c
 training and in training alone, and no other state. The file is executed.
 """
 
+import contextlib
 import functools
 import inspect
 import re
 import runpy
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,7 +120,7 @@ def load_network(
     if "seed" in inspect.signature(make).parameters:
         options = {"seed": seed} | options
     images = jax.ShapeDtypeStruct(images.shape, jnp.float32)
-    with settings.blamed_on(f"network {name}"):
+    with _blamed_on(f"network {name}"):
         create, run = _adapt(make(num_classes, **options))
         check_floating(jax.eval_shape(create, jax.random.key(0), images)[0])
         create = _widened(create)
@@ -172,7 +174,7 @@ def load_loss(chosen: str, num_classes: int) -> Callable[..., jax.Array]:
       ValueError: if there is no such function, it fails, or it gives no scalar.
     """
     [loss] = load_functions(chosen, "loss").values()
-    with settings.blamed_on(f"loss {chosen}"):
+    with _blamed_on(f"loss {chosen}"):
         check_scalar(
             jax.eval_shape(
                 loss,
@@ -181,6 +183,31 @@ def load_loss(chosen: str, num_classes: int) -> Callable[..., jax.Array]:
             )
         )
     return loss
+
+
+_VALUE_NEEDED = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
+@contextlib.contextmanager
+def _blamed_on(field):
+    """`settings.blamed_on`, with the line of the user that cannot be traced."""
+    libraries = Path(jax.__file__).parents[1]
+    with settings.blamed_on(field):
+        try:
+            yield
+        except _VALUE_NEEDED as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            *_, frame = (f for f in frames if libraries not in Path(f.filename).parents)
+            raise ValueError(
+                f"line {frame.lineno} of {frame.filename} needs the value of an array, "
+                f"which is not known under jax.jit ({frame.line}). Write jnp.where or "
+                "jax.lax.cond for if, and jax.numpy for NumPy and float."
+            ) from error
 
 
 def _adapt(made):
