@@ -14,6 +14,7 @@ loop only once. A convolution is counted by its definition. An algorithm with fe
 products (Winograd's) can therefore exceed the ceiling.
 """
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,9 @@ def _check_paths(config):
         raise ValueError(
             f"paths {tuple(config.paths)} must be some of {', '.join(config.sizes)}."
         )
+    missing = [name for name in rounds.CEILINGS.values() if name not in config.sizes]
+    if missing:
+        raise ValueError(f"sizes must have {', '.join(missing)}.")
     if config.peers is not None and not Path(config.peers).is_dir():
         raise ValueError(f"peers must be a folder, got {config.peers}.")
     names = list(dict.fromkeys((*rounds.CEILINGS.values(), *config.paths)))
@@ -107,6 +111,9 @@ def _check_paths(config):
                 raise ValueError(
                     f"sizes.{name}.{field} must be at least {smallest:d}, got {value}."
                 )
+        fields = {k: v for k, v in sizes.items() if k not in ("kind", "reference")}
+        with settings.blamed_on(f"sizes.{name}"):
+            inspect.signature(_KINDS[sizes.kind]).bind(**fields)
     return names
 
 

@@ -150,20 +150,11 @@ def load_signals(config: ConfigDict, path: str) -> Signals:
         if config.crop or config.cutmix do not fit its latents.
     """
     whole = features.load_splits(path)
-    if whole.label.min() < 0:
-        raise ValueError(f"{path} has signals without a label (-1).")
     of_split = {
         split: np.flatnonzero(whole.split == split) for split in ("train", "test")
     }
     train_rows = of_split["train"]
-    if len(np.unique(whole.label[train_rows])) < 2:
-        raise ValueError(f"{path} has signals of one class only.")
-    absent = np.setdiff1d(whole.label[of_split["test"]], whole.label[train_rows])
-    if absent.size:
-        raise ValueError(
-            f"the test split of {path} has signals of class {absent[0]}, but the "
-            "training split has none."
-        )
+    features.check_labels(path, *(whole.label[rows] for rows in of_split.values()))
     num_classes = 1 + int(whole.label.max())
     features.check_config(path, whole)
     copies = whole.config.get("copies", 1)

@@ -40,6 +40,9 @@ from landscape import curvature, probes, surface
 
 # Points of a surface between two writes of the file.
 _PIECE = 25
+# The optimizers of optax whose steps have the preconditioner of Adam; others, such as
+# adamax and lamb, have the same state but other steps.
+_ADAMS = ("adam", "adamw", "nadam", "nadamw")
 
 
 class ChangesState(NamedTuple):
@@ -162,7 +165,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     def finish(run, summaries):
         figures.draw(run.workdir)
         arrays = landscape.read_arrays(run.workdir, config)
-        return landscape.make_table(config, arrays, images.num_classes)
+        return landscape.make_table(config, arrays, images.train[1])
 
     return sweep(
         config,
@@ -354,18 +357,13 @@ def _make_eigenvalues(config, loss_fn, images):
 
 def _adam_state(opt_state):
     """The arguments of `curvature.adam_preconditioner`."""
-    [adam] = _find_adam(opt_state)
-    hyperparams = {
-        name: optax.tree.get(opt_state, name) for name in ("b1", "b2", "eps")
-    }
-    return {"nu": adam.nu, "count": adam.count, **hyperparams}
-
-
-def _find_adam(opt_state):
     leaves = jax.tree.leaves(
         opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)
     )
-    return [leaf for leaf in leaves if isinstance(leaf, optax.ScaleByAdamState)]
+    [adam] = [leaf for leaf in leaves if isinstance(leaf, optax.ScaleByAdamState)]
+    names = ("b1", "b2", "eps", "eps_root")
+    hyperparams = {name: optax.tree.get(opt_state, name) for name in names}
+    return {"nu": adam.nu, "count": adam.count, **hyperparams}
 
 
 def _make_surface(config, loss_fn, images):
@@ -422,7 +420,7 @@ def _train_one(run, tools, *, with_surface):
         "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
     }
     if num_steps:
-        dead = landscape.is_dead(config, state.loss, problem.images.num_classes)
+        dead = landscape.is_dead(config, state.loss, problem.images.train[1])
         summary["is_dead"] = bool(dead)
     if config.spectrum.num_samples:
         key = jax.random.fold_in(jax.random.key(config.seeds[0]), num_steps + 2)
@@ -513,7 +511,12 @@ def _stored_losses(run, path, unknown):
 
 def _check(config, images):
     """Checks what depends on the images or on several fields, before any training."""
-    optimizer = _make_optimizer(config.optimizer)
+    _make_optimizer(config.optimizer)
+    if config.sharpness.preconditioned and config.optimizer.name not in _ADAMS:
+        raise ValueError(
+            "sharpness.preconditioned needs one of the optimizers "
+            f"{', '.join(_ADAMS)}; got {config.optimizer.name!r}."
+        )
     if config.network is None and len(config.network_options):
         raise ValueError("network_options are those of a network; set network.")
     if config.network and config.bn_mode == "recalibrated":
@@ -534,13 +537,6 @@ def _check(config, images):
         if config.network or config.loss:
             with settings.blamed_on(f"network {network} or its loss"):
                 _check_derivatives(config, images, model, variables, loss)
-        if config.sharpness.preconditioned and not _find_adam(
-            jax.eval_shape(optimizer.init, shapes)
-        ):
-            raise ValueError(
-                "sharpness.preconditioned needs an optimizer with the state of Adam, "
-                f"got {config.optimizer.name!r}."
-            )
         size = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
         for name, is_used in (
             ("sharpness", config.sharpness.every),

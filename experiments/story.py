@@ -14,9 +14,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.common import launch, page, runs, settings
+from experiments.common import data, launch, page, runs, settings
 from experiments.common.sweep import sweep
 from experiments.configs import story as configs
+from experiments.training import features
 
 # {prefix of the keys of the summary: name in the table}.
 _NETWORKS = {
@@ -51,7 +52,9 @@ _FIGURES = {
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
     settings.check(config, configs.RULES)
-    plan(config, workdir)  # refuses wrong fields of any step
+    steps = plan(config, workdir)  # refuses wrong fields of any step
+    if not (workdir / "summary.json").exists():
+        _check_images(config, {step: fields for step, (_, fields) in steps.items()})
     return sweep(config, workdir, tell)
 
 
@@ -117,6 +120,36 @@ def _check_measures(config, pruning, landscape):
         entry, name = field.split(".")
         if not landscape[entry][name]:
             raise ValueError(f"probe_landscape.{field} must be at least 1, got 0.")
+
+
+def _check_images(config, steps):
+    """Raises ValueError if a later step could not use the images."""
+    splits = data.load_dataset(**config.dataset).splits
+    source = f"the data set {config.dataset.name}"
+    labels = {split: arrays["label"] for split, arrays in splits.items()}
+    features.check_labels(source, labels["train"], labels["test"])
+    num_images = len(labels["train"])
+    held_out = round(steps["classify"].validation_fraction * num_images)
+    pruning, landscape = steps["cascade"], steps["landscape_before"]
+    limited = min(pruning.num_train or num_images, num_images)
+    for field, size, count in (
+        ("classify_functa.", steps["classify"].batch_size, num_images - held_out),
+        (
+            "prune_vit.tuning.training.",
+            pruning.tuning.training.batch_size,
+            limited - pruning.num_validation,
+        ),
+        (
+            "probe_landscape.",
+            landscape.batch_size,
+            min(landscape.num_train or num_images, num_images),
+        ),
+    ):
+        if size > count:
+            raise ValueError(
+                f"{field}batch_size must be at most {count}, the training images of "
+                f"{source} that it uses; got {size}."
+            )
 
 
 def tell(run: runs.Run) -> dict[str, Any]:

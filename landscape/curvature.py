@@ -85,7 +85,8 @@ def gauss_newton_vector_product(
     f.
 
     Args:
-      outputs_fn: f, maps (params, batch) to outputs of any structure.
+      outputs_fn: f, maps (params, batch) to outputs of any structure. Those that are
+        not floating point have no derivative and pass to L as they are.
       loss_of_outputs: L, maps (outputs, batch) to a scalar.
       params: where the matrix is evaluated.
       batch: passed to both functions.
@@ -98,10 +99,18 @@ def gauss_newton_vector_product(
       ValueError: if the loss is not a scalar, or `vector` is not a tree like `params`.
     """
     vector = _cast_like("vector", vector, params)
+
+    def split(params):
+        whole = outputs_fn(params, batch)
+        return jax.tree.map(lambda x: x if _is_inexact(x) else None, whole), whole
+
+    def loss(outputs):
+        merged = jax.tree.map(lambda x, o: x if o is None else o, whole, outputs)
+        return scalar_loss(loss_of_outputs, merged, batch)
+
     with jax.default_matmul_precision("highest"):
-        outputs, forward = jax.linearize(lambda p: outputs_fn(p, batch), params)
-        gradient = jax.grad(lambda o: scalar_loss(loss_of_outputs, o, batch))
-        curved = jax.jvp(gradient, (outputs,), (forward(vector),))[1]
+        outputs, forward, whole = jax.linearize(split, params, has_aux=True)
+        curved = jax.jvp(jax.grad(loss), (outputs,), (forward(vector),))[1]
         return jax.linear_transpose(forward, params)(curved)[0]
 
 
@@ -146,12 +155,18 @@ def preconditioned(matvec: Matvec, preconditioner: Any) -> Matvec:
 
 
 def adam_preconditioner(
-    nu: Any, count: Any, *, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8
+    nu: Any,
+    count: Any,
+    *,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    eps_root: Any = 0.0,
 ) -> Any:
     """P of Adam, whose update is -eta P^-1 m with the mean m of the gradients.
 
-    P = (1 - b1^t) (sqrt(nu / (1 - b2^t)) + eps); the first factor is the correction of
-    m (Cohen et al. 2022, arXiv 2207.14484, section 2).
+    P = (1 - b1^t) (sqrt(nu / (1 - b2^t) + eps_root) + eps); the first factor is the
+    correction of m (Cohen et al. 2022, arXiv 2207.14484, section 2).
 
     Args:
       nu: mean of the squared gradients, a tree like the parameters; with optax
@@ -160,6 +175,7 @@ def adam_preconditioner(
       b1: decay of m.
       b2: decay of `nu`.
       eps: epsilon of Adam, added outside the square root.
+      eps_root: added inside the square root.
 
     Returns:
       The diagonal of P, a tree like `nu`.
@@ -172,10 +188,30 @@ def adam_preconditioner(
         check_values(name, decay, _is_decay, "in [0, 1)")
     count = jnp.asarray(count, jnp.float32)
     first, second = 1 - b1**count, 1 - b2**count
-    return jax.tree.map(lambda x: first * (jnp.sqrt(x / second) + eps), nu)
+    return jax.tree.map(lambda x: first * (jnp.sqrt(x / second + eps_root) + eps), nu)
 
 
-def adam_bound(b1: Any = 0.9) -> Any:
+def gradient_descent_bound(momentum: Any = 0.0, *, nesterov: bool = False) -> Any:
+    """Learning rate times sharpness at which gradient descent becomes unstable.
+
+    2 (1 + momentum), and with Nesterov's momentum 2 (1 + momentum) / (1 + 2 momentum)
+    (Cohen et al. 2021, arXiv 2103.00065, appendix B), with the momentum of `optax.sgd`.
+
+    Args:
+      momentum: in [0, 1); a number or an array.
+      nesterov: whether it is that of Nesterov.
+
+    Returns:
+      The bound, with the shape of `momentum`.
+
+    Raises:
+      ValueError: if the momentum is out of range.
+    """
+    check_values("momentum", momentum, _is_decay, "in [0, 1)")
+    return 2 * (1 + momentum) / (1 + 2 * momentum if nesterov else 1)
+
+
+def adam_bound(b1: Any = 0.9, *, nesterov: bool = False) -> Any:
     """Learning rate times preconditioned sharpness at which Adam becomes unstable.
 
     2 (1 + b1) / (1 - b1): 38 for b1 = 0.9, and 2, gradient descent's bound, for b1 = 0.
@@ -184,6 +220,7 @@ def adam_bound(b1: Any = 0.9) -> Any:
 
     Args:
       b1: decay of the first moment, in [0, 1); a number or an array.
+      nesterov: whether the momentum is that of Nesterov, as in NAdam.
 
     Returns:
       The bound, with the shape of `b1`.
@@ -192,7 +229,7 @@ def adam_bound(b1: Any = 0.9) -> Any:
       ValueError: if b1 is out of range.
     """
     check_values("b1", b1, _is_decay, "in [0, 1)")
-    return 2 * (1 + b1) / (1 - b1)
+    return gradient_descent_bound(b1, nesterov=nesterov) / (1 - b1)
 
 
 def _is_decay(values):
@@ -447,8 +484,7 @@ def spectral_density(quadrature: Quadrature, grid: Array, *, sigma: float) -> Ar
     Raises:
       ValueError: if sigma is not positive.
     """
-    if not sigma > 0:
-        raise ValueError(f"sigma must be > 0, got {sigma}.")
+    check_values("sigma", sigma, lambda x: x > 0, "> 0")
     nodes, weights = quadrature.nodes.ravel(), quadrature.weights.ravel()
     grid = jnp.asarray(grid, nodes.dtype)
     bells = jax.scipy.stats.norm.pdf(
@@ -535,6 +571,10 @@ def _cast_like(name, tree, params):
     check_floating(params)
     check_like(name, tree, params)
     return jax.tree.map(lambda x, p: jnp.asarray(x, jnp.result_type(p)), tree, params)
+
+
+def _is_inexact(array):
+    return jnp.issubdtype(jnp.result_type(array), jnp.inexact)
 
 
 def _check_steps(num_steps, size):

@@ -41,7 +41,7 @@ def envelope(
       curves: {label: (x (K,), values (R, K))}.
       y_label: name and unit of the y axis.
       x_label: name and unit of the x axis.
-      log: the y axis is logarithmic.
+      log: the y axis is logarithmic, if any value is positive.
       ax: Axes to draw into; None makes a figure.
 
     Returns:
@@ -64,7 +64,7 @@ def envelope(
         for edge in (low, high):
             ax.plot(x, edge, color=color, linestyle=line, linewidth=0.9)
     if log:
-        ax.set_yscale("log")
+        _set_log_scale(ax)
     _finish(ax, x_label, y_label)
     return ax
 
@@ -85,7 +85,7 @@ def curves(
         and a band from the smallest to the largest.
       y_label: name and unit of the y axis.
       x_label: name and unit of the x axis.
-      log: the y axis is logarithmic.
+      log: the y axis is logarithmic, if any value is positive.
       legend_title: what the labels are, with the unit.
       ax: Axes to draw into; None makes a figure.
 
@@ -112,7 +112,7 @@ def curves(
             low, high = runs.min(0), runs.max(0)
             ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     if log:
-        ax.set_yscale("log")
+        _set_log_scale(ax)
     _finish(ax, x_label, y_label, legend_title)
     return ax
 
@@ -129,7 +129,8 @@ def step_profile(
     Args:
       step_sizes: multiples of the gradient, (S,).
       betas: {label: values (P, S)} of P probes, for example
-        `landscape.probes.GradientProbe.betas`.
+        `landscape.probes.GradientProbe.betas`. Probes that are not finite, those of a
+        run that diverged, do not count.
       y_label: name and unit of the y axis.
       ax: Axes to draw into; None makes a figure.
 
@@ -139,23 +140,27 @@ def step_profile(
     ax = _axes(ax)
     for number, (label, values) in enumerate(betas.items()):
         color, marker, line, _ = _STYLES[number % len(_STYLES)]
+        finite = np.asarray(values)[np.isfinite(values).all(axis=1)]
+        if not len(finite):
+            finite = np.full((1, len(step_sizes)), np.nan)  # an empty line
+        low, middle, high = np.quantile(finite, [0.1, 0.5, 0.9], axis=0)
         ax.plot(
             step_sizes,
-            np.median(values, 0),
+            middle,
             color=color,
             linestyle=line,
             marker=marker,
             markersize=4,
             label=label,
         )
-        low, high = np.quantile(values, [0.1, 0.9], axis=0)
         ax.fill_between(step_sizes, low, high, color=color, alpha=0.2, linewidth=0)
+    ax.set_xlim(np.min(step_sizes) / 1.1, np.max(step_sizes) * 1.1)
     ax.set_xscale("log", subs=(2, 5))
     # Over about a decade the powers of ten alone are too few labels.
     if np.max(step_sizes) < 20 * np.min(step_sizes):
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter("{x:g}")
-    ax.set_yscale("log")
+    _set_log_scale(ax)
     _finish(ax, "step along the gradient", y_label)
     return ax
 
@@ -254,9 +259,11 @@ def spectral_density(
     for number, (label, (x, values)) in enumerate(densities.items()):
         color, _, line, _ = _STYLES[number % len(_STYLES)]
         ax.plot(x, values, color=color, linestyle=line, linewidth=1.2, label=label)
-    highest = max(float(np.max(values)) for _, values in densities.values())
-    ax.set_yscale("log")
-    ax.set_ylim(1e-5 * highest, 2 * highest)
+    everything = np.concatenate([[0.0], *(np.ravel(y) for _, y in densities.values())])
+    highest = np.max(everything[np.isfinite(everything)])
+    if highest > 0:
+        ax.set_yscale("log")
+        ax.set_ylim(1e-5 * highest, 2 * highest)
     _finish(ax, "eigenvalue of the Hessian", "density")
     return ax
 
@@ -280,8 +287,9 @@ def surface_contours(
       losses: (A, B); entry [i, j] lies at first[i], second[j].
       first: coordinates along the first direction, (A,).
       second: coordinates along the second, (B,); None takes `first`.
-      limits: smallest and largest loss of the colors, both positive; None takes those
-        of `robust_limits`. Give the same to figures that are compared.
+      limits: smallest and largest loss of the colors, which are logarithmic if both
+        are positive; None takes those of `robust_limits`. Give the same to figures that
+        are compared.
       path: coordinates of a trajectory, (T, 2), for example of
         `landscape.surface.trajectory_pca`.
       labels: names and units of the two axes.
@@ -295,13 +303,15 @@ def surface_contours(
     ax = _axes(ax)
     second = first if second is None else second
     low, high = limits or robust_limits(losses)
+    is_log = low > 0
+    normalize = matplotlib.colors.LogNorm if is_log else matplotlib.colors.Normalize
     filled = ax.contourf(
         first,
         second,
         np.clip(losses, low, high).T,
-        levels=np.geomspace(low, high, 25),
+        levels=(np.geomspace if is_log else np.linspace)(low, high, 25),
         cmap="viridis",
-        norm=matplotlib.colors.LogNorm(low, high),
+        norm=normalize(low, high),
     )
     ax.plot(0, 0, "w+", markersize=10, markeredgewidth=2)
     if path is not None:
@@ -313,7 +323,7 @@ def surface_contours(
         filled,
         ax=ax,
         label="loss (nats)",
-        ticks=matplotlib.ticker.LogLocator(subs=(1, 2, 5)),
+        ticks=matplotlib.ticker.LogLocator(subs=(1, 2, 5)) if is_log else None,
         format=matplotlib.ticker.StrMethodFormatter("{x:g}"),
         shrink=0.8,
     )
@@ -338,7 +348,7 @@ def surface_3d(
       ax: Axes with projection "3d"; None makes a figure.
 
     Returns:
-      The Axes.
+      The Axes; the height is logarithmic if both limits are positive.
     """
     import matplotlib.pyplot as plt
 
@@ -348,21 +358,25 @@ def surface_3d(
     second = first if second is None else second
     low, high = limits or robust_limits(losses)
     x, y = np.meshgrid(first, second, indexing="ij")
+    heights, name = np.clip(losses, low, high), "loss (nats)"
+    if low > 0:
+        low, high, heights = np.log10(low), np.log10(high), np.log10(heights)
+        name = f"log10 of the {name}"
     ax.plot_surface(
         x,
         y,
-        np.log10(np.clip(losses, low, high)),
+        heights,
         cmap="viridis",
-        vmin=np.log10(low),
-        vmax=np.log10(high),
+        vmin=low,
+        vmax=high,
         rstride=1,
         cstride=1,
         linewidth=0,
     )
-    ax.set_zlim(np.log10(low), np.log10(high))
+    ax.set_zlim(low, high)
     ax.set_xlabel("first direction", fontsize=8)
     ax.set_ylabel("second direction", fontsize=8)
-    ax.set_zlabel("log10 of the loss (nats)", fontsize=8)
+    ax.set_zlabel(name, fontsize=8)
     ax.tick_params(labelsize=7)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(plt.MaxNLocator(4))
@@ -374,13 +388,23 @@ def robust_limits(*losses: np.ndarray) -> tuple[float, float]:
     """Smallest loss, and the 98th percentile or 30 medians, whichever is lower.
 
     A few losses far above chance would flatten everything else. Losses that are not
-    finite do not count.
+    finite do not count. Without negative losses the smallest is at least 1e-6; with
+    them, medians are measured from the smallest.
+
+    Raises:
+      ValueError: if no loss is finite.
     """
     values = np.concatenate([np.ravel(x) for x in losses])
-    values = np.clip(values[np.isfinite(values)], 1e-6, None)
+    values = values[np.isfinite(values)]
+    if not values.size:
+        raise ValueError("no loss is finite.")
+    base = float(values.min())
+    if base >= 0:
+        base, values = 0.0, np.clip(values, 1e-6, None)
     low = float(values.min())
-    high = float(min(np.quantile(values, 0.98), 30 * np.median(values)))
-    return low, max(high, 1.001 * low)
+    above = 30 * (np.median(values) - base)
+    high = float(min(np.quantile(values, 0.98), base + above))
+    return low, max(high, low + 0.001 * abs(low))
 
 
 def _axes(ax):
@@ -389,6 +413,11 @@ def _axes(ax):
     import matplotlib.pyplot as plt
 
     return plt.subplots(figsize=(5.5, 3.6), layout="constrained")[1]
+
+
+def _set_log_scale(ax):
+    if np.isfinite(ax.dataLim.minposy):  # the smallest positive value
+        ax.set_yscale("log")
 
 
 def _finish(ax, x_label, y_label, legend_title=None):

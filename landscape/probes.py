@@ -410,38 +410,46 @@ def at_equal_loss(losses: Array, values: Array, levels: Array) -> Array:
     # From no finite loss to a finite one, or at the first step, nothing lies between.
     is_between = jnp.isfinite(low_before) & (low_before > low_after)
     weight = _divide(low_before - levels, low_before - low_after, otherwise=1)
-    weight = jnp.where(is_between, weight, 1)
+    # A level that is a loss of the run takes its value, whatever the one before is.
+    is_exact = ~is_between | (low_after == levels)
     found = value_before + weight * (value_after - value_before)
+    found = jnp.where(is_exact, value_after, found)
     starts_below = (after == 0) & (low_after < levels)
     return jnp.where(is_reached.any(-1) & ~starts_below, found, jnp.nan)
 
 
 def is_dead(
-    losses: Array, num_classes: int, *, num_last: int = 20, tolerance: float = 0.02
+    losses: Array,
+    num_classes: int,
+    *,
+    num_last: int = 20,
+    tolerance: float = 0.02,
+    class_counts: Any = None,
 ) -> Array:
     """Whether a run ended as a constant classifier or diverged.
 
-    A run is dead if the mean of its last training losses is at least
-    log(num_classes) - tolerance, or if any loss is not finite. The outputs of such a
-    network no longer depend on its inputs and its gradient is nearly zero. Its loss
-    variation and gradient predictiveness therefore look better than those of a network
-    that learns.
+    A run is dead if the mean of its last training losses is at least chance level less
+    the tolerance, or if any loss is not finite. The outputs of such a network no longer
+    depend on its inputs and its gradient is nearly zero. Its loss variation and
+    gradient predictiveness therefore look better than those of a network that learns.
 
-    A run that has not yet begun to learn is flagged too, so call this at the end of
-    training. Classes are assumed to be equally frequent; otherwise the loss at chance
-    level is the entropy of their frequencies, which is below log(num_classes).
+    The loss at chance level is the entropy of the class frequencies, log(num_classes)
+    if they are equal. A run that has not yet begun to learn is flagged too, so call
+    this at the end of training.
 
     Args:
       losses: training cross-entropies in nats, (..., T).
       num_classes: K >= 2.
       num_last: number of final losses to average, >= 1; all of them if T is smaller.
       tolerance: in nats, >= 0.
+      class_counts: training examples of each class, (K,); None means equally many.
 
     Returns:
       bool (...).
 
     Raises:
-      ValueError: if there are no losses or a number is out of range.
+      ValueError: if there are no losses, a number is out of range, or the counts are
+        not those of K classes.
     """
     losses = jnp.asarray(losses)
     if losses.ndim == 0 or losses.shape[-1] == 0:
@@ -455,7 +463,21 @@ def is_dead(
             raise ValueError(f"{name} must be at least {smallest}, got {number}.")
     end = jnp.mean(widen(losses[..., -num_last:]), axis=-1)
     is_finite = jnp.all(jnp.isfinite(losses), axis=-1)
-    return ~is_finite | (end >= math.log(num_classes) - tolerance)
+    return ~is_finite | (end >= _entropy(class_counts, num_classes) - tolerance)
+
+
+def _entropy(counts, num_classes):
+    """Of the frequencies of the classes, in nats."""
+    if counts is None:
+        return math.log(num_classes)
+    counts = np.asarray(counts, np.float64)
+    if counts.shape != (num_classes,) or not (counts.sum() > 0 <= counts.min()):
+        raise ValueError(
+            f"class_counts must be ({num_classes},), >= 0 and not all zero, got "
+            f"{counts.tolist()}."
+        )
+    shares = counts[counts > 0] / counts.sum()
+    return -float(np.sum(shares * np.log(shares)))
 
 
 def _checked_step_sizes(step_sizes):

@@ -27,9 +27,15 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from landscape.checks import LossFn, check_floating, check_like, scalar_loss
+from landscape.checks import (
+    LossFn,
+    check_floating,
+    check_like,
+    check_values,
+    scalar_loss,
+)
 from landscape.filters import Filters, entry_axes, filter_size
-from landscape.norms import widen
+from landscape.norms import rescale, widen
 
 Path = Callable[[Array], Any]
 
@@ -297,10 +303,10 @@ def barrier(losses: Array, fractions: Any) -> Array:
 
     Args:
       losses: of `losses_along`, (N,), N >= 2. The first and the last are the ends.
-      fractions: t of each loss, (N,).
+      fractions: t of each loss, (N,), between those of the two ends, which differ.
 
     Raises:
-      ValueError: if there are fewer than two losses, or other shapes.
+      ValueError: if there are fewer than two losses, other shapes, or other fractions.
     """
     losses = widen(losses)
     fractions = jnp.asarray(fractions, losses.dtype)
@@ -310,6 +316,12 @@ def barrier(losses: Array, fractions: Any) -> Array:
             f"{losses.shape} and {fractions.shape}."
         )
     share = (fractions - fractions[0]) / (fractions[-1] - fractions[0])
+    check_values(
+        "fractions",
+        share,
+        lambda x: (x >= 0) & (x <= 1),
+        "between the first and the last, which differ",
+    )
     return jnp.max(losses - ((1 - share) * losses[0] + share * losses[-1]))
 
 
@@ -420,13 +432,15 @@ def trajectory_pca(trajectory: Any, origin: Any) -> TrajectoryPlane:
       The plane. The sign of each direction makes its largest coordinate positive.
 
     Raises:
-      ValueError: if the trees do not fit.
+      ValueError: if the trees do not fit, or a leaf is not floating point.
     """
     steps = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(trajectory)}
     if len(steps) != 1 or () in steps or steps.pop()[0] < 2:
         raise ValueError("trajectory must have leaves (T, ...) with one T >= 2.")
     check_like("trajectory[0]", jax.tree.map(lambda x: x[0], trajectory), origin)
+    check_floating(trajectory)
     moves = jax.tree.map(lambda x, o: widen(x) - widen(o)[None], trajectory, origin)
+    moves, power = rescale(moves)
     with jax.default_matmul_precision("highest"):
         rows = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(moves)]
         gram = sum(row @ row.T for row in rows)
@@ -445,7 +459,7 @@ def trajectory_pca(trajectory: Any, origin: Any) -> TrajectoryPlane:
         )
     return TrajectoryPlane(
         directions=directions,
-        coordinates=jnp.where(real, lengths, 0)[None, :] * vectors,
+        coordinates=power * jnp.where(real, lengths, 0)[None, :] * vectors,
         explained=jnp.where(real, values / jnp.where(total > 0, total, 1), 0),
     )
 

@@ -243,6 +243,7 @@ def test_a_peer_that_cannot_be_used_is_named(tmp_path, functa, message):
         ("sizes.meta.kind", "mota", "sizes.meta.kind must be one of product, "),
         ("paths", ("mota",), "must be some of .*meta"),
         ("paths", (), "must be some of"),
+        ("sizes.product_float32.sise", 3, "float32: .* unexpected keyword .*'sise'"),
         ("peers", "nowhere", "peers must be a folder, got nowhere"),
     ],
 )

@@ -53,6 +53,31 @@ def without_train(num_classes):
     return nn.Sequential([lambda x: x.reshape(len(x), -1), nn.Dense(num_classes)])
 
 
+class Block(nn.Module):
+    train: bool
+
+    @nn.compact
+    def __call__(self, x, _):
+        x = nn.BatchNorm(use_running_average=not self.train)(nn.Dense(16)(x))
+        return x, None
+
+
+class Lifted(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, train):
+        axes = {"params": 0, "batch_stats": 0}
+        blocks = nn.scan(nn.remat(Block), axes, split_rngs={"params": True}, length=2)
+        x, _ = blocks(train)(x.reshape(len(x), -1), None)
+        x, _ = nn.jit(nn.remat(Block))(train)(x, None)
+        return nn.Dense(self.num_classes)(x)
+
+
+def lifted(num_classes):
+    return Lifted(num_classes)
+
+
 class Nnx(nnx.Module):
     def __init__(self, num_classes, rngs):
         self.first = nnx.Linear(16, 5, rngs=rngs)
@@ -101,6 +126,27 @@ def squares(logits, labels):
 
 
 # Refused.
+
+
+def second_in_training(num_classes):
+    return nn.Sequential([nn.Dense(4), Default(num_classes)])
+
+
+class Frozen(Linen):
+    def __call__(self, x, train=False):
+        return super().__call__(x, train)
+
+
+def second_frozen(num_classes):
+    return nn.Sequential([nn.Dense(4), Frozen(num_classes)])
+
+
+def haiku_in_training(num_classes):
+    def forward(x, train):
+        x = hk.BatchNorm(True, True, 0.9)(x.reshape(len(x), -1), True)
+        return hk.Linear(num_classes)(x)
+
+    return hk.transform_with_state(forward)
 
 
 def integers(num_classes):
@@ -198,6 +244,17 @@ def failing(num_classes):
     raise KeyError("width")
 
 
+def branching(logits, labels):
+    if logits.max() > 3:
+        return jnp.float32(0)
+    return jnp.mean(logits)
+
+
+def branching_network(num_classes):
+    init, apply = plain(num_classes)
+    return init, lambda params, x: float(x[0, 0, 0, 0]) * apply(params, x)
+
+
 def vector(logits, labels):
     return logits[:, 0]
 
@@ -281,6 +338,7 @@ def test_train_reaches_a_module_inside_of_sequential(path):
             {"params": params, "batch_stats": stats}, IMAGES, train=train, mutable=["x"]
         )
         np.testing.assert_allclose(found, np.tanh(expected), rtol=1e-5, atol=1e-6)
+    load(path, "lifted")  # statistics that pass through scan, remat and jit
     network = load(path, "without_train")
     variables = network.init(jax.random.key(0), IMAGES)
     assert network.apply(variables, IMAGES).shape == (6, 3)
@@ -298,6 +356,13 @@ def test_train_reaches_a_module_inside_of_sequential(path):
         ("same_path", "same_path: two parameters have the path 'a/b'"),
         ("whole", "the outputs must be floating point, got int32"),
         ("training", "the argument 'training' of __call__ would not be passed"),
+        ("second_in_training", "with train=False the running statistics .* change: "),
+        ("haiku_in_training", "with train=False the running statistics .* change: "),
+        ("second_frozen", "with train=True the running statistics .* stay as they are"),
+        (
+            "branching_network",
+            r"line \d+ of .*mine.py needs the value .* \(return init,",
+        ),
         ("auxiliary", r"the outputs must be logits \(6, 3\), got tuple"),
         ("leaving", "network leaving: SystemExit"),
     ],
@@ -329,7 +394,11 @@ def test_a_file_that_fails_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("vector", "must return a floating-point scalar"), ("twice", "got a tuple")],
+    [
+        ("vector", "must return a floating-point scalar"),
+        ("twice", "got a tuple"),
+        ("branching", r"line \d+ of .*mine.py needs the value .*if logits.max\(\) > 3"),
+    ],
 )
 def test_what_is_no_loss_is_refused(path, name, message):
     with pytest.raises(ValueError, match=message):

@@ -573,6 +573,37 @@ def test_robust_limits_ignore_infinity():
     assert low == 1 and 1.9 < high <= 2
 
 
+def test_negative_losses_have_a_linear_scale():
+    losses = np.array([[-5.0, -4.0, np.inf], [-3.0, -2.0, 3.0], [0.0, 1.0, 900.0]])
+    low, high = landscape.plots.robust_limits(losses)
+    # The median of the finite ones, -1, is 4 above the smallest.
+    assert (low, high) == (-5, -5 + 30 * 4)
+    ax = landscape.plots.surface_contours(losses, np.arange(3))
+    assert ax.collections[0].norm.vmin == -5 and ax.collections[0].norm(55) == 0.5
+    ax = landscape.plots.surface_3d(losses, np.arange(3))
+    assert ax.get_zlim() == (-5, 115) and ax.get_zlabel() == "loss (nats)"
+    with pytest.raises(ValueError, match="no loss is finite"):
+        landscape.plots.robust_limits(np.full((2, 2), np.nan))
+
+
+def test_probes_that_are_not_finite_leave_the_others_in_the_profile():
+    betas = np.array([[1.0, 2.0], [3.0, 4.0], [np.inf, np.nan]])
+    draw = landscape.plots.step_profile
+    ax = draw(np.array([0.1, 0.2]), {"a": betas, "b": betas[2:]})
+    first, second = ax.lines
+    np.testing.assert_allclose(first.get_ydata(), [2, 3])
+    assert np.isnan(second.get_ydata()).all()
+    ax.figure.canvas.draw()
+    draw(np.array([0.1, 0.2]), {"a": betas[2:]}).figure.canvas.draw()
+
+
+def test_densities_that_are_not_finite_leave_the_others():
+    densities = {"a": (X, np.full(len(X), np.nan)), "b": (X, np.ones(len(X)))}
+    ax = landscape.plots.spectral_density(densities)
+    assert ax.get_ylim() == (1e-5, 2)
+    landscape.plots.spectral_density({}).figure.canvas.draw()
+
+
 def test_plots_import_no_matplotlib():
     script = (
         "import sys, functa.plots, vit.plots, lbi.plots, landscape.plots;"

@@ -365,7 +365,8 @@ def test_dead_runs_are_counted_and_left_out_of_the_second_width():
     for layers in ("last_layer", "all_layers"):
         for key in ("grad_distance", "beta"):
             arrays[f"plain/{layers}_{key}"] = np.ones((3, 1, num_steps - 1))
-    table = landscape.make_table(config, arrays, 10)
+    labels = np.repeat(np.arange(10), 3)
+    table = landscape.make_table(config, arrays, labels)
     assert table["plain.dead_runs"] == 1
     assert table["plain.envelope_width"] == pytest.approx(np.log(10) - 1)
     assert table["plain.envelope_width_without_dead"] == pytest.approx(0.5)
@@ -374,6 +375,18 @@ def test_dead_runs_are_counted_and_left_out_of_the_second_width():
     assert table["plain.rate0.002.effective_beta"] == 7.0
     assert table["plain.rate0.001.test_accuracy"] == 0.7
     assert "envelope_width_ratio" not in table
+    # A run that diverges keeps its first loss in the band.
+    losses[2, 0] = [4.0, 1.0, *[np.nan] * 6]
+    config.loss = "mine.py:loss"
+    table = landscape.make_table(config, arrays, labels)
+    assert table["plain.dead_runs"] == 1
+    assert table["plain.envelope_width"] == pytest.approx((3 + 0.5 + 6 * 3) / 8)
+    # A single step has no change.
+    for key in ("grad_distance", "beta"):
+        arrays[f"plain/all_layers_{key}"] = np.ones((3, 1, 0))
+    table = landscape.make_table(config, arrays, labels)
+    assert not any("consecutive_beta_all" in key for key in table)
+    assert "plain.rate0.001.consecutive_beta_last_layer" in table
 
 
 def test_recorder_leaves_updates_alone_and_compiles_once():
@@ -472,10 +485,13 @@ def test_modes_agree_where_they_must():
             "sharpness.num_eigenvalues must be below",
         ),
         ({"network_options": {"width": 3}}, "network_options are those of a network"),
-        (
-            {"optimizer": {"name": "sgd", "options": {}}}
-            | {"sharpness": {"preconditioned": True}},
-            "sharpness.preconditioned needs an optimizer with the state of Adam",
+        *(
+            (
+                {"optimizer": {"name": name, "options": {}}}
+                | {"sharpness": {"preconditioned": True}},
+                f"sharpness.preconditioned needs one of .* adam, .*; got '{name}'",
+            )
+            for name in ("sgd", "adamax", "lamb")
         ),
         ({"networks": ("resnet",)}, "networks must be .* each value one of bn, plain"),
         ({"learning_rates": (0.0,)}, "learning_rates must be .* each value above 0"),
@@ -486,6 +502,7 @@ def test_modes_agree_where_they_must():
         ({"optimizer": {"name": "adam", "options": {"b9": 1.0}}}, "optimizer.options"),
         ({"model": {"type": "MLP"}}, "must be one of LeNet, VGG, ResNet"),
         ({"last_layer": "^head$"}, "no parameter matches"),
+        ({"surface": {"size": 1}}, "surface.size must be 0, or from 2 to 65536, got 1"),
         ({"surface": {"chunk_size": 0}}, "surface.chunk_size must be at least 1"),
         ({"surface": {"learning_rate": 0.5}}, "must be one of learning_rates .*0.5"),
     ],

@@ -715,6 +715,13 @@ def test_at_equal_loss_of_a_run_that_begins_without_a_loss():
     np.testing.assert_allclose(found, [8, 8.5])
 
 
+def test_at_equal_loss_takes_no_value_from_before_a_level_that_is_met():
+    found = probes.at_equal_loss(
+        np.array([3.0, 2.0, 1.0]), np.array([np.inf, 5.0, 7.0]), np.array([2.0, 1.5])
+    )
+    np.testing.assert_allclose(found, [5, 6])
+
+
 def test_at_equal_loss_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match=re.escape("got (2, 3) and (3,)")):
         probes.at_equal_loss(np.ones((2, 3)), np.ones(3), np.ones(1))
@@ -742,6 +749,19 @@ def test_dead_is_judged_by_the_last_losses():
     assert not is_dead(losses - 0.05, 4, num_last=2)
     assert is_dead(losses - 0.05, 4, num_last=2, tolerance=0.06)
     assert not is_dead(losses, 5, num_last=2)
+
+
+def test_a_constant_classifier_of_rare_classes_is_dead():
+    labels = jnp.array([0] * 18 + [1] * 2)
+    # The best constant logits, the logarithms of the frequencies.
+    logits = jnp.broadcast_to(jnp.log(jnp.array([0.9, 0.1])), (20, 2))
+    losses = jnp.full(5, cross_entropy(logits, labels))
+    counts = np.bincount(labels)
+    assert is_dead(losses, 2, class_counts=counts) and not is_dead(losses, 2)
+    assert not is_dead(losses - 0.1, 2, class_counts=counts)
+    assert is_dead(losses, 3, class_counts=[9, 0, 1])
+    with pytest.raises(ValueError, match=re.escape("class_counts must be (3,)")):
+        is_dead(losses, 3, class_counts=counts)
 
 
 def test_dead_network_looks_predictive():

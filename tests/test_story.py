@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from experiments import story
@@ -52,6 +53,21 @@ def test_variants_of_the_steps_exist(variant, tmp_path):
         ("classify_functa.functaset", "x.npz", "functaset is set by the story"),
         ("classify_functa.seeds", (1,), "classify_functa.seeds is set by the story"),
         ("probe_landscape.learning_rates", (0.1, 0.2), "with one of learning_rates"),
+        (
+            "classify_functa.batch_size",
+            5000,
+            "classify_functa.batch_size must be at most",
+        ),
+        (
+            "probe_landscape.batch_size",
+            5000,
+            "must be at most 1438, the training images",
+        ),
+        (
+            "prune_vit.tuning",
+            {"training": {"batch_size": 257}},
+            "prune_vit.tuning.training.batch_size must be at most 256, .* got 257",
+        ),
         ("probe_landscape.network", None, "of its field network .* got None"),
         ("probe_landscape.sharpness", {"every": 0}, "sharpness.every must be at least"),
         (
@@ -73,6 +89,29 @@ def test_wrong_fields_of_a_step_are_refused_before_the_first(
     with pytest.raises(ValueError, match=message):
         story.train_and_evaluate(config, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (None, "the data set npz has signals without a label"),
+        ([2, 2, 2, 2], "the data set npz has signals of one class only"),
+        ([0, 1, 0, 1], "the test split of the data set npz has signals of class 2"),
+    ],
+)
+def test_images_that_cannot_be_classified_are_refused_before_the_first(
+    labels, message, tmp_path
+):
+    for split in ("train", "test"):
+        arrays = {"image": np.zeros((4, 8, 8, 1), np.uint8)}
+        if labels is not None:
+            arrays["label"] = np.array(labels if split == "train" else [2] * 4)
+        np.savez(tmp_path / f"{split}.npz", **arrays)
+    config = configs.get_config("smoke")
+    config.dataset.update(name="npz", data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        story.train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_page_has_the_numbers_and_the_pictures(tmp_path):

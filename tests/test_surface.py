@@ -405,6 +405,15 @@ def test_trajectory_inside_a_plane_is_recovered():
         np.testing.assert_allclose(rebuilt, trajectory[k], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_trajectory_whose_squares_float32_cannot_hold(scale):
+    steps = {"w": scale * jnp.array([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])}
+    plane = plane_of(steps, {"w": jnp.zeros(2)})
+    np.testing.assert_allclose(plane.explained, [0.64, 0.36], rtol=1e-5)
+    expected = scale * np.array([[0, 3], [4, 0], [0, 0]])
+    np.testing.assert_allclose(plane.coordinates, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("num_directions", [0, 1])
 def test_straight_trajectory_has_no_second_direction(num_directions):
     origin, first = random_tree(0), random_tree(1)
@@ -497,8 +506,15 @@ def test_barrier_is_above_the_line_between_the_ends():
     assert barrier(jnp.array([3.0, 1.0, 0.0]), [0.0, 0.5, 1.0]) == 0.0
     # The line joins the first and the last loss, wherever they lie.
     assert barrier(jnp.array([1.0, 4.0, 3.0]), [0.5, 0.75, 1.0]) == 2.0
+    assert barrier(jnp.array([3.0, 4.0, 1.0]), [1.0, 0.5, 0.0]) == 2.0
     with pytest.raises(ValueError, match=r"N >= 2, got shapes \(1,\) and \(1,\)"):
         barrier(jnp.ones(1), [0.0])
+
+
+@pytest.mark.parametrize("fractions", [[0.5] * 3, [0, 1, 0], [0, 2, 1], [0, 1, np.nan]])
+def test_fractions_outside_of_their_ends_are_refused(fractions):
+    with pytest.raises(ValueError, match="fractions must be between the first and the"):
+        barrier(jnp.array([1.0, 2.0, 1.0]), fractions)
 
 
 def test_curve_goes_around_a_barrier():
@@ -566,4 +582,8 @@ def test_integers_are_refused_or_measured_as_floats():
         loss_surface(lambda p, b: 0.0, params, None, [params], np.zeros((1, 1)))
     with pytest.raises(ValueError, match="floating point .* got int32 at 'w'"):
         line(params, params)
+    # A count of steps is longer than any step of the weights.
+    steps = {"w": jnp.ones((3, 2)), "count": jnp.arange(3)}
+    with pytest.raises(ValueError, match="floating point .* got int32 at 'count'"):
+        trajectory_pca(steps, {"w": jnp.ones(2), "count": jnp.array(2)})
     assert barrier(jnp.array([1, 5, 2]), [0, 0.5, 1]) == 3.5

@@ -87,7 +87,8 @@ BASE = {
         "num_images": 512,
         "num_eigenvalues": 2,
         "num_steps": 15,
-        # Whether to measure those of the preconditioned Hessian too; for Adam.
+        # Whether to measure those of the preconditioned Hessian too; for adam, adamw,
+        # nadam and nadamw.
         "preconditioned": False,
     },
     # Density of all eigenvalues after the training, on the images of `sharpness`:
@@ -213,7 +214,10 @@ RULES = {
     "sharpness.num_steps": settings.whole(1),
     "spectrum.num_samples": settings.whole(0),
     "spectrum.num_steps": settings.whole(1),
-    "surface.size": settings.whole(0, 2**16),
+    "surface.size": settings.Rule(
+        "0, or from 2 to 65536",
+        lambda v: v == 0 or settings.whole(2, 2**16).holds(v),
+    ),
     "surface.span": settings.above(0),
     "surface.num_images": settings.whole(1),
     "surface.chunk_size": settings.whole(1),

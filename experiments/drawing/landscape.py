@@ -173,6 +173,9 @@ def _along_the_gradient(run, networks):
         "betas": "effective beta",
     }
     for row, (key, y_label) in zip(axes, measures.items(), strict=True):
+        # A loss of the user may be negative.
+        every = [run.need(f"{network}/probe_{key}") for network in networks]
+        is_log = not any((values < 0).any() for values in every)
         for i, ax in enumerate(row):
             bands = {}
             for network, label in networks.items():
@@ -185,7 +188,7 @@ def _along_the_gradient(run, networks):
             make, x_label = plots.envelope, ""
             if key == "betas":
                 make, x_label = plots.curves, "epoch"
-            make(bands, x_label=x_label, y_label=y_label, log=True, ax=ax)
+            make(bands, x_label=x_label, y_label=y_label, log=is_log, ax=ax)
     share_labels(axes)
     return figure
 
@@ -228,21 +231,35 @@ def _eigenvalues(run, networks):
         plots.stability(
             products,
             x_label="" if with_adam else "epoch",
-            # The bound of gradient descent is not that of another optimizer.
-            bound=2.0 if run.config["optimizer"]["name"] == "sgd" else None,
+            bound=_descent_bound(run.config["optimizer"]),
             ax=axes[1, i],
         )
         if with_adam:
-            b1 = run.config["optimizer"]["options"].get("b1", 0.9)
             plots.stability(
                 preconditioned,
                 y_label="learning rate x\npreconditioned sharpness",
-                bound=curvature.adam_bound(b1),
+                bound=_adam_bound(run.config["optimizer"]),
                 optimizer="Adam",
                 ax=axes[2, i],
             )
     share_labels(axes)
     return figure
+
+
+def _descent_bound(optimizer):
+    """None for another optimizer than gradient descent."""
+    if optimizer["name"] != "sgd":
+        return None
+    momentum = optimizer["options"].get("momentum") or 0.0
+    nesterov = bool(optimizer["options"].get("nesterov"))
+    return curvature.gradient_descent_bound(momentum, nesterov=nesterov)
+
+
+def _adam_bound(optimizer):
+    nesterov = optimizer["name"].startswith("nadam")
+    nesterov = optimizer["options"].get("nesterov", nesterov)
+    b1 = optimizer["options"].get("b1", 0.9)
+    return curvature.adam_bound(b1, nesterov=bool(nesterov))
 
 
 def _spectral_density(run, networks):
@@ -255,6 +272,8 @@ def _spectral_density(run, networks):
                 run.need(f"{network}/spectrum_nodes")[i, 0],
                 run.need(f"{network}/spectrum_weights")[i, 0],
             )
+            if not np.isfinite(spectrum.nodes).all():  # a run that diverged
+                continue
             low, high = spectrum.nodes.min(), spectrum.nodes.max()
             width = 0.01 * float(high - low) or 1e-3
             grid = np.linspace(low - 5 * width, high + 5 * width, 1000)

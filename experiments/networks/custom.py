@@ -14,14 +14,16 @@ as keywords, and with `seed` if it has such an argument. It returns one of
   with params of any structure.
 
 The outputs are logits (B, num_classes). Parameters of 16 bits become float32. Besides
-parameters a network may have running statistics of batch normalization, and no other
-state. The file is executed.
+parameters a network may have running statistics of batch normalization, which change in
+training and in training alone, and no other state. The file is executed.
 """
 
+import contextlib
 import functools
 import inspect
 import re
 import runpy
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +32,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx, traverse_util
+from jax.interpreters import partial_eval
 
 from experiments.common import settings
 from landscape.checks import check_floating, check_scalar
@@ -117,7 +120,7 @@ def load_network(
     if "seed" in inspect.signature(make).parameters:
         options = {"seed": seed} | options
     images = jax.ShapeDtypeStruct(images.shape, jnp.float32)
-    with settings.blamed_on(f"network {name}"):
+    with _blamed_on(f"network {name}"):
         create, run = _adapt(make(num_classes, **options))
         check_floating(jax.eval_shape(create, jax.random.key(0), images)[0])
         create = _widened(create)
@@ -127,6 +130,7 @@ def load_network(
                 functools.partial(run, train=train), *shapes, images
             )
             _check_logits(outputs, (images.shape[0], num_classes))
+            _check_statistics(run, shapes, images, train)
         to_dicts, from_dicts = zip(*map(_renaming, shapes), strict=True)
 
     def init(key, images):
@@ -150,6 +154,19 @@ def _check_logits(outputs, shape):
         raise ValueError(f"the outputs must be floating point, got {outputs.dtype}.")
 
 
+def _check_statistics(run, shapes, images, train):
+    """A module inside of another may not get `train`."""
+    if not jax.tree.leaves(shapes[1]):
+        return
+    jaxpr = jax.make_jaxpr(lambda *args: run(*args, train)[1])(*shapes, images).jaxpr
+    _, is_used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    if is_used[-1] != train:  # the images
+        raise ValueError(
+            f"with train={train} the running statistics of batch normalization "
+            f"{'stay as they are' if train else 'change'}: pass train on to the layers."
+        )
+
+
 def load_loss(chosen: str, num_classes: int) -> Callable[..., jax.Array]:
     """The function of "PATH.py:loss", loss(logits (B, K), labels (B,)) -> scalar.
 
@@ -157,7 +174,7 @@ def load_loss(chosen: str, num_classes: int) -> Callable[..., jax.Array]:
       ValueError: if there is no such function, it fails, or it gives no scalar.
     """
     [loss] = load_functions(chosen, "loss").values()
-    with settings.blamed_on(f"loss {chosen}"):
+    with _blamed_on(f"loss {chosen}"):
         check_scalar(
             jax.eval_shape(
                 loss,
@@ -166,6 +183,31 @@ def load_loss(chosen: str, num_classes: int) -> Callable[..., jax.Array]:
             )
         )
     return loss
+
+
+_VALUE_NEEDED = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
+@contextlib.contextmanager
+def _blamed_on(field):
+    """`settings.blamed_on`, with the line of the user that cannot be traced."""
+    libraries = Path(jax.__file__).parents[1]
+    with settings.blamed_on(field):
+        try:
+            yield
+        except _VALUE_NEEDED as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            *_, frame = (f for f in frames if libraries not in Path(f.filename).parents)
+            raise ValueError(
+                f"line {frame.lineno} of {frame.filename} needs the value of an array, "
+                f"which is not known under jax.jit ({frame.line}). Write jnp.where or "
+                "jax.lax.cond for if, and jax.numpy for NumPy and float."
+            ) from error
 
 
 def _adapt(made):

@@ -151,6 +151,20 @@ def load_renderable(path: str, run: str, learner: encoding.Learner) -> Functaset
     return whole
 
 
+def check_labels(source: str, train: np.ndarray, test: np.ndarray) -> None:
+    """Raises ValueError if a classifier cannot learn the labels (N,) of two splits."""
+    if min(train.min(), test.min()) < 0:
+        raise ValueError(f"{source} has signals without a label (-1).")
+    if len(np.unique(train)) < 2:
+        raise ValueError(f"{source} has signals of one class only.")
+    absent = np.setdiff1d(test, train)
+    if absent.size:
+        raise ValueError(
+            f"the test split of {source} has signals of class {absent[0]}, but the "
+            "training split has none."
+        )
+
+
 def load_splits(path: str) -> Functaset:
     """A functaset with training and test signals.
 

@@ -26,11 +26,18 @@ def recorded_layers(config: ConfigDict) -> dict[str, str | None]:
     return {**last, "all_layers": None}
 
 
-def is_dead(config: ConfigDict, losses: jax.Array, num_classes: int) -> jax.Array:
-    """Which runs are dead; with a loss of the user, those that diverged."""
-    if config.loss is None:
-        return probes.is_dead(losses, num_classes)
-    return ~jnp.all(jnp.isfinite(losses), axis=-1)
+def is_dead(config: ConfigDict, losses: jax.Array, labels: np.ndarray) -> jax.Array:
+    """Which runs are dead; with a loss of the user, those that diverged.
+
+    Args:
+      config: of a run of probe_landscape.
+      losses: training losses, (..., S).
+      labels: those of the training images, (N,).
+    """
+    if config.loss is not None:
+        return ~jnp.all(jnp.isfinite(losses), axis=-1)
+    counts = np.bincount(labels)
+    return probes.is_dead(losses, len(counts), class_counts=counts)
 
 
 def read_arrays(workdir: Path, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -108,13 +115,19 @@ def loss_at_probes(arrays: Mapping[str, np.ndarray], network: str) -> np.ndarray
 
 
 def make_table(
-    config: ConfigDict, arrays: dict[str, np.ndarray], num_classes: int
+    config: ConfigDict, arrays: dict[str, np.ndarray], labels: np.ndarray
 ) -> dict[str, Any]:
     """Results with and without batch normalization: mean and deviation over seeds.
 
     Probes are averaged from the end of the first epoch on. The width of the envelope
     over the learning rates is averaged over all steps, with and without dead runs, and
-    over the steps of the last epoch.
+    over the steps of the last epoch. A loss that is not finite counts as chance level,
+    and with a loss of the user as the first one of its run.
+
+    Args:
+      config: of a run of probe_landscape.
+      arrays: those of `read_arrays`.
+      labels: those of the training images, (N,).
     """
     table = {}
     steps_per_epoch = int(arrays["steps_per_epoch"])
@@ -126,7 +139,7 @@ def make_table(
         }
         if config.num_epochs:
             table |= _envelope_rows(
-                config, network, curves["loss"], steps_per_epoch, num_classes
+                config, network, curves["loss"], steps_per_epoch, labels
             )
         measures = _measures_to_average(config, curves, steps_per_epoch)
         for i, rate in enumerate(config.learning_rates):
@@ -220,6 +233,8 @@ def _measures_to_average(config, curves, steps_per_epoch):
     for layers in recorded_layers(config) if config.num_epochs else ():
         for key in ("grad_distance", "beta"):
             changes = curves[f"{layers}_{key}"]
+            if not changes.shape[-1]:  # a single step
+                continue
             # With a single epoch, the last change.
             first = min(steps_per_epoch, changes.shape[-1] - 1)
             measures[f"consecutive_{key}_{layers}"] = changes[..., first:]
@@ -232,10 +247,13 @@ def _measures_to_average(config, curves, steps_per_epoch):
     return measures
 
 
-def _envelope_rows(config, network, losses, steps_per_epoch, num_classes):
+def _envelope_rows(config, network, losses, steps_per_epoch, labels):
     """Widths of the band of the losses (rates, seeds, S), and dead runs."""
-    dead = np.asarray(is_dead(config, losses, num_classes))
-    finite = np.where(np.isfinite(losses), losses, np.log(num_classes))
+    dead = np.asarray(is_dead(config, losses, labels))
+    without = np.log(1 + labels.max())
+    if config.loss is not None and np.isfinite(losses[..., 0]).all():
+        without = losses[..., :1]
+    finite = np.where(np.isfinite(losses), losses, without)
     widths = {suffix: [] for suffix in _WIDTHS}
     for number in range(len(config.seeds)):
         low, high = probes.envelope(finite[:, number])
