@@ -31,7 +31,12 @@ from vit_files import (
     write,
 )
 
-from vit.checkpoint import load_checkpoint, resize_positions, save_checkpoint
+from vit.checkpoint import (
+    load_checkpoint,
+    load_normalization,
+    resize_positions,
+    save_checkpoint,
+)
 from vit.model import POOLS, ViT, make
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
@@ -592,6 +597,102 @@ def test_timm_config_that_does_not_fit_is_refused(tmp_path, config, match):
     num_heads = None if "got 16" in match else 3
     with pytest.raises(ValueError, match=f"model.safetensors: .*{match}"):
         load_checkpoint(path, num_heads=num_heads)
+
+
+@pytest.mark.parametrize("layout", GOOGLE)
+def test_networks_of_google_expect_images_between_minus_one_and_one(tmp_path, layout):
+    mean, std = load_normalization(write(tmp_path, layout, network()))
+    np.testing.assert_array_equal((np.array([0, 1]) - mean) / std, [-1, 1])
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "config", "expected"),
+    [
+        (timm, "config.json", None, None),
+        (timm, "config.json", {"pretrained_cfg": {"input_size": [2, 4, 4]}}, None),
+        (
+            timm,
+            "config.json",
+            {"mean": [9, 9], "pretrained_cfg": {"mean": [0.1, 0.2], "std": [0.3, 0.4]}},
+            lambda x: (x - [0.1, 0.2]) / [0.3, 0.4],
+        ),
+        (  # As timm wrote it before 2023.
+            timm,
+            "config.json",
+            {"architecture": "vit_tiny_patch3_12", "mean": [0.1, 0.2], "std": [1, 2]},
+            lambda x: (x - [0.1, 0.2]) / [1, 2],
+        ),
+        (  # timm keeps three numbers for networks of other channels.
+            timm,
+            "config.json",
+            {"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}},
+            None,
+        ),
+        (hugging_face, "preprocessor_config.json", None, None),
+        (hugging_face, "preprocessor_config.json", {"do_resize": True}, None),
+        (
+            hugging_face,
+            "preprocessor_config.json",
+            {"do_normalize": True, "image_mean": [0.1, 0.2], "image_std": [0.3, 0.4]},
+            lambda x: (x - [0.1, 0.2]) / [0.3, 0.4],
+        ),
+        (
+            hugging_face,
+            "preprocessor_config.json",
+            {"do_normalize": False, "image_mean": [0.1, 0.2], "image_std": [0.3, 0.4]},
+            lambda x: x,
+        ),
+        (
+            hugging_face,
+            "preprocessor_config.json",
+            {"do_rescale": False, "image_mean": [10, 20], "image_std": [30, 40]},
+            lambda x: (255 * x - [10, 20]) / [30, 40],
+        ),
+        (
+            hugging_face,
+            "preprocessor_config.json",
+            {"rescale_factor": 1 / 100, "image_mean": 0.5, "image_std": 0.25},
+            lambda x: (255 * x / 100 - 0.5) / 0.25,
+        ),
+    ],
+    ids=range(11),
+)
+def test_normalization_is_that_of_the_library(tmp_path, layout, name, config, expected):
+    path = write(tmp_path, layout, network())
+    if config is not None:
+        (tmp_path / name).write_text(json.dumps(config))
+    images = np.random.default_rng(0).uniform(size=(3, 4, 4, 2))
+    for place in (path, tmp_path):
+        stated = load_normalization(place)
+        if expected is None:
+            assert stated is None
+        else:
+            mean, std = stated
+            np.testing.assert_allclose(
+                (images - mean) / std, expected(images), rtol=1e-5, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ("{", "preprocessor_config.json is not valid JSON"),
+        ('{"rescale_factor": 0}', "rescale_factor .* must be positive, got 0"),
+        (
+            '{"image_mean": [0, 0], "image_std": [1, 0]}',
+            "preprocessor_config.json: std must be a positive number",
+        ),
+        (
+            '{"image_mean": {}, "image_std": 1}',
+            "preprocessor_config.json: mean must be .* got {}",
+        ),
+    ],
+)
+def test_damaged_normalization_is_refused(tmp_path, config, match):
+    path = write(tmp_path, hugging_face, network())
+    (tmp_path / "preprocessor_config.json").write_text(config)
+    with pytest.raises(ValueError, match=f"model.safetensors: {match}"):
+        load_normalization(path)
 
 
 @pytest.mark.parametrize("pool", POOLS)

@@ -181,29 +181,7 @@ def from_foreign(
         architecture that `ViT` does not support, or if the heads or the grid are not
         known.
     """
-    for prefix in ("opt/target/", "params/"):
-        inside = [name for name in arrays if name.startswith(prefix)]
-        if inside:  # The other arrays belong to the optimizer.
-            arrays = {name.removeprefix(prefix): arrays[name] for name in inside}
-    bare = {name: re.sub(f"^{_PREFIXES}", "", name) for name in arrays}
-    if len(set(bare.values())) < len(bare):
-        raise ValueError(
-            f"the file holds several networks, {some_names(arrays)}; leave one in it."
-        )
-    arrays = {bare[name]: value for name, value in arrays.items()}
-    _check_supported(arrays)
-
-    parts = [part for item in arrays.items() for part in _split(*item)]
-    known = {
-        home: sum(_our_name(name, layout) is not None for name, _ in parts)
-        for home, layout in _LAYOUTS.items()
-    }
-    home = max(known, key=known.get)
-    if not known[home]:
-        raise ValueError(
-            "the file must contain a Vision Transformer with the parameter names of "
-            f"Google, timm or Hugging Face, got {some_names(arrays)}."
-        )
+    home, parts = _recognize(arrays)
     layout = _LAYOUTS[home]
     ours, sources = {}, {}
     for name, value in parts:
@@ -235,6 +213,123 @@ def from_foreign(
     # Hugging Face resizes those of DINOv2 with registers as timm does.
     resize = "timm" if home == "dinov2" and "registers" in ours else layout.resize
     return ours, settings | {"grid": grid, "resize": resize}
+
+
+def foreign_normalization(
+    arrays: Arrays, path: Path
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Mean and deviation of each channel of the images, in [0, 1], of a foreign file.
+
+    Google's networks expect [-1, 1]; the others have them in a file of their library.
+
+    Args:
+      arrays: {their name: array}.
+      path: the file, next to which the files of its library lie, or their folder.
+
+    Returns:
+      Both, float32 (C,), or None if they are not stated for this number of channels.
+
+    Raises:
+      ValueError: if the names are not those of a Vision Transformer, or if a file of
+        the library is damaged.
+    """
+    home, parts = _recognize(arrays)
+    kernels = {_our_name(name, _LAYOUTS[home]): value for name, value in parts}
+    shape = np.shape(kernels.get("embedding/kernel"))
+    if len(shape) != 4:
+        return None
+    if home == "google":
+        return by_channel(0.5, 0.5, shape[2])
+    folder, scale = path if path.is_dir() else path.parent, 1.0
+    if home == "timm":
+        name, config = "config.json", _read_config(folder / "config.json")
+        # Older files have these entries at the top.
+        stated = _entry(config, "pretrained_cfg") or config
+        mean, std = stated.get("mean"), stated.get("std")
+    else:
+        name = "preprocessor_config.json"
+        mean, std, scale = _processed(_read_config(folder / name))
+    # timm and Hugging Face leave three numbers for one channel.
+    if mean is None or std is None or {np.size(mean), np.size(std)} - {1, shape[1]}:
+        return None
+    try:
+        mean, std = by_channel(mean, std, shape[1])
+        return mean / scale, std / scale
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _processed(config):
+    """Mean, deviation and 255 times the factor of Hugging Face's image processors."""
+    mean, std = config.get("image_mean"), config.get("image_std")
+    if config.get("do_normalize") is False:
+        mean, std = 0.0, 1.0
+    factor = config.get("rescale_factor", 1 / 255)
+    factor = factor if config.get("do_rescale", True) else 1
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise ValueError(
+            f"rescale_factor of preprocessor_config.json must be positive, got "
+            f"{factor!r}."
+        )
+    return mean, std, 255 * factor
+
+
+def by_channel(mean: Any, std: Any, num_channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, float32 (C,).
+
+    Args:
+      mean: a number for all channels, or C numbers.
+      std: the same.
+      num_channels: C.
+
+    Raises:
+      ValueError: if they are not finite, `std` is not positive, or their number is
+        another.
+    """
+    found = []
+    for name, value in (("mean", mean), ("std", std)):
+        try:
+            with np.errstate(over="ignore"):  # It gives infinity, which is refused.
+                numbers = np.asarray(value, np.float32).ravel()
+        except (TypeError, ValueError):
+            numbers = np.array([np.nan])
+        valid = np.isfinite(numbers) & ((numbers > 0) | (name == "mean"))
+        if len(numbers) not in (1, num_channels) or not valid.all():
+            kind = "finite" if name == "mean" else "positive"
+            raise ValueError(
+                f"{name} must be a {kind} number, or one for each of {num_channels} "
+                f"channels, got {value!r}."
+            )
+        found.append(np.broadcast_to(numbers, num_channels))
+    return tuple(found)
+
+
+def _recognize(arrays):
+    """The layout of a file, and its arrays as [(name without prefixes, array)]."""
+    for prefix in ("opt/target/", "params/"):
+        inside = [name for name in arrays if name.startswith(prefix)]
+        if inside:  # The other arrays belong to the optimizer.
+            arrays = {name.removeprefix(prefix): arrays[name] for name in inside}
+    bare = {name: re.sub(f"^{_PREFIXES}", "", name) for name in arrays}
+    if len(set(bare.values())) < len(bare):
+        raise ValueError(
+            f"the file holds several networks, {some_names(arrays)}; leave one in it."
+        )
+    arrays = {bare[name]: value for name, value in arrays.items()}
+    _check_supported(arrays)
+
+    parts = [part for item in arrays.items() for part in _split(*item)]
+    known = {
+        home: sum(_our_name(name, layout) is not None for name, _ in parts)
+        for home, layout in _LAYOUTS.items()
+    }
+    home = max(known, key=known.get)
+    if not known[home]:
+        raise ValueError(
+            "the file must contain a Vision Transformer with the parameter names of "
+            f"Google, timm or Hugging Face, got {some_names(arrays)}."
+        )
+    return home, parts
 
 
 def _check_supported(names):
@@ -403,11 +498,15 @@ def _complete_positions(arrays, sources, home, grid, told, asked):
 
 def _torch_settings(path, home, sources, arrays):
     """The fields of `ViT` and the grid that a config.json and the names tell."""
-    config = json_object(path, path.read_bytes()) if path.is_file() else {}
+    config = _read_config(path)
     _check_same_network(path, config | _entry(config, "model_args"), arrays)
     read = _timm_config if home == "timm" else _hugging_face_config
     settings = read(config, set(sources.values()))
     return check_settings(path.name, settings)
+
+
+def _read_config(path):
+    return json_object(path.name, path.read_bytes()) if path.is_file() else {}
 
 
 def _check_same_network(path, config, arrays):
