@@ -753,6 +753,11 @@ def test_hugging_face_config_is_read(tmp_path):
             "config.json has .* value None for ln_eps",
         ),
         ('{"layer_norm_eps": NaN}', "config.json has .* value nan for ln_eps"),
+        ('{"layer_norm_eps": true}', "config.json has .* value True for ln_eps"),
+        (
+            '{"model_type": "audio-spectrogram-transformer"}',
+            r"not supported: overlapping patches \(AST\), audio-spectrogram",
+        ),
         ('{"hidden_size": 24}', "another network: hidden_size is 24, .* weights is 12"),
         ('{"num_hidden_layers": 7}', "another network: num_hidden_layers is 7"),
         ('{"model_args": {"embed_dim": 24}}', "another network: embed_dim is 24"),
@@ -936,7 +941,8 @@ def test_long_lists_are_cut(tmp_path):
         ),
         (linen, "embedding/kernel", (3, 2, 12), r"\(p, p, C, D\), got \(3, 2, 12\)"),
         (linen, "embedding/kernel", (3, 4, 2, 12), r"1 misshapen: embedding/kernel"),
-        (linen, "embedding/kernel", (0, 0, 2, 12), "patch_size must be at least 1"),
+        (linen, "embedding/kernel", (0, 0, 2, 12), r"0, 2, 12\) has no entries"),
+        (linen, "embedding/kernel", (), r"\(p, p, C, D\), got \(\)"),
         (linen, "head/kernel", None, "head/kernel .* is missing"),
         (linen, "head/bias", None, "1 missing: head/bias"),
         (linen, "head/bias", (), r"misshapen: head/bias \(\) instead of \(5,\)"),
@@ -950,6 +956,9 @@ def test_long_lists_are_cut(tmp_path):
         (big_vision_stacked, "params/Transformer/encoderblock/x", (), "1 unexpected"),
         (timm, "cls_token", None, "a square number .* after 0 of CLS .* 17"),
         (timm, "patch_embed.proj.weight", (12, 18), r"\(p, p, C, D\), got \(18, 12\)"),
+        (timm, "patch_embed.proj.weight", (12,), r"\(p, p, C, D\), got \(12,\)"),
+        (timm, "patch_embed.proj.weight", (12, 0, 3, 3), "has no entries"),
+        (timm, "blocks.0.attn.qkv.weight", (0, 12), r"\(0, 12\) has no entries"),
         (timm, "blocks.0.attn.qkv.weight", (37, 12), "query/kernel .* is missing"),
         (timm, "blocks.1.attn.qkv.bias", (37,), "3 missing.*unexpected: blocks.1.attn"),
         (timm, "blocks.1.attn.qkv.bias", (), "3 missing.*1 unexpected"),
@@ -1002,6 +1011,27 @@ def test_packed_gated_mlp_is_refused(tmp_path):
         block["fc1"] = np.ones((40, 12), np.float32), np.ones(40, np.float32)
     with pytest.raises(ValueError, match="SwiGLU"):
         load(write(tmp_path, timm, net), timm, net)
+
+
+def test_blocks_that_normalize_their_updates_are_asked_about(tmp_path):
+    # The names of timm's vit_base_patch16_rpn_224, in fewer and narrower layers.
+    sizes = {"width": 768, "heads": 12, "hidden": 3, "layers": 1}
+    net = network(grid=2, size=1, channels=1, **sizes)
+    del net["cls"]
+    net["positions"] = net["positions"][1:]
+    arrays = timm_average(net | {"cls": np.zeros(768, np.float32)})
+    del arrays["cls_token"]
+    path = write(tmp_path, timm, net, arrays)
+    assert load_checkpoint(path, num_heads=12)[0].pool == "mean_before_norm"
+    del arrays["blocks.0.attn.qkv.bias"]
+    write(tmp_path, timm, net, arrays)
+    with pytest.raises(ValueError, match="vit_base_patch16_rpn_224, .* config.json"):
+        load_checkpoint(path, num_heads=12)
+    (tmp_path / "config.json").write_text('{"architecture": "vit_base_patch1_gap_2"}')
+    assert load_checkpoint(path, num_heads=12)[0].class_token is False
+    (tmp_path / "config.json").write_text('{"architecture": "vit_base_patch1_rpn_2"}')
+    with pytest.raises(ValueError, match="not supported: normalizing the updates"):
+        load_checkpoint(path, num_heads=12)
 
 
 # The formats.

@@ -90,7 +90,7 @@ _PREFIXES = (
 )
 # Hugging Face's pooler, which classifiers do not use, and the token of hidden patches.
 _UNUSED = r"pooler\.dense\.|(embeddings\.)?mask_token$"
-# In names of parameters, and of timm's architectures.
+# In names of parameters, architectures of timm and model types of Hugging Face.
 _UNSUPPORTED = {
     r"rel_?pos|relative_position": "relative positions",
     r"(\b|_)rope|_dinov3": "rotary positions",
@@ -101,6 +101,7 @@ _UNSUPPORTED = {
     r"MAPHead|^probe$|attn_pool": "pooling by attention (MAP)",
     r"\bnorm_pre\b": "a normalization before the blocks",
     r"conv_root|patch_embed\.backbone": "a convolutional stem (hybrid)",
+    r"audio-spectrogram": "overlapping patches (AST)",
 }
 
 
@@ -188,6 +189,8 @@ def from_foreign(
         if re.match(_UNUSED, name):
             continue
         target = _our_name(name, layout) or name
+        if not np.size(value) and not target.startswith("head"):
+            raise ValueError(f"{name} {np.shape(value)} has no entries.")
         if target in sources:
             raise ValueError(f"{sources[target]} and {name} name the same parameter.")
         ours[target], sources[target] = value, name
@@ -204,7 +207,8 @@ def from_foreign(
         _add_absent_biases(ours)
         _fold_layer_scale(ours)
     told = settings.pop("grid", None)
-    asked = _grid_setting(image_size, len(ours.get("embedding/kernel", ()))).get("grid")
+    side, *_ = np.shape(ours.get("embedding/kernel")) or (0,)
+    asked = _grid_setting(image_size, side).get("grid")
     grid = _complete_positions(ours, sources, home, grid, told, asked)
     if home == "dinov2" and "head/kernel" in ours:
         width = shape_of(ours, "embedding/kernel", "(p, p, C, D)")[3]
@@ -500,9 +504,27 @@ def _torch_settings(path, home, sources, arrays):
     """The fields of `ViT` and the grid that a config.json and the names tell."""
     config = _read_config(path)
     _check_same_network(path, config | _entry(config, "model_args"), arrays)
+    if home == "timm" and not config.get("architecture"):
+        _check_not_res_post_norm(sources.values(), arrays)
     read = _timm_config if home == "timm" else _hugging_face_config
     settings = read(config, set(sources.values()))
     return check_settings(path.name, settings)
+
+
+def _check_not_res_post_norm(names, arrays):
+    """Raises ValueError for a network that only its architecture tells from others."""
+    width = np.shape(arrays.get("embedding/kernel"))[:1]
+    usual = re.compile(r"cls_token|\.attn\.query\.bias|\.ls1\.")
+    if (
+        width == (768,)
+        and "fc_norm.weight" in names
+        and not any(map(usual.search, names))
+    ):
+        raise ValueError(
+            "the parameters may be those of vit_base_patch16_rpn_224, which normalizes "
+            "the updates (res-post-norm) and is not supported; if they are not, name "
+            'the "architecture" in a config.json next to the file.'
+        )
 
 
 def _read_config(path):
@@ -513,7 +535,8 @@ def _check_same_network(path, config, arrays):
     """Raises ValueError if the sizes in a config.json are not those of the weights."""
     blocks = {re.match(r"Transformer/encoderblock_\d+/", name) for name in arrays}
     depth = len({block[0] for block in blocks if block})
-    width, *_, side = np.shape(arrays.get("embedding/kernel")) or (None, None)
+    kernel = np.shape(arrays.get("embedding/kernel"))  # (D, C, p, p)
+    width, side = (kernel[0], kernel[-1]) if len(kernel) == 4 else (None, None)
     hidden, *_ = np.shape(arrays.get(f"{MLP}/Dense_0/kernel".replace("#", "0"))) or [0]
     for name, size in (
         *(("hidden_size", width), ("embed_dim", width)),
@@ -564,6 +587,7 @@ def _timm_config(config, sources):
 
 def _hugging_face_config(config, sources):
     del sources
+    _check_supported([str(config.get("model_type", ""))])
     settings = {
         ours: config[name]
         for ours, name in (
@@ -621,7 +645,9 @@ def check_settings(source: str, settings: dict[str, Any]) -> dict[str, Any]:
     allowed = {
         "gelu": lambda value: value in ("tanh", "erf"),
         "ln_eps": lambda value: (
-            isinstance(value, int | float) and 0 <= value < math.inf
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and 0 <= value < math.inf
         ),
         "num_heads": lambda value: type(value) is int and value > 0,
         "pool": lambda value: value in POOLS,
