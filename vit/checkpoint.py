@@ -204,6 +204,19 @@ def load_normalization(path: str | Path) -> tuple[np.ndarray, np.ndarray] | None
       FileNotFoundError: if the file does not exist.
       ValueError: if the file is damaged or has another format, or what it states is not
         valid.
+
+    Example:
+      >>> import tempfile
+      >>> import jax, jax.numpy as jnp
+      >>> import vit
+      >>> model = vit.make("cifar_128", num_classes=10, patch_size=4, num_layers=1)
+      >>> params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = f"{folder}/model.npz"
+      ...     vit.save_checkpoint(path, model, params, mean=0.5, std=[0.25, 0.25, 0.5])
+      ...     mean, std = vit.load_normalization(path)
+      >>> mean.tolist(), std.tolist()
+      ([0.5, 0.5, 0.5], [0.25, 0.25, 0.5])
     """
     path = Path(path)
     arrays = read_arrays(path)
