@@ -46,6 +46,8 @@ class Signals(NamedTuple):
       class_names: names of the classes, or None.
       digests: of the weights that made the functaset, of its latents and labels, and
         of their normalization.
+      mean: mean of the last axis, by which the inputs were normalized, (C,).
+      std: standard deviation, (C,).
     """
 
     splits: dict[str, tuple[np.ndarray, np.ndarray]]
@@ -53,6 +55,8 @@ class Signals(NamedTuple):
     num_classes: int
     class_names: list[str] | None
     digests: dict[str, str]
+    mean: np.ndarray
+    std: np.ndarray
 
 
 @struct.dataclass
@@ -191,14 +195,17 @@ def load_signals(config: ConfigDict, path: str) -> Signals:
     values, mean, std = features.load_features(
         config.features, whole, data_dir=config.data_dir
     )
+    # An entry that is constant becomes 0 instead of infinite.
+    std = np.where(std > 0, std, 1)
+    if not config.normalize:
+        mean, std = np.zeros_like(mean), np.ones_like(std)
 
     def inputs(index):
         # One copy, changed in place: grids with padding are large.
         chosen = values[index].astype(np.float32, copy=False)
         if config.normalize:
             chosen -= mean
-            # An entry that is constant becomes 0 instead of infinite.
-            chosen /= np.where(std > 0, std, 1)
+            chosen /= std
         return chosen
 
     return Signals(
@@ -213,6 +220,8 @@ def load_signals(config: ConfigDict, path: str) -> Signals:
             "content of the functaset": hash_params([whole.latent, whole.label]),
             latent_classifier.NORMALIZATION: hash_params([whole.mean, whole.std]),
         },
+        mean=mean,
+        std=std,
     )
 
 
@@ -548,7 +557,13 @@ def _evaluate(run, candidates, state, signals):
     files.write_npz(run.workdir / "arrays.npz", arrays)
     if config.model.type == "vit":
         # Its images are the grids of latents, its patches their cells.
-        vit.save_checkpoint(run.workdir / "model.npz", head.model, params)
+        vit.save_checkpoint(
+            run.workdir / "model.npz",
+            head.model,
+            params,
+            mean=signals.mean,
+            std=signals.std,
+        )
     summary = {"test_accuracy": np.mean(predicted == labels)}
     if "validation" in signals.splits:
         summary["validation_accuracy"] = state.best["accuracy"][chosen]

@@ -15,7 +15,6 @@ of each run; a mean of p-values is not a p-value.
 """
 
 import functools
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ from experiments.training.classifier import Images
 from experiments.training.vit import Problem
 from experiments.training.vit_pruning import METHODS, prune
 from vit import Cascade, cascade, importance, predict_latency, schedules
-from vit.checkpoint import find_files, save_checkpoint
+from vit.checkpoint import load_normalization, save_checkpoint
 
 Row = dict[str, Any]
 
@@ -54,15 +53,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     # A resumed run must not combine the rows of two networks.
     digests = {"checkpoint": None}
     if config.checkpoint:
-        digest = hashlib.sha256()
-        weights = find_files(config.checkpoint)
-        # Beside a .npz it is the configuration of a run, which is not read.
-        settings_of = weights[0].with_name("config.json")
-        if weights[0].suffix == ".safetensors" and settings_of.exists():
-            weights = (*weights, settings_of)
-        for path in weights:
-            digest.update(path.read_bytes())
-        digests["checkpoint"] = digest.hexdigest()
+        digests["checkpoint"] = vit_training.digest(config.checkpoint)
     if images is not None:
         digests |= classifier.digests(images)
     return sweep(
@@ -190,10 +181,10 @@ def load_images(config: ConfigDict) -> Images:
             "replace the test images"
         )
         images = images._replace(test=validation)
-        by_train = config.normalization == "dataset"
-        if by_train and config.dataset.name != "functaset":
+        if config.dataset.name != "functaset":
             # As in train_vit, which has not seen the validation images either.
             images = images._replace(**classifier.moments(images.train[0]))
+        images = vit_training.normalize_as(config, images)
     return images
 
 
@@ -262,7 +253,12 @@ def _measure_all(run, dense):
                     folder = run.workdir / "networks"
                     folder.mkdir(exist_ok=True)
                     file = folder / f"{method if limits else name}.npz"
-                    save_checkpoint(file, network.model, network.params)
+                    save_checkpoint(
+                        file,
+                        network.model,
+                        network.params,
+                        **_normalization(run, dense),
+                    )
                 row["seconds"] = time.monotonic() - started
                 files.write_json(path, row)
                 _say_row(run, row)
@@ -283,6 +279,16 @@ def _measure_all(run, dense):
     files.write_atomic(run.workdir / "table.md", lambda file: file.write(text))
     figures.draw(run.workdir, summary)
     return summary
+
+
+def _normalization(run, dense):
+    """Keywords of `save_checkpoint`: how the images were normalized, if it is known."""
+    if dense.images is not None:
+        images = dense.images
+        return {"mean": images.mean, "std": classifier.divisor(images)}
+    checkpoint = run.config.checkpoint
+    stated = load_normalization(checkpoint) if checkpoint else None
+    return {} if stated is None else dict(zip(("mean", "std"), stated, strict=True))
 
 
 def _limits(run, dense):

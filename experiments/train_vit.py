@@ -30,6 +30,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     vit_training.check(config, images)
     jax.eval_shape(lambda: make_problem(config, images).params)
     digests = classifier.digests(images)
+    if config.checkpoint:
+        digests |= {"checkpoint": vit_training.digest(config.checkpoint)}
     return sweep(
         config,
         workdir,
@@ -49,7 +51,13 @@ def _train_one(run, images):
         return {"test_accuracy": classifier.accuracy(logits, labels)}
 
     state = vit_training.train(run, problem, evaluate=evaluate)
-    vit.save_checkpoint(run.workdir / "model.npz", problem.model, state.average)
+    vit.save_checkpoint(
+        run.workdir / "model.npz",
+        problem.model,
+        state.average,
+        mean=images.mean,
+        std=classifier.divisor(images),
+    )
     metrics = run.metrics()
     accuracies = [m["test_accuracy"] for m in metrics if "test_accuracy" in m]
     steps_per_epoch = classifier.count_steps(images, config.batch_size)

@@ -737,3 +737,13 @@ def test_scores_of_cls_need_cls():
     tokens = cascades.initial_tokens(cascade, jnp.zeros((1, 4, 3)))
     with pytest.raises(ValueError, match="'cls' requires a CLS token; num_prefix is 0"):
         cascades.pruned_attention(cascade, 0, tokens, abs, abs, num_prefix=0)
+
+
+def test_random_scores_are_the_same_in_double_precision():
+    cascade = Cascade(keep=(3, 2), score="random", seed=5)
+    x = np.zeros((2, 5, 3), np.float32)
+    expected = cascades.initial_tokens(cascade, x).score
+    with jax.enable_x64(True):
+        found = cascades.initial_tokens(cascade, x).score
+    assert found.dtype == expected.dtype == np.float32
+    np.testing.assert_array_equal(found, expected)

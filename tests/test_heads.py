@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import vit
 from experiments import classify_functa
 from experiments.common import augmentation, data, files
 from experiments.configs import classify_functa as configs
@@ -218,6 +219,9 @@ def test_the_saved_transformer_reads_the_grids_as_images(tmp_path):
     inputs = classifier.normalize(images, images.train[0])
     np.testing.assert_allclose(inputs.mean((0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(inputs.std((0, 1, 2)), [1, 1, 0], atol=1e-5)
+    mean, std = vit.load_normalization(tmp_path / "run/model.npz")
+    np.testing.assert_array_equal(mean, images.mean.ravel())
+    np.testing.assert_array_equal(std, np.where(images.std > 0, images.std, 1).ravel())
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,12 @@ from vit_files import (
     write,
 )
 
-from vit.checkpoint import load_checkpoint, resize_positions, save_checkpoint
+from vit.checkpoint import (
+    load_checkpoint,
+    load_normalization,
+    resize_positions,
+    save_checkpoint,
+)
 from vit.model import POOLS, ViT, make
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
@@ -594,6 +599,102 @@ def test_timm_config_that_does_not_fit_is_refused(tmp_path, config, match):
         load_checkpoint(path, num_heads=num_heads)
 
 
+@pytest.mark.parametrize("layout", GOOGLE)
+def test_networks_of_google_expect_images_between_minus_one_and_one(tmp_path, layout):
+    mean, std = load_normalization(write(tmp_path, layout, network()))
+    np.testing.assert_array_equal((np.array([0, 1]) - mean) / std, [-1, 1])
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "config", "expected"),
+    [
+        (timm, "config.json", None, None),
+        (timm, "config.json", {"pretrained_cfg": {"input_size": [2, 4, 4]}}, None),
+        (
+            timm,
+            "config.json",
+            {"mean": [9, 9], "pretrained_cfg": {"mean": [0.1, 0.2], "std": [0.3, 0.4]}},
+            lambda x: (x - [0.1, 0.2]) / [0.3, 0.4],
+        ),
+        (  # As timm wrote it before 2023.
+            timm,
+            "config.json",
+            {"architecture": "vit_tiny_patch3_12", "mean": [0.1, 0.2], "std": [1, 2]},
+            lambda x: (x - [0.1, 0.2]) / [1, 2],
+        ),
+        (  # timm keeps three numbers for networks of other channels.
+            timm,
+            "config.json",
+            {"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}},
+            None,
+        ),
+        (hugging_face, "preprocessor_config.json", None, None),
+        (hugging_face, "preprocessor_config.json", {"do_resize": True}, None),
+        (
+            hugging_face,
+            "preprocessor_config.json",
+            {"do_normalize": True, "image_mean": [0.1, 0.2], "image_std": [0.3, 0.4]},
+            lambda x: (x - [0.1, 0.2]) / [0.3, 0.4],
+        ),
+        (
+            hugging_face,
+            "preprocessor_config.json",
+            {"do_normalize": False, "image_mean": [0.1, 0.2], "image_std": [0.3, 0.4]},
+            lambda x: x,
+        ),
+        (
+            hugging_face,
+            "preprocessor_config.json",
+            {"do_rescale": False, "image_mean": [10, 20], "image_std": [30, 40]},
+            lambda x: (255 * x - [10, 20]) / [30, 40],
+        ),
+        (
+            hugging_face,
+            "preprocessor_config.json",
+            {"rescale_factor": 1 / 100, "image_mean": 0.5, "image_std": 0.25},
+            lambda x: (255 * x / 100 - 0.5) / 0.25,
+        ),
+    ],
+    ids=range(11),
+)
+def test_normalization_is_that_of_the_library(tmp_path, layout, name, config, expected):
+    path = write(tmp_path, layout, network())
+    if config is not None:
+        (tmp_path / name).write_text(json.dumps(config))
+    images = np.random.default_rng(0).uniform(size=(3, 4, 4, 2))
+    for place in (path, tmp_path):
+        stated = load_normalization(place)
+        if expected is None:
+            assert stated is None
+        else:
+            mean, std = stated
+            np.testing.assert_allclose(
+                (images - mean) / std, expected(images), rtol=1e-5, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ("{", "preprocessor_config.json is not valid JSON"),
+        ('{"rescale_factor": 0}', "rescale_factor .* must be positive, got 0"),
+        (
+            '{"image_mean": [0, 0], "image_std": [1, 0]}',
+            "preprocessor_config.json: std must be a positive number",
+        ),
+        (
+            '{"image_mean": {}, "image_std": 1}',
+            "preprocessor_config.json: mean must be .* got {}",
+        ),
+    ],
+)
+def test_damaged_normalization_is_refused(tmp_path, config, match):
+    path = write(tmp_path, hugging_face, network())
+    (tmp_path / "preprocessor_config.json").write_text(config)
+    with pytest.raises(ValueError, match=f"model.safetensors: {match}"):
+        load_normalization(path)
+
+
 @pytest.mark.parametrize("pool", POOLS)
 def test_every_pooling_is_that_of_the_equations(tmp_path, pool):
     net = network(layers=1)
@@ -652,6 +753,11 @@ def test_hugging_face_config_is_read(tmp_path):
             "config.json has .* value None for ln_eps",
         ),
         ('{"layer_norm_eps": NaN}', "config.json has .* value nan for ln_eps"),
+        ('{"layer_norm_eps": true}', "config.json has .* value True for ln_eps"),
+        (
+            '{"model_type": "audio-spectrogram-transformer"}',
+            r"not supported: overlapping patches \(AST\), audio-spectrogram",
+        ),
         ('{"hidden_size": 24}', "another network: hidden_size is 24, .* weights is 12"),
         ('{"num_hidden_layers": 7}', "another network: num_hidden_layers is 7"),
         ('{"model_args": {"embed_dim": 24}}', "another network: embed_dim is 24"),
@@ -835,7 +941,8 @@ def test_long_lists_are_cut(tmp_path):
         ),
         (linen, "embedding/kernel", (3, 2, 12), r"\(p, p, C, D\), got \(3, 2, 12\)"),
         (linen, "embedding/kernel", (3, 4, 2, 12), r"1 misshapen: embedding/kernel"),
-        (linen, "embedding/kernel", (0, 0, 2, 12), "patch_size must be at least 1"),
+        (linen, "embedding/kernel", (0, 0, 2, 12), r"0, 2, 12\) has no entries"),
+        (linen, "embedding/kernel", (), r"\(p, p, C, D\), got \(\)"),
         (linen, "head/kernel", None, "head/kernel .* is missing"),
         (linen, "head/bias", None, "1 missing: head/bias"),
         (linen, "head/bias", (), r"misshapen: head/bias \(\) instead of \(5,\)"),
@@ -849,6 +956,9 @@ def test_long_lists_are_cut(tmp_path):
         (big_vision_stacked, "params/Transformer/encoderblock/x", (), "1 unexpected"),
         (timm, "cls_token", None, "a square number .* after 0 of CLS .* 17"),
         (timm, "patch_embed.proj.weight", (12, 18), r"\(p, p, C, D\), got \(18, 12\)"),
+        (timm, "patch_embed.proj.weight", (12,), r"\(p, p, C, D\), got \(12,\)"),
+        (timm, "patch_embed.proj.weight", (12, 0, 3, 3), "has no entries"),
+        (timm, "blocks.0.attn.qkv.weight", (0, 12), r"\(0, 12\) has no entries"),
         (timm, "blocks.0.attn.qkv.weight", (37, 12), "query/kernel .* is missing"),
         (timm, "blocks.1.attn.qkv.bias", (37,), "3 missing.*unexpected: blocks.1.attn"),
         (timm, "blocks.1.attn.qkv.bias", (), "3 missing.*1 unexpected"),
@@ -901,6 +1011,27 @@ def test_packed_gated_mlp_is_refused(tmp_path):
         block["fc1"] = np.ones((40, 12), np.float32), np.ones(40, np.float32)
     with pytest.raises(ValueError, match="SwiGLU"):
         load(write(tmp_path, timm, net), timm, net)
+
+
+def test_blocks_that_normalize_their_updates_are_asked_about(tmp_path):
+    # The names of timm's vit_base_patch16_rpn_224, in fewer and narrower layers.
+    sizes = {"width": 768, "heads": 12, "hidden": 3, "layers": 1}
+    net = network(grid=2, size=1, channels=1, **sizes)
+    del net["cls"]
+    net["positions"] = net["positions"][1:]
+    arrays = timm_average(net | {"cls": np.zeros(768, np.float32)})
+    del arrays["cls_token"]
+    path = write(tmp_path, timm, net, arrays)
+    assert load_checkpoint(path, num_heads=12)[0].pool == "mean_before_norm"
+    del arrays["blocks.0.attn.qkv.bias"]
+    write(tmp_path, timm, net, arrays)
+    with pytest.raises(ValueError, match="vit_base_patch16_rpn_224, .* config.json"):
+        load_checkpoint(path, num_heads=12)
+    (tmp_path / "config.json").write_text('{"architecture": "vit_base_patch1_gap_2"}')
+    assert load_checkpoint(path, num_heads=12)[0].class_token is False
+    (tmp_path / "config.json").write_text('{"architecture": "vit_base_patch1_rpn_2"}')
+    with pytest.raises(ValueError, match="not supported: normalizing the updates"):
+        load_checkpoint(path, num_heads=12)
 
 
 # The formats.

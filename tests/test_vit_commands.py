@@ -94,6 +94,9 @@ def test_training_writes_what_it_evaluated(trained):
     images = vit_training.load_images(train_config())
     problem = vit_training.Problem(model, params, 8, images)
     assert problem.test_accuracy(params) == summary["test_accuracy"]
+    mean, std = vit.load_normalization(workdir / "model.npz")
+    np.testing.assert_array_equal(mean, images.mean.ravel())
+    np.testing.assert_array_equal(std, images.std.ravel())
 
 
 @pytest.mark.slow
@@ -559,6 +562,25 @@ def test_validation_images_replace_the_test_images(untrained):
     np.testing.assert_array_equal(images.std, trained.std)
     google = {"num_validation": 28, "normalization": "google"}
     assert np.all(prune_vit.load_images(prune_config(untrained, **google)).mean == 0.5)
+
+
+def test_a_network_keeps_its_normalization(untrained, tmp_path):
+    model, params = vit.load_checkpoint(untrained / "model.npz")
+    path = tmp_path / "model.npz"
+    vit.save_checkpoint(path, model, params, mean=0.25, std=2.0)
+    for changes in ({}, {"num_train": 100}, {"num_validation": 28}):
+        config = prune_config(tmp_path, **changes)
+        images = prune_vit.load_images(config)
+        assert (images.mean, images.std) == (0.25, 2.0)
+    images = vit_training.load_images(train_config(checkpoint=str(path)))
+    # A white image of the digits.
+    white = classifier.normalize(images, jnp.full((1, 8, 8, 1), 255, jnp.uint8))
+    np.testing.assert_allclose(white, (1 - 0.25) / 2, rtol=1e-6)
+    google = {"normalization": "google"}
+    with pytest.raises(ValueError, match=r"google .* \[0.25\] .*normalization=dataset"):
+        vit_training.load_images(prune_config(tmp_path, **google))
+    vit.save_checkpoint(path, model, params, mean=0.5, std=0.5)
+    assert np.all(vit_training.load_images(prune_config(tmp_path, **google)).std == 0.5)
 
 
 def test_errors_are_the_images_that_lower_the_accuracy(untrained):

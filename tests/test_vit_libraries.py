@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from vit.checkpoint import load_checkpoint, save_checkpoint
+import vit
+from vit.checkpoint import load_checkpoint, load_normalization, save_checkpoint
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 # Warnings of these libraries are not ours.
@@ -133,6 +134,43 @@ def test_transformers(tmp_path, name, config, options):
     save_checkpoint(tmp_path / "ours", *loaded, names="huggingface")
     read = getattr(transformers, name).from_pretrained(tmp_path / "ours").eval()
     np.testing.assert_allclose(logits_of_torch(read, images), expected, atol=1e-4)
+
+
+def test_both_libraries_normalize_as_is_stored(tmp_path):
+    timm = pytest.importorskip("timm", reason="needs timm")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    model = vit.make(
+        "Ti", num_classes=5, patch_size=3, num_layers=1, hidden_size=12, mlp_dim=24
+    )
+    inputs = jax.ShapeDtypeStruct((1, 12, 12, 3), "float32")
+    shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    for names in ("timm", "huggingface"):
+        save_checkpoint(
+            tmp_path / names, model, params, names=names, mean=mean, std=std
+        )
+    network = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    config = timm.data.resolve_model_data_config(network)
+    np.testing.assert_allclose(config["mean"], mean, rtol=1e-6)
+    np.testing.assert_allclose(config["std"], std, rtol=1e-6)
+    options = {"model_args": {"num_heads": 3}, "safe_serialization": True}
+    timm.models.save_for_hf(network, tmp_path / "theirs", **options)
+    np.testing.assert_allclose(
+        load_normalization(tmp_path / "theirs"), (mean, std), rtol=1e-6
+    )
+
+    processor = transformers.AutoImageProcessor.from_pretrained(
+        tmp_path / "huggingface"
+    )
+    image = np.random.default_rng(0).integers(0, 256, (12, 12, 3)).astype(np.uint8)
+    [found] = processor(image, return_tensors="np")["pixel_values"]
+    expected = (image / 255 - mean) / std
+    np.testing.assert_allclose(found.transpose(1, 2, 0), expected, atol=1e-5)
+    processor.save_pretrained(tmp_path / "huggingface")
+    np.testing.assert_allclose(
+        load_normalization(tmp_path / "huggingface"), (mean, std), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["vit", "dinov2", "dinov2-registers"])

@@ -416,6 +416,15 @@ def test_the_attention_is_found_in_model():
         assert getattr(models, name) is getattr(attention, name)
 
 
+@pytest.mark.parametrize("semantics", [None, "drop", "skip", "zero"])
+def test_a_batch_may_be_empty(semantics):
+    cascade = semantics and Cascade(keep=(12, 6), semantics=semantics)
+    model = ViT(**SIZES, cascade=cascade)
+    images = jax.ShapeDtypeStruct((0, *IMAGES[1:]), jnp.float32)
+    logits, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+    assert logits.shape == (0, 7)
+
+
 def test_images_of_integers_are_refused():
     model = models.make("Ti", num_classes=3, patch_size=4)
     with pytest.raises(ValueError, match="floating point and scaled, got uint8"):

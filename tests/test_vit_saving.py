@@ -18,7 +18,7 @@ from vit_files import (
 from vit import exports
 from vit.attention import Segment
 from vit.cascade import Cascade
-from vit.checkpoint import load_checkpoint, save_checkpoint
+from vit.checkpoint import load_checkpoint, load_normalization, save_checkpoint
 from vit.model import ViT
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
@@ -141,6 +141,55 @@ def test_saved_file_is_one_of_the_reference_program(tmp_path):
     meta["grid"] = [4, 4]
     assert json.loads(str(arrays.pop("meta"))) == meta
     chex.assert_trees_all_equal(arrays, linen(net))
+
+
+@pytest.mark.parametrize("names", ["google", "timm", "huggingface"])
+def test_normalization_is_stored(tmp_path, names):
+    path = tmp_path / ("mine.npz" if names == "google" else "mine")
+    stem = (4,) if names == "google" else ()
+    model = ViT(num_classes=5, stem=stem, **SIZES | {"patch_size": 4 if stem else 3})
+    params = random_params(model)
+    save_checkpoint(path, model, params, names=names)
+    assert load_normalization(path) is None
+    # The shape that training computes, and numbers that float32 cannot hold exactly.
+    mean = np.float32([0.49140, -0.1]).reshape(1, 1, 1, 2)
+    std = np.float32([0.2470, 1e-6]).reshape(1, 1, 1, 2)
+    save_checkpoint(path, model, params, names=names, mean=mean, std=std)
+    stated = load_normalization(path)
+    chex.assert_trees_all_equal(stated, (mean.ravel(), std.ravel()))
+    assert stated[0].dtype == stated[1].dtype == np.float32
+    chex.assert_trees_all_equal(load_checkpoint(path, num_heads=3)[1], params)
+    save_checkpoint(path, model, params, names=names, mean=0.5, std=[0.5, 0.25])
+    chex.assert_trees_all_equal(
+        load_normalization(path), (np.float32([0.5, 0.5]), np.float32([0.5, 0.25]))
+    )
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "match"),
+    [
+        ([0.5, 0.5], None, "std must be a positive number, or one for each of 2"),
+        (None, [0.5, 0.5], "mean must be a finite number, .* got None"),
+        ([0.5] * 3, [0.5] * 3, r"mean .* each of 2 channels, got \[0.5, 0.5, 0.5\]"),
+        ([0.5, 0.5], [0.5, 0.0], "std must be a positive number"),
+        ([0.5, np.nan], [0.5, 0.5], "mean must be a finite number"),
+        ("x", 0.5, "mean must be a finite number, .* got 'x'"),
+    ],
+)
+def test_normalization_that_is_not_valid_is_refused(tmp_path, mean, std, match):
+    model = ViT(num_classes=5, **SIZES)
+    params, path = random_params(model), tmp_path / "mine.npz"
+    with pytest.raises(ValueError, match=match):
+        save_checkpoint(path, model, params, mean=mean, std=std)
+    assert not path.exists()
+    meta = {"gelu": "erf", "ln_eps": 0.1} | {
+        name: value
+        for name, value in (("mean", mean), ("std", std))
+        if value is not None
+    }
+    write(tmp_path, linen, None, linen(network()) | {"meta": json.dumps(meta)})
+    with pytest.raises(ValueError, match=f"model.npz: {match}"):
+        load_normalization(tmp_path / "model.npz")
 
 
 def test_settings_of_a_run_are_not_saved(tmp_path):

@@ -12,7 +12,7 @@ from vit import (
 )
 from vit.budget import for_budget, for_latency, predict_latency
 from vit.cascade import Cascade
-from vit.checkpoint import load_checkpoint, save_checkpoint
+from vit.checkpoint import load_checkpoint, load_normalization, save_checkpoint
 from vit.model import ViT, make, observe
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "for_latency",
     "importance",
     "load_checkpoint",
+    "load_normalization",
     "make",
     "observe",
     "predict_latency",

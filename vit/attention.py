@@ -426,7 +426,7 @@ class FromHeads(nn.Module):
         if heads is not None:
             kernel = kernel[heads]
         flat = kernel.reshape(-1, self.hidden_size).astype(self.dtype)
-        y = x.reshape(*x.shape[:-2], -1) @ flat
+        y = x.reshape(*x.shape[:-2], len(flat)) @ flat
         return y + bias.astype(self.dtype)[None, None]
 
 

@@ -245,10 +245,11 @@ def initial_tokens(
       n tokens per image.
     """
     batch, num_tokens, _ = x.shape
-    score = jnp.zeros((batch, num_tokens))
+    score = jnp.zeros((batch, num_tokens), jnp.float32)
     if cascade is not None and cascade.score == "random":
         key = jax.random.key(cascade.seed) if key is None else key
-        score = jax.random.uniform(key, score.shape)
+        # Other dtypes have other random numbers.
+        score = jax.random.uniform(key, score.shape, score.dtype)
     position = jnp.broadcast_to(jnp.arange(num_tokens), score.shape)
     weights = None
     if cascade is not None and cascade.score == "merge":

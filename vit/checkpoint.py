@@ -35,7 +35,14 @@ from flax import traverse_util
 
 from vit.cascade import Cascade
 from vit.exports import WRITERS, check_expressible
-from vit.layouts import ATTENTION, MLP, check_settings, from_foreign
+from vit.layouts import (
+    ATTENTION,
+    MLP,
+    by_channel,
+    check_settings,
+    foreign_normalization,
+    from_foreign,
+)
 from vit.model import ViT, one_or_each, pooled_size
 from vit.positions import POSITIONS, grid_of, pair
 from vit.positions import resize_positions as resize_positions
@@ -71,8 +78,8 @@ def load_checkpoint(
     epsilon are the defaults of the library ("tanh" and 1e-6 for Google, "erf" and 1e-6
     for timm, "erf" and 1e-12 for Hugging Face), the pooling is "mean_before_norm" for a
     timm file with `fc_norm` and "cls" for others, and the heads are those of the
-    published network of the same width, if it is the only one. The caller must scale
-    the images as in training; Google's weights expect [-1, 1].
+    published network of the same width, if it is the only one. The caller must
+    normalize the images as in training; see `load_normalization`.
 
     Args:
       path: a file that ends in .npz or .safetensors, or see `find_files`.
@@ -179,6 +186,52 @@ def load_checkpoint(
     return model, traverse_util.unflatten_dict(params, sep="/")
 
 
+def load_normalization(path: str | Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """How the images of a checkpoint are normalized.
+
+    The inputs of the network are (images - mean) / std for images in [0, 1]. Files of
+    `save_checkpoint` may store both; Google's networks expect [-1, 1]; for timm they
+    are in config.json, for Hugging Face in preprocessor_config.json.
+
+    Args:
+      path: see `load_checkpoint`.
+
+    Returns:
+      Mean and standard deviation of each channel, float32 (C,), or None if they are not
+      stated.
+
+    Raises:
+      FileNotFoundError: if the file does not exist.
+      ValueError: if the file is damaged or has another format, or what it states is not
+        valid.
+
+    Example:
+      >>> import tempfile
+      >>> import jax, jax.numpy as jnp
+      >>> import vit
+      >>> model = vit.make("cifar_128", num_classes=10, patch_size=4, num_layers=1)
+      >>> params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = f"{folder}/model.npz"
+      ...     vit.save_checkpoint(path, model, params, mean=0.5, std=[0.25, 0.25, 0.5])
+      ...     mean, std = vit.load_normalization(path)
+      >>> mean.tolist(), std.tolist()
+      ([0.5, 0.5, 0.5], [0.25, 0.25, 0.5])
+    """
+    path = Path(path)
+    arrays = read_arrays(path)
+    try:
+        entry = arrays.pop(_SETTINGS, None)
+        if entry is None:
+            return foreign_normalization(arrays, path)
+        stored = json_object(_SETTINGS, str(entry))
+        if stored.keys().isdisjoint(("mean", "std")):
+            return None
+        return by_channel(stored.get("mean"), stored.get("std"), _num_channels(arrays))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def save_checkpoint(
     path: str | Path,
     model: ViT,
@@ -187,6 +240,8 @@ def save_checkpoint(
     *,
     names: str = "google",
     grid: tuple[int, int] | None = None,
+    mean: Any = None,
+    std: Any = None,
 ) -> None:
     """Writes a checkpoint with the names of Google, timm or Hugging Face.
 
@@ -195,7 +250,8 @@ def save_checkpoint(
     that shapes do not determine as JSON. "timm" and "huggingface" write a folder with
     model.safetensors and config.json, which `timm.create_model("local-dir:PATH")` and
     `from_pretrained(PATH)` read: ViT, DeiT with distillation or DINOv2, whichever
-    computes the same.
+    computes the same. Mean and deviation are stored in `meta`, in config.json, or for
+    Hugging Face in preprocessor_config.json.
 
     Fields of a run are not stored: after loading, the dropout rates and the compute
     dtype have their defaults. Only "google" stores the cascade. Every file is written
@@ -210,6 +266,9 @@ def save_checkpoint(
       names: "google", "timm" or "huggingface".
       grid: rows and columns of patches; None takes `model.grid`. Without it, "timm" and
         "huggingface" take a square, and "google" stores none.
+      mean: mean of each channel by which the images, in [0, 1], were normalized in
+        training, a number or (C,); None stores none. See `load_normalization`.
+      std: their standard deviation; given if and only if `mean` is.
 
     Raises:
       ValueError: if the name, the dtype or the parameters do not fit, or the library
@@ -251,22 +310,27 @@ def save_checkpoint(
         if not largest <= np.finfo(dtype).max:
             raise ValueError(f"{name} contains {largest}, too large for {dtype}.")
         arrays[name] = value
+    stated = {}
+    if not (mean is None and std is None):
+        found = by_channel(mean, std, _num_channels(arrays))
+        stated = {"mean": found[0].tolist(), "std": found[1].tolist()}
     if grid or names != "google":
         grid = grid_of(arrays[POSITIONS], grid, model.num_prefix)
     if names != "google":
         check_expressible(model, names)
-        arrays, config = WRITERS[names](model, arrays, grid)
+        arrays, configs = WRITERS[names](model, arrays, grid, stated)
         path.mkdir(parents=True, exist_ok=True)
         data = to_safetensors(
             {name: value.astype(dtype) for name, value in arrays.items()}
         )
         _write(path / "model.safetensors", lambda file: file.write(data))
-        text = json.dumps(config, indent=2).encode()
-        _write(path / "config.json", lambda file: file.write(text))
+        for name, config in configs.items():
+            text = json.dumps(config, indent=2).encode()
+            _write(path / name, lambda file, text=text: file.write(text))
         return
     arrays = {name: value.astype(dtype) for name, value in arrays.items()}
     settings = {"gelu": model.gelu, "ln_eps": float(model.ln_eps)}
-    settings |= {"pool": model.pool, "distilled": model.distilled}
+    settings |= {"pool": model.pool, "distilled": model.distilled} | stated
     if grid:
         settings["grid"] = grid
     if model.cascade is not None:
@@ -394,6 +458,11 @@ def _width(arrays, module):
     return shape_of(arrays, f"{module}/kernel", "(D, out)")[1]
 
 
+def _num_channels(arrays):
+    first = "stem_0/kernel" if "stem_0/kernel" in arrays else "embedding/kernel"
+    return shape_of(arrays, first, "(side, side, C, features)")[2]
+
+
 def _replace_head(arrays, fields, num_classes):
     """Replaces the head by zeros, or removes it if num_classes is 0; in place."""
     for name in list(arrays):
@@ -413,9 +482,8 @@ def _check_fits(model, arrays):
     if POSITIONS in arrays:
         num_rows = shape_of(arrays, POSITIONS, "(1, 1 + P, D)")[1]
         num_patches = max(num_rows - model.num_prefix, 1)
-    first = "stem_0/kernel" if model.stem else "embedding/kernel"
-    if first in arrays:
-        channels = shape_of(arrays, first, "(side, side, C, features)")[2]
+    if ("stem_0/kernel" if model.stem else "embedding/kernel") in arrays:
+        channels = _num_channels(arrays)
     images = jax.ShapeDtypeStruct((1, num_patches * side, side, channels), jnp.float32)
     init = model.clone(cascade=None, grid=None).init
     expected = jax.eval_shape(init, jax.random.key(0), images)["params"]

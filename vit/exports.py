@@ -82,7 +82,7 @@ def _mlp_ratio(model):
     return math.nextafter(ratio, math.inf) if rounds_down else ratio
 
 
-def _to_timm(model, arrays, grid):
+def _to_timm(model, arrays, grid, stated):
     modules = {name: ours for name, ours in TIMM.items() if "LayerScale" not in ours}
     average = model.pool == "mean_before_norm"
     del modules["norm" if average else "fc_norm"]
@@ -113,7 +113,7 @@ def _to_timm(model, arrays, grid):
             "fc_norm": average,
         }
     distilled = "deit_tiny_distilled_patch16_224"
-    return arrays, {
+    config = {
         "architecture": distilled if model.distilled else "vit_tiny_patch16_224",
         "num_classes": model.num_classes,
         "num_features": model.hidden_size,
@@ -124,11 +124,13 @@ def _to_timm(model, arrays, grid):
             "num_classes": model.num_classes,
             "first_conv": "patch_embed.proj",
             "classifier": ["head", "head_dist"] if model.distilled else "head",
+            **stated,
         },
     }
+    return arrays, {"config.json": config}
 
 
-def _to_hugging_face(model, arrays, grid):
+def _to_hugging_face(model, arrays, grid, stated):
     dino = _is_dino(model)
     table = HUGGING_FACE_DINO if dino else HUGGING_FACE_VIT
     kind = "dinov2" if dino else "deit" if model.distilled else "vit"
@@ -182,8 +184,21 @@ def _to_hugging_face(model, arrays, grid):
         config["num_register_tokens"] = model.num_registers
     else:
         config["intermediate_size"] = model.mlp_dim
-    return arrays, config
+    configs = {"config.json": config}
+    if stated:
+        configs["preprocessor_config.json"] = {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True,
+            "size": {"height": size[0], "width": size[1]},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": stated["mean"],
+            "image_std": stated["std"],
+        }
+    return arrays, configs
 
 
-# {library: function of model, arrays and grid that gives its arrays and config}
+# {library: function of model, arrays, grid and {"mean": (C,), "std": (C,)} or {} that
+# gives its arrays and {name of a file: its content}}
 WRITERS = {"timm": _to_timm, "huggingface": _to_hugging_face}

@@ -90,7 +90,7 @@ _PREFIXES = (
 )
 # Hugging Face's pooler, which classifiers do not use, and the token of hidden patches.
 _UNUSED = r"pooler\.dense\.|(embeddings\.)?mask_token$"
-# In names of parameters, and of timm's architectures.
+# In names of parameters, architectures of timm and model types of Hugging Face.
 _UNSUPPORTED = {
     r"rel_?pos|relative_position": "relative positions",
     r"(\b|_)rope|_dinov3": "rotary positions",
@@ -101,6 +101,7 @@ _UNSUPPORTED = {
     r"MAPHead|^probe$|attn_pool": "pooling by attention (MAP)",
     r"\bnorm_pre\b": "a normalization before the blocks",
     r"conv_root|patch_embed\.backbone": "a convolutional stem (hybrid)",
+    r"audio-spectrogram": "overlapping patches (AST)",
 }
 
 
@@ -181,6 +182,134 @@ def from_foreign(
         architecture that `ViT` does not support, or if the heads or the grid are not
         known.
     """
+    home, parts = _recognize(arrays)
+    layout = _LAYOUTS[home]
+    ours, sources = {}, {}
+    for name, value in parts:
+        if re.match(_UNUSED, name):
+            continue
+        target = _our_name(name, layout) or name
+        if not np.size(value) and not target.startswith("head"):
+            raise ValueError(f"{name} {np.shape(value)} has no entries.")
+        if target in sources:
+            raise ValueError(f"{sources[target]} and {name} name the same parameter.")
+        ours[target], sources[target] = value, name
+
+    settings = {"gelu": layout.gelu, "ln_eps": layout.ln_eps}
+    settings["pool"] = "cls" if "cls" in ours else "mean"
+    if home != "google":
+        _check_gated(ours)
+        folder = path if path.is_dir() else path.parent
+        settings |= _torch_settings(folder / "config.json", home, sources, ours)
+        told = settings.pop("num_heads", None)
+        head_dim = _torch_head_dim(ours, num_heads or told)
+        ours = {name: _from_torch(name, ours[name], head_dim) for name in ours}
+        _add_absent_biases(ours)
+        _fold_layer_scale(ours)
+    told = settings.pop("grid", None)
+    side, *_ = np.shape(ours.get("embedding/kernel")) or (0,)
+    asked = _grid_setting(image_size, side).get("grid")
+    grid = _complete_positions(ours, sources, home, grid, told, asked)
+    if home == "dinov2" and "head/kernel" in ours:
+        width = shape_of(ours, "embedding/kernel", "(p, p, C, D)")[3]
+        if ours["head/kernel"].shape[0] == 2 * width:
+            settings["pool"] = "cls_and_mean"
+    # Hugging Face resizes those of DINOv2 with registers as timm does.
+    resize = "timm" if home == "dinov2" and "registers" in ours else layout.resize
+    return ours, settings | {"grid": grid, "resize": resize}
+
+
+def foreign_normalization(
+    arrays: Arrays, path: Path
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Mean and deviation of each channel of the images, in [0, 1], of a foreign file.
+
+    Google's networks expect [-1, 1]; the others have them in a file of their library.
+
+    Args:
+      arrays: {their name: array}.
+      path: the file, next to which the files of its library lie, or their folder.
+
+    Returns:
+      Both, float32 (C,), or None if they are not stated for this number of channels.
+
+    Raises:
+      ValueError: if the names are not those of a Vision Transformer, or if a file of
+        the library is damaged.
+    """
+    home, parts = _recognize(arrays)
+    kernels = {_our_name(name, _LAYOUTS[home]): value for name, value in parts}
+    shape = np.shape(kernels.get("embedding/kernel"))
+    if len(shape) != 4:
+        return None
+    if home == "google":
+        return by_channel(0.5, 0.5, shape[2])
+    folder, scale = path if path.is_dir() else path.parent, 1.0
+    if home == "timm":
+        name, config = "config.json", _read_config(folder / "config.json")
+        # Older files have these entries at the top.
+        stated = _entry(config, "pretrained_cfg") or config
+        mean, std = stated.get("mean"), stated.get("std")
+    else:
+        name = "preprocessor_config.json"
+        mean, std, scale = _processed(_read_config(folder / name))
+    # timm and Hugging Face leave three numbers for one channel.
+    if mean is None or std is None or {np.size(mean), np.size(std)} - {1, shape[1]}:
+        return None
+    try:
+        mean, std = by_channel(mean, std, shape[1])
+        return mean / scale, std / scale
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _processed(config):
+    """Mean, deviation and 255 times the factor of Hugging Face's image processors."""
+    mean, std = config.get("image_mean"), config.get("image_std")
+    if config.get("do_normalize") is False:
+        mean, std = 0.0, 1.0
+    factor = config.get("rescale_factor", 1 / 255)
+    factor = factor if config.get("do_rescale", True) else 1
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise ValueError(
+            f"rescale_factor of preprocessor_config.json must be positive, got "
+            f"{factor!r}."
+        )
+    return mean, std, 255 * factor
+
+
+def by_channel(mean: Any, std: Any, num_channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, float32 (C,).
+
+    Args:
+      mean: a number for all channels, or C numbers.
+      std: the same.
+      num_channels: C.
+
+    Raises:
+      ValueError: if they are not finite, `std` is not positive, or their number is
+        another.
+    """
+    found = []
+    for name, value in (("mean", mean), ("std", std)):
+        try:
+            with np.errstate(over="ignore"):  # It gives infinity, which is refused.
+                numbers = np.asarray(value, np.float32).ravel()
+        except (TypeError, ValueError):
+            numbers = np.array([np.nan])
+        valid = np.isfinite(numbers) & ((numbers > 0) | (name == "mean"))
+        if len(numbers) not in (1, num_channels) or not valid.all():
+            kind = "finite" if name == "mean" else "positive"
+            raise ValueError(
+                f"{name} must be a {kind} number, or one for each of {num_channels} "
+                f"channels, got {value!r}."
+            )
+        found.append(np.broadcast_to(numbers, num_channels))
+    return tuple(found)
+
+
+def _recognize(arrays):
+    """The layout of a file, and its arrays as [(name without prefixes, array)]."""
     for prefix in ("opt/target/", "params/"):
         inside = [name for name in arrays if name.startswith(prefix)]
         if inside:  # The other arrays belong to the optimizer.
@@ -204,37 +333,7 @@ def from_foreign(
             "the file must contain a Vision Transformer with the parameter names of "
             f"Google, timm or Hugging Face, got {some_names(arrays)}."
         )
-    layout = _LAYOUTS[home]
-    ours, sources = {}, {}
-    for name, value in parts:
-        if re.match(_UNUSED, name):
-            continue
-        target = _our_name(name, layout) or name
-        if target in sources:
-            raise ValueError(f"{sources[target]} and {name} name the same parameter.")
-        ours[target], sources[target] = value, name
-
-    settings = {"gelu": layout.gelu, "ln_eps": layout.ln_eps}
-    settings["pool"] = "cls" if "cls" in ours else "mean"
-    if home != "google":
-        _check_gated(ours)
-        folder = path if path.is_dir() else path.parent
-        settings |= _torch_settings(folder / "config.json", home, sources, ours)
-        told = settings.pop("num_heads", None)
-        head_dim = _torch_head_dim(ours, num_heads or told)
-        ours = {name: _from_torch(name, ours[name], head_dim) for name in ours}
-        _add_absent_biases(ours)
-        _fold_layer_scale(ours)
-    told = settings.pop("grid", None)
-    asked = _grid_setting(image_size, len(ours.get("embedding/kernel", ()))).get("grid")
-    grid = _complete_positions(ours, sources, home, grid, told, asked)
-    if home == "dinov2" and "head/kernel" in ours:
-        width = shape_of(ours, "embedding/kernel", "(p, p, C, D)")[3]
-        if ours["head/kernel"].shape[0] == 2 * width:
-            settings["pool"] = "cls_and_mean"
-    # Hugging Face resizes those of DINOv2 with registers as timm does.
-    resize = "timm" if home == "dinov2" and "registers" in ours else layout.resize
-    return ours, settings | {"grid": grid, "resize": resize}
+    return home, parts
 
 
 def _check_supported(names):
@@ -403,18 +502,41 @@ def _complete_positions(arrays, sources, home, grid, told, asked):
 
 def _torch_settings(path, home, sources, arrays):
     """The fields of `ViT` and the grid that a config.json and the names tell."""
-    config = json_object(path, path.read_bytes()) if path.is_file() else {}
+    config = _read_config(path)
     _check_same_network(path, config | _entry(config, "model_args"), arrays)
+    if home == "timm" and not config.get("architecture"):
+        _check_not_res_post_norm(sources.values(), arrays)
     read = _timm_config if home == "timm" else _hugging_face_config
     settings = read(config, set(sources.values()))
     return check_settings(path.name, settings)
+
+
+def _check_not_res_post_norm(names, arrays):
+    """Raises ValueError for a network that only its architecture tells from others."""
+    width = np.shape(arrays.get("embedding/kernel"))[:1]
+    usual = re.compile(r"cls_token|\.attn\.query\.bias|\.ls1\.")
+    if (
+        width == (768,)
+        and "fc_norm.weight" in names
+        and not any(map(usual.search, names))
+    ):
+        raise ValueError(
+            "the parameters may be those of vit_base_patch16_rpn_224, which normalizes "
+            "the updates (res-post-norm) and is not supported; if they are not, name "
+            'the "architecture" in a config.json next to the file.'
+        )
+
+
+def _read_config(path):
+    return json_object(path.name, path.read_bytes()) if path.is_file() else {}
 
 
 def _check_same_network(path, config, arrays):
     """Raises ValueError if the sizes in a config.json are not those of the weights."""
     blocks = {re.match(r"Transformer/encoderblock_\d+/", name) for name in arrays}
     depth = len({block[0] for block in blocks if block})
-    width, *_, side = np.shape(arrays.get("embedding/kernel")) or (None, None)
+    kernel = np.shape(arrays.get("embedding/kernel"))  # (D, C, p, p)
+    width, side = (kernel[0], kernel[-1]) if len(kernel) == 4 else (None, None)
     hidden, *_ = np.shape(arrays.get(f"{MLP}/Dense_0/kernel".replace("#", "0"))) or [0]
     for name, size in (
         *(("hidden_size", width), ("embed_dim", width)),
@@ -465,6 +587,7 @@ def _timm_config(config, sources):
 
 def _hugging_face_config(config, sources):
     del sources
+    _check_supported([str(config.get("model_type", ""))])
     settings = {
         ours: config[name]
         for ours, name in (
@@ -522,7 +645,9 @@ def check_settings(source: str, settings: dict[str, Any]) -> dict[str, Any]:
     allowed = {
         "gelu": lambda value: value in ("tanh", "erf"),
         "ln_eps": lambda value: (
-            isinstance(value, int | float) and 0 <= value < math.inf
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and 0 <= value < math.inf
         ),
         "num_heads": lambda value: type(value) is int and value > 0,
         "pool": lambda value: value in POOLS,

@@ -278,8 +278,9 @@ class PatchEmbedding(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.hidden_size,))
         grid = height // size, width // size
         x = images.reshape(batch, grid[0], size, grid[1], size, channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid[0] * grid[1], -1)
         kernel = kernel.reshape(-1, self.hidden_size).astype(self.dtype)
+        x = x.transpose(0, 1, 3, 2, 4, 5)
+        x = x.reshape(batch, grid[0] * grid[1], len(kernel))  # (B, P, p p C)
         return x.astype(self.dtype) @ kernel + bias[None, None]
 
 

@@ -56,7 +56,8 @@ from experiments.configs.train_vit import TRAINING_RULES
 _EVERY, _SOME = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6), (0.2, 0.3, 0.4, 0.6)
 BASE = {
     "seeds": (0,),
-    # The next three fields, image_size and normalization are those of train_vit.
+    # The next three fields, image_size and normalization are those of train_vit, whose
+    # networks keep their normalization.
     "dataset": settings.dataset(settings.Optional(str, "cifar10")),
     "num_train": 0,
     "num_test": 0,

@@ -29,8 +29,9 @@ BASE = {
     "num_test": 0,
     # Side of the model's inputs. Images of another size are resized on the device.
     "image_size": 32,
-    # "dataset": normalized by the mean and standard deviation of each channel of the
-    # training images; "google": scaled to [-1, 1].
+    # "dataset": normalized as the checkpoint states (vit.load_normalization), otherwise
+    # by the mean and standard deviation of each channel of the training images;
+    # "google": scaled to [-1, 1].
     "normalization": "dataset",
     # A file that vit.load_checkpoint reads, to start from. Its shapes define the model.
     "checkpoint": settings.Optional(str),

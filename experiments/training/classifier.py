@@ -435,10 +435,13 @@ def make_steps(
 
 def normalize(images: Images, batch: jax.Array) -> jax.Array:
     """Normalizes uint8 (B, H, W, C), or latents, to the inputs of the network."""
-    # Avoids a division by zero for a channel that is constant over the data set.
-    std = jnp.maximum(images.std, 1e-6)
     scale = 255 if batch.dtype == jnp.uint8 else 1
-    return (batch.astype(jnp.float32) / scale - images.mean) / std
+    return (batch.astype(jnp.float32) / scale - images.mean) / divisor(images)
+
+
+def divisor(images: Images) -> np.ndarray:
+    """`images.std`, but not zero for a channel that is constant over the data set."""
+    return np.maximum(images.std, np.float32(1e-6))
 
 
 def make_predict(

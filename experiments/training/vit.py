@@ -4,6 +4,7 @@ Axes: B images, H W C of an image, K classes, S steps.
 """
 
 import functools
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ from ml_collections import ConfigDict
 from experiments.common import augmentation, devices, runs, settings
 from experiments.training import classifier, loop, optimizers
 from experiments.training.classifier import Images
-from vit import Cascade, ViT, cost, load_checkpoint, make, observe
+from vit import Cascade, ViT, cost, load_checkpoint, load_normalization, make, observe
+from vit.checkpoint import find_files
 from vit.model import Observed
 
 
@@ -91,15 +93,48 @@ class Problem(NamedTuple):
 
 
 def load_images(config: ConfigDict) -> Images:
-    """Loads config.dataset; mean and std are 0.5 if config.normalization is "google".
-
-    Images are resized on the device if necessary.
-    """
+    """Loads config.dataset; they are resized on the device if necessary."""
     images = classifier.load_images(ConfigDict({**config, "image_size": 0}))
+    return normalize_as(config, images)
+
+
+def normalize_as(config: ConfigDict, images: Images) -> Images:
+    """Sets mean and std to those that config.checkpoint states, if it does.
+
+    Otherwise they are 0.5 if config.normalization is "google", and stay those of the
+    training images if it is "dataset".
+
+    Raises:
+      ValueError: if the checkpoint states others than "google".
+    """
+    stated = load_normalization(config.checkpoint) if config.checkpoint else None
     if config.normalization == "google":
         half = np.full_like(images.mean, 0.5)
         images = images._replace(mean=half, std=half)
-    return images
+    if stated is None:
+        return images
+    mean, std = (value.reshape(1, 1, 1, -1) for value in stated)
+    if config.normalization == "google" and not np.all(np.append(mean, std) == 0.5):
+        raise ValueError(
+            f"normalization=google means [-1, 1], but {config.checkpoint} states the "
+            f"mean {mean.ravel()} and the deviation {std.ravel()}; set "
+            "--config.normalization=dataset, which keeps those of a checkpoint."
+        )
+    return images._replace(mean=mean, std=std)
+
+
+def digest(checkpoint: str) -> str:
+    """Digest of a checkpoint and of the files beside it that are read with it."""
+    found = hashlib.sha256()
+    weights = find_files(checkpoint)
+    # Beside a .npz, config.json is the configuration of a run, which is not read.
+    if weights[0].suffix == ".safetensors":
+        names = "config.json", "preprocessor_config.json"
+        others = [weights[0].with_name(name) for name in names]
+        weights = (*weights, *(path for path in others if path.exists()))
+    for path in weights:
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def load_problem(
