@@ -1,30 +1,66 @@
-"""Functa: meta-learned neural fields that represent each signal by a latent."""
+"""Functa: meta-learned neural fields that represent each signal by a latent.
+
+The networks are `LatentModulatedSiren` (a latent vector) and `SpatialSiren` (a grid of
+latents). `fit_latent` fits a latent to one signal, `meta_gradient` gives the gradients
+that train the weights, and `load_functaset` reads the latents of a data set. Not
+imported here: `functa.classifier`, `compression`, `flow`, `generation`, `joint` and
+`plots`.
+"""
 
 import importlib
 
-from functa import deepmind as deepmind
-from functa import linear as linear
-from functa.functaset import Functaset as Functaset
-from functa.functaset import load_functaset as load_functaset
-from functa.functaset import make_model as make_model
-from functa.functaset import reconstruct as reconstruct
-from functa.functaset import render as render
-from functa.functaset import save_functaset as save_functaset
-from functa.inner_loop import FitInfo as FitInfo
-from functa.inner_loop import fit_batch as fit_batch
-from functa.inner_loop import fit_latent as fit_latent
-from functa.inner_loop import largest_eigenvalue as largest_eigenvalue
-from functa.inner_loop import meta_gradient as meta_gradient
-from functa.inner_loop import optimize_latent as optimize_latent
-from functa.inner_loop import reconstruction_loss as reconstruction_loss
-from functa.metrics import mean_psnr as mean_psnr
-from functa.metrics import psnr as psnr
-from functa.metrics import psnr_of_mean as psnr_of_mean
-from functa.siren import LatentModulatedSiren as LatentModulatedSiren
-from functa.siren import ModulatedSiren as ModulatedSiren
-from functa.siren import Siren as Siren
-from functa.siren import coordinate_grid as coordinate_grid
-from functa.spatial import SpatialSiren as SpatialSiren
+from functa import deepmind, linear
+from functa.functaset import (
+    Functaset,
+    load_functaset,
+    make_model,
+    reconstruct,
+    render,
+    save_functaset,
+)
+from functa.inner_loop import (
+    FitInfo,
+    fit_batch,
+    fit_latent,
+    largest_eigenvalue,
+    meta_gradient,
+    optimize_latent,
+    reconstruction_loss,
+)
+from functa.metrics import mean_psnr, psnr, psnr_of_mean
+from functa.siren import (
+    LatentModulatedSiren,
+    ModulatedSiren,
+    Siren,
+    coordinate_grid,
+)
+from functa.spatial import SpatialSiren
+
+__all__ = [
+    "FitInfo",
+    "Functaset",
+    "LatentModulatedSiren",
+    "ModulatedSiren",
+    "Siren",
+    "SpatialSiren",
+    "coordinate_grid",
+    "deepmind",
+    "fit_batch",
+    "fit_latent",
+    "largest_eigenvalue",
+    "linear",
+    "load_functaset",
+    "make_model",
+    "mean_psnr",
+    "meta_gradient",
+    "optimize_latent",
+    "psnr",
+    "psnr_of_mean",
+    "reconstruct",
+    "reconstruction_loss",
+    "render",
+    "save_functaset",
+]
 
 __version__ = "0.1.0"
 

@@ -103,6 +103,9 @@ def fit_gaussians(
       min_variance: smaller variances are raised to it, because the velocity would be
         infinite at t = 1.
 
+    Returns:
+      The Gaussians of the K classes, and of all latents at index K.
+
     Raises:
       ValueError: if there are fewer than two latents, or a label is out of range.
 

@@ -66,8 +66,9 @@ def reconstruction_loss(
       The loss and the mean squared error without the penalty, two scalars.
 
     Raises:
-      ValueError: if the target is not floating point, or the weights have another
-        shape, are negative or not finite, or are all zero.
+      ValueError: if the prediction and the target differ in shape, the target is not
+        floating point, or the weights have another shape, are negative or not finite,
+        or are all zero.
 
     Example:
       >>> target = jnp.array([[1.0], [3.0]])
@@ -82,7 +83,12 @@ def reconstruction_loss(
 
 
 def _loss(prediction, latent, target, l2_weight, weight=None):
-    chex.assert_equal_shape([prediction, target])
+    if jnp.shape(prediction) != jnp.shape(target):
+        raise ValueError(
+            f"the field predicts values of shape {jnp.shape(prediction)}, but the "
+            f"target has the shape {jnp.shape(target)}; they must be equal, channels "
+            "included."
+        )
     if not jnp.issubdtype(target.dtype, jnp.floating):
         raise ValueError(
             f"target must be floating point, got {target.dtype}; images of 8 bits are "
@@ -151,8 +157,9 @@ def fit_latent(
       The fitted latent (*Z) and the losses before each step and after the last.
 
     Raises:
-      ValueError: if `num_steps` is negative, if `target` is not floating point, or if
-        the shape of `learning_rate` does not fit the latent and the number of steps.
+      ValueError: if `num_steps` is negative, if `target` is not floating point or not
+        shaped like the prediction, or if the shape of `learning_rate` does not fit the
+        latent and the number of steps.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,4 +1,10 @@
-"""The landscape that a network trains on: probes, curvature, surfaces."""
+"""The loss landscape of a network: probes, curvature, surfaces.
+
+Every function takes a `loss_fn(params, batch)`. `probes.probe_gradient` takes steps
+along the gradient, `curvature.leading_eigenvalues` measures the Hessian, and
+`surface.loss_surface` evaluates the loss on a line or a plane. `landscape.plots`, which
+is not imported here, draws the arrays.
+"""
 
 import importlib
 

@@ -43,6 +43,9 @@ def scalar_loss(loss_fn: LossFn, params: Any, batch: Any) -> Array:
       params: a tree of arrays.
       batch: passed to `loss_fn`.
 
+    Returns:
+      The loss, ().
+
     Raises:
       ValueError: if the loss is not a floating-point scalar.
     """
@@ -79,7 +82,14 @@ def check_like(name: str, tree: Any, params: Any) -> None:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Formats a key path of jax.tree_util as "block/layer/kernel"."""
+    """Formats a key path of jax.tree_util as "block/layer/kernel".
+
+    The attribute `value` of a variable of Flax NNX is left out: the name is that of the
+    same parameter in a dict.
+    """
+    if len(path) > 1 and isinstance(path[-2], jax.tree_util.DictKey):
+        if path[-1] == jax.tree_util.GetAttrKey("value"):
+            path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

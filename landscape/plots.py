@@ -161,7 +161,7 @@ def step_profile(
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter("{x:g}")
     _set_log_scale(ax)
-    _finish(ax, "step along the gradient", y_label)
+    _finish(ax, "step size (multiples of the gradient)", y_label)
     return ax
 
 

@@ -1,4 +1,10 @@
-"""DessiLBI (linearized Bregman iterations): sparsity while training, with optax."""
+"""DessiLBI (linearized Bregman iterations): sparsity while training, with optax.
+
+`structural_coupling` is one element of an optax chain; `suggest_lambda` sets its
+penalties. `density`, `sparse_params` and the other functions of `lbi.path` read the
+optimizer state. `pruning` and `channels` make the network smaller. `lbi.plots`, which
+is not imported here, draws figures.
+"""
 
 import importlib
 

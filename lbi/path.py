@@ -61,7 +61,19 @@ def gamma(opt_state: Any, params: Any = None) -> Any:
 
 
 def in_support(opt_state: Any) -> dict[str, Array]:
-    """Whether each group is nonzero in Gamma now: {layer: bool, one per group}."""
+    """Whether each group is nonzero in Gamma now.
+
+    Args:
+      opt_state: state of a chain that contains `structural_coupling`.
+
+    Returns:
+      {layer: bool, one per group}. Groups of filters have the shape (filters,), single
+      weights that of the parameter.
+
+    Raises:
+      ValueError: if `opt_state` has no state of `structural_coupling`, or it is
+        stacked.
+    """
     return {
         path: chosen.norms(dual) > chosen.thresholds(dual.shape)
         for path, _, dual, _, chosen in _penalized(opt_state)
@@ -69,7 +81,17 @@ def in_support(opt_state: Any) -> dict[str, Array]:
 
 
 def density(opt_state: Any) -> dict[str, Array]:
-    """Fraction of each layer's groups that are nonzero in Gamma: {layer: ()}.
+    """Fraction of each layer's groups that are nonzero in Gamma.
+
+    Args:
+      opt_state: state of a chain that contains `structural_coupling`.
+
+    Returns:
+      {layer: (), in [0, 1]}.
+
+    Raises:
+      ValueError: if `opt_state` has no state of `structural_coupling`, or it is
+        stacked.
 
     Example:
       >>> import jax.numpy as jnp
@@ -146,9 +168,20 @@ def entry_steps(opt_state: Any) -> dict[str, np.ndarray]:
 
 
 def clock(opt_state: Any) -> Array:
-    """T = sum of alpha / nu so far, (). Groups with mean norm below lambda / T are out.
+    """T = sum of alpha / nu over the updates so far.
 
-    Under `optax.partition` this is the clock of the first coupling.
+    A group whose mean weight over these updates has a norm below lambda / T has not
+    entered. Under `optax.partition` this is the clock of the first coupling.
+
+    Args:
+      opt_state: state of a chain that contains `structural_coupling`.
+
+    Returns:
+      T, ().
+
+    Raises:
+      ValueError: if `opt_state` has no state of `structural_coupling`, or it is
+        stacked.
     """
     # nnx.Optimizer stores variables, which cannot be formatted as numbers.
     return jnp.asarray(_require_states(opt_state)[0].clock)
@@ -156,6 +189,9 @@ def clock(opt_state: Any) -> Array:
 
 def metrics(opt_state: Any) -> dict[str, Array]:
     """Numbers for a log, also inside `jax.jit`.
+
+    Args:
+      opt_state: state of a chain that contains `structural_coupling`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -169,6 +205,10 @@ def metrics(opt_state: Any) -> dict[str, Array]:
     Returns:
       Scalars: "clock"; for each layer "density/LAYER", the fraction of its groups that
       are nonzero in Gamma, and "entered/LAYER", their number.
+
+    Raises:
+      ValueError: if `opt_state` has no state of `structural_coupling`, or it is
+        stacked.
     """
     found = {"clock": clock(opt_state)}
     for path, inside in in_support(opt_state).items():

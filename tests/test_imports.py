@@ -128,3 +128,16 @@ print(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}})))
     loaded = set(json.loads(run.stdout))
     assert set(CORES) <= loaded
     assert not loaded & NEVER_LOADED_BY_CORES
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_help_shows_all_that_a_package_exports(core):
+    """pydoc lists what is imported from other modules only if `__all__` names it."""
+    package = importlib.import_module(core)
+    exported = {
+        name
+        for name, value in vars(package).items()
+        if str(getattr(value, "__module__", None)).startswith(f"{core}.")
+        and not name.startswith("_")
+    }
+    assert exported <= set(package.__all__) <= set(dir(package))

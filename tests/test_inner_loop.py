@@ -60,8 +60,13 @@ def test_reconstruction_loss_by_hand():
 
 
 def test_prediction_of_the_wrong_shape_is_refused():
-    with pytest.raises(AssertionError, match="shape"):
+    message = r"predicts values of shape \(3,\).*target has the shape \(3, 1\)"
+    with pytest.raises(ValueError, match=message):
         reconstruction_loss(identity, START, TARGET[:, None])
+    with pytest.raises(ValueError, match=message):
+        jax.jit(
+            lambda y: fit_latent(identity, START, y, num_steps=1, learning_rate=0.1)
+        )(TARGET[:, None])
 
 
 RATES = {

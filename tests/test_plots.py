@@ -519,7 +519,7 @@ def test_attention_and_informativeness():
     np.testing.assert_allclose(
         figure.axes[1].images[0].get_array(), 100 * attention[1, 1:, 1:]
     )
-    assert figure.axes[1].get_title() == "layer 1, range 0.20"
+    assert figure.axes[1].get_title() == "layer 1, attention range 0.20"
     # Registers, DeiT, or patches alone; a cascade leaves other sizes in other layers.
     for num_prefix in (0, 2):
         figure = vit.plots.attention_maps(

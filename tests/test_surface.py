@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from landscape.curvature import mean_over_batches
+from landscape.filters import entry_axes
 from landscape.surface import (
     barrier,
     bezier,
@@ -141,6 +143,28 @@ def test_biases_and_embeddings_of_any_rank_have_no_filters():
 def test_filters_that_do_not_fit_are_refused(filters, message):
     with pytest.raises(ValueError, match=message):
         filter_normalized_direction(jax.random.key(0), random_tree(), filters=filters)
+
+
+def test_filters_of_an_nnx_state_are_those_of_its_dict():
+    """The leaves of a state are called "conv/kernel/value"."""
+    rngs = nnx.Rngs(0)
+    layers = {
+        "conv": nnx.Conv(2, 3, (2, 2), rngs=rngs),
+        "out": nnx.Linear(4, 3, rngs=rngs),
+        "words": nnx.Embed(5, 4, rngs=rngs),
+    }
+    state = nnx.state(nnx.Dict(layers), nnx.Param)
+    expected = {
+        "conv/bias": None,
+        "conv/kernel": (0, 1, 2),
+        "out/bias": None,
+        "out/kernel": (0,),
+        "words/embedding": None,
+    }
+    given = {"conv/kernel": (3,), "out/kernel": (1,)}
+    for params in (nnx.to_pure_dict(state), state):
+        for filters in (None, given):
+            assert entry_axes(params, filters) == list(expected.values())
 
 
 def test_orthogonal_direction_keeps_the_lengths():

@@ -429,3 +429,5 @@ def test_images_of_integers_are_refused():
     model = models.make("Ti", num_classes=3, patch_size=4)
     with pytest.raises(ValueError, match="floating point and scaled, got uint8"):
         jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 8, 8, 3), "uint8"))
+    with pytest.raises(ValueError, match=r"\(B, H, W, C\), got \(8, 8, 3\)"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.ones((8, 8, 3)))

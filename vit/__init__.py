@@ -1,4 +1,9 @@
-"""Vision Transformers with cascade pruning of patches and heads."""
+"""Vision Transformers with cascade pruning of patches and heads.
+
+`make` or `load_checkpoint` gives a model. `for_budget` gives the `Cascade` that needs a
+share of its multiply-adds, and `model.clone(cascade=cascade)` is the pruned model, with
+the same parameters. `vit.plots`, which is not imported here, draws figures.
+"""
 
 from vit import (
     attention,

@@ -177,7 +177,7 @@ def for_latency(
 def predict_latency(
     model: ViT, image_size: int | tuple[int, int], table: Mapping[int, float]
 ) -> float:
-    """Time of a network as the sum of its layers, in the unit of the table.
+    """Predicts the time of a network as the sum of its layers.
 
     Args:
       model: the network, with its cascade.
@@ -186,6 +186,9 @@ def predict_latency(
         included. Between its entries the time is interpolated linearly; below the first
         one it is that of the first. A time that is shorter than one of fewer tokens is
         noise and counts as that one.
+
+    Returns:
+      The time, in the unit of the table.
 
     Raises:
       ValueError: if a layer has more tokens than the table, or a time is not positive.

@@ -152,13 +152,18 @@ class ViT(nn.Module):
           for pool "cls_and_mean".
 
         Raises:
-          ValueError: if the images are not floating point or do not divide into
-            patches, or the fields of the model or its cascade do not fit together.
+          ValueError: if the images are not floating point, have no batch axis or do not
+            divide into patches, or the fields of the model or its cascade do not fit
+            together.
         """
         check_model(self)
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(
                 f"images must be floating point and scaled, got {images.dtype}."
+            )
+        if images.ndim != 4:
+            raise ValueError(
+                f"images must have the shape (B, H, W, C), got {images.shape}."
             )
         num_patches = count_patches(images.shape[1:3], self.patch_size)
         _check_grid(self.grid, tuple(n // self.patch_size for n in images.shape[1:3]))

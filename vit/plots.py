@@ -323,7 +323,7 @@ def attention_maps(
         shown = ax.imshow(100 * patches, vmin=0, vmax=100 * high, cmap="viridis")
         title = f"layer {layer}"
         if ranges is not None:
-            title += f", range {ranges[layer]:.2f}"
+            title += f", attention range {ranges[layer]:.2f}"
         ax.set_title(title, fontsize=9)
         ax.set_xlabel("key patch (number)")
         ax.set_ylabel("query patch (number)")

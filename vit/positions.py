@@ -103,6 +103,9 @@ def grid_of(
       grid: the rows and columns; None takes a square.
       num_prefix: number of tokens before the patches.
 
+    Returns:
+      (rows, columns).
+
     Raises:
       ValueError: if the patches do not form the grid.
     """

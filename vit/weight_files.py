@@ -99,7 +99,8 @@ def _read_file(path):
     if kind not in _READERS:
         raise ValueError(
             f"a checkpoint must be a file that ends in {' or '.join(_READERS)}, got "
-            f"{path}."
+            f"{path}. PyTorch writes its weights as one with "
+            'safetensors.torch.save_file(model.state_dict(), "model.safetensors").'
         )
     if not path.is_file():  # A pipe would block, and a device may never end.
         raise ValueError(f"{path} is not a regular file.")

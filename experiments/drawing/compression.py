@@ -109,6 +109,8 @@ def _accuracy_against_size(run):
         # Codes of the same size hide each other; seeds of one code are close.
         if np.ptp(accuracies) < 1:
             label = f"{label}, {accuracies.mean():.1f} %"
+        else:
+            label = f"{label}, {accuracies.min():.1f} to {accuracies.max():.1f} %"
         codes[label] = sizes, accuracies, deviations
     return plots.against_num_values({}, codes, y_label="test accuracy (%)")
 

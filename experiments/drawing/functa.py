@@ -130,7 +130,8 @@ def _fields(run):
         cells = "x".join(map(str, model["grid"]))
         labels = [f"field, {cells}x{model['channels']} numbers", "principal components"]
     else:
-        labels = [f"field, {model['latent_dim']} numbers", "EOF"]
+        numbers = f"{model['latent_dim']} numbers"
+        labels = [f"field, {numbers}", f"EOF, {numbers}"]
     codes = dict(zip(labels, (code, run.need("controls")), strict=True))
     if signals.ndim == 3:
         noise, power = (np.square(x).mean((1, 2)) for x in (code - signals, signals))

@@ -170,7 +170,7 @@ def _along_the_gradient(run, networks):
         "losses": "loss (nats)",
         "grad_distances": "gradient distance",
         "relative_grad_distances": "gradient distance /\ngradient norm",
-        "betas": "effective beta",
+        "betas": "effective beta\n(largest over the step sizes)",
     }
     for row, (key, y_label) in zip(axes, measures.items(), strict=True):
         # A loss of the user may be negative.
@@ -189,6 +189,8 @@ def _along_the_gradient(run, networks):
             if key == "betas":
                 make, x_label = plots.curves, "epoch"
             make(bands, x_label=x_label, y_label=y_label, log=is_log, ax=ax)
+    legend = axes[0, -1].get_legend()
+    legend.set_title("smallest to largest\nover the step sizes", {"size": 7})
     share_labels(axes)
     return figure
 
