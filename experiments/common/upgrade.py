@@ -87,6 +87,7 @@ ADDED: dict[str, dict[str, Any]] = {
         "spectrum.num_steps": 40,
     },
     "make_functaset": {"padding": 0, "inner.num_steps": None},
+    "train_lbi": {"label_smoothing": 0.0},
     "train_vit": {"stages": [], "checkpoint_options": {}},
     "prune_vit": {
         "num_validation": 0,

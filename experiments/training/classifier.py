@@ -512,9 +512,20 @@ def _statistics(model, variables, inputs):
     return updated["batch_stats"]
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy of logits (B, K) and labels (B,), ()."""
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
+) -> jax.Array:
+    """Mean cross-entropy of logits (B, K) and labels (B,), ().
+
+    With label smoothing a (Szegedy et al. 2016, arXiv 1512.00567) the target is 1 - a
+    at the label plus a / K at every class.
+    """
+    if not label_smoothing:
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean()
+    targets = jax.nn.one_hot(labels, logits.shape[-1])
+    targets = optax.losses.smooth_labels(targets, label_smoothing)
+    return optax.losses.softmax_cross_entropy(logits, targets).mean()
 
 
 def make_loss(

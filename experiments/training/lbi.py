@@ -33,6 +33,9 @@ def train(run: runs.Run, problem: Problem) -> TrainState:
         batch_size=config.batch_size,
         augmented=config.augment,
         seed=config.seeds[0],
+        loss=functools.partial(
+            classifier.cross_entropy, label_smoothing=config.label_smoothing
+        ),
     )
     steps_per_epoch = problem.steps_per_epoch
 

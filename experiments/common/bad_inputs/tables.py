@@ -193,6 +193,7 @@ VALUES = {
         "optimizer.dessilbi.schedule=linear": "optimizer.dessilbi.schedule",
         "penalty=l1": "penalty",
         "enter_at=0": "enter_at",
+        "label_smoothing=1": "label_smoothing",
         "model.type=MLP": "model.type",
         "model.nosuch=1": "model",
         "model.features=3": "model",
