@@ -281,6 +281,18 @@ def test_double_step_of_the_report():
     np.testing.assert_allclose(coupling.dual["fc"], rate / nu * between, rtol=1e-5)
 
 
+def test_label_smoothing_gives_every_class_its_share():
+    logits = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    labels = np.array([0, 2, 1, 1, 0])
+    log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    at_label = log_probabilities[np.arange(5), labels]
+    # 1 - 0.3 + 0.3 / 3 at the label and 0.3 / 3 at the two others.
+    smoothed = -(0.7 * at_label + 0.1 * log_probabilities.sum(1)).mean()
+    for amount, expected in ((0.0, -at_label.mean()), (0.3, smoothed)):
+        loss = classifier.cross_entropy(logits, labels, label_smoothing=amount)
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
 def test_small_images_are_enlarged_and_padded():
     pixels = np.arange(4, dtype=np.uint8).reshape(1, 2, 2, 1)
     enlarged = classifier._enlarge(pixels, 5)
