@@ -11,7 +11,11 @@ from vit import model as models
 from vit.cascade import MODES, Cascade
 from vit.model import ViT
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = [
+    pytest.mark.usefixtures("unoptimized"),
+    # Some cascades here prune in the first layer, where the first patches are kept.
+    pytest.mark.filterwarnings("ignore:the attention of layer"),
+]
 
 SIZES = {"num_layers": 12, "num_patches": 196}
 
