@@ -15,7 +15,6 @@ folder has the table and the figures.
 """
 
 import functools
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -139,7 +138,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     images = classifier.load_images(config)
     _check(config, images)
     digests = classifier.digests(images) | {
-        field: hashlib.sha256(Path(chosen.rpartition(":")[0]).read_bytes()).hexdigest()
+        field: custom.digest(chosen)
         for field, chosen in (("network", config.network), ("loss", config.loss))
         if chosen
     }

@@ -279,6 +279,7 @@ def surface_contours(
         "first direction (filter norms)",
         "second direction (filter norms)",
     ),
+    loss_label: str = "loss",
     ax: Any = None,
 ) -> Any:
     """Contours of a loss over two directions (Li et al. 2018, arXiv 1712.09913).
@@ -293,6 +294,7 @@ def surface_contours(
       path: coordinates of a trajectory, (T, 2), for example of
         `landscape.surface.trajectory_pca`.
       labels: names and units of the two axes.
+      loss_label: name and unit of the loss.
       ax: Axes to draw into; None makes a figure.
 
     Returns:
@@ -322,7 +324,7 @@ def surface_contours(
     ax.figure.colorbar(
         filled,
         ax=ax,
-        label="loss (nats)",
+        label=loss_label,
         ticks=matplotlib.ticker.LogLocator(subs=(1, 2, 5)) if is_log else None,
         format=matplotlib.ticker.StrMethodFormatter("{x:g}"),
         shrink=0.8,
@@ -336,6 +338,7 @@ def surface_3d(
     second: np.ndarray | None = None,
     *,
     limits: tuple[float, float] | None = None,
+    loss_label: str = "loss",
     ax: Any = None,
 ) -> Any:
     """The surface of `surface_contours` in three dimensions.
@@ -345,6 +348,7 @@ def surface_3d(
       first: coordinates along the first direction, (A,).
       second: coordinates along the second, (B,); None takes `first`.
       limits: smallest and largest loss shown; None takes those of `robust_limits`.
+      loss_label: name and unit of the loss.
       ax: Axes with projection "3d"; None makes a figure.
 
     Returns:
@@ -358,7 +362,7 @@ def surface_3d(
     second = first if second is None else second
     low, high = limits or robust_limits(losses)
     x, y = np.meshgrid(first, second, indexing="ij")
-    heights, name = np.clip(losses, low, high), "loss (nats)"
+    heights, name = np.clip(losses, low, high), loss_label
     if low > 0:
         low, high, heights = np.log10(low), np.log10(high), np.log10(heights)
         name = f"log10 of the {name}"

@@ -1,5 +1,7 @@
 """Networks and losses from a file: each framework against a direct call, and errors."""
 
+import hashlib
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -384,6 +386,45 @@ def test_what_is_no_network_is_refused(path, name, message):
 def test_what_is_no_function_is_refused(path, chosen, message):
     with pytest.raises(ValueError, match=message):
         custom.load_functions(chosen.format(path=path), "network")
+
+
+def test_a_file_is_executed_as_a_module_of_its_folder(tmp_path):
+    (tmp_path / "blocks_of_mine.py").write_text("WIDTH = 3\n")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\n"
+        "import dataclasses\n"
+        "def make(num_classes):\n"
+        "    from blocks_of_mine import WIDTH\n"
+        "    @dataclasses.dataclass\n"
+        "    class Options:\n"
+        "        width: int = WIDTH\n"
+        "    return Options().width * num_classes\n"
+    )
+    chosen = f"{tmp_path}/mine.py:make"
+    assert custom.load_functions(chosen, "network")["make"](2) == 6
+
+
+def test_the_digest_covers_what_a_file_imports_from_its_folder(tmp_path):
+    files = {
+        "mine.py": "def make():\n    import parts_of_mine.first\n    import jax\n",
+        "parts_of_mine/__init__.py": "",
+        "parts_of_mine/first.py": "from . import second\n",
+        "parts_of_mine/second.py": "",
+        "other.py": "",
+    }
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    chosen = f"{tmp_path}/mine.py:make"
+    found = [custom.digest(chosen)]
+    for name in files:
+        (tmp_path / name).write_text(files[name] + "\n# changed\n")
+        found.append(custom.digest(chosen))
+    assert len(set(found[:-1])) == 5 and found[-1] == found[-2]
+    (tmp_path / "alone.py").write_text("import jax\n")
+    alone = hashlib.sha256(b"import jax\n").hexdigest()
+    assert custom.digest(f"{tmp_path}/alone.py:make") == alone
 
 
 def test_a_file_that_fails_is_refused(tmp_path):

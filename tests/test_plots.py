@@ -580,8 +580,8 @@ def test_negative_losses_have_a_linear_scale():
     assert (low, high) == (-5, -5 + 30 * 4)
     ax = landscape.plots.surface_contours(losses, np.arange(3))
     assert ax.collections[0].norm.vmin == -5 and ax.collections[0].norm(55) == 0.5
-    ax = landscape.plots.surface_3d(losses, np.arange(3))
-    assert ax.get_zlim() == (-5, 115) and ax.get_zlabel() == "loss (nats)"
+    ax = landscape.plots.surface_3d(losses, np.arange(3), loss_label="reward")
+    assert ax.get_zlim() == (-5, 115) and ax.get_zlabel() == "reward"
     with pytest.raises(ValueError, match="no loss is finite"):
         landscape.plots.robust_limits(np.full((2, 2), np.nan))
 

@@ -35,6 +35,11 @@ def _probe_landscape(run):
     return bind(figures, run, {n: label for n, label in labels.items() if n in chosen})
 
 
+def _loss_label(run, name):
+    """With its unit, which only the cross-entropy has."""
+    return name if run.config.get("loss") else f"{name} (nats)"
+
+
 def _in_epochs(run, name):
     return run.need(name) / run.need("steps_per_epoch")
 
@@ -61,11 +66,11 @@ def _loss_envelope(run, networks):
                 f"{rate:g}": (epochs, runs)
                 for rate, runs in zip(run.config["learning_rates"], losses, strict=True)
             },
-            y_label="training loss (nats)",
+            y_label=_loss_label(run, "training loss"),
             legend_title="learning rate",
             ax=ax,
         )
-    plots.envelope(bands, y_label="training loss (nats)", ax=axes[0, 0])
+    plots.envelope(bands, y_label=_loss_label(run, "training loss"), ax=axes[0, 0])
     for ax in axes[0, 1:-1]:
         ax.get_legend().remove()
     return figure
@@ -90,14 +95,14 @@ def _at_equal_loss(run, networks):
         bands[label] = levels, reached
     plots.curves(
         widths,
-        x_label="mean training loss over the rates (nats)",
-        y_label="width of the band of losses (nats)",
+        x_label=_loss_label(run, "mean training loss over the rates"),
+        y_label=_loss_label(run, "width of the band of losses"),
         ax=axes[0, 0],
     )
     # A band ends where the first of the rates no longer gets there.
     plots.envelope(
         bands,
-        x_label="training loss (nats)",
+        x_label=_loss_label(run, "training loss"),
         y_label="epochs until the loss is reached\n(fastest to slowest rate)",
         log=True,
         ax=axes[0, 1],
@@ -119,7 +124,7 @@ def _gradient_at_equal_loss(run, networks):
         "betas": "effective beta",
     }
     for row, (key, y_label) in zip(axes, measures.items(), strict=True):
-        x_label = "training loss (nats)" if key == "betas" else ""
+        x_label = _loss_label(run, "training loss") if key == "betas" else ""
         for i, ax in enumerate(row):
             curves = {}
             for network, label in networks.items():
@@ -167,7 +172,7 @@ def _along_the_gradient(run, networks):
     """Santurkar et al., figure 4, at every learning rate: bands over the step sizes."""
     figure, axes = _rate_panels(run, rows=4, width=3, height=2.3, sharex=True)
     measures = {
-        "losses": "loss (nats)",
+        "losses": _loss_label(run, "loss"),
         "grad_distances": "gradient distance",
         "relative_grad_distances": "gradient distance /\ngradient norm",
         "betas": "effective beta\n(largest over the step sizes)",
@@ -294,16 +299,16 @@ def _surfaces(run, networks):
     }
     if not surfaces:
         raise MissingError("surface")
-    limits = plots.robust_limits(*surfaces.values())
+    limits, name = plots.robust_limits(*surfaces.values()), _loss_label(run, "loss")
     num, span = len(surfaces), run.config["surface"]["span"]
     figure = plt.figure(figsize=(5.4 * num, 8.6), layout="constrained")
     for number, (label, losses) in enumerate(surfaces.items(), start=1):
         points = np.linspace(-span, span, len(losses))
         flat = figure.add_subplot(2, num, number)
-        plots.surface_contours(losses, points, limits=limits, ax=flat)
+        plots.surface_contours(losses, points, limits=limits, loss_label=name, ax=flat)
         flat.set_title(label, fontsize=9)
         deep = figure.add_subplot(2, num, num + number, projection="3d")
-        plots.surface_3d(losses, points, limits=limits, ax=deep)
+        plots.surface_3d(losses, points, limits=limits, loss_label=name, ax=deep)
     return figure
 
 

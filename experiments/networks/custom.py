@@ -15,14 +15,19 @@ as keywords, and with `seed` if it has such an argument. It returns one of
 
 The outputs are logits (B, num_classes). Parameters of 16 bits become float32. Besides
 parameters a network may have running statistics of batch normalization, which change in
-training and in training alone, and no other state. The file is executed.
+training and in training alone, and no other state.
+
+The file is executed as a module, and it can import other files of its folder.
 """
 
 import contextlib
 import functools
+import hashlib
+import importlib.util
 import inspect
+import modulefinder
 import re
-import runpy
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -71,7 +76,7 @@ def load_functions(chosen: str, field: str) -> dict[str, Callable[..., Any]]:
     if not Path(path).is_file():
         raise ValueError(f"{field}={chosen}: there is no file {path}.")
     try:
-        found = runpy.run_path(path)
+        found = vars(_execute(Path(path).resolve()))
     # The file is code of the user, who has to correct it whatever it raises.
     except (Exception, SystemExit) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -89,6 +94,34 @@ def load_functions(chosen: str, field: str) -> dict[str, Callable[..., Any]]:
                 f"{known or 'none'}."
             )
     return {name: found[name] for name in names}
+
+
+def _execute(path):
+    folder = str(path.parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    name = str(path.with_suffix("")).replace(".", "_")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up to read annotations that are strings.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def digest(chosen: str) -> str:
+    """Digest of the file in "PATH.py:FUNCTION" and of what it imports from its folder.
+
+    Imports inside functions, and those of the imported files, count too.
+    """
+    path = Path(chosen.rpartition(":")[0]).resolve()
+    finder = modulefinder.ModuleFinder([str(path.parent)])
+    finder.run_script(str(path))
+    imported = {module.__file__ for module in finder.modules.values()}
+    found = hashlib.sha256(path.read_bytes())
+    for name in sorted(imported - {str(path), None}):
+        found.update(Path(name).read_bytes())
+    return found.hexdigest()
 
 
 def load_network(
