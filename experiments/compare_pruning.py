@@ -56,6 +56,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     loaded = classifier.load_images(config)
     digests = classifier.digests(loaded)
     images, validation = classifier.split_validation(loaded, config.num_validation)
+    classifier.check_augmentation(images, {"augment=False": config.augment})
     shapes = classifier.check(config, images)["params"]
     params = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
     num_steps = config.num_epochs * classifier.count_steps(images, config.batch_size)

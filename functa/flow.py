@@ -208,12 +208,13 @@ def guide(
       labels: the class y of each latent, (B,).
       null_label: the label of v_0, which `drop_labels` set in training.
       weight: 1 samples the classes; more makes samples more typical and less varied.
+        It may be traced.
 
     Returns:
-      The velocity as a function of x and time. With a weight of 1 it evaluates the
-      network once, otherwise for both labels in one batch.
+      The velocity as a function of x and time. If the weight is the number 1 it
+      evaluates the network once, otherwise for both labels in one batch.
     """
-    if weight == 1:
+    if not isinstance(weight, jax.core.Tracer) and weight == 1:
         return lambda x, time: velocity(x, time, labels)
     both = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
 

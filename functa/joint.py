@@ -50,7 +50,8 @@ def normalized_sum(losses: Sequence[jax.Array], weights: Sequence[float]) -> jax
 
     Args:
       losses: positive scalars. A loss of zero has no gradient.
-      weights: one weight per loss, >= 0. A loss of weight 0 is left out.
+      weights: one weight per loss, >= 0, a number or traced. A loss whose weight is the
+        number 0 is left out.
 
     Returns:
       A scalar.
@@ -64,7 +65,7 @@ def normalized_sum(losses: Sequence[jax.Array], weights: Sequence[float]) -> jax
     """
     total = jnp.zeros(())
     for loss, weight in zip(losses, weights, strict=True):
-        if weight:
+        if not _is_number_zero(weight):
             scale = jax.lax.stop_gradient(loss)
             tiny = jnp.finfo(jnp.result_type(loss)).tiny
             total += weight * loss / jnp.maximum(scale, tiny)
@@ -76,10 +77,15 @@ def scale_gradient(x: jax.Array, factor: float) -> jax.Array:
 
     Args:
       x: any shape.
-      factor: multiplies the gradient; at 0 no gradient passes.
+      factor: multiplies the gradient, a number or traced; at 0 no gradient passes.
     """
     stopped = jax.lax.stop_gradient(x)
-    return stopped + factor * (x - stopped) if factor else stopped
+    return stopped if _is_number_zero(factor) else stopped + factor * (x - stopped)
+
+
+def _is_number_zero(weight):
+    """Whether it is known to be 0 when the function is traced."""
+    return not isinstance(weight, jax.core.Tracer) and weight == 0
 
 
 def joint_loss(
@@ -118,7 +124,8 @@ def joint_loss(
       task_loss: maps latents (B', *Z) and the labels of their signals to losses (B',)
         and a tree of other values (B', ...). B' is B / num_groups.
       labels: tree of arrays (B, ...).
-      reconstruction_weight: w_rec >= 0; at 0 only labels train the network.
+      reconstruction_weight: w_rec >= 0; at 0 only labels train the network. Both
+        weights may be traced, for schedules.
       label_weight: at 0 no label reaches the network of the fields.
       normalize: whether the losses are divided by their values.
       num_groups: number of parts of the batch that are computed one after the other, a

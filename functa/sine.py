@@ -24,7 +24,8 @@ def sin(x: jax.Array) -> jax.Array:
     For larger |x| the error grows in proportion to |x|; use `jnp.sin` there.
 
     Args:
-      x: float32, any shape, in radians.
+      x: float32, any shape, in radians. bfloat16 and float16 are computed in float32
+        and rounded; float64 is no more exact than float32.
 
     Returns:
       sin(x), same shape and dtype.
@@ -35,6 +36,9 @@ def sin(x: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def sincos(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes (sin(x), cos(x)) for |x| <= 1000; the derivatives reuse both."""
+    dtype = jnp.result_type(x, 1.0)
+    # The reduction would lose all digits of narrow types.
+    x = jnp.asarray(x, jnp.promote_types(dtype, jnp.float32))
     quadrant = jnp.round(x * (2 / jnp.pi))
     r = ((x - quadrant * _PI_2_HIGH) - quadrant * _PI_2_MIDDLE) - quadrant * _PI_2_LOW
     z = r * r
@@ -50,7 +54,7 @@ def sincos(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     sine = jnp.where((quadrant & 2) == 0, sine, -sine)
     cosine = jnp.where(((quadrant + 1) & 2) == 0, cosine, -cosine)
     # Without the barrier, XLA evaluates the polynomials again in every consumer.
-    return jax.lax.optimization_barrier((sine, cosine))
+    return jax.lax.optimization_barrier((sine.astype(dtype), cosine.astype(dtype)))
 
 
 @sincos.defjvp

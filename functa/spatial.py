@@ -305,14 +305,16 @@ def fit_grids(
     *,
     learning_rate: jax.Array,
     l2_weight: float = 0.0,
+    weight: jax.Array | None = None,
+    noise: jax.Array | None = None,
     **options,
 ) -> tuple[jax.Array, jax.Array]:
     """Fits grids of latents to signals by the inner loop, starting at zero.
 
-    Separable cells are fitted as separate signals; the result is the same and the work
-    is less (`layout`). Learning rates and penalty are those of one cell in all cases:
-    the loss of a whole signal is a mean over the cells, so its gradient in the latent
-    of a cell is `num_cells` times smaller.
+    Separable cells are fitted as separate signals, unless there are weights or noise;
+    the result is the same and the work is less (`layout`). Learning rates and penalty
+    are those of one cell in all cases: the loss of a whole signal is a mean over the
+    cells, so its gradient in the latent of a cell is `num_cells` times smaller.
 
     Args:
       model: the network.
@@ -320,6 +322,8 @@ def fit_grids(
       signals: (B, *shape, C_out).
       learning_rate: (), or (C,), or per step (S, C).
       l2_weight: weight of the penalty on the latent of a cell.
+      weight: weights of the points of a signal, (*shape), or None.
+      noise: (B, *grid, C), added to the fitted latents before the last error, or None.
       **options: other keywords of `functa.fit_latent`.
 
     Returns:
@@ -328,7 +332,11 @@ def fit_grids(
     Raises:
       ValueError: if the grid does not divide the signals.
     """
-    view = layout(model, signals.shape[1:-1])
+    whole = weight is not None or noise is not None
+    view = layout(model, signals.shape[1:-1], separate=False if whole else None)
+    if weight is not None:
+        chex.assert_shape(weight, signals.shape[1:-1])
+        weight = view.split(jnp.asarray(weight)[None, ..., None])[0, ..., 0]
     rates = spread_rates(view.num_cells * jnp.asarray(learning_rate), view.latent.shape)
     latents, info = inner_loop.fit_batch(
         view.apply_fn,
@@ -338,6 +346,8 @@ def fit_grids(
         view.split(signals),
         learning_rate=rates,
         l2_weight=l2_weight / view.num_cells,
+        weight=weight,
+        noise=noise,
         **options,
     )
     latents = latents.reshape(len(signals), *model.latent_shape)

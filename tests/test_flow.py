@@ -185,6 +185,8 @@ def test_guidance_moves_from_no_class_through_the_class(weight):
     of_class, of_all = np.array([1.5, 6.25]), np.array([4.5, 8.25])
     np.testing.assert_allclose(guided[:, 0], of_all + weight * (of_class - of_all))
     assert calls == [2 if weight == 1 else 4]
+    traced = jax.jit(lambda weight: flow.guide(velocity, labels, null, weight)(x, time))
+    np.testing.assert_allclose(traced(weight), guided, rtol=1e-6)
 
 
 def test_no_step_is_refused():

@@ -11,8 +11,11 @@ import vit
 from experiments import classify_functa
 from experiments.common import augmentation, data, files
 from experiments.configs import classify_functa as configs
+from experiments.configs import train_lbi as train_lbi_configs
+from experiments.configs import train_vit as train_vit_configs
 from experiments.networks import convnext, heads
 from experiments.training import classifier, features, loop
+from experiments.training import lbi as lbi_training
 from experiments.training import vit as vit_training
 from functa import functaset
 
@@ -245,6 +248,27 @@ def test_grids_that_are_no_images(tmp_path, made, fields, message):
         config.update_from_flattened_dict(fields)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         classifier.load_images(config)
+
+
+def test_grids_are_not_augmented_like_pixels(tmp_path):
+    """The latent of a mirrored image is not the mirrored grid."""
+    functaset.save_functaset(tmp_path / "functaset.npz", make_grids())
+    dataset = {"name": "functaset", "data_dir": str(tmp_path)}
+    sizes = {"image_size": 0, "num_train": 0, "num_test": 0}
+    images = classifier.load_images(ConfigDict({"dataset": dataset, **sizes}))
+    config = train_vit_configs.get_config("smoke")
+    config.batch_size = 8
+    vit_training.check(config, images)
+    config.augment.flip = True
+    config.stages = ((0.5, {"augment.num_ops": 2}),)
+    with pytest.raises(ValueError, match=r"tuning.augment.num_ops=0, .*flip=False:"):
+        vit_training.check(config, images, parent="tuning.")
+    pixels = images._replace(train=(np.uint8(images.train[0]), images.train[1]))
+    vit_training.check(config, pixels)
+    config = train_lbi_configs.get_config("smoke")
+    config.augment = True
+    with pytest.raises(ValueError, match="need augment=False:"):
+        lbi_training.check(config, images)
 
 
 def test_controls_of_a_functaset():

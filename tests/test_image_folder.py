@@ -267,12 +267,30 @@ def test_half_transparent_is_half_white(tmp_path):
     np.testing.assert_allclose(found[0, 0], expected, atol=1)
 
 
-def test_orientation_of_a_camera_is_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to see it upright
-    Image.fromarray(RGB).save(tmp_path / "a.tif", exif=exif)
-    found = image_folder.read_image(tmp_path / "a.tif")
-    np.testing.assert_array_equal(found, np.rot90(RGB, -1))
+# What a viewer does with each orientation of Exif.
+_UPRIGHT = {
+    1: lambda x: x,
+    2: np.fliplr,
+    3: lambda x: np.rot90(x, 2),
+    4: np.flipud,
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: np.rot90(x.swapaxes(0, 1), 2),
+    8: np.rot90,
+}
+
+
+# Pillow maps uncompressed gray pixels of TIFF into memory, but not colors.
+@pytest.mark.parametrize("image", [RGB, GRAY], ids=["rgb", "gray"])
+@pytest.mark.parametrize("suffix", ["tif", "png"])
+def test_orientation_of_a_camera_is_applied(tmp_path, image, suffix):
+    for orientation, turn in _UPRIGHT.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"{orientation}.{suffix}"
+        Image.fromarray(image).save(path, exif=exif)
+        found = image_folder.read_image(path)
+        np.testing.assert_array_equal(found, turn(np.atleast_3d(image)))
 
 
 def test_first_frame_of_an_animation(tmp_path):

@@ -174,6 +174,23 @@ def test_scaled_gradient():
         np.testing.assert_allclose(grad, factor * 2 * x)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_weights_may_follow_a_schedule(weight):
+    """A traced weight, 0 included, does what the number does."""
+
+    def gradient(weight):
+        def loss(x):
+            y = joint.scale_gradient(x, weight)
+            return joint.normalized_sum([3 * y**2, 5 * x], [1.0, weight])
+
+        return jax.value_and_grad(loss)(4.0)
+
+    # d log(3 y^2) = 2 / x dy and d log(5 x) = 1 / x.
+    expected = 1 + weight, weight * 2 / 4 + weight * 1 / 4
+    for found in gradient(weight), jax.jit(gradient)(weight):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_groups_that_do_not_divide_the_batch_are_refused():
     point, targets, labels = problem()
     with pytest.raises(ValueError, match="must divide the batch of 6, got 4"):

@@ -117,7 +117,7 @@ def test_grids_of_latents_are_joined_saved_and_loaded(tmp_path):
         shard = tmp_path / f"{start}.npz"
         rows = slice(start, stop)
         np.savez(shard, latent=latent[rows], label=labels[rows], psnr=psnr[rows])
-        shards.append((shard, split, stop - start))
+        shards.append((shard, split, 0, stop - start))
     path = tmp_path / "grids.npz"
     encoding._join(path, shards, config={}, params_sha256="")
     loaded = functa.load_functaset(path)
@@ -263,6 +263,9 @@ def test_copies_are_of_the_training_split_only(tmp_path, learner, dataset, path)
     assert copied.config["copies"] == 3
     train = copied.select("train")
     assert train.label.tolist() == [*range(8)] * 3
+    # Crops are easier to reconstruct; test images have none.
+    assert summary["train_psnr"] == pytest.approx(train.psnr[:8].mean(), rel=1e-6)
+    assert summary["train_psnr"] != pytest.approx(train.psnr.mean(), rel=1e-3)
     # The first copy is the images themselves.
     np.testing.assert_array_equal(train.latent[:8], plain.select("train").latent)
     # Images this small have four crops, so that single ones may coincide.

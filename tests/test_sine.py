@@ -34,6 +34,18 @@ def test_sincos_matches_float64(transform):
     np.testing.assert_array_equal(transform(sine.sin)(x), sin)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_types_are_rounded_once(dtype):
+    x = jnp.asarray(angles(), dtype)
+    y = np.float64(x)
+    slope = jax.vmap(jax.grad(sine.sin))(x)
+    for found, expected in (sine.sin(x), np.sin(y)), (slope, np.cos(y)):
+        assert found.dtype == dtype
+        # Half a unit in the last place of 1, and the error of the polynomial.
+        largest = float(jnp.finfo(dtype).eps) / 4 + TOLERANCE
+        assert np.abs(np.float64(found) - expected).max() <= largest
+
+
 def test_derivatives_match_closed_forms():
     x = angles()
     y = np.float64(x)

@@ -236,7 +236,7 @@ fit_grids = jax.jit(spatial.fit_grids, static_argnames=("model", "num_steps"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def fit_whole(model, params, rates, signals):
+def fit_whole(model, params, rates, signals, **options):
     return functa.fit_batch(
         model.apply,
         params,
@@ -245,6 +245,7 @@ def fit_whole(model, params, rates, signals):
         signals,
         learning_rate=model.num_cells * rates,
         num_steps=3,
+        **options,
     )
 
 
@@ -293,6 +294,27 @@ def test_fitting_cells_equals_fitting_whole_signals(problem, kernel_size):
     # Coordinates are float32; their products with the grid differ in the last digit.
     np.testing.assert_allclose(latents, expected, atol=1e-6)
     np.testing.assert_allclose(mse, info.mse, atol=1e-7)
+
+
+def test_weights_and_noise_are_those_of_whole_signals(problem):
+    model, params, rates, signals = problem
+    rng = np.random.default_rng(0)
+    # The cells weigh differently, some points of a cell nothing.
+    options = {"weight": rng.integers(0, 4, (6, 8)) * 1.0}
+    options["noise"] = rng.normal(size=(3, *model.latent_shape))
+    latents, mse = fit_grids(
+        model, params, signals, learning_rate=rates, num_steps=3, **options
+    )
+    expected, info = fit_whole(model, params, rates, signals, **options)
+    np.testing.assert_allclose(latents, expected, atol=1e-6)
+    np.testing.assert_allclose(mse, info.mse, rtol=1e-5)
+    with pytest.raises(AssertionError, match="shape"):
+        fit_grids(
+            *(model, params, signals),
+            learning_rate=rates,
+            num_steps=3,
+            weight=np.ones((3, 2)),  # of a cell
+        )
 
 
 def test_rates_of_as_many_steps_as_cells_are_those_of_the_steps():

@@ -418,7 +418,11 @@ def _open(path):
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         Image.init()
-        return Image.open(path, formats=sorted(Image.OPEN.keys() - _UNREAD))
+        image = Image.open(path, formats=sorted(Image.OPEN.keys() - _UNREAD))
+        # Pillow would map the pixels of an uncompressed file into memory. It scrambles
+        # those of a TIFF that is turned, because it exchanges the sides before.
+        image.filename = ""
+        return image
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 

@@ -5,7 +5,7 @@ config says so, augments them. Axes: N images, B images of a batch, S steps.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -186,6 +186,27 @@ def count_steps(images: Images, batch_size: int) -> int:
             f"got {batch_size}."
         )
     return num_examples // batch_size
+
+
+def check_augmentation(images: Images, used: Mapping[str, Any]) -> None:
+    """Refuses augmentations of pixels for images that are grids of latents.
+
+    They move whole cells, or change numbers that are no colors. What results is not the
+    latent of an image that is mirrored, resized or recolored.
+
+    Args:
+      images: the data set.
+      used: {"field=value that switches an augmentation off": whether it is on}.
+
+    Raises:
+      ValueError: if the images are latents and an augmentation is on.
+    """
+    on = [setting for setting, is_used in used.items() if is_used]
+    if on and images.train[0].dtype != np.uint8:
+        raise ValueError(
+            f"grids of latents need {', '.join(on)}: a grid that is mirrored, resized "
+            "or recolored is not the latent of such an image."
+        )
 
 
 def check(

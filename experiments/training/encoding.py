@@ -367,7 +367,8 @@ def write_functaset(
       say: prints progress.
 
     Returns:
-      {"num_signals", "images_per_second" of this process, "<split>_psnr" mean in dB}.
+      {"num_signals", "images_per_second" of this process, "<split>_psnr" mean in dB of
+      the images without their copies}.
     """
     signals = {split: data.signals(arrays) for split, arrays in dataset.items()}
     first = next(iter(signals.values()))
@@ -414,7 +415,7 @@ def write_functaset(
     for number, (split, copy, start) in enumerate(todo):
         stop = min(start + SHARD_SIZE, len(signals[split]))
         shard = parts / f"{split}-{copy:03d}-{start:09d}.npz"
-        shards.append((shard, split, stop - start))
+        shards.append((shard, split, copy, stop - start))
         mine = number % jax.process_count() == jax.process_index()
         images = signals[split][start:stop]
         labels = dataset[split]["label"][start:stop]
@@ -575,9 +576,10 @@ def _join(path, shards, *, config, params_sha256):
     total = np.zeros(latent_shape[-1])
     squares, count = np.zeros_like(total), 0
     psnr = {}
-    for file, split, _ in shards:
+    for file, split, copy, _ in shards:
         shard = files.read_npz(file)
-        psnr.setdefault(split, []).append(shard["psnr"])
+        if not copy:
+            psnr.setdefault(split, []).append(shard["psnr"])
         if split == "train":
             latent = np.float64(shard["latent"]).reshape(-1, len(total))
             total += latent.sum(0)
@@ -593,7 +595,7 @@ def _join(path, shards, *, config, params_sha256):
     }
 
     def rows(name):
-        for file, split, size in shards:
+        for file, split, _, size in shards:
             if name == "split":
                 yield np.full(size, split, "<U5")
             else:

@@ -145,6 +145,7 @@ def check(config: ConfigDict, images: Images) -> None:
     Raises:
       ValueError: as `classifier.check` and `make_optimizer`.
     """
+    classifier.check_augmentation(images, {"augment=False": config.augment})
     shapes = classifier.check(config, images)["params"]
     params = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
     num_steps = config.num_epochs * classifier.count_steps(images, config.batch_size)

@@ -250,17 +250,24 @@ def patch_dropout(model: ViT, num_patches: int, keep: float) -> ViT:
 
 
 def check(config: ConfigDict, images: Images, *, parent: str = "") -> None:
-    """Raises ValueError if batch or optimizer are not valid for `train`.
+    """Raises ValueError if batch, optimizer or augmentation do not suit `train`.
 
     `parent` is what precedes the fields of `config` in the whole config, for errors.
     """
     steps_per_epoch = classifier.count_steps(images, config.batch_size)
     devices.check_divisible(config.batch_size)
-    if config.augment.num_ops and images.train[0].dtype != np.uint8:
-        raise ValueError(
-            f"{parent}augment.num_ops must be 0 for latents, because RandAugment "
-            f"changes colors; got {config.augment.num_ops}."
-        )
+    stages = [
+        loop.in_stage(config, number).augment
+        for number in range(len(config.stages) + 1)
+    ]
+    used = {
+        "num_ops=0": any(augment.num_ops for augment in stages),
+        "flip=False": any(augment.flip for augment in stages),
+        "min_area=1": any(augment.min_area < 1 for augment in stages),
+    }
+    classifier.check_augmentation(
+        images, {f"{parent}augment.{field}": is_on for field, is_on in used.items()}
+    )
     num_steps = config.num_epochs * steps_per_epoch
     make_optimizer(config.optimizer, num_steps, entry=f"{parent}optimizer")
 
