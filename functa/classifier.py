@@ -24,6 +24,8 @@ class MLP(nn.Module):
       activation: name of a function in `flax.linen`.
 
     Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from functa.classifier import MLP
       >>> model = MLP(hidden_sizes=(8, 4), num_classes=10)
       >>> latents = jnp.ones((5, 16))
       >>> variables = model.init(jax.random.key(0), latents)

@@ -85,6 +85,8 @@ def quantize(latents: np.ndarray, mean: np.ndarray, steps: np.ndarray) -> np.nda
         symbol does not fit 31 bits.
 
     Example:
+      >>> import numpy as np
+      >>> from functa.compression import dequantize, quantize
       >>> symbols = quantize(np.array([[0.24, -1.0]]), np.zeros(2), np.array([0.1, 1]))
       >>> print(symbols, dequantize(symbols, np.zeros(2), np.array([0.1, 1])))
       [[ 2 -1]] [[ 0.2 -1. ]]
@@ -174,6 +176,8 @@ def slopes(
       (C,).
 
     Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from functa.compression import slopes
       >>> field = lambda z: jnp.array([3.0, 1.0]) * z
       >>> print(slopes(jax.random.key(0), field, jnp.zeros((5, 2))))
       [9. 1.]
@@ -328,6 +332,8 @@ def ideal_bits(model: EntropyModel, symbols: np.ndarray) -> np.ndarray:
       symbols: int32 (N, *grid, C).
 
     Example:
+      >>> import numpy as np
+      >>> from functa.compression import fit_entropy_model, ideal_bits
       >>> symbols = np.array([[0], [0], [0], [1]] * 1000, np.int32)
       >>> model = fit_entropy_model(symbols)
       >>> print(ideal_bits(model, symbols[:4]).round(1))  # log2(4 / 3) and log2(4)
@@ -365,6 +371,7 @@ def bits_at_psnr(bits: Sequence[float], psnr: Sequence[float], target: float) ->
       The bits; NaN if the curve does not reach the target on both sides.
 
     Example:
+      >>> from functa.compression import bits_at_psnr
       >>> print(bits_at_psnr([1.0, 2.0, 3.0], [26.0, 29.0, 33.0], 30.0))
       2.25
     """

@@ -199,6 +199,9 @@ def to_haiku(imported: Imported) -> dict[str, dict[str, jax.Array]]:
         latent. A Haiku tree cannot store different rates for each step.
 
     Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from functa import LatentModulatedSiren
+      >>> from functa.deepmind import Imported, from_haiku, to_haiku
       >>> model = LatentModulatedSiren(width=4, depth=3, latent_dim=2)
       >>> latent = model.initial_latent()
       >>> params = model.init(jax.random.key(0), jnp.zeros(2), latent)["params"]

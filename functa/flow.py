@@ -61,6 +61,8 @@ def flow_loss(key: jax.Array, velocity: Velocity, latents: jax.Array) -> jax.Arr
       The mean over the entries of each latent, (B,). The velocity zero has a loss of 2.
 
     Example:
+      >>> import jax
+      >>> from functa.flow import flow_loss
       >>> latents = jax.random.normal(jax.random.key(0), (4, 2, 2, 3))
       >>> flow_loss(jax.random.key(1), lambda x, time: 0 * x, latents).shape
       (4,)
@@ -110,6 +112,8 @@ def fit_gaussians(
       ValueError: if there are fewer than two latents, or a label is out of range.
 
     Example:
+      >>> import numpy as np
+      >>> from functa.flow import fit_gaussians
       >>> latents = np.random.default_rng(0).normal(size=(20, 2, 2, 3))
       >>> fit_gaussians(latents, np.arange(20) % 4, 4).axes.shape
       (5, 12, 12)
@@ -151,6 +155,8 @@ def gaussian_velocity(gaussians: Gaussians, labels: jax.Array) -> Velocity:
       The velocity as a function of x and time.
 
     Example:
+      >>> import numpy as np, jax.numpy as jnp
+      >>> from functa.flow import fit_gaussians, gaussian_velocity, sample
       Its solution has the variance of the latents:
 
       >>> latents = np.random.default_rng(0).normal(size=(1000, 1)) * 0.5
@@ -241,6 +247,8 @@ def sample(velocity: Velocity, noise: jax.Array, *, num_steps: int) -> jax.Array
       ValueError: if there is no step.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> from functa.flow import sample
       A flow towards a single point ends on it:
 
       >>> point = jnp.array([[1.0, 2.0]])

@@ -112,6 +112,7 @@ def save_functaset(file: Any, functaset: Functaset) -> None:
     Example:
       >>> import os, tempfile
       >>> import numpy as np
+      >>> from functa import Functaset, load_functaset, save_functaset
       >>> latent = np.array([[0.0, 2.0], [2.0, 2.0]], np.float32)
       >>> functaset = Functaset(
       ...     latent=latent,
@@ -178,6 +179,8 @@ def load_functaset(path: str | Path, *, with_signals: bool = True) -> Functaset:
       ValueError: if the file is damaged or is not a functaset.
 
     Example:
+      >>> import numpy as np
+      >>> from functa import Functaset, load_functaset, save_functaset
       >>> import os, tempfile
       >>> path = os.path.join(tempfile.mkdtemp(), "functaset.npz")
       >>> save_functaset(
@@ -312,6 +315,7 @@ def make_model(config: Mapping[str, Any]) -> LatentModulatedSiren | ModulatedSir
       ValueError: if the type or a field is unknown.
 
     Example:
+      >>> from functa import make_model
       >>> model = make_model({"type": "ModulatedSiren", "width": 8, "depth": 3})
       >>> model.latent_shape
       (16,)
@@ -362,6 +366,9 @@ def reconstruct(
         if the points of its fields have another number of coordinates.
 
     Example:
+      >>> import numpy as np, jax, jax.numpy as jnp
+      >>> from functa import Functaset, make_model, reconstruct
+      >>> from functa.functaset import hash_params
       >>> config = {"type": "LatentModulatedSiren", "width": 8, "depth": 3}
       >>> config["latent_dim"] = 4
       >>> model = make_model(config)

@@ -39,6 +39,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
       ValueError: if a set has fewer than two rows or a value that is not finite.
 
     Example:
+      >>> import numpy as np
+      >>> from functa.generation import frechet_distance
       >>> a = np.random.default_rng(0).normal(size=(50, 3))
       >>> print(f"{frechet_distance(a, a + 2):.6f}")
       12.000000
@@ -149,6 +151,7 @@ def expected_coverage(num_real: int, num_fake: int, *, num_neighbors: int = 5) -
       num_neighbors: k, less than N.
 
     Example:
+      >>> from functa.generation import expected_coverage
       >>> print(f"{expected_coverage(200, 200):.3f}")
       0.970
     """

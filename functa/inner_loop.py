@@ -71,6 +71,8 @@ def reconstruction_loss(
         or are all zero.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> from functa import reconstruction_loss
       >>> target = jnp.array([[1.0], [3.0]])
       >>> loss, _ = reconstruction_loss(
       ...     lambda z: z * jnp.ones((2, 1)), jnp.zeros(()), target,
@@ -163,6 +165,7 @@ def fit_latent(
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from functa import fit_latent
       >>> target = jnp.array([1.0, -2.0])
       >>> latent, info = fit_latent(
       ...     lambda z: z, jnp.zeros(2), target, num_steps=3, learning_rate=0.5
@@ -308,6 +311,7 @@ def fit_batch(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from functa import LatentModulatedSiren, coordinate_grid
+      >>> from functa import fit_batch
       >>> model = LatentModulatedSiren(width=8, depth=3, latent_dim=4)
       >>> coords, latent = coordinate_grid((6, 5)), model.initial_latent()
       >>> params = model.init(jax.random.key(0), coords, latent)["params"]
@@ -398,6 +402,8 @@ def largest_eigenvalue(
       A scalar. It approaches the eigenvalue from below.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> from functa import largest_eigenvalue
       >>> field = lambda z: jnp.array([3.0, 1.0]) * z
       >>> print(largest_eigenvalue(field, jnp.zeros(2)))
       9.0
@@ -464,6 +470,7 @@ def meta_gradient(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from functa import LatentModulatedSiren, coordinate_grid
+      >>> from functa import meta_gradient
       >>> model = LatentModulatedSiren(width=8, depth=3, latent_dim=4)
       >>> coords, latent = coordinate_grid((6, 5)), model.initial_latent()
       >>> params = model.init(jax.random.key(0), coords, latent)["params"]

@@ -58,6 +58,7 @@ def normalized_sum(losses: Sequence[jax.Array], weights: Sequence[float]) -> jax
 
     Example:
       >>> import jax
+      >>> from functa.joint import normalized_sum
       >>> loss = lambda x: normalized_sum([3 * x**2, 500 * x], [1.0, 2.0])
       >>> x = 4.0  # The gradient is 2 / x + 2 * 1 / x.
       >>> print(loss(x), jax.grad(loss)(x))
@@ -142,6 +143,7 @@ def joint_loss(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from functa import LatentModulatedSiren, coordinate_grid
+      >>> from functa.joint import joint_loss
       >>> model = LatentModulatedSiren(width=8, depth=3, latent_dim=4)
       >>> coords, latent = coordinate_grid((6, 5)), model.initial_latent()
       >>> params = model.init(jax.random.key(0), coords, latent)["params"]

@@ -74,6 +74,8 @@ def fit_pca(
         and D.
 
     Example:
+      >>> import numpy as np
+      >>> from functa.linear import encode, fit_pca
       >>> images = np.random.default_rng(0).random((50, 8, 8, 3))
       >>> pca = fit_pca(images, 16, grid=(2, 2))
       >>> encode(pca, images).shape
@@ -183,6 +185,8 @@ def truncation_mse(pca: PCA, signals: np.ndarray) -> np.ndarray:
       over the signals of `functa.psnr` of a column is the PSNR of the control.
 
     Example:
+      >>> import numpy as np
+      >>> from functa.linear import fit_pca, truncation_mse
       >>> signals = np.array([[0.0, 1.0], [1.0, 0.0], [1.0, 2.0], [2.0, 1.0]])
       >>> pca = fit_pca(signals)
       >>> print(truncation_mse(pca, signals).mean(0).round(6))

@@ -52,6 +52,8 @@ def matmul(
       ValueError: if `dtype` has another value.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> from functa.matmul import matmul
       >>> matmul(jnp.ones((5, 2)), jnp.ones((2, 3))).shape
       (5, 3)
     """

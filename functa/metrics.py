@@ -21,6 +21,7 @@ def psnr(mse: jax.Array) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from functa import psnr
       >>> print(psnr(jnp.array([0.1, 0.01])))
       [10. 20.]
     """
@@ -38,6 +39,7 @@ def mean_psnr(mse: jax.Array) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from functa import mean_psnr, psnr_of_mean
       >>> print(f"{mean_psnr(jnp.array([0.1, 0.001])):.1f}")
       20.0
       >>> print(f"{psnr_of_mean(jnp.array([0.1, 0.001])):.1f}")
@@ -65,6 +67,7 @@ def snr(power: jax.Array, mse: jax.Array) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from functa.metrics import snr
       >>> print(snr(jnp.array([3.0, 1.0]), jnp.array([0.01, 0.03])))
       20.0
     """
@@ -84,6 +87,7 @@ def iou(prediction: jax.Array, target: jax.Array, *, threshold: float = 0.5):
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from functa.metrics import iou
       >>> print(iou(jnp.array([[0.9, 0.8, 0.1]]), jnp.array([[1.0, 0.0, 0.0]])))
       [0.5]
     """

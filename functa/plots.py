@@ -41,7 +41,7 @@ def psnr_curves(
     """PSNR against steps or seconds.
 
     Above `EXACT_TO_8_BITS` an image is reproduced exactly once it is rounded to 8 bits.
-    The axis ends there, with a labeled line.
+    A line, named in the legend, marks this level if a value exceeds it.
 
     Args:
       curves: {label: (x (K,), PSNR (K,) or (B, K))}. Of B signals the mean is drawn,
@@ -50,7 +50,8 @@ def psnr_curves(
         drawn as markers with error bars. A label of `curves` keeps its color.
       x_label: name and unit of the x axis.
       y_label: name and unit of the y axis.
-      marks: {text: x}: labeled vertical lines, for example a change of resolution.
+      marks: {text: x}: vertical lines, named in the legend, for example a change of
+        resolution.
       log_x: the x axis is linear up to this value and logarithmic above it.
       ax: Axes to draw into; None makes a figure.
 
@@ -95,17 +96,7 @@ def psnr_curves(
     ):
         ax.locator_params(axis="x", integer=True)  # no half steps
     if highest > EXACT_TO_8_BITS:
-        ax.axhline(EXACT_TO_8_BITS, color="0.4", linestyle=":", linewidth=1)
-        ax.text(
-            0.01,
-            EXACT_TO_8_BITS,
-            "exact to 8 bits",
-            transform=ax.get_yaxis_transform(),
-            va="bottom",
-            fontsize=7,
-        )
-        low = ax.get_ylim()[0]
-        ax.set_ylim(top=EXACT_TO_8_BITS + 0.06 * (EXACT_TO_8_BITS - low))
+        ax.axhline(EXACT_TO_8_BITS, color="0.6", linewidth=1, label="exact to 8 bits")
     _finish(ax, x_label, y_label, marks)
     return ax
 
@@ -125,7 +116,7 @@ def accuracy_curves(
         and a band from the lowest to the highest.
       x_label: name and unit of the x axis.
       y_label: name and unit of the y axis.
-      marks: {text: x}: labeled vertical lines.
+      marks: {text: x}: vertical lines, named in the legend.
       ax: Axes to draw into; None makes a figure.
 
     Returns:
@@ -927,24 +918,14 @@ def _curve(ax, x, values, number, label, *, band="deviation", markers=False):
 
 
 def _finish(ax, x_label, y_label, marks=None):
-    """Names, grid, labeled vertical lines, and the legend right of the panel."""
+    """Names, grid, vertical lines, and the legend right of the panel."""
     ax.set_xlabel(x_label)
     ax.set_ylabel(y_label)
     ax.grid(alpha=0.3)
-    for text, x in (marks or {}).items():
-        ax.axvline(x, color="0.4", linestyle=":", linewidth=1)
-        ax.annotate(
-            text,
-            (x, 0.02),
-            xycoords=ax.get_xaxis_transform(),
-            xytext=(2, 0),
-            textcoords="offset points",
-            rotation=90,
-            fontsize=7,
-            va="bottom",
-            color="0.3",
-            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5},
-        )
+    # Named in the legend: text in the panel would cover curves.
+    lines = itertools.cycle((":", "--", "-."))
+    for (text, x), line in zip((marks or {}).items(), lines, strict=False):
+        ax.axvline(x, color="0.4", linestyle=line, linewidth=1, label=text)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(
             fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0

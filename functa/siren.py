@@ -37,6 +37,7 @@ def coordinate_grid(shape: Sequence[int]) -> np.ndarray:
       ValueError: if there is no axis, or if a size is not a whole number from 1 on.
 
     Example:
+      >>> from functa import coordinate_grid
       >>> coordinate_grid((2, 4)).shape
       (2, 4, 2)
       >>> print(coordinate_grid((4,))[:, 0])
@@ -160,6 +161,8 @@ class LatentModulatedSiren(nn.Module):
       modulate_scale, modulate_shift: as in `ModulatedSiren`.
 
     Example:
+      >>> import jax
+      >>> from functa import LatentModulatedSiren, coordinate_grid
       >>> model = LatentModulatedSiren(width=8, depth=3, latent_dim=4)
       >>> coords, latent = coordinate_grid((6, 5)), model.initial_latent()
       >>> params = model.init(jax.random.key(0), coords, latent)["params"]

@@ -55,6 +55,8 @@ class SpatialSiren(nn.Module):
       modulate_scale, modulate_shift: as in `ModulatedSiren`.
 
     Example:
+      >>> import jax
+      >>> from functa import SpatialSiren, siren
       >>> model = SpatialSiren(width=8, depth=3, grid=(2, 3), channels=4)
       >>> coords = siren.coordinate_grid((8, 9))
       >>> latent = model.initial_latent()
@@ -180,6 +182,7 @@ def split_cells(signals: Any, grid: Sequence[int]) -> Any:
 
     Example:
       >>> import numpy as np
+      >>> from functa.spatial import split_cells
       >>> split_cells(np.zeros((5, 8, 6, 3)), (2, 3)).shape
       (5, 2, 3, 4, 2, 3)
     """

@@ -253,7 +253,8 @@ def spectral_density(
       ax: Axes to draw into; None makes a figure.
 
     Returns:
-      The Axes; its y axis is logarithmic and covers five decades.
+      The Axes; its y axis is logarithmic and covers seven decades, so that a single
+      large eigenvalue of a network of a million parameters is seen.
     """
     ax = _axes(ax)
     for number, (label, (x, values)) in enumerate(densities.items()):
@@ -263,8 +264,8 @@ def spectral_density(
     highest = np.max(everything[np.isfinite(everything)])
     if highest > 0:
         ax.set_yscale("log")
-        ax.set_ylim(1e-5 * highest, 2 * highest)
-    _finish(ax, "eigenvalue of the Hessian", "density")
+        ax.set_ylim(1e-7 * highest, 2 * highest)
+    _finish(ax, "eigenvalue of the Hessian", "density (1 / eigenvalue)")
     return ax
 
 

@@ -384,6 +384,8 @@ def at_equal_loss(losses: Array, values: Array, levels: Array) -> Array:
       ValueError: if the shapes do not fit.
 
     Example:
+      >>> import numpy as np
+      >>> from landscape.probes import at_equal_loss
       >>> losses = np.array([[4.0, 2.0, 1.0], [4.0, 3.0, 2.0]])
       >>> at_equal_loss(losses, np.array([[0, 1, 2], [0, 1, 2]]), np.array([3.0, 1.5]))
       Array([[0.5, 1.5],

@@ -7,6 +7,7 @@ return the Axes. Multi-panel functions return the Figure.
 Axis letters: B images, H W C image, N patches, T tokens, L layers, K points of a curve.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,8 @@ def training_curves(
         and a band from the lowest to the highest.
       y_label: name and unit of the y axis.
       x_label: name and unit of the x axis.
-      marks: {text: x}: labeled vertical lines, for example a stage of the training.
+      marks: {text: x}: vertical lines, named in the legend, for example a stage of the
+        training.
       ax: Axes to draw into; None makes a figure.
 
     Returns:
@@ -62,20 +64,10 @@ def training_curves(
         if values.ndim == 2 and len(values) > 1:
             low, high = values.min(0), values.max(0)
             ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-    for text, x in (marks or {}).items():
-        ax.axvline(x, color="0.4", linestyle=":", linewidth=1)
-        ax.annotate(
-            text,
-            (x, 0.02),
-            xycoords=ax.get_xaxis_transform(),
-            xytext=(2, 0),
-            textcoords="offset points",
-            rotation=90,
-            fontsize=7,
-            va="bottom",
-            color="0.3",
-            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5},
-        )
+    # Named in the legend: text in the panel would cover curves.
+    lines = itertools.cycle((":", "--", "-."))
+    for (text, x), line in zip((marks or {}).items(), lines, strict=False):
+        ax.axvline(x, color="0.4", linestyle=line, linewidth=1, label=text)
     _finish(ax, x_label, y_label)
     return ax
 

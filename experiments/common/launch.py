@@ -212,7 +212,8 @@ def describe(name: str) -> str:
     lines += [
         "  --config.FIELD=VALUE: changes a field of the variant",
         "",
-        f"Fields of {next(iter(module.VARIANTS))}, the default variant:",
+        f"Fields of {next(iter(module.VARIANTS))}, the default variant "
+        f"(explained in experiments/configs/{name}.py):",
     ]
     for field, value in settings.flatten(module.get_config().to_dict()).items():
         if field in ("experiment", "variant"):

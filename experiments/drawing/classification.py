@@ -20,9 +20,11 @@ def _classifier_accuracy(run):
         chosen = int(np.argmax(parts["validation"].max(0)))
         if "epoch" in run.summary:
             marks = {"weights kept": run.summary["epoch"]}
-    loss_curves = {"chosen candidate": (epochs, losses[:, chosen])}
+    has_others = losses.shape[1] > 1
+    label = "chosen candidate" if has_others else "train"
+    loss_curves = {label: (epochs, losses[:, chosen])}
     curves = {part: (epochs, values[:, chosen]) for part, values in parts.items()}
-    if losses.shape[1] > 1:
+    if has_others:
         everything = f"all {losses.shape[1]} (mean, range)"
         loss_curves[everything] = epochs, losses.T
         if "validation" in parts:

@@ -18,7 +18,7 @@ def _meta_psnr(run):
         marks = {}
         if 0 < coarse < steps[-1]:
             factor = run.config["coarse_factor"]
-            marks = {f"images at full size (before: 1/{factor})": coarse}
+            marks = {f"images at full size\n(before: 1/{factor})": coarse}
         curves, warm = {}, 0
         if not run.config.get("init_from"):
             warm = run.config.get("warm_start_steps", 0)
@@ -41,7 +41,7 @@ def _meta_psnr(run):
         is_longer = len(further) > inner_steps + 1
         plots.psnr_curves(
             {"mean over the signals": (np.arange(len(further)), np.array(further))},
-            x_label="step of the latent",
+            x_label="optimization step of the latents",
             y_label="test PSNR (dB)",
             marks={"end of the inner loop": inner_steps} if is_longer else {},
             log_x=inner_steps if is_longer else None,

@@ -23,7 +23,7 @@ def panels(
 
     Args:
       num: number of columns.
-      width: of a panel, in inches.
+      width: of a panel, in inches; a figure has at least 5.4.
       height: of a panel, in inches.
       rows: number of rows.
       titles: of the first panels.
@@ -32,7 +32,8 @@ def panels(
     figure, axes = plt.subplots(
         rows,
         num,
-        figsize=(width * num, height * rows + 0.3),
+        # A single panel shares its width with the legend.
+        figsize=(max(width * num, 5.4), height * rows + 0.3),
         layout="constrained",
         squeeze=False,
         **options,

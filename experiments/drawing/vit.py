@@ -37,8 +37,14 @@ _WEIGHTS = {
     "heads_search": "heads, by A* search",
 }
 _METHODS = _TOKENS | _CASCADES | _WEIGHTS
-_WHOLE = {"whole network": 62}  # style: a black star
+# Style: a black star.
+_WHOLE = {"whole network": 62, "whole network, not fine-tuned": 62}
 _STYLES = {label: number for number, label in enumerate(_METHODS.values())}
+# Fields whose names do not say what the number is.
+_FIELDS = {
+    "patch_dropout": "share of the patches",
+    "augment.num_ops": "operations of RandAugment",
+}
 
 
 def _vit_training(run):
@@ -46,8 +52,8 @@ def _vit_training(run):
     steps_per_epoch = run.metrics[-1]["step"] / config["num_epochs"]
     marks = {}
     for start, changes in config.get("stages", ()):
-        changed = "\n".join(f"{name} {value}" for name, value in changes.items())
-        marks[f"from here: {changed}"] = start * config["num_epochs"]
+        changed = "\n".join(f"{_FIELDS.get(k, k)} {v}" for k, v in changes.items())
+        marks[f"from here:\n{changed}"] = start * config["num_epochs"]
 
     def curve(key, scale=1):
         steps, values = files.logged(run.metrics, key)
@@ -120,8 +126,10 @@ def _accuracy_and_cost(rows, y_label):
         # The cascade is in the first panel; a second panel needs another method.
         is_repeated = drawn and set(curves) == {_TOKENS["max"]}
         if curves and (column != "accuracy" or not is_repeated):
-            if column in whole:
-                curves |= {"whole network": (np.full(1, 100.0), [100 * whole[column]])}
+            label, known = "whole network", column
+            if column not in whole:  # for orientation
+                label, known = "whole network, not fine-tuned", "accuracy"
+            curves |= {label: (np.full(1, 100.0), [100 * whole[known]])}
             drawn[title] = curves
     columns = min(len(drawn), 2)
     rows = -(-len(drawn) // columns)
@@ -153,9 +161,11 @@ def _speed(rows, batches, y_label):
     for ax in axes[0, : len(batches) - 1]:
         ax.get_legend().remove()
     if with_accuracy:
-        methods = _TOKENS | {"dense": "whole network"}
+        columns = f"speedup_{batches[-1]}", "accuracy"
+        # Other methods would stretch the axis of the tokens, where there are any.
+        curves = points(_TOKENS, *columns) or points(_METHODS, *columns)
         plots.accuracy_against_cost(
-            points(methods, f"speedup_{batches[-1]}", "accuracy"),
+            curves | points({"dense": "whole network"}, *columns),
             x_label=f"measured speed-up, batch of {batches[-1]} (times)",
             y_label=f"{y_label}, not fine-tuned",
             styles=_STYLES | _WHOLE,
