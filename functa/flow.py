@@ -155,10 +155,10 @@ def gaussian_velocity(gaussians: Gaussians, labels: jax.Array) -> Velocity:
       The velocity as a function of x and time.
 
     Example:
-      >>> import numpy as np, jax.numpy as jnp
-      >>> from functa.flow import fit_gaussians, gaussian_velocity, sample
       Its solution has the variance of the latents:
 
+      >>> import numpy as np, jax.numpy as jnp
+      >>> from functa.flow import fit_gaussians, gaussian_velocity, sample
       >>> latents = np.random.default_rng(0).normal(size=(1000, 1)) * 0.5
       >>> gaussians = fit_gaussians(latents, np.zeros(1000), 1)
       >>> velocity = gaussian_velocity(gaussians, jnp.zeros(3, jnp.int32))
@@ -247,10 +247,10 @@ def sample(velocity: Velocity, noise: jax.Array, *, num_steps: int) -> jax.Array
       ValueError: if there is no step.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from functa.flow import sample
       A flow towards a single point ends on it:
 
+      >>> import jax.numpy as jnp
+      >>> from functa.flow import sample
       >>> point = jnp.array([[1.0, 2.0]])
       >>> end = sample(lambda x, time: point - 0 * x, 0 * point, num_steps=3)
       >>> print(end)
