@@ -44,6 +44,7 @@ Row = dict[str, Any]
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
     settings.check(config, configs.RULES)
+    vit_training.check_options(config)
     _check_methods(config)
     images = load_images(config) if config.dataset.name else None
     if images is not None:
@@ -136,6 +137,30 @@ def _check_network(config, model):
         raise ValueError(
             f"methods {', '.join(needy)} need a CLS token, which the network lacks; "
             f"{_remove(needy)}."
+        )
+
+    _check_ratios(config, model)
+
+
+def _check_ratios(config, model):
+    """Schedules whose largest ratio depends on the network, and images too small."""
+    methods, num_layers = _methods(config), model.num_layers
+    schedule_of = {
+        "range": lambda ratio: schedules.range_ratios(ratio, np.zeros(num_layers)),
+        "released_code": lambda ratio: schedules.released_code(
+            plateau=ratio, num_layers=num_layers
+        ),
+    }
+    # With a budget or a latency the ratios only name the methods.
+    stated = (config.budget, config.latency) == (None, None)
+    for name in methods.keys() & schedule_of.keys():
+        with settings.blamed_on(f"methods.{name}"):
+            for ratio in methods[name] if stated else ():
+                schedule_of[name](ratio)
+    if "resolution" in methods and config.image_size == model.patch_size:
+        raise ValueError(
+            "methods resolution needs images of more than one patch; "
+            f"{_remove(['resolution'])}."
         )
 
 

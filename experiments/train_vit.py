@@ -26,6 +26,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
     settings.check(config, configs.RULES)
     vit_training.check_stages(config, configs.RULES)
+    vit_training.check_options(config)
     images = vit_training.load_images(config)
     vit_training.check(config, images)
     jax.eval_shape(lambda: make_problem(config, images).params)

@@ -1,7 +1,9 @@
 """The attention layer: weighted tokens and the choice of heads."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from vit_oracle import run
 
 from vit import attention
@@ -32,3 +34,16 @@ def test_a_weighted_key_counts_as_that_many_equal_keys():
     expected = np.add.reduceat(repeated, [0, 1, 4], axis=-1)
     np.testing.assert_allclose(grouped, expected, rtol=1e-5)
     np.testing.assert_allclose(np.sum(grouped, axis=-1), 1, rtol=1e-5)
+
+
+def test_double_precision_stays_and_scores_are_float32():
+    """Against Flax's attention, which the cascade replaces."""
+    with jax.enable_x64(True):
+        shape = (3, 2, 5, 3, 6)
+        query, key, value = jax.random.normal(jax.random.key(0), shape, jnp.float64)
+        attend = attention.CascadeAttention(names=("column_max",))
+        attended = attend(query, key, value)
+        expected = nn.dot_product_attention(query, key, value)
+    assert attended.dtype == jnp.float64
+    np.testing.assert_allclose(attended, expected, rtol=0, atol=1e-14)
+    assert attend.statistics.column_max.dtype == jnp.float32

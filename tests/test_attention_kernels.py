@@ -94,6 +94,7 @@ def test_values_and_statistics_match_numpy(name, weighted):
         (50, 80, jnp.float32),
         (130, 128, jnp.bfloat16),
         (1024, 32, jnp.float32),
+        (1030, 32, jnp.float16),
     ],
 )
 def test_kernel_agrees_with_plain_at_the_sizes_of_networks(num_tokens, width, dtype):
@@ -110,9 +111,9 @@ def test_kernel_agrees_with_plain_at_the_sizes_of_networks(num_tokens, width, dt
         )
     for out, found in others:
         assert out.dtype == dtype and found.column_sum is found.cls is None
-        # bfloat16 rounds the output and the probabilities to 8 bits; the statistics
-        # are float32 in every case.
-        tolerance = 2e-2 if dtype == jnp.bfloat16 else 1e-5
+        # bfloat16 rounds the output and the probabilities to 8 bits, float16 to 11; the
+        # statistics are float32 in every case.
+        tolerance = {jnp.bfloat16: 2e-2, jnp.float16: 2e-3}.get(dtype, 1e-5)
         np.testing.assert_allclose(
             *(np.asarray(x, np.float32) for x in (out, expected)), atol=tolerance
         )
@@ -253,6 +254,20 @@ def test_implementations_give_the_same_network():
             params,
         )
     np.testing.assert_allclose(logits, plain, rtol=0, atol=1e-5)
+
+
+def test_the_kernel_is_chosen_where_it_was_measured():
+    def chosen(num_tokens, width, dtype):
+        shape = jax.ShapeDtypeStruct((2, num_tokens, 3, width), dtype)
+        return attention._was_measured(shape)
+
+    assert chosen(1024, 64, jnp.bfloat16)
+    assert not chosen(1025, 64, jnp.bfloat16)
+    assert not chosen(197, 64, jnp.float16)
+    assert not chosen(197, 80, jnp.bfloat16)
+    query = np.zeros((1, 2, 1, 16), np.float64)
+    with pytest.raises(ValueError, match="takes float32, .* got float64"):
+        pallas_attention(query, query, query)
 
 
 def test_implementations_that_do_not_exist_or_need_a_gpu_are_refused():

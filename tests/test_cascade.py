@@ -630,6 +630,7 @@ def test_moved_functions_are_found_in_cascade(module, names):
             {"keep_heads": (2, 1), "head_scope": "image"},
             "head_scope='image' cannot save work .* use mode='masked'",
         ),
+        ({"resets": (1, 2)}, r"among the layers 0 to 1, got \(1, 2\)"),
         ({"stale_threshold": True}, "requires semantics='zero' and mode='masked'"),
         (
             {"stale_threshold": True, "semantics": "zero"},

@@ -254,6 +254,14 @@ def real_count(model, image_size, channels=3):
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes["params"]))
 
 
+def test_sides_of_few_bits_do_not_wrap():
+    model = ViT(**SMALL)
+    side = 4096
+    expected = cost.count(model, side)
+    assert cost.count(model, np.array([side, side], np.int16)) == expected
+    assert cost.count(model, np.int32(side)) == expected
+
+
 # Errors.
 
 

@@ -212,6 +212,10 @@ def test_start_is_the_old_name_of_first_layer(function, arguments):
             r"keep_rate must lie in \(0, 1\], got 0.0",
         ),
         (
+            lambda: schedules.evit(0.7, num_layers=4, num_patches=9, layers=[2, 4]),
+            r"layers must be among 0 to 3, got \(2, 4\)",
+        ),
+        (
             lambda: schedules.evit(1.1, num_layers=4, num_patches=9),
             r"keep_rate must lie in \(0, 1\], got 1.1",
         ),

@@ -686,6 +686,26 @@ def test_networks_that_cannot_be_pruned_are_refused(tmp_path, fields, message):
 
 
 @pytest.mark.parametrize(
+    ("methods", "num_layers", "message"),
+    [
+        # The MLP of the last of 24 layers prunes three times the plateau.
+        ({"released_code": (0.2, 0.4)}, 24, r"released_code: .*\[0, 0.326\) with 24"),
+        ({"range": (0.4, 0.95)}, 12, r"methods.range: .* \[0, 0.9\] .* got 0.95"),
+        ({"range": (0.4,)}, 1, "methods.range: .* first_layer below 1"),
+        ({"resolution": (0.4,)}, 12, "resolution needs images of more than one patch"),
+    ],
+)
+def test_ratios_that_a_network_cannot_have_are_refused(methods, num_layers, message):
+    config = prune_configs.get_config("speed_b16")
+    config.methods = ConfigDict({"max": (0.4,)})
+    model = vit.make("Ti", 10, patch_size=224, num_layers=num_layers)
+    prune_vit._check_network(config, model)
+    config.methods.update(methods)
+    with pytest.raises(ValueError, match=message):
+        prune_vit._check_network(config, model)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model": {"variant": "cifar"}}, "variant must be one of .* got 'cifar'"),
@@ -701,6 +721,10 @@ def test_networks_that_cannot_be_pruned_are_refused(tmp_path, fields, message):
         ({"optimizer": {"options": {"wd": 3}}}, "optimizer.options"),
         ({"batch_size": 1000}, "batch_size must be between"),
         ({"checkpoint": "absent.npz"}, "absent.npz"),
+        (
+            {"checkpoint_options": {"num_heads": 3}},
+            r"checkpoint_options \(num_heads\) are not read without a checkpoint",
+        ),
     ],
 )
 def test_bad_options_of_training(tmp_path, changes, message):

@@ -5,6 +5,7 @@ import math
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -332,6 +333,8 @@ def test_training_draws_the_cascades_random_scores_anew():
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"stem": (4,)}, "patch_size 5 must be a multiple of 2 with 1 conv"),
         ({"num_heads": 0}, "num_heads must be at least 1, as one number or one for"),
+        ({"mlp_dim": 13.5}, "mlp_dim must be of whole numbers, got 13.5"),
+        ({"num_heads": (3, 1.0)}, r"num_heads must be of whole .* got \(3, 1.0\)"),
         ({"num_heads": (3, 3, 3)}, r"num_heads .* got \(3, 3, 3\)"),
         ({"mlp_dim": (14, 0)}, r"mlp_dim must be at least 1.* got \(14, 0\)"),
         ({"head_dim": None}, "hidden_size 10 is not divisible by num_heads 3; set"),
@@ -414,6 +417,40 @@ def test_the_attention_is_found_in_model():
         "attention_probs",
     ):
         assert getattr(models, name) is getattr(attention, name)
+
+
+def test_numbers_of_numpy_become_those_of_python():
+    heads, widths = np.array([3, 2]), [np.int64(9), np.int32(8)]
+    model = make(num_heads=heads, mlp_dim=widths, patch_size=np.int64(5))
+    assert model == make(num_heads=(3, 2), mlp_dim=(9, 8))
+    sizes = model.patch_size, *model.num_heads, *model.mlp_dim
+    assert {type(size) for size in sizes} == {int}
+
+
+EXPORTED = {
+    "whole": {},
+    "drop": {"cascade": Cascade(keep=(12, 6))},
+    "masked": {"cascade": Cascade(keep=(12, 6), mode="masked")},
+    "skip": {"cascade": Cascade(keep=(12, 6), semantics="skip")},
+    "zero": {"cascade": Cascade(keep=(12, 6), semantics="zero")},
+    "fuse": {"cascade": Cascade(keep=(12, 6), score="cls", fuse="sum")},
+    "merge": {"cascade": Cascade(keep=(12, 9), keep_mlp=(9, 6), score="merge")},
+    "random": {"cascade": Cascade(keep=(6, 6), score="random")},
+    "heads": {"cascade": Cascade(keep=(12, 12), keep_heads=(1, 2))},
+    "segment": {"segment": attention.Segment(1)},
+}
+
+
+@pytest.mark.parametrize("options", EXPORTED.values(), ids=EXPORTED)
+def test_a_network_is_exported_for_every_batch_size(options):
+    model = make(**options)
+    params = vit_oracle.random_params(make(), IMAGES)
+    params = jax.tree.map(np.asarray, params)  # constants of the program
+    (size,) = jax.export.symbolic_shape("size")
+    images = jax.ShapeDtypeStruct((size, *IMAGES[1:]), jnp.float32)
+    forward = jax.jit(lambda images: model.apply({"params": params}, images))
+    [logits] = jax.export.export(forward, platforms=["cpu"])(images).out_avals
+    assert logits.shape == (size, 7)
 
 
 @pytest.mark.parametrize("semantics", [None, "drop", "skip", "zero"])

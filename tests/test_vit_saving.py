@@ -93,6 +93,20 @@ def test_oblong_grid_survives_and_is_resized_if_told(tmp_path):
     np.testing.assert_allclose(found.reshape(4, 3, 12), expected, atol=1e-6)
 
 
+def test_a_cascade_does_not_fit_other_numbers_of_patches(tmp_path):
+    cascade = Cascade(keep=(15, 8))
+    model = ViT(num_classes=5, **SIZES, cascade=cascade)
+    params = random_params(model, (1, 9, 15, 2))
+    path = tmp_path / "mine.npz"
+    save_checkpoint(path, model, params, grid=(3, 5))
+    for size in ((9, 15), (15, 9)):
+        assert load_checkpoint(path, image_size=size)[0].cascade == cascade
+    # More patches would fit, and the first layer would keep the first 15 of them.
+    for size, number in (((12, 15), 20), ((6, 6), 4)):
+        with pytest.raises(ValueError, match=f"for 15 patches, .* have {number}; load"):
+            load_checkpoint(path, image_size=size)
+
+
 def test_stored_grid_is_known_again(tmp_path):
     model = ViT(num_classes=5, **SIZES)
     params = random_params(model, (1, 6, 24, 2))  # 2 x 8 patches: also 4 x 4.

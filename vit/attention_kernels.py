@@ -37,7 +37,7 @@ Output = tuple[jax.Array, Statistics]
 def attention_probs(
     query: jax.Array, key: jax.Array, bias: jax.Array | None = None
 ) -> jax.Array:
-    """Attention probabilities, softmax(query . key / sqrt(d) + bias), in float32.
+    """Attention probabilities, softmax(query . key / sqrt(d) + bias).
 
     Args:
       query: (B, Q, H, d).
@@ -45,12 +45,11 @@ def attention_probs(
       bias: added to the logits, broadcastable to (B, H, Q, N); None adds nothing.
 
     Returns:
-      (B, H, Q, N), float32; each row over N sums to one.
+      (B, H, Q, N), float32, or float64 for such queries; each row over N sums to one.
     """
-    logits = jnp.einsum(
-        "bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32
-    )
-    logits = logits / jnp.sqrt(jnp.float32(query.shape[-1]))
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=dtype)
+    logits = logits / jnp.sqrt(jnp.asarray(query.shape[-1], dtype))
     return jax.nn.softmax(logits if bias is None else logits + bias)
 
 
@@ -186,8 +185,8 @@ def pallas_attention(
     `jax.default_matmul_precision`, on GPUs TF32 by default.
 
     Args:
-      query: (B, N, H, d), float32 or bfloat16; meant for N up to 1,024 and d from 16 to
-        128.
+      query: (B, N, H, d), float32, bfloat16 or float16; measured for N up to 1,024 and
+        d from 16 to 128.
       key: (B, N, H, d).
       value: (B, N, H, d).
       weights: number of tokens that each row represents, (B, N); None means one each.
@@ -197,7 +196,15 @@ def pallas_attention(
 
     Returns:
       As `blocked_attention`.
+
+    Raises:
+      ValueError: if the dtype is another.
     """
+    if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(
+            "attention_implementation 'pallas' takes float32, bfloat16 or float16, got "
+            f"{query.dtype}."
+        )
     names = tuple(names)
     if weights is None:
         weights = jnp.ones(query.shape[:2])

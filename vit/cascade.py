@@ -159,6 +159,11 @@ class Cascade:
             object.__setattr__(self, name, float(getattr(self, name)))
 
     def _check_combinations(self):
+        if not set(self.resets) <= set(range(len(self.keep))):
+            raise ValueError(
+                f"resets must be among the layers 0 to {len(self.keep) - 1}, got "
+                f"{self.resets}."
+            )
         path = [count for pair in self.counts for count in pair]
         if self.semantics == "drop" and any(np.diff(path) > 0):
             raise ValueError(

@@ -164,6 +164,13 @@ def load_checkpoint(
                 )
             new = tuple(side // model.patch_size for side in sides)
             num_patches = params[POSITIONS].shape[1] - model.num_prefix
+            if model.cascade is not None and math.prod(new) != num_patches:
+                raise ValueError(
+                    f"the cascade in the file is for {num_patches} patches, images of "
+                    f"{image_size} have {math.prod(new)}; load it without image_size, "
+                    "save model.clone(cascade=None), load that for the new images and "
+                    "make a new cascade, for example with vit.for_budget."
+                )
             if not grid and new[0] != new[1] and math.prod(new) == num_patches:
                 raise ValueError(
                     f"{num_patches} positions may form a square or a grid of {new}; "

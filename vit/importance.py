@@ -245,7 +245,7 @@ def segments(
       The segment of each region, int32 (B, H, P) with P = N - num_prefix.
     """
     means = probs.mean(2)[:, :, num_prefix:]  # (B, H, P)
-    flat = means.reshape(len(means), means.shape[1] * means.shape[2])
+    flat = means.reshape(means.shape[0], means.shape[1] * means.shape[2])
     ranks = jnp.argsort(jnp.argsort(flat, axis=1), axis=1)
     return (ranks * num_segments // flat.shape[1]).reshape(means.shape)
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from vit import cascade as cascades
@@ -31,6 +32,11 @@ from vit.cascade import Cascade
 from vit.tokens import Tokens, mean_of_patches
 
 POOLS = ("cls", "mean", "mean_before_norm", "cls_and_mean")
+# Fields that are whole numbers, or tuples of them.
+_SIZES = (
+    *("num_classes", "patch_size", "hidden_size", "num_layers", "num_heads", "mlp_dim"),
+    *("head_dim", "representation_size", "stem", "num_registers"),
+)
 _GELU = {"tanh": nn.gelu, "erf": functools.partial(nn.gelu, approximate=False)}
 
 VARIANTS = {
@@ -126,6 +132,19 @@ class ViT(nn.Module):
     attention_implementation: str | None = None
     dtype: Any = jnp.float32
 
+    def __post_init__(self):
+        # Sizes may come from arrays; a static field and a file have Python's numbers.
+        for name in _SIZES:
+            value = getattr(self, name)
+            if isinstance(value, np.ndarray | np.integer):
+                value = value.tolist()
+            if isinstance(value, list | tuple):
+                value = tuple(
+                    x.item() if isinstance(x, np.integer) else x for x in value
+                )
+            object.__setattr__(self, name, value)
+        super().__post_init__()
+
     @property
     def num_prefix(self) -> int:
         """Number of tokens before the patches."""
@@ -183,7 +202,7 @@ class ViT(nn.Module):
             if count:
                 shape = (1, int(count), self.hidden_size)
                 token = self.param(name, nn.initializers.zeros, shape)
-                prefix.append(jnp.broadcast_to(token, (len(x), *shape[1:])))
+                prefix.append(jnp.broadcast_to(token, (x.shape[0], *shape[1:])))
 
         def make_block(layer):
             num_heads = per_layer(self.num_heads, layer)
@@ -438,7 +457,7 @@ class DropPath(nn.Module):
     def __call__(self, x):
         if self.deterministic or self.rate == 0:
             return x
-        shape = (len(x), *(1,) * (x.ndim - 1))
+        shape = (x.shape[0], *(1,) * (x.ndim - 1))
         kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, shape)
         return jnp.where(kept, x / (1 - self.rate), 0)
 
@@ -591,6 +610,11 @@ def check_model(model: ViT) -> None:
     Raises:
       ValueError: if they do not.
     """
+    for name in _SIZES:
+        value = getattr(model, name)
+        values = value if isinstance(value, tuple) else (value or 0,)
+        if not all(isinstance(size, int) for size in values):
+            raise ValueError(f"{name} must be of whole numbers, got {value!r}.")
     for name in ("patch_size", "hidden_size", "num_layers"):
         if getattr(model, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(model, name)}.")

@@ -1,6 +1,7 @@
 """Grids of patches and their position embeddings."""
 
 import math
+import operator
 
 import numpy as np
 
@@ -129,5 +130,6 @@ def is_grid(number: int, grid: tuple[int, int] | None) -> bool:
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Both sides of a size, which may be one number."""
-    return (size, size) if np.ndim(size) == 0 else tuple(size)
+    """Both sides of a size, which may be one number, as Python's, which never wrap."""
+    sides = (size, size) if np.ndim(size) == 0 else size
+    return tuple(operator.index(side) for side in sides)

@@ -299,7 +299,7 @@ def released_code(
         semantics="zero",
         mode=mode,
         keep_cls=False,
-        resets=(num_layers - num_layers // 2,) if double_counter else (),
+        resets=(num_layers - num_layers // 2,) * (double_counter and num_layers > 1),
         stale_threshold=stale_threshold,
     )
 
@@ -333,7 +333,7 @@ def evit(
       A `Cascade` of L layers with score "cls".
 
     Raises:
-      ValueError: if the keep rate is outside (0, 1].
+      ValueError: if the keep rate is outside (0, 1], or a layer does not exist.
 
     Example:
       >>> from vit import schedules
@@ -345,6 +345,10 @@ def evit(
         raise ValueError(f"keep_rate must lie in (0, 1], got {keep_rate}.")
     if layers is None:
         layers = [num_layers * i // 4 for i in (1, 2, 3)]
+    if not set(layers) <= set(range(num_layers)):
+        raise ValueError(
+            f"layers must be among 0 to {num_layers - 1}, got {tuple(layers)}."
+        )
     keep, keep_mlp, left = [], [], num_patches
     for layer in range(num_layers):
         keep.append(left)

@@ -63,7 +63,8 @@ BASE = {
         "cutmix": 1.0,
     },
     "label_smoothing": 0.1,
-    # Share of each image's patches that a training step uses.
+    # Share of each image's patches that a training step uses, unless a cascade in the
+    # checkpoint chooses them.
     "patch_dropout": 1.0,
     # Changes during the training: ((start as a share of the epochs, {field: value}),
     # ...). Fields are patch_dropout, label_smoothing and those of augment, written as

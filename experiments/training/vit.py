@@ -137,6 +137,15 @@ def digest(checkpoint: str) -> str:
     return found.hexdigest()
 
 
+def check_options(config: ConfigDict) -> None:
+    """Raises ValueError if there are options of a checkpoint, but no checkpoint."""
+    if config.checkpoint_options and not config.checkpoint:
+        raise ValueError(
+            f"checkpoint_options ({', '.join(config.checkpoint_options)}) are not read "
+            "without a checkpoint; set --config.checkpoint, or fields of config.model."
+        )
+
+
 def load_problem(
     path: str,
     image_size: int,
@@ -443,7 +452,10 @@ def train(
     def update_of(stage):
         settings = loop.in_stage(config, stage)
         keep = settings.patch_dropout
-        run.say(f"compiling; {100 * keep:.0f} % of the patches ...")
+        chosen = f"{100 * keep:.0f} % of the patches"
+        if model.cascade is not None:
+            chosen = "the patches of the network's cascade"
+        run.say(f"compiling; {chosen} ...")
         return make_update(
             problem._replace(model=patch_dropout(model, problem.num_patches, keep)),
             optimizer,

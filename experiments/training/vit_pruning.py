@@ -135,7 +135,7 @@ def _keep_rates(problem):
 
 
 def _merged_tokens(problem, schedule="constant"):
-    for num_merged in range(problem.num_patches // 2):
+    for num_merged in range(problem.num_patches // 2 + 1):
         yield with_cascade(
             problem, schedules.token_merging, num_merged, schedule=schedule
         )
