@@ -1,4 +1,4 @@
-"""Equations that compute entries: elementwise, reductions, sorts, cumulative sums.
+"""Equations that compute entries: elementwise, reductions, sorts, transforms.
 
 In a masked network the weights of a removed channel are zero, and each equation makes a
 number of them, such as exp(0) = 1. The rules follow these numbers, so that they see
@@ -110,6 +110,17 @@ def _along(flow, eqn, operands):
     return outs
 
 
+def _fourier(flow, eqn, operands):
+    """The last axes are transformed, the others pass."""
+    value, kept = operands[0], len(operands[0].shape) - len(eqn.params["fft_lengths"])
+    for columns in value.axes[kept:]:
+        flow.fix(columns, "an operation over all of them")
+    shape = tuple(eqn.outvars[0].aval.shape)
+    rest = (len(shape) - kept) * ((),)
+    removed = map(zero_or_unknown, value.removed[:kept])
+    return [Value(shape, (*value.axes[:kept], *rest), (*removed, *len(rest) * (0.0,)))]
+
+
 def _window(flow, eqn, operands):
     shape = tuple(eqn.outvars[0].aval.shape)
     params = eqn.params
@@ -217,6 +228,7 @@ RULES = {
     **dict.fromkeys(
         "sort top_k cumsum cumprod cummax cummin cumlogsumexp".split(), _along
     ),
+    "fft": _fourier,
     **dict.fromkeys(
         "reduce_window_sum reduce_window_max reduce_window_min".split(), _window
     ),

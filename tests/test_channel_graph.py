@@ -179,6 +179,44 @@ def experts(p, x):
 
 
 EXPERTS = {"up": draw(2, 4, 6), "down": draw(2, 6, 3)}
+
+
+def graph_network(p, x):
+    """Messages along edges, summed, or their largest one, at each node."""
+    first, second = jnp.array([0, 1, 2, 1]), jnp.array([1, 0, 1, 2])
+    nodes = jax.nn.sigmoid(x @ p["in"])
+    messages = jnp.tanh(nodes[first] @ p["message"])
+    sums = jax.ops.segment_sum(messages, second, len(x))
+    largest = jax.ops.segment_max(nodes[first], second, len(x))
+    nodes = jnp.concatenate([sums, largest], -1).at[1:].multiply(2.0)
+    return nodes.at[0].set(p["first"]) @ p["out"]
+
+
+GRAPH = {
+    "in": draw(4, 6),
+    "message": draw(6, 5),
+    "first": draw(11),
+    "out": draw(11, 3),
+}
+
+
+def fourier(p, x):
+    """A Fourier neural operator: a product of low frequencies."""
+    hidden = x @ p["lift"]
+    low = jnp.fft.rfft(hidden, axis=1)[:, :3]
+    low = jnp.einsum("bmi,iom->bmo", low, jax.lax.complex(p["real"], p["imag"]))
+    all_of = jnp.zeros((len(x), 4, low.shape[-1]), low.dtype).at[:, :3].set(low)
+    smooth = jnp.fft.irfft(all_of, n=6, axis=1)
+    return jax.nn.gelu(smooth + hidden @ p["skip"]) @ p["out"]
+
+
+FOURIER = {
+    "lift": draw(2, 5),
+    "real": draw(5, 4, 3),
+    "imag": draw(5, 4, 3),
+    "skip": draw(5, 4),
+    "out": draw(4, 3),
+}
 IMAGE, ROWS = (2, 4, 6, 2), (3, 4)
 # name: (network, parameters, shape of the input, {channels: number})
 PLAIN = {
@@ -194,6 +232,8 @@ PLAIN = {
     "attention": (attention, ATTENTION, (2, 3, 5), {"qkv": 3}),
     "scanned": (scanned, SCANNED, ROWS, {"up": 6}),
     "experts": (experts, EXPERTS, ROWS, {"up": 6}),
+    "graph": (graph_network, GRAPH, ROWS, {"in": 6, "message": 5}),
+    "fourier": (fourier, FOURIER, (2, 6, 2), {"lift": 5, "real": 4}),
 }
 
 
@@ -456,7 +496,21 @@ def place_of_the_largest(p, x):
 
 
 def unknown(p, x):
+    return (x @ p["a"]).at[0].apply(jnp.exp) @ p["b"]
+
+
+def fourier_of_channels(p, x):
     return jnp.fft.fft(x @ p["a"]).real @ p["b"]
+
+
+def update_of_some(p, x):
+    return (x @ p["a"]).at[:, :1].set(0.0) @ p["b"]
+
+
+def share_of_a_segment(p, x):
+    """A removed channel has the sum 0."""
+    hidden, rows = jnp.abs(x @ p["a"]), jnp.array([0, 1, 0, 1, 1])
+    return (hidden / jax.ops.segment_sum(hidden, rows, 2)[rows]) @ p["b"]
 
 
 def output(p, x):
@@ -580,7 +634,10 @@ def gates(p, x):
         (layer_norm, r"an operation over all of them \(reduce_sum at "),
         (softmax, r"an operation over all of them \(reduce_max at "),
         (sorted_channels, r"an operation over all of them \(sort at "),
-        (unknown, r"there is no rule for this operation \(fft at "),
+        (unknown, r"there is no rule for this operation \(scatter at "),
+        (fourier_of_channels, r"an operation over all of them \(fft at "),
+        (update_of_some, r"a part of them is replaced \(scatter at "),
+        (share_of_a_segment, r"would be divided by zero \(div at "),
         (output, "they are an output of the network"),
         (product_of_activations, r"a product of activations .*\(dot_general at "),
         (fixed_length, r"an axis of fixed length \(add at "),
