@@ -38,6 +38,9 @@ def _elementwise(flow, eqn, operands):
     name = eqn.primitive.name
     shape = tuple(eqn.outvars[0].aval.shape)
     active = flow.uses.elementwise(name, operands)
+    if name in ("mul", "div") and not all(v.paths or v.data for v in operands):
+        for value in operands:
+            flow.fix(value.summed, "a mean, or another multiple of a sum over them")
     axes = [None] * len(shape)
     for value in operands:  # of this rank or scalars; an axis may have length 1
         for number, columns in enumerate(value.axes):
@@ -66,10 +69,17 @@ def _elementwise(flow, eqn, operands):
 
 
 def _reduce(flow, eqn, operands):
-    gone = set(eqn.params["axes"])
+    gone, summed = set(eqn.params["axes"]), ()
     for value in operands:
         for axis in gone:
-            flow.fix(value.axes[axis], "an operation over all of them")
+            if (
+                eqn.primitive.name == "reduce_sum"
+                and value.is_param
+                and value.removed[axis] == 0
+            ):
+                summed += value.axes[axis]
+            else:
+                flow.fix(value.axes[axis], "an operation over all of them")
     kept = [k for k in range(len(operands[0].shape)) if k not in gone]
     for value in operands[1:]:
         if value.shape == operands[0].shape:
@@ -81,7 +91,7 @@ def _reduce(flow, eqn, operands):
         _reduced(eqn.primitive.name, number, count) if columns else 0.0
         for number, columns in zip(out.removed, out.axes, strict=True)
     )
-    out = dataclasses.replace(out, removed=removed, const=None)
+    out = dataclasses.replace(out, removed=removed, summed=summed, const=None)
     return [out for _ in eqn.outvars]
 
 

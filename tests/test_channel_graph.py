@@ -217,6 +217,26 @@ FOURIER = {
     "skip": draw(5, 4),
     "out": draw(4, 3),
 }
+
+
+def weight_norm(p, x):
+    """Kernels of unit norm: what is removed adds nothing to the norms."""
+
+    def unit(kernel, *axes):
+        squares = jnp.square(kernel).sum(axes, keepdims=True)
+        return kernel * jax.lax.rsqrt(squares + 1e-6)
+
+    x = jax.nn.relu(conv(x, unit(p["a"], 0, 1, 2)) * shaped(p["gain"]))
+    x = jax.nn.gelu(conv(x, unit(p["b"], 0, 1, 2)))
+    return x.mean((1, 2)) @ unit(p["out"], 0, 1)
+
+
+WEIGHT_NORM = {
+    "a": draw(3, 3, 2, 5),
+    "gain": draw(5),
+    "b": draw(3, 3, 5, 4),
+    "out": draw(4, 3),
+}
 IMAGE, ROWS = (2, 4, 6, 2), (3, 4)
 # name: (network, parameters, shape of the input, {channels: number})
 PLAIN = {
@@ -234,6 +254,7 @@ PLAIN = {
     "experts": (experts, EXPERTS, ROWS, {"up": 6}),
     "graph": (graph_network, GRAPH, ROWS, {"in": 6, "message": 5}),
     "fourier": (fourier, FOURIER, (2, 6, 2), {"lift": 5, "real": 4}),
+    "weight_norm": (weight_norm, WEIGHT_NORM, IMAGE, {"a": 5, "b": 4}),
 }
 
 
@@ -538,6 +559,29 @@ def standardized(p, x):
     return (x @ (p["a"] / p["a"].std(0, keepdims=True))) @ p["b"]
 
 
+def centered_rows(p, x):
+    """Weight standardization divides by the number of inputs."""
+    return (x @ p["a"]) @ (p["b"] - p["b"].mean(0, keepdims=True))
+
+
+def scaled_to_unit_variance(p, x):
+    """The kernels of Karras et al. 2024 (arXiv 2312.02696)."""
+    norms = jnp.linalg.norm(p["b"], axis=0, keepdims=True)
+    return (x @ p["a"]) @ (p["b"] / norms / jnp.sqrt(len(p["b"])))
+
+
+def scaled_by_an_array(p, x):
+    scale = 1 / jnp.prod(jnp.array(p["b"].shape[:1]))
+    return (x @ p["a"]) @ (p["b"] - p["b"].sum(0, keepdims=True) * scale)
+
+
+def average_of_an_iteration(p, x):
+    def halve(_, kernel):
+        return kernel - 0.5 * kernel.sum(0, keepdims=True)
+
+    return (x @ p["a"]) @ jax.lax.fori_loop(0, 2, halve, p["b"])
+
+
 def mean_of_the_active(p, x):
     hidden = x[None] @ p["a"]
     active = (hidden > 0).sum(1)
@@ -643,6 +687,10 @@ def gates(p, x):
         (fixed_length, r"an axis of fixed length \(add at "),
         (unit_columns, r"would be divided by zero \(div at "),
         (standardized, r"would be divided by zero \(div at "),
+        (centered_rows, r"a mean, or another multiple of a sum .* \(div at "),
+        (scaled_to_unit_variance, r"a mean, or another multiple .* \(div at "),
+        (scaled_by_an_array, r"a mean, or another multiple of a sum .* \(mul at "),
+        (average_of_an_iteration, r"a mean, or another multiple .* \(mul at "),
         (mean_of_the_active, r"would be divided by zero \(div at "),
         (cumulative_share, r"would be divided by zero \(div at "),
         (clipped_share, r"would be divided by zero \(div at "),
