@@ -92,7 +92,8 @@ def trace(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
     """Finds the channels of a network from its jaxpr, without running it.
 
     Channels are followed through convolutions (also grouped and depthwise), products,
-    attention, normalization, sums, gates, concatenation, reshape, transposition, scans
+    attention, normalization, sums, gates, concatenation, reshape, transposition,
+    updates at an index, sums over segments, Fourier transforms over other axes, scans
     and functions under jit, vmap, remat or custom derivatives. What cannot be removed
     is fixed: outputs of the network, channels that a mean or softmax is taken over, and
     channels in operations without a rule. `thin` refuses these with the name and the

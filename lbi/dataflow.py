@@ -132,6 +132,7 @@ class Flow:
 
     def merge(self, first: Value, second: Value) -> Value:
         """The value of an array that equals one of two others."""
+        self.fix(first.summed + second.summed, "an operation over all of them")
         pairs = zip(first.axes, second.axes, strict=True)
         return dataclasses.replace(
             first,
@@ -146,6 +147,7 @@ class Flow:
             ),
             data=first.data or second.data,
             paths=tuple(dict.fromkeys(first.paths + second.paths)),
+            summed=(),
             const=None,
         )
 

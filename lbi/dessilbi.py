@@ -442,8 +442,10 @@ def _decay(weight_decay, mask):
         def mask(params):
             return jax.tree_util.tree_map_with_path(
                 lambda path, p: (
-                    p.ndim != 1
-                    and not penalties.is_bias_name(penalties.path_name(path), p.shape)
+                    jnp.ndim(p) != 1
+                    and not penalties.is_bias_name(
+                        penalties.path_name(path), jnp.shape(p)
+                    )
                 ),
                 params,
             )

@@ -1,4 +1,4 @@
-"""Equations that compute entries: elementwise, reductions, sorts, cumulative sums.
+"""Equations that compute entries: elementwise, reductions, sorts, transforms.
 
 In a masked network the weights of a removed channel are zero, and each equation makes a
 number of them, such as exp(0) = 1. The rules follow these numbers, so that they see
@@ -38,6 +38,9 @@ def _elementwise(flow, eqn, operands):
     name = eqn.primitive.name
     shape = tuple(eqn.outvars[0].aval.shape)
     active = flow.uses.elementwise(name, operands)
+    if name in ("mul", "div") and not all(v.paths or v.data for v in operands):
+        for value in operands:
+            flow.fix(value.summed, "a mean, or another multiple of a sum over them")
     axes = [None] * len(shape)
     for value in operands:  # of this rank or scalars; an axis may have length 1
         for number, columns in enumerate(value.axes):
@@ -66,10 +69,17 @@ def _elementwise(flow, eqn, operands):
 
 
 def _reduce(flow, eqn, operands):
-    gone = set(eqn.params["axes"])
+    gone, summed = set(eqn.params["axes"]), ()
     for value in operands:
         for axis in gone:
-            flow.fix(value.axes[axis], "an operation over all of them")
+            if (
+                eqn.primitive.name == "reduce_sum"
+                and value.is_param
+                and value.removed[axis] == 0
+            ):
+                summed += value.axes[axis]
+            else:
+                flow.fix(value.axes[axis], "an operation over all of them")
     kept = [k for k in range(len(operands[0].shape)) if k not in gone]
     for value in operands[1:]:
         if value.shape == operands[0].shape:
@@ -81,7 +91,7 @@ def _reduce(flow, eqn, operands):
         _reduced(eqn.primitive.name, number, count) if columns else 0.0
         for number, columns in zip(out.removed, out.axes, strict=True)
     )
-    out = dataclasses.replace(out, removed=removed, const=None)
+    out = dataclasses.replace(out, removed=removed, summed=summed, const=None)
     return [out for _ in eqn.outvars]
 
 
@@ -108,6 +118,17 @@ def _along(flow, eqn, operands):
         )
         outs.append(Value(tuple(var.aval.shape), tuple(axes), removed))
     return outs
+
+
+def _fourier(flow, eqn, operands):
+    """The last axes are transformed, the others pass."""
+    value, kept = operands[0], len(operands[0].shape) - len(eqn.params["fft_lengths"])
+    for columns in value.axes[kept:]:
+        flow.fix(columns, "an operation over all of them")
+    shape = tuple(eqn.outvars[0].aval.shape)
+    rest = (len(shape) - kept) * ((),)
+    removed = map(zero_or_unknown, value.removed[:kept])
+    return [Value(shape, (*value.axes[:kept], *rest), (*removed, *len(rest) * (0.0,)))]
 
 
 def _window(flow, eqn, operands):
@@ -217,6 +238,7 @@ RULES = {
     **dict.fromkeys(
         "sort top_k cumsum cumprod cummax cummin cumlogsumexp".split(), _along
     ),
+    "fft": _fourier,
     **dict.fromkeys(
         "reduce_window_sum reduce_window_max reduce_window_min".split(), _window
     ),

@@ -1,4 +1,4 @@
-"""Equations that move entries: reshape, transpose, slice, concatenate, pad, gather.
+"""Equations that move entries: reshape, slice, concatenate, pad, gather, scatter ...
 
 The entries keep their values, and the indices along the axes of the result keep the
 units of those that they come from. A rule takes the pass (`lbi.dataflow.Flow`), the
@@ -275,6 +275,47 @@ def _gather(flow, eqn, operands):
     return [Value(shape, tuple(axes), tuple(removed))]
 
 
+def _scatter(flow, eqn, operands):
+    """`x.at[...].set`, and sums over segments as those of graph networks."""
+    (value, indices, update), name = operands, eqn.primitive.name
+    if name == "scatter" and eqn.params["update_jaxpr"] is not None:
+        return None  # `x.at[...].apply`
+    if any(v.data for v in operands):
+        flow.uses.add(_SCATTERED.get(name, ("embedding",))[0], [value, update])
+    numbers = eqn.params["dimension_numbers"]
+    dropped = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    windows = numbers.update_window_dims
+    axes, removed = list(value.axes), list(value.removed)
+    for k in dropped:
+        flow.fix(axes[k], "some of them are replaced")
+    passed = [k for k in range(len(value.shape)) if k not in dropped]
+    for k, j in zip(passed, windows, strict=True):
+        if update.shape[j] != value.shape[k]:
+            flow.fix([*axes[k], *update.axes[j]], "a part of them is replaced")
+            continue
+        axes[k] = flow.join(axes[k], update.axes[j])
+        removed[k] = _scattered(name, axes[k], removed[k], update.removed[j])
+    rows = [c for j, c in enumerate(update.axes) if j not in windows]
+    for columns in (*rows, *indices.axes[:-1]):
+        flow.fix(columns, "they are indices")
+    return [Value(value.shape, tuple(axes), tuple(removed))]
+
+
+def _scattered(name, columns, old, new):
+    """The removed entry of an axis with these columns, some of which are updated."""
+    if name not in _SCATTERED:
+        return common([(columns, old), (columns, new)])
+    return old if new == _SCATTERED[name][1] else None
+
+
+# {primitive: what a parameter in it is, the update that changes nothing}
+_SCATTERED = {
+    "scatter-add": ("bias", 0),
+    "scatter-sub": ("bias", 0),
+    "scatter-mul": ("scale", 1),
+}
+
+
 def _gathered(eqn, value):
     """Columns of the axes that a lookup passes on."""
     sizes = eqn.params["slice_sizes"]
@@ -348,6 +389,7 @@ RULES = {
     "pad": _pad,
     "optimization_barrier": _barrier,
     "gather": _gather,
+    **dict.fromkeys(["scatter", "scatter-min", "scatter-max", *_SCATTERED], _scatter),
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
 }

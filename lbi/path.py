@@ -272,7 +272,7 @@ def forecast_entries(
 
     Raises:
       ValueError: if a number is out of range, `penalty` is of an unknown kind, or a
-        parameter contains NaN.
+        parameter is traced or contains NaN.
     """
     total = final_clock(learning_rate, nu, num_steps)
     if decaying:
@@ -281,11 +281,8 @@ def forecast_entries(
     leaves = penalties.named_leaves(params)
     shares = {}
     for path, chosen in FrozenSpec.make(penalty).assign(params).items():
-        leaf = leaves[path]
-        penalties.check_not_nan(path, leaf)
-        entering = total * np.asarray(chosen.norms(leaf)) > chosen.thresholds(
-            leaf.shape
-        )
+        norms = _known_norms(path, leaves[path], chosen)
+        entering = total * norms > chosen.thresholds(leaves[path].shape)
         shares[path] = float(np.mean(entering))
     return shares
 
@@ -364,7 +361,8 @@ def suggest_lambda(
 
     Raises:
       ValueError: if a number is out of range, the learning rate is zero up to
-        `enter_at`, the median norm of a layer is zero, or a parameter contains NaN.
+        `enter_at`, the median norm of a layer is zero, or a parameter is traced or
+        contains NaN.
     """
     if not 0 < enter_at <= 1:
         raise ValueError(f"enter_at must be in (0, 1], got {enter_at}.")
@@ -378,8 +376,7 @@ def suggest_lambda(
     suggested = {}
     for path, chosen in FrozenSpec.make(penalty).assign(params).items():
         leaf = leaves[path]
-        penalties.check_not_nan(path, leaf)
-        median = float(np.median(np.asarray(chosen.norms(leaf), np.float64)))
+        median = float(np.median(np.float64(_known_norms(path, leaf, chosen))))
         if median == 0:
             raise ValueError(
                 f"{path}: the median norm of the groups is zero; set lam by hand."
@@ -451,6 +448,16 @@ def _penalized(opt_state):
                 )
             rows[path] = (path, state, duals[path], entries.get(path), chosen)
     return list(rows.values())
+
+
+def _known_norms(path, leaf, chosen):
+    if isinstance(leaf, jax.core.Tracer):
+        raise ValueError(
+            f"{path} is traced, but its values must be known: call this outside of "
+            "jax.jit and jax.vmap."
+        )
+    penalties.check_not_nan(path, leaf)
+    return np.asarray(chosen.norms(leaf))
 
 
 def _clock_path(learning_rate, nu, num_steps):

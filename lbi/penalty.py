@@ -405,6 +405,11 @@ def _check_matched(spec, paths):
 
 
 def _checked_lam(lam):
+    if isinstance(lam, jax.core.Tracer):
+        raise ValueError(
+            "lam must be a known number, because the penalty is static: make the "
+            "optimizer outside of jax.jit and jax.vmap."
+        )
     if not lam >= 0:
         raise ValueError(f"lam must be >= 0, got {lam}.")
     return float(lam)

@@ -30,6 +30,7 @@ class Value:
         or None if it is not known; 0 for an axis without columns, which loses none.
       data: whether the array depends on an input.
       paths: the parameters that it depends on.
+      summed: columns of parameters that were summed over, as in the norm of a kernel.
       const: its value if it is a known scalar, or filled with one.
     """
 
@@ -38,6 +39,7 @@ class Value:
     removed: tuple[Number | None, ...]
     data: bool = False
     paths: tuple[str, ...] = ()
+    summed: tuple[Column, ...] = ()
     const: Number | None = None
 
     @property
@@ -102,10 +104,14 @@ def with_origins(
 def depending(value: Value, operands: Sequence[Value]) -> Value:
     """The value with the inputs and parameters that its operands depend on."""
     paths = value.paths + tuple(path for v in operands for path in v.paths)
+    data = value.data or any(v.data for v in operands)
+    # A factor of an activation is one of the network, not part of a mean of parameters.
+    summed = value.summed + tuple(c for v in operands for c in v.summed)
     return dataclasses.replace(
         value,
-        data=value.data or any(v.data for v in operands),
+        data=data,
         paths=tuple(dict.fromkeys(paths)),
+        summed=() if data else tuple({id(c): c for c in summed}.values()),
     )
 
 

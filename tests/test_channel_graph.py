@@ -179,6 +179,64 @@ def experts(p, x):
 
 
 EXPERTS = {"up": draw(2, 4, 6), "down": draw(2, 6, 3)}
+
+
+def graph_network(p, x):
+    """Messages along edges, summed, or their largest one, at each node."""
+    first, second = jnp.array([0, 1, 2, 1]), jnp.array([1, 0, 1, 2])
+    nodes = jax.nn.sigmoid(x @ p["in"])
+    messages = jnp.tanh(nodes[first] @ p["message"])
+    sums = jax.ops.segment_sum(messages, second, len(x))
+    largest = jax.ops.segment_max(nodes[first], second, len(x))
+    nodes = jnp.concatenate([sums, largest], -1).at[1:].multiply(2.0)
+    return nodes.at[0].set(p["first"]) @ p["out"]
+
+
+GRAPH = {
+    "in": draw(4, 6),
+    "message": draw(6, 5),
+    "first": draw(11),
+    "out": draw(11, 3),
+}
+
+
+def fourier(p, x):
+    """A Fourier neural operator: a product of low frequencies."""
+    hidden = x @ p["lift"]
+    low = jnp.fft.rfft(hidden, axis=1)[:, :3]
+    low = jnp.einsum("bmi,iom->bmo", low, jax.lax.complex(p["real"], p["imag"]))
+    all_of = jnp.zeros((len(x), 4, low.shape[-1]), low.dtype).at[:, :3].set(low)
+    smooth = jnp.fft.irfft(all_of, n=6, axis=1)
+    return jax.nn.gelu(smooth + hidden @ p["skip"]) @ p["out"]
+
+
+FOURIER = {
+    "lift": draw(2, 5),
+    "real": draw(5, 4, 3),
+    "imag": draw(5, 4, 3),
+    "skip": draw(5, 4),
+    "out": draw(4, 3),
+}
+
+
+def weight_norm(p, x):
+    """Kernels of unit norm: what is removed adds nothing to the norms."""
+
+    def unit(kernel, *axes):
+        squares = jnp.square(kernel).sum(axes, keepdims=True)
+        return kernel * jax.lax.rsqrt(squares + 1e-6)
+
+    x = jax.nn.relu(conv(x, unit(p["a"], 0, 1, 2)) * shaped(p["gain"]))
+    x = jax.nn.gelu(conv(x, unit(p["b"], 0, 1, 2)))
+    return x.mean((1, 2)) @ unit(p["out"], 0, 1)
+
+
+WEIGHT_NORM = {
+    "a": draw(3, 3, 2, 5),
+    "gain": draw(5),
+    "b": draw(3, 3, 5, 4),
+    "out": draw(4, 3),
+}
 IMAGE, ROWS = (2, 4, 6, 2), (3, 4)
 # name: (network, parameters, shape of the input, {channels: number})
 PLAIN = {
@@ -194,6 +252,9 @@ PLAIN = {
     "attention": (attention, ATTENTION, (2, 3, 5), {"qkv": 3}),
     "scanned": (scanned, SCANNED, ROWS, {"up": 6}),
     "experts": (experts, EXPERTS, ROWS, {"up": 6}),
+    "graph": (graph_network, GRAPH, ROWS, {"in": 6, "message": 5}),
+    "fourier": (fourier, FOURIER, (2, 6, 2), {"lift": 5, "real": 4}),
+    "weight_norm": (weight_norm, WEIGHT_NORM, IMAGE, {"a": 5, "b": 4}),
 }
 
 
@@ -456,7 +517,21 @@ def place_of_the_largest(p, x):
 
 
 def unknown(p, x):
+    return (x @ p["a"]).at[0].apply(jnp.exp) @ p["b"]
+
+
+def fourier_of_channels(p, x):
     return jnp.fft.fft(x @ p["a"]).real @ p["b"]
+
+
+def update_of_some(p, x):
+    return (x @ p["a"]).at[:, :1].set(0.0) @ p["b"]
+
+
+def share_of_a_segment(p, x):
+    """A removed channel has the sum 0."""
+    hidden, rows = jnp.abs(x @ p["a"]), jnp.array([0, 1, 0, 1, 1])
+    return (hidden / jax.ops.segment_sum(hidden, rows, 2)[rows]) @ p["b"]
 
 
 def output(p, x):
@@ -482,6 +557,29 @@ def unit_columns(p, x):
 def standardized(p, x):
     """`jnp.std` chooses between the deviation and NaN."""
     return (x @ (p["a"] / p["a"].std(0, keepdims=True))) @ p["b"]
+
+
+def centered_rows(p, x):
+    """Weight standardization divides by the number of inputs."""
+    return (x @ p["a"]) @ (p["b"] - p["b"].mean(0, keepdims=True))
+
+
+def scaled_to_unit_variance(p, x):
+    """The kernels of Karras et al. 2024 (arXiv 2312.02696)."""
+    norms = jnp.linalg.norm(p["b"], axis=0, keepdims=True)
+    return (x @ p["a"]) @ (p["b"] / norms / jnp.sqrt(len(p["b"])))
+
+
+def scaled_by_an_array(p, x):
+    scale = 1 / jnp.prod(jnp.array(p["b"].shape[:1]))
+    return (x @ p["a"]) @ (p["b"] - p["b"].sum(0, keepdims=True) * scale)
+
+
+def average_of_an_iteration(p, x):
+    def halve(_, kernel):
+        return kernel - 0.5 * kernel.sum(0, keepdims=True)
+
+    return (x @ p["a"]) @ jax.lax.fori_loop(0, 2, halve, p["b"])
 
 
 def mean_of_the_active(p, x):
@@ -580,12 +678,19 @@ def gates(p, x):
         (layer_norm, r"an operation over all of them \(reduce_sum at "),
         (softmax, r"an operation over all of them \(reduce_max at "),
         (sorted_channels, r"an operation over all of them \(sort at "),
-        (unknown, r"there is no rule for this operation \(fft at "),
+        (unknown, r"there is no rule for this operation \(scatter at "),
+        (fourier_of_channels, r"an operation over all of them \(fft at "),
+        (update_of_some, r"a part of them is replaced \(scatter at "),
+        (share_of_a_segment, r"would be divided by zero \(div at "),
         (output, "they are an output of the network"),
         (product_of_activations, r"a product of activations .*\(dot_general at "),
         (fixed_length, r"an axis of fixed length \(add at "),
         (unit_columns, r"would be divided by zero \(div at "),
         (standardized, r"would be divided by zero \(div at "),
+        (centered_rows, r"a mean, or another multiple of a sum .* \(div at "),
+        (scaled_to_unit_variance, r"a mean, or another multiple .* \(div at "),
+        (scaled_by_an_array, r"a mean, or another multiple of a sum .* \(mul at "),
+        (average_of_an_iteration, r"a mean, or another multiple .* \(mul at "),
         (mean_of_the_active, r"would be divided by zero \(div at "),
         (cumulative_share, r"would be divided by zero \(div at "),
         (clipped_share, r"would be divided by zero \(div at "),

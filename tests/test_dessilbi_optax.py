@@ -538,3 +538,22 @@ def test_parameters_without_a_gradient_are_left_alone():
     assert updates["bias"] is None
     # -alpha W / nu, because Gamma is zero.
     np.testing.assert_allclose(updates["kernel"], jnp.full((2, 3), -0.05))
+
+
+def test_python_numbers_among_the_parameters():
+    params = {"kernel": jnp.ones((2, 3)), "temperature": 1.0}
+    optimizer = lbi.dessilbi(0.1, 2.0, momentum=0.0, weight_decay=0.5, penalty=L1(9.0))
+    grads = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    # Both decay; the coupling, W / nu, acts on the kernel only.
+    np.testing.assert_allclose(updates["temperature"], -0.1 * 0.5, rtol=1e-6)
+    np.testing.assert_allclose(updates["kernel"], -0.1 * (0.5 + 1 / 2), rtol=1e-6)
+
+
+def test_what_must_be_known_before_tracing_is_named():
+    with pytest.raises(ValueError, match="lam must be a known number"):
+        jax.vmap(lambda lam: L1(lam).prox(jnp.ones(2)))(jnp.ones(3))
+    params = {"kernel": jnp.ones((2, 3))}
+    for read in (lbi.suggest_lambda, lbi.forecast_entries):
+        with pytest.raises(ValueError, match="kernel is traced, but its values must"):
+            jax.jit(lambda p, read=read: read(p, 0.1, 2.0, 10))(params)

@@ -333,6 +333,26 @@ def test_experts_of_ragged_products():
     assert dict(layers) == dict.fromkeys(params, expert)
 
 
+def test_updates_at_an_index():
+    """A kernel with entries at some places, and parameters at some rows of images."""
+
+    def network(p, x):
+        x = x @ jnp.zeros((4, 6)).at[jnp.arange(4), jnp.array([5, 0, 2, 1])].set(p["w"])
+        x = x.at[:, 0].set(p["token"]).at[:, 1].multiply(p["scale"])
+        return x.at[:, 2].add(p["bias"]) @ p["out"]
+
+    params = {
+        "w": shape(4),
+        "token": shape(6),
+        "scale": shape(6),
+        "bias": shape(6),
+        "out": shape(6, 2),
+    }
+    layers = lbi.groups(network, params, shape(2, 3, 4))
+    kinds = ["product", "embedding", "scale", "bias", "product"]
+    assert [layers[path].kind for path in params] == kinds
+
+
 def test_output_axes_are_what_the_outputs_depend_on():
     """An oracle that knows no layouts: entry k of the output axis moves channel k."""
     x = draw(2, 5, 4)
