@@ -254,6 +254,8 @@ def test_largest_by_hand_and_ties_go_to_the_first():
         ([(-1,), (0,)], r"layer 0 has .* 0 to .*, got \(-1,\)"),
         ([(0,), (1, 14)], r"layer 1 has .* 0 to .*, got \(1, 14\)"),
         ([(0, 1, 0), (0,)], r"that layer 0 keeps must differ, got \(0, 1, 0\)"),
+        # A mask of two units has the length and the range of indices.
+        ([(0,), (True, False)], r"layer 1 keeps must be indices, got \(True, False\)"),
     ],
 )
 def test_wrong_choices_are_refused(function, kept, message):

@@ -205,6 +205,11 @@ def _check(kept, sizes, what):
             f"{len(kept)}."
         )
     for layer, (index, size) in enumerate(zip(kept, sizes, strict=True)):
+        if len(index) and np.asarray(index).dtype.kind not in "iu":
+            raise ValueError(
+                f"the {what} that layer {layer} keeps must be indices, got "
+                f"{tuple(index)}."
+            )
         if not len(index) or min(index) < 0 or max(index) >= size:
             raise ValueError(
                 f"layer {layer} has {what} 0 to {size - 1} and must keep at least one "

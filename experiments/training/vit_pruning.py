@@ -275,7 +275,9 @@ def _by_structure(problem, ratio, scores, seed):
             count = max(schedules.keep_counts([ratio], len(score))[0], 1)
             [kept] = slicing.largest([score], [count])
             counts[name].append(count)
-            keep[kernel.format(layer)] = np.isin(np.arange(len(score)), kept)
+            # The only head of a layer is no axis of channels.
+            if count < len(score):
+                keep[kernel.format(layer)] = np.isin(np.arange(len(score)), kept)
     smaller = model.clone(
         num_heads=one_or_each(counts["heads_lbi"]),
         mlp_dim=one_or_each(counts["neurons_lbi"]),
