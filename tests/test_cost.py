@@ -271,6 +271,8 @@ def test_what_does_not_fit_is_refused():
         cost.count(model, 30)
     with pytest.raises(ValueError, match="33x33 .* multiples of 4"):
         cost.count_params(model, 33)
+    with pytest.raises(ValueError, match=r"must be of whole numbers, got \(32.0, 32\)"):
+        cost.count(model, (32.0, 32))
     with pytest.raises(ValueError, match="gelu must be one of tanh, erf; got 'relu'"):
         cost.count(model.clone(gelu="relu"), 32)
     with pytest.raises(

@@ -130,6 +130,13 @@ def is_grid(number: int, grid: tuple[int, int] | None) -> bool:
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Both sides of a size, which may be one number, as Python's, which never wrap."""
+    """Both sides of a size, which may be one number, as Python's, which never wrap.
+
+    Raises:
+      ValueError: if they are not whole numbers.
+    """
     sides = (size, size) if np.ndim(size) == 0 else size
-    return tuple(operator.index(side) for side in sides)
+    try:
+        return tuple(operator.index(side) for side in sides)
+    except TypeError:
+        raise ValueError(f"a size must be of whole numbers, got {size!r}.") from None
