@@ -422,6 +422,7 @@ def test_equinox_under_vmap():
 # Our Vision Transformer: the same as vit.slicing, which knows its layers by name.
 
 
+@pytest.mark.slow
 def test_heads_and_neurons_of_vit_are_those_of_slicing():
     model = vit.make("cifar_128", num_classes=3, patch_size=4, num_layers=1, mlp_dim=12)
     images = draw(2, 8, 8, 3)

@@ -301,6 +301,7 @@ def test_small_images_are_enlarged_and_padded():
     np.testing.assert_array_equal(enlarged[0, ..., 0], expected)
 
 
+@pytest.mark.slow
 def test_recalibration_gives_the_statistics_of_the_data():
     config = train_config(
         image_size=32,

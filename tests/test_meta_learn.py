@@ -133,6 +133,7 @@ def test_rates_that_are_not_learned_stay_but_for_their_bounds():
     np.testing.assert_array_equal(after, np.clip(before, 0.25, 0.3))
 
 
+@pytest.mark.slow
 def test_options_of_the_outer_loop_run():
     config = small_config(
         optimizer__name="adamw",

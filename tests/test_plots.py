@@ -655,6 +655,7 @@ def test_a_run_without_arrays_draws_what_it_can(tmp_path, capsys):
     assert title == "meta_learn tiny, digits, seeds 3, 4, 4 steps"
 
 
+@pytest.mark.slow
 def test_a_run_with_arrays_draws_everything(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {
@@ -756,6 +757,7 @@ def test_prune_vit_is_rebuilt_from_its_summary(tmp_path):
     assert drawn(tmp_path) == {"accuracy_and_cost", "speed"}
 
 
+@pytest.mark.slow
 def test_probe_landscape_is_rebuilt_from_its_logs(tmp_path):
     config = {
         "experiment": "probe_landscape",
