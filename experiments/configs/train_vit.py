@@ -9,7 +9,8 @@ Variants:
   cifar10_cpu: 7 layers of width 128 from scratch on CIFAR-10, 4x4 patches after two
     convolutions, 64 epochs; 88 % in 107 minutes on two cores
     (results/train_vit_cifar10_cpu).
-  cifar10_cpu_long: the same network for 84 epochs, with RandAugment to the end.
+  cifar10_cpu_long: the same network for 84 epochs, with RandAugment to the end; 89.98 %
+    in 153 minutes on two cores (results/train_vit_cifar10_cpu_long).
   cifar10: 9 layers of width 192 from scratch on CIFAR-10, 4x4 patches, 300 epochs. It
     needs a GPU; results/ has no run of it.
   finetune_b16: ViT-B/16 from config.checkpoint, fine-tuned on CIFAR-10 at 224 pixels
