@@ -25,6 +25,12 @@ def _highest_precision():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _own_numbers(monkeypatch):
+    """The numbers of a test do not depend on the tests before it."""
+    monkeypatch.setitem(globals(), "NUMBERS", np.random.default_rng(0))
+
+
 def draw(*shape):
     return jnp.asarray(NUMBERS.normal(0, 0.5, shape), jnp.float32)
 
