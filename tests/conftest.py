@@ -32,6 +32,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_enable_compilation_cache", False)
@@ -50,6 +51,14 @@ def pytest_collection_modifyitems(items):
             numbers[name] += 1
             if numbers[name] > mark.args[0]:
                 item.add_marker("slow")
+
+
+@pytest.fixture(autouse=True)
+def _own_numbers(request, monkeypatch):
+    """What a test draws from a generator of its module does not depend on others."""
+    for name, value in vars(request.module).items():
+        if isinstance(value, np.random.Generator):
+            monkeypatch.setattr(request.module, name, np.random.default_rng(0))
 
 
 def pytest_collection_finish():

@@ -25,12 +25,6 @@ def _highest_precision():
         yield
 
 
-@pytest.fixture(autouse=True)
-def _own_numbers(monkeypatch):
-    """The numbers of a test do not depend on the tests before it."""
-    monkeypatch.setitem(globals(), "NUMBERS", np.random.default_rng(0))
-
-
 def draw(*shape):
     return jnp.asarray(NUMBERS.normal(0, 0.5, shape), jnp.float32)
 
@@ -428,7 +422,6 @@ def test_equinox_under_vmap():
 # Our Vision Transformer: the same as vit.slicing, which knows its layers by name.
 
 
-@pytest.mark.slow
 def test_heads_and_neurons_of_vit_are_those_of_slicing():
     model = vit.make("cifar_128", num_classes=3, patch_size=4, num_layers=1, mlp_dim=12)
     images = draw(2, 8, 8, 3)

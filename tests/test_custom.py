@@ -406,7 +406,10 @@ def test_a_file_is_executed_as_a_module_of_its_folder(tmp_path):
 
 def test_the_digest_covers_what_a_file_imports_from_its_folder(tmp_path):
     files = {
-        "mine.py": "def make():\n    import parts_of_mine.first\n    import jax\n",
+        "mine.py": "def make():\n    import parts_of_mine.first\n    import jax\n"
+        "    from no_package import leaf, broken\n",
+        "no_package/leaf.py": "import mine\n",
+        "no_package/broken.py": "def (\n",
         "parts_of_mine/__init__.py": "",
         "parts_of_mine/first.py": "from . import second\n",
         "parts_of_mine/second.py": "",
@@ -421,7 +424,7 @@ def test_the_digest_covers_what_a_file_imports_from_its_folder(tmp_path):
     for name in files:
         (tmp_path / name).write_text(files[name] + "\n# changed\n")
         found.append(custom.digest(chosen))
-    assert len(set(found[:-1])) == 5 and found[-1] == found[-2]
+    assert len(set(found[:-1])) == 7 and found[-1] == found[-2]
     (tmp_path / "alone.py").write_text("import jax\n")
     alone = hashlib.sha256(b"import jax\n").hexdigest()
     assert custom.digest(f"{tmp_path}/alone.py:make") == alone

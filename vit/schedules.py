@@ -299,7 +299,10 @@ def released_code(
         semantics="zero",
         mode=mode,
         keep_cls=False,
-        resets=(num_layers - num_layers // 2,) * (double_counter and num_layers > 1),
+        # A single layer has no second half.
+        resets=(num_layers - num_layers // 2,)
+        if double_counter and num_layers > 1
+        else (),
         stale_threshold=stale_threshold,
     )
 

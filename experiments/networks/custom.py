@@ -20,12 +20,12 @@ training and in training alone, and no other state.
 The file is executed as a module, and it can import other files of its folder.
 """
 
+import ast
 import contextlib
 import functools
 import hashlib
 import importlib.util
 import inspect
-import modulefinder
 import re
 import sys
 import traceback
@@ -112,16 +112,42 @@ def _execute(path):
 def digest(chosen: str) -> str:
     """Digest of the file in "PATH.py:FUNCTION" and of what it imports from its folder.
 
-    Imports inside functions, and those of the imported files, count too.
+    Imports inside functions, and those of the imported files, count too. They are read
+    off the source, so they do not depend on what was imported before.
     """
     path = Path(chosen.rpartition(":")[0]).resolve()
-    finder = modulefinder.ModuleFinder([str(path.parent)])
-    finder.run_script(str(path))
-    imported = {module.__file__ for module in finder.modules.values()}
+    sources = [path]
+    for source in sources:  # grows
+        for file in _imported(source, path.parent):
+            if file not in sources:
+                sources.append(file)
     found = hashlib.sha256(path.read_bytes())
-    for name in sorted(imported - {str(path), None}):
-        found.update(Path(name).read_bytes())
+    for source in sorted(sources[1:]):
+        found.update(source.read_bytes())
     return found.hexdigest()
+
+
+def _imported(source, folder):
+    """Files below `folder` that a source file imports; a package has several."""
+    try:
+        nodes = list(ast.walk(ast.parse(source.read_bytes())))
+    except (SyntaxError, ValueError):  # whoever imports it must expect that
+        return
+    for node in nodes:
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        place, names = folder, [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                place = source.parents[min(node.level, len(source.parents)) - 1]
+            names = [f"{node.module or ''}.{name}".lstrip(".") for name in names]
+        for name in names:
+            parts = name.split(".")
+            for number in range(1, len(parts) + 1):
+                module = place.joinpath(*parts[:number])
+                for file in (Path(f"{module}.py"), module / "__init__.py"):
+                    if file.is_file():
+                        yield file
 
 
 def load_network(
