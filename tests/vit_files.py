@@ -7,6 +7,7 @@ TORCH.
 
 import math
 
+import jax
 import numpy as np
 import safetensors.numpy
 from flax import traverse_util
@@ -328,3 +329,17 @@ def load(path, layout, net, **kwargs):
 
 def flat(params):
     return traverse_util.flatten_dict(params, sep="/")
+
+
+def random(*shape):
+    return np.random.default_rng(5).normal(size=shape).astype(np.float32)
+
+
+def apply(model, params, images):
+    run = jax.jit(
+        lambda params: model.apply({"params": params}, images),
+        # It runs once: compiling faster counts for more than running faster.
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(run(params))
