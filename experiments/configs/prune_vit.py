@@ -189,6 +189,18 @@ _STORY = {
     "tuning.training.augment.flip": False,
     "tuning.training.log_every": 11,
 }
+_CIFAR10_CPU = {
+    "checkpoint": "runs/train_vit/cifar10_cpu_long/model.npz",
+    "timing.batch_sizes": (),  # speed_cifar10_cpu measures the speed
+    "timing.gradient_batch_size": 0,
+}
+_CIFAR10_CPU_TUNING = {
+    "tuning.teacher_weight": 0.5,
+    "tuning.training.augment.magnitude": 0.5,
+    "tuning.training.augment.num_ops": 2,
+    "tuning.training.optimizer.learning_rate": 0.0005,
+    "tuning.training.optimizer.warmup_steps": 40,
+}
 VARIANTS = {
     "digits": {
         "dataset.name": "digits",
@@ -227,9 +239,9 @@ VARIANTS = {
         "timing.num_rounds": 2,
         "tuning.num_epochs": 1,
     },
-    "cifar10_cpu": {"checkpoint": "runs/train_vit/cifar10_cpu/model.npz"},
-    "cifar10_cpu_segments": {
-        "checkpoint": "runs/train_vit/cifar10_cpu/model.npz",
+    "cifar10_cpu": _CIFAR10_CPU | _CIFAR10_CPU_TUNING,
+    "cifar10_cpu_segments": _CIFAR10_CPU
+    | {
         "methods": settings.Open(
             {
                 f"{prefix}segment_{number}": (0.333,)
@@ -237,32 +249,25 @@ VARIANTS = {
                 for number in (1, 2, 3)
             }
         ),
-        "timing.batch_sizes": (),
-        "timing.gradient_batch_size": 0,
         "tuning.num_epochs": 0,
     },
-    "cifar10_cpu_heads": {
-        "checkpoint": "runs/train_vit/cifar10_cpu/model.npz",
+    "cifar10_cpu_heads": _CIFAR10_CPU
+    | {
         "methods": settings.Open(
             dict.fromkeys(
                 ("heads", "heads_lbi", "heads_random", "heads_search"), (0.25, 0.5)
             )
         ),
-        "timing.batch_sizes": (),
-        "timing.gradient_batch_size": 0,
         "tuning.num_epochs": 0,
     },
-    "cifar10_cpu_tuned": {
-        "checkpoint": "runs/train_vit/cifar10_cpu/model.npz",
-        "methods": {"max": (0.4,), "random": (0.4,), "resolution": (0.4,)},
-        "timing.methods": (),
-        "tuning.methods.max": (0.4,),
+    "cifar10_cpu_tuned": _CIFAR10_CPU
+    | _CIFAR10_CPU_TUNING
+    | {
+        "seeds": (0, 1, 2),
+        # Merging saves a little more than the cascade: 30.9 against 27.9 %.
+        "methods": settings.Open(max=(0.4,), merge=(0.44,)),
+        "tuning.methods": settings.Open(dense=(0.0,), max=(0.4,), merge=(0.44,)),
         "tuning.num_epochs": 4,
-        "tuning.teacher_weight": 0.5,
-        "tuning.training.augment.magnitude": 0.5,
-        "tuning.training.augment.num_ops": 2,
-        "tuning.training.optimizer.learning_rate": 0.0005,
-        "tuning.training.optimizer.warmup_steps": 40,
     },
     "cifar10": {
         "checkpoint": "runs/train_vit/cifar10/model.npz",
@@ -302,7 +307,7 @@ VARIANTS = {
         "tuning.num_epochs": 0,
     },
     "speed_cifar10_cpu": {
-        "checkpoint": "runs/train_vit/cifar10_cpu/model.npz",
+        "checkpoint": "runs/train_vit/cifar10_cpu_long/model.npz",
         "methods": {
             "evit": (0.2, 0.3, 0.4, 0.6),
             "heads": (0.25, 0.5),
