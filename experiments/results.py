@@ -19,8 +19,9 @@ In the other documents a number is a marker, `<!--= FOLDER KEY FORMAT -->value<!
   seconds to minutes, `M` millions.
 
 How a number was made is a marker `<!--= FOLDER @COLUMN -->value<!--/-->`. COLUMN is
-`command`, `seeds`, `time`, `machine`, `commit` or `evidence`; `row` is all six as the
-cells of a table.
+`run`, `command`, `seeds`, `time`, `machine`, `commit` or `evidence`. The marker
+`<!--= section @runs -->` holds a table of them, with a row for each folder that the
+markers of the section, or those since the last such table, name.
 """
 
 import argparse

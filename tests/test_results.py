@@ -195,12 +195,25 @@ def test_columns_say_how_a_number_was_made(tmp_path):
     command += " --config.dataset.data_dir=/data --config.model.dtype=bfloat16"
     environment["command"] = command
     config = {"experiment": "meta_learn", "variant": "mnist", "seeds": [0, 1]}
-    make_run(tmp_path, "run", {"seconds": 90.0}, **config)
-    (tmp_path / "results/run/environment.json").write_text(json.dumps(environment))
-    row = "`meta_learn`, `mnist`, `model.derivative_dtype=bfloat16` | 2 | 1.5 min | "
-    row += "2 CPU cores, x86_64, JAX 0.1 | `abc` | `results/run`"
-    text = "<!--= run @row -->{}<!--/--> <!--= run @seeds -->{}<!--/-->"
-    assert evidence.fill(text.format("`x` |", 1), tmp_path) == text.format(row, 2)
+    for name in ("run", "other"):
+        make_run(tmp_path, name, {"seconds": 90.0}, **config)
+        folder = tmp_path / "results" / name
+        (folder / "environment.json").write_text(json.dumps(environment))
+    (tmp_path / "results/published").symlink_to(ROOT / "results/published")
+    row = "| `run` | `meta_learn`, `mnist`, `model.derivative_dtype=bfloat16` | 2 | "
+    row += "1.5 min | 2 CPU cores, x86_64, JAX 0.1 | `abc` |"
+    table = f"""
+| run | command | seeds | time | machine | commit |
+| --- | --- | --- | --- | --- | --- |
+{row}
+"""
+    # Each run once; those of another section, and published numbers, are not listed.
+    text = "<!--= other @run -->`other`<!--/-->\n## A section\n"
+    text += "<!--= run @run -->{}<!--/--> <!--= run @seeds -->{}<!--/-->"
+    text += "<!--= published table_1.100 d -->16<!--/-->"
+    text += "<!--= section @runs -->{}<!--/-->"
+    filled = evidence.fill(text.format("`x`", 1, ""), tmp_path)
+    assert filled == text.format("`run`", 2, table)
 
 
 def test_times_until_a_level_and_sums_over_folders(tmp_path):
@@ -224,8 +237,8 @@ def test_a_variant_without_a_folder_is_not_run_yet(tmp_path):
     (tmp_path / "results").mkdir()
     folder = tmp_path / "results" / "fit_image_report"
     assert evidence.render(folder, "32x32_psnr.0", ".2f") == "not run yet"
-    row = evidence.render(folder, "@row")
-    assert row.split("|")[0] == "`fit_image`, `report` "
+    assert evidence.render(folder, "@command") == "`fit_image`, `report`"
+    assert evidence.render(folder, "@run") == "`fit_image_report`"
 
 
 def differences(name):
@@ -296,6 +309,14 @@ def test_upgrade_renames_adds_and_removes():
     assert upgrade(old | {"exact_steps": 5})["exact_steps"] == 5
     assert upgrade_override("meta_learn", "seed", 1) == ("seeds", [1])
     assert upgrade(new) == new
+    # Fields may be renamed inside of stages too, and in a command.
+    stages = [[0.5, {"patch_dropout": 1.0, "augment.flip": False}]]
+    old = {"experiment": "train_vit", "patch_dropout": 0.5, "stages": stages}
+    new = upgrade(old)
+    assert new["patch_keep_rate"] == 0.5 and "patch_dropout" not in new
+    assert new["stages"] == [[0.5, {"patch_keep_rate": 1.0, "augment.flip": False}]]
+    override = upgrade_override("train_vit", "stages", "((0.5, {'patch_dropout': 1}),)")
+    assert override == ("stages", "((0.5, {'patch_keep_rate': 1}),)")
 
 
 DRAWN = {

@@ -35,8 +35,8 @@ def train_config(**changes):
     config.num_train, config.num_test, config.batch_size = 128, 40, 32
     config.log_every, config.checkpoint_every = 2, 4
     config.model.update(num_layers=2, hidden_size=16, num_heads=4, mlp_dim=12)
-    config.patch_dropout = 0.5
-    config.stages = ((0.5, {"patch_dropout": 1.0}),)
+    config.patch_keep_rate = 0.5
+    config.stages = ((0.5, {"patch_keep_rate": 1.0}),)
     config.update(changes)
     return config
 
@@ -129,7 +129,7 @@ def test_resumed_training_ends_like_an_uninterrupted_one(
 def test_first_steps_against_a_plain_loop(tmp_path):
     """Loss, weights and their average, without anything random in the model."""
     config = train_config(average_decay=0.05)
-    config.patch_dropout, config.stages = 1.0, ()
+    config.patch_keep_rate, config.stages = 1.0, ()
     config.augment.crop_padding = 0
     config.optimizer.warmup_steps = 0
     images = vit_training.load_images(config)
@@ -178,7 +178,7 @@ def test_first_steps_against_a_plain_loop(tmp_path):
 def teach(weight, method, ratio):
     """A step of SGD of a pruned network, whose teacher is the whole one."""
     config = train_config()
-    config.patch_dropout, config.stages = 1.0, ()
+    config.patch_keep_rate, config.stages = 1.0, ()
     config.augment.crop_padding = 0
     images = vit_training.load_images(config)
     dense = train_vit.make_problem(config, images)
@@ -222,15 +222,15 @@ def test_teacher_sees_the_whole_image_and_shares_the_targets_with_the_labels():
 def test_stages_add_up_and_leave_the_config_alone():
     config = train_config()
     config.stages = (
-        (0.2, {"patch_dropout": 0.75, "augment.num_ops": 3}),
-        (0.8, {"patch_dropout": 1.0, "augment.flip": True}),
+        (0.2, {"patch_keep_rate": 0.75, "augment.num_ops": 3}),
+        (0.8, {"patch_keep_rate": 1.0, "augment.flip": True}),
     )
     vit_training.check_stages(config, train_configs.RULES)
     settings = [loop.in_stage(config, stage) for stage in range(3)]
-    assert [s.patch_dropout for s in settings] == [0.5, 0.75, 1.0]
+    assert [s.patch_keep_rate for s in settings] == [0.5, 0.75, 1.0]
     assert [s.augment.num_ops for s in settings] == [0, 3, 3]
     assert [s.augment.flip for s in settings] == [False, False, True]
-    assert config.patch_dropout == 0.5 and config.augment.num_ops == 0
+    assert config.patch_keep_rate == 0.5 and config.augment.num_ops == 0
 
 
 def test_patch_dropout_takes_other_patches_every_step():
@@ -714,8 +714,11 @@ def test_ratios_that_a_network_cannot_have_are_refused(methods, num_layers, mess
         ({"model": {"hiden": 3}}, "model: .*hiden"),
         ({"model": {"patch_size": 3}}, "do not divide into patches"),
         ({"normalization": "none"}, "normalization must be one of dataset, google"),
-        ({"patch_dropout": 0.0}, r"must be in \(0, 1\], got 0.0"),
-        ({"stages": ((0.5, {"patch_dropout": 2}),)}, r"stages\[0\]: .*\(0, 1\], got 2"),
+        ({"patch_keep_rate": 0.0}, r"must be in \(0, 1\], got 0.0"),
+        (
+            {"stages": ((0.5, {"patch_keep_rate": 2}),)},
+            r"stages\[0\]: .*\(0, 1\], got 2",
+        ),
         ({"stages": ((1.0, {}),)}, r"shares of the epochs in \[0, 1\)"),
         ({"stages": ((0.5, {}), (0.2, {}))}, "rising shares"),
         ({"stages": ((0.5, {"seed": 1}),)}, "stages can change .*, not seed"),

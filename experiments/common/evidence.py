@@ -22,7 +22,8 @@ MARKER = re.compile(r"<!--= (\S+) (\S+)(?: (\S+))? -->(.*?)<!--/-->", re.S)
 NOT_RUN = "not run yet"
 # The columns that say how the numbers of a folder were made.
 ORIGIN = ("command", "seeds", "time", "machine", "commit", "evidence")
-_CODE_OR_MARKER = re.compile(rf"^```.*?^```|`[^`\n]*`|{MARKER.pattern}", re.S | re.M)
+_HEADING = "## "
+_PARTS = re.compile(rf"^```.*?^```|`[^`\n]*`|^{_HEADING}|{MARKER.pattern}", re.S | re.M)
 # seconds_until(METRIC,LEVEL): a number of metrics.jsonl, not of summary.json.
 _UNTIL = re.compile(r"seconds_until\((\w+),([\d.]+)\)")
 _SCALES = {"%": 100.0, "min": 1 / 60, "M": 1e-6, "": 1.0}
@@ -140,8 +141,7 @@ def render(folder: Path, key: str, form: str | None = None) -> str:
       ValueError: if the folder, the key or the format does not exist.
     """
     if key.startswith("@"):
-        columns = provenance(folder)
-        columns["row"] = " | ".join(columns.values())
+        columns = provenance(folder) | {"run": f"`{folder.name}`"}
         if form or key[1:] not in columns:
             names = ", ".join(f"@{name}" for name in columns)
             raise ValueError(f"{key!r} must be one of {names}, without a format.")
@@ -163,15 +163,34 @@ def render(folder: Path, key: str, form: str | None = None) -> str:
 
 def fill(text: str, root: Path = ROOT) -> str:
     """Rewrites every marker outside of code."""
+    above = {}  # the folders since the heading or the last list of runs, in order
 
     def replace(match):
         name, key, form, value = match.groups()
-        if not name:  # code
+        if not name:  # a heading or code
+            if match[0] == _HEADING:
+                above.clear()
             return match[0]
         opening = match[0].removesuffix(f"{value}<!--/-->")
+        if key == "@runs":
+            folders = [root / "results" / name for name in above]
+            above.clear()
+            return f"{opening}\n{_list_runs(folders)}\n<!--/-->"
+        if name != "published":
+            above[name] = True
         return f"{opening}{render(root / 'results' / name, key, form)}<!--/-->"
 
-    return _CODE_OR_MARKER.sub(replace, text)
+    return _PARTS.sub(replace, text)
+
+
+def _list_runs(folders):
+    """A Markdown table of how the numbers of each folder were made."""
+    columns = [name for name in ORIGIN if name != "evidence"]
+    rows = [("run", *columns), ("---",) * (1 + len(columns))]
+    for folder in folders:
+        origin = provenance(folder)
+        rows.append((f"`{folder.name}`", *(origin[name] for name in columns)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _planned(folder):

@@ -7,6 +7,7 @@ are dotted. A field that is already there keeps its value.
 """
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +28,13 @@ def _constant(schedule):
     return schedule
 
 
+def _rename_in_stages(stages):
+    # An override is text.
+    text = stages if isinstance(stages, str) else json.dumps(stages)
+    text = text.replace("patch_dropout", "patch_keep_rate")
+    return text if isinstance(stages, str) else json.loads(text)
+
+
 def _gradient_batch_size(config):
     """Gradients were timed at the batch of fine-tuning, where there were images."""
     training = config["tuning"]["training"]
@@ -44,12 +52,13 @@ RENAMED: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
     "train_vit": {
         **_SEED,
         **_NORMALIZATION,
-        "patch_dropout": ("patch_dropout", _constant),
+        "patch_dropout": ("patch_keep_rate", _constant),
+        "stages": ("stages", _rename_in_stages),
     },
     "prune_vit": {
         **_SEED,
         **_NORMALIZATION,
-        "tuning.training.patch_dropout": ("tuning.training.patch_dropout", _constant),
+        "tuning.training.patch_dropout": ("tuning.training.patch_keep_rate", _constant),
     },
 }
 

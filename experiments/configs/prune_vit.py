@@ -138,7 +138,7 @@ BASE = {
             "evaluate_every": 1,
             "label_smoothing": 0.1,
             "average_decay": 0.99,
-            "patch_dropout": 1.0,
+            "patch_keep_rate": 1.0,
             "stages": (),
             "augment": {
                 "crop_padding": 4,

@@ -64,11 +64,11 @@ BASE = {
         "cutmix": 1.0,
     },
     "label_smoothing": 0.1,
-    # Share of each image's patches that a training step uses, unless a cascade in the
-    # checkpoint chooses them.
-    "patch_dropout": 1.0,
+    # Share of each image's patches that a training step uses (PatchDropout), unless a
+    # cascade in the checkpoint chooses them.
+    "patch_keep_rate": 1.0,
     # Changes during the training: ((start as a share of the epochs, {field: value}),
-    # ...). Fields are patch_dropout, label_smoothing and those of augment, written as
+    # ...). Fields are patch_keep_rate, label_smoothing and those of augment, written as
     # "augment.num_ops".
     "stages": (),
     "num_epochs": 300,
@@ -130,8 +130,8 @@ _CIFAR10_CPU = {
     # Half of the patches cost half the time. In the last epochs the images are as
     # at test time: all patches, without RandAugment (He et al. 2019, arXiv
     # 1909.09148).
-    "patch_dropout": 0.5,
-    "stages": ((0.85, {"patch_dropout": 1.0, "augment.num_ops": 0}),),
+    "patch_keep_rate": 0.5,
+    "stages": ((0.85, {"patch_keep_rate": 1.0, "augment.num_ops": 0}),),
     "num_epochs": 64,
     "batch_size": 128,
     "log_every": 65,
@@ -167,7 +167,7 @@ VARIANTS = {
     # RandAugment stays to the end, and only the last epochs use all patches.
     "cifar10_cpu_long": _CIFAR10_CPU
     | {
-        "stages": ((0.94, {"patch_dropout": 1.0}),),
+        "stages": ((0.94, {"patch_keep_rate": 1.0}),),
         "num_epochs": 84,
         "evaluate_every": 2,
     },
@@ -205,7 +205,7 @@ TRAINING_RULES = {
     "evaluate_every": settings.whole(1),
     "label_smoothing": settings.within("[0, 1)"),
     "average_decay": settings.within("[0, 1)"),
-    "patch_dropout": settings.within("(0, 1]"),
+    "patch_keep_rate": settings.within("(0, 1]"),
     "augment.crop_padding": settings.whole(0, 2**16),
     "augment.num_ops": settings.whole(0),
     "augment.magnitude": settings.within("[0, 1]"),

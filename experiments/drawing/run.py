@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.common import files
+from experiments.common.upgrade import upgrade
 
 
 class Run(NamedTuple):
@@ -15,7 +16,7 @@ class Run(NamedTuple):
 
     Attributes:
       workdir: the folder.
-      config: `config.json`.
+      config: `config.json`, with the fields of today.
       environment: `environment.json`.
       summary: `summary.json`; empty if the run is not finished.
       metrics: the lines of `metrics.jsonl`.
@@ -48,6 +49,8 @@ def read_run(workdir: Path) -> Run:
     for name in ("config", "environment", "summary"):
         path = workdir / f"{name}.json"
         jsons[name] = files.read_json(path) if path.exists() else {}
+    if isinstance(jsons["config"], dict):
+        jsons["config"] = upgrade(jsons["config"])
     metrics = files.read_metrics(workdir / "metrics.jsonl")
     path = workdir / "arrays.npz"
     arrays = files.read_npz(path) if path.exists() else {}
@@ -80,8 +83,7 @@ def describe(run: Run) -> str:
             parts.append(f"features {config['features']}")
         if config["experiment"] == "prune_vit" and len(parts) == 1:
             parts.append("random weights")
-    seeds = config.get("seeds", config.get("seed"))
-    seeds = seeds if isinstance(seeds, list) else [] if seeds is None else [seeds]
+    seeds = config.get("seeds", [])
     num_runs = run.summary.get("num_runs", 1)
     if num_runs > 1:
         parts.append(f"{num_runs} trained seeds")

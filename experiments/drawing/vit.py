@@ -42,7 +42,7 @@ _WHOLE = {"whole network": 62, "whole network, not fine-tuned": 62}
 _STYLES = {label: number for number, label in enumerate(_METHODS.values())}
 # Fields whose names do not say what the number is.
 _FIELDS = {
-    "patch_dropout": "share of the patches",
+    "patch_keep_rate": "share of the patches",
     "augment.num_ops": "operations of RandAugment",
 }
 

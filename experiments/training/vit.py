@@ -295,7 +295,7 @@ def check_stages(config: ConfigDict, rules: Mapping[str, settings.Rule]) -> None
 
 
 # Fields that only the construction of a step reads.
-_CHANGEABLE = {"patch_dropout", "label_smoothing"} | {
+_CHANGEABLE = {"patch_keep_rate", "label_smoothing"} | {
     f"augment.{name}"
     for name in (
         *("crop_padding", "flip", "num_ops", "magnitude", "min_area"),
@@ -451,7 +451,7 @@ def train(
     @functools.cache
     def update_of(stage):
         settings = loop.in_stage(config, stage)
-        keep = settings.patch_dropout
+        keep = settings.patch_keep_rate
         chosen = f"{100 * keep:.0f} % of the patches"
         if model.cascade is not None:
             chosen = "the patches of the network's cascade"
