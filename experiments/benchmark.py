@@ -5,8 +5,8 @@
 The paths take turns in each round, so that other load on the machine affects all of
 them. Medians over the rounds are reported. Square matrix products also take turns.
 Their best rate is the ceiling of the machine, and the rate of each path is given
-relative to it. With --config.peers programs that do the same work in torch run between
-the rounds: those of experiments/peers, and the others from the folder that is named.
+relative to it. With --config.peer_python, a Python that has torch, the programs of
+experiments/peers that do the same work in torch run between the rounds.
 
 Operations are counted in closed form: two for each multiply-add of a matrix product,
 and none for anything else. XLA's own count is not used, because it counts the body of a
@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from experiments.common import files, launch, runs, settings
 from experiments.configs import benchmark as configs
 from experiments.drawing import figures
-from experiments.timing import functa, hot_path, landscape, lbi, rounds, vit
+from experiments.timing import functa, hot_path, landscape, lbi, peers, rounds, vit
 
 _ROOMS = (hot_path, functa, vit, landscape, lbi)
 _KINDS = {kind: make for room in _ROOMS for kind, make in room.KINDS.items()}
@@ -95,8 +95,8 @@ def _check_paths(config):
     missing = [name for name in rounds.CEILINGS.values() if name not in config.sizes]
     if missing:
         raise ValueError(f"sizes must have {', '.join(missing)}.")
-    if config.peers is not None and not Path(config.peers).is_dir():
-        raise ValueError(f"peers must be a folder, got {config.peers}.")
+    if config.peer_python is not None:
+        peers.check(config.peer_python)
     names = list(dict.fromkeys((*rounds.CEILINGS.values(), *config.paths)))
     for name in names:
         sizes = config.sizes[name]

@@ -1,5 +1,7 @@
 """The benchmark: consistent numbers, and the operation counts of XLA."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +19,10 @@ from functa import flow
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
-FUNCTA = """
-print("torch width=16 depth=3 latent=8 B=4: step 0.002s 2000.0 img/s")
-print("torch width=99 depth=9 latent=9 B=9: step 1.000s 9.0 img/s")
+PEER = """
+import sys
+for name in sys.argv[1:]:
+    print(f"{name}: 0.002s, further numbers")
 """
 
 
@@ -28,16 +31,13 @@ def smoke(tmp_path_factory):
     """A finished run beside a peer that always takes two milliseconds."""
     folder = tmp_path_factory.mktemp("benchmark")
     config = configs.get_config("smoke")
-    config.peers, config.peer_every = str(folder / "peers"), 2
-    write_peers(folder / "peers", FUNCTA)
-    summary = benchmark.train_and_evaluate(config, folder / "run")
+    config.peer_python, config.peer_every = sys.executable, 2
+    (folder / "torch_functa.py").write_text(PEER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "FOLDER", folder)
+        patch.setattr(peers, "check", lambda python: None)
+        summary = benchmark.train_and_evaluate(config, folder / "run")
     return config, folder / "run", summary
-
-
-def write_peers(folder, functa, vgg=""):
-    folder.mkdir()
-    (folder / "torch_functa.py").write_text(functa)
-    (folder / "torch_vgg.py").write_text(vgg)
 
 
 @pytest.mark.slow
@@ -203,35 +203,18 @@ def test_dessilbi_is_compared_with_the_optimizer_that_it_extends():
     assert sizes.vgg_dessilbi_adam.reference == "vgg_adam"
 
 
-def test_peers_are_read():
-    text = "torch 9.99 torch 0.5 torch 0.25 torch 0.5 "
-    assert peers.read_torch_vgg(text) == {"B=128": 256}
-    assert peers.read_torch_vgg("torch 9.99") == {}
-    text = "torch width=128 depth=5 channels=16 patches=1024: step 0.5000s\n"
-    text += "torch trace width=6 depth=2 B=20: 0.5000s, 2.1\n"
-    assert peers.read_steps(text) == {
-        "width=128 depth=5 channels=16 patches=1024": 2048,
-        "trace width=6 depth=2 B=20": 40,
-    }
-    assert peers.read_steps("torch 2.1") == {}
-
-
 @pytest.mark.parametrize(
-    ("functa", "message"),
+    ("program", "message"),
     [
-        ("print('hello')", "output of .*torch_functa.py contains no times"),
-        ("import no_torch", "torch_functa.py failed under .*: ModuleNotFoundError: No"),
+        ("print('hello')", "output of .*peer.py has no time of 'width=3 B=4'"),
+        ("import no_torch", "peer_python .* failed with .*peer.py: ModuleNotFoundErr"),
     ],
 )
-def test_a_peer_that_cannot_be_used_is_named(tmp_path, functa, message):
-    config = configs.get_config("smoke")
-    config.peers = str(tmp_path / "peers")
-    write_peers(tmp_path / "peers", functa)
+def test_a_peer_that_cannot_be_used_is_named(tmp_path, program, message, monkeypatch):
+    monkeypatch.setattr(peers, "FOLDER", tmp_path)
+    (tmp_path / "peer.py").write_text(program)
     with pytest.raises(ValueError, match=message):
-        peers.run_peer(config, "torch_functa.py")
-    config.peer_python = str(tmp_path / "python")
-    with pytest.raises(ValueError, match="peer_python .* cannot be run"):
-        peers.run_peer(config, "torch_functa.py")
+        peers.run_peer(sys.executable, "peer.py", ["width=3 B=4"])
 
 
 @pytest.mark.parametrize(
@@ -244,7 +227,7 @@ def test_a_peer_that_cannot_be_used_is_named(tmp_path, functa, message):
         ("paths", ("mota",), "must be some of .*meta"),
         ("paths", (), "must be some of"),
         ("sizes.product_float32.sise", 3, "float32: .* unexpected keyword .*'sise'"),
-        ("peers", "nowhere", "peers must be a folder, got nowhere"),
+        ("peer_python", "nowhere", "peer_python nowhere cannot be run"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, path, value, message):

@@ -116,9 +116,11 @@ ADDED_TO_DATASET = ("image_size", "train_split", "test_split")
 # command: {field: the value with which a run means the same without the field}.
 REMOVED: dict[str, dict[str, Any]] = {
     "meta_learn": {"exact_steps": 0},
+    # The torch programs were in a folder of the user's.
+    "benchmark": {"tensorboard": False, "peers": None},
     # Nothing read it in commands that train nothing, or only in inner runs.
     **dict.fromkeys(
-        ("benchmark", "latent_controls", "prune_vit", "scaling", "stress"),
+        ("latent_controls", "prune_vit", "scaling", "stress"),
         {"tensorboard": False},
     ),
 }

@@ -22,7 +22,7 @@ Variants:
   spatial: encoding of 32 images into grids of 8x8 latents, with and without neighboring
     cells, and a training step of the ConvNeXt on 32 grids (results/benchmark_spatial).
   curvature: eigenvalues, trace and density of the Hessian of an MLP; with
-    --config.peers=experiments/peers those of PyHessian too; two minutes.
+    --config.peer_python those of PyHessian too; two minutes.
   paper: the meta-step at the size of the paper, with each sine and dtype. It needs a
     GPU; results/ has no run of it.
   vit_b16: ViT-B/16 at 224 pixels in bfloat16, dense and with CP-ViT's cascade at 0.3
@@ -305,11 +305,9 @@ BASE = {
     # ends after a complete call.
     "num_rounds": 7,
     "seconds_per_turn": 0.2,
-    # A folder with the programs in torch that experiments/peers does not hold:
-    # torch_functa.py and torch_vgg.py. The Python `peer_python`, which has torch, runs
-    # all of them at the start of every `peer_every` rounds; None is the Python of this
-    # process.
-    "peers": settings.Optional(str),
+    # A Python that has torch, and PyHessian for curvature. It runs the programs of
+    # experiments/peers that do the same work as a path, at the start of every
+    # `peer_every` rounds; None leaves them out.
     "peer_python": settings.Optional(str),
     "peer_every": 3,
     # sizes: name -> {"kind": one of the KINDS in experiments/timing, and its keywords}.

@@ -1,6 +1,6 @@
 """Curvature of an MLP with PyHessian: eigenvalues and trace; prints its speed.
 
-    python experiments/peers/pyhessian_curvature.py
+    python experiments/peers/pyhessian_curvature.py "trace width=128 depth=3 B=512"
 
 It needs torch and PyHessian (Yao et al. 2020, arXiv 1912.07145; pip install pyhessian).
 `experiments.benchmark` measures `landscape.curvature` on the same weights and the same
@@ -15,11 +15,11 @@ PyHessian 0.1 estimates the density with torch.eig, which torch no longer has.
 Axes: B images, N inputs, W width, K classes.
 """
 
+import sys
 import time
 
 import numpy as np
 
-SIZES = {"width": 128, "depth": 3, "batch_size": 512}
 # The number of eigenvalues and their relative residual.
 EIGENVALUES = {"num": 5, "tolerance": 1e-2}
 # The number of random vectors.
@@ -96,18 +96,23 @@ def estimate_trace(weights, inputs, labels, *, num):
     return seconds, samples.mean(), samples.std(ddof=1) / np.sqrt(len(samples))
 
 
-def measure(*, num_repeats=3):
-    """Prints the median times."""
-    problem = make_problem(**SIZES)
-    name = "width={width} depth={depth} B={batch_size}".format(**SIZES)
-    for kind, function, options in (
-        ("eigenvalues", find_eigenvalues, EIGENVALUES),
-        ("trace", estimate_trace, TRACE),
-    ):
-        runs = [function(*problem, **options) for _ in range(1 + num_repeats)]
-        seconds = sorted(run[0] for run in runs[1:])[num_repeats // 2]
-        print(f"torch {kind} {name}: {seconds:.4f}s, {np.round(runs[-1][1], 4)}")
+MEASURES = {
+    "eigenvalues": (find_eigenvalues, EIGENVALUES),
+    "trace": (estimate_trace, TRACE),
+}
+
+
+def measure(name, *, num_repeats=3):
+    """Prints the median time of the measure, at the sizes in the name."""
+    kind, *sizes = name.split()
+    width, depth, batch_size = (int(part.split("=")[1]) for part in sizes)
+    problem = make_problem(width=width, depth=depth, batch_size=batch_size)
+    function, options = MEASURES[kind]
+    runs = [function(*problem, **options) for _ in range(1 + num_repeats)]
+    seconds = sorted(run[0] for run in runs[1:])[num_repeats // 2]
+    print(f"{name}: {seconds:.4f}s, {np.round(runs[-1][1], 4)}")
 
 
 if __name__ == "__main__":
-    measure()
+    for name in sys.argv[1:]:
+        measure(name)

@@ -109,13 +109,8 @@ def _meta_step(
     targets = np.float32(images).reshape(batch_size, -1, channels) / 255  # (B, N, C)
     width, depth, latent_dim = model["width"], model["depth"], model["latent_dim"]
     key = jax.random.key(config.seeds[0])
-    name = f"width={width} depth={depth}"
-    # The peers have RGB images and three inner steps: whole images, or patches of 4x4
-    # pixels, the cells of a latent grid.
-    peers = {
-        32: ("torch_functa.py", f"{name} latent={latent_dim} B={batch_size}"),
-        4: ("torch_spatial.py", f"{name} channels={latent_dim} patches={batch_size}"),
-    }
+    name = f"width={width} depth={depth} latent={latent_dim} side={image_size} "
+    name += f"B={batch_size}"
     multiply_adds = _count_network(network, len(coords))
     return HotPath(
         step,
@@ -125,7 +120,8 @@ def _meta_step(
         units=batch_size,
         flops=2 * multiply_adds * count_meta_passes(num_steps, batch_size),
         dtype=dtype,
-        peer=peers.get(image_size) if (channels, num_steps) == (3, 3) else None,
+        # The peer has RGB images and three inner steps.
+        peer=("torch_functa.py", name) if (channels, num_steps) == (3, 3) else None,
     )
 
 

@@ -40,7 +40,7 @@ def _train(*, variant, method, batch_size, num_steps):
         sum(x.nbytes for x in jax.tree.leaves(tree))
         for tree in (state.opt_state, state.params)
     ]
-    is_peers = method == "sgd" and variant == "cifar10" and batch_size == 128
+    is_peers = method == "sgd" and variant == "cifar10"
     return HotPath(
         lambda state: (update(state, 0, num_steps), ()),
         devices.replicate(state),
@@ -49,7 +49,7 @@ def _train(*, variant, method, batch_size, num_steps):
         units=batch_size,
         flops=count_gradient(model, variables, images.train[0][:batch_size]),
         num_steps=num_steps,
-        peer=("torch_vgg.py", "B=128") if is_peers else None,
+        peer=("torch_vgg.py", f"B={batch_size}") if is_peers else None,
         further={"state_over_params": sizes[0] / sizes[1]},
     )
 

@@ -27,15 +27,13 @@ def measure(
       of each dtype.
     """
     config = run.config
-    paths, compiled, table, programs = {}, {}, {}, set()
+    paths, compiled, table = {}, {}, {}
     with _nothing_kept():
         for name, path in named_paths:
             paths[name] = path
-            if config.peers is not None and path.peer:
-                programs.add(peers.find_peer(config, path.peer[0]).name)
             run.say(f"compiling {name} ...")
             compiled[name], table[name] = _compile(path)
-        times, peer_rates = _take_turns(run, paths, compiled, sorted(programs))
+        times, peer_rates = _take_turns(run, paths, compiled)
     ceilings = {
         dtype: paths[name].flops / min(times[name]) for dtype, name in CEILINGS.items()
     }
@@ -91,7 +89,7 @@ def _compile(path):
     return compiled, {"compile_seconds": seconds, "mebibytes": num_bytes / 2**20}
 
 
-def _take_turns(run, paths, compiled, programs):
+def _take_turns(run, paths, compiled):
     """Per round: seconds per step of each path, items per second of each peer."""
     config = run.config
     states = {name: path.state for name, path in paths.items()}
@@ -108,13 +106,18 @@ def _take_turns(run, paths, compiled, programs):
 
     for name in paths:
         call(name, 0.0)  # warms up
-    times, peer_rates = {name: [] for name in paths}, {}
+    times, peer_rates, programs = {name: [] for name in paths}, {}, {}
+    for path in paths.values():
+        if config.peer_python is not None and path.peer:
+            program, measurement = path.peer
+            programs.setdefault(program, {})[measurement] = True
     for number in range(config.num_rounds):
         started = time.monotonic()
         if number % config.peer_every == 0:
-            for program in programs:
+            for program, names in programs.items():
                 run.say(f"{program} ...")
-                for name, rate in peers.run_peer(config, program).items():
+                rates = peers.run_peer(config.peer_python, program, list(names))
+                for name, rate in rates.items():
                     peer_rates.setdefault((program, name), []).append(rate)
         for name in paths:
             times[name].append(call(name, config.seconds_per_turn))

@@ -1,4 +1,4 @@
-"""The meta-step of a field with a latent grid, against NumPy without autodiff.
+"""The meta-step of a field with a latent grid, against NumPy, and its torch program.
 
 The oracle follows the equations of Spatial Functa (Bauer et al. 2023, arXiv 2302.03130)
 on whole images: each pixel looks up the modulation of its cell. Gradients of the inner
@@ -7,13 +7,16 @@ steps are written out, and those of the outer loss are central differences.
 Axes: B images, N pixels, G cells, C channels of the latent, W width, S inner steps.
 """
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import functa
-from experiments.configs import benchmark as benchmark_configs
+from experiments.configs import train_lbi as train_lbi_configs
+from experiments.networks import registry
 from experiments.timing import peers
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
@@ -173,7 +176,7 @@ def test_the_image_has_the_step_of_its_patches(problem):
 
 def test_torch_program_has_the_same_step(problem):
     torch = pytest.importorskip("torch")
-    from experiments.peers import torch_spatial as program
+    from experiments.peers import torch_functa as program
 
     params, rates, images, loss, grads, rate_grads = problem
     tensors = jax.tree.map(torch.tensor, (params, rates))
@@ -186,7 +189,7 @@ def test_torch_program_has_the_same_step(problem):
     found.backward()
     found = jax.tree.map(lambda leaf: leaf.grad.numpy(), tensors)
     assert_same_gradients(found, (grads, rate_grads))
-    own = program.init_params(width=WIDTH, depth=DEPTH, channels=CHANNELS)
+    own = program.init_params(width=WIDTH, depth=DEPTH, latent_dim=CHANNELS)
     shapes = [jax.tree.map(lambda leaf: tuple(leaf.shape), p) for p in (own, params)]
     assert shapes[0] == shapes[1]
     torch.testing.assert_close(
@@ -195,23 +198,33 @@ def test_torch_program_has_the_same_step(problem):
     )
 
 
-def test_torch_program_prints_what_the_benchmark_reads(capsys):
-    pytest.importorskip("torch")
-    from experiments.peers import torch_spatial as program
+@pytest.mark.parametrize(
+    ("program", "name"),
+    [
+        ("torch_functa.py", "width=8 depth=3 latent=2 side=4 B=4"),
+        ("torch_vgg.py", "B=2"),
+        ("pyhessian_curvature.py", "trace width=4 depth=2 B=8"),
+    ],
+)
+def test_programs_print_what_the_benchmark_reads(program, name):
+    pytest.importorskip("pyhessian" if "pyhessian" in program else "torch")
+    [(measured, rate)] = peers.run_peer(sys.executable, program, [name]).items()
+    assert measured == name and rate > 0
 
-    sizes = {"width": 8, "depth": 3, "channels": 2, "patches": 4}
-    program.measure(**sizes, num_repeats=1)
-    [(name, rate)] = peers.read_steps(capsys.readouterr().out).items()
-    assert name == " ".join(f"{key}={value}" for key, value in sizes.items())
-    assert rate > 0
-    ours = benchmark_configs.get_config("patches").sizes.one_group
-    assert (ours.image_size, ours.num_steps, ours.latent_dim) == (4, 3, 16)
-    assert program.SIZES == {
-        "width": ours.width,
-        "depth": ours.depth,
-        "channels": ours.latent_dim,
-        "patches": ours.batch_size,
-    }
+
+def test_the_torch_network_is_ours():
+    """The same shapes of VGG-A; torch keeps (out, in, kh, kw)."""
+    pytest.importorskip("torch")
+    from experiments.peers import torch_vgg
+
+    config = train_lbi_configs.get_config("cifar10")
+    model = registry.make_model(config.model.to_dict(), 10)
+    shapes = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    )["params"]
+    ours = sorted(leaf.size for leaf in jax.tree.leaves(shapes))
+    theirs = sorted(p.numel() for p in torch_vgg.make_model().parameters())
+    assert ours == theirs
 
 
 @pytest.mark.slow
