@@ -173,20 +173,21 @@ def _fit_psnr(run, tasks):
     curves, over_steps, over_seconds = {}, {}, {}
     started = 0.0
     for task in tasks:
+        label = task.replace("_", ", ")  # 96x96_mosaic
         logged = [m for m in run.metrics if m["task"] == task]
         measured = [m for m in logged if "psnr" in m]
         loss = np.array([m["loss"] for m in logged])
-        curves[task] = np.array([m["task_step"] for m in logged]), -10 * np.log10(loss)
+        curves[label] = np.array([m["task_step"] for m in logged]), -10 * np.log10(loss)
         if f"{task}_curve" in run.arrays:  # every step
             curve = run.arrays[f"{task}_curve"]
-            curves[task] = np.arange(len(curve)), curve
+            curves[label] = np.arange(len(curve)), curve
         psnr = [m["psnr"] for m in measured]
-        over_steps[task] = [m["task_step"] for m in measured], psnr
+        over_steps[label] = [m["task_step"] for m in measured], psnr
         if f"{task}_psnr" in run.arrays:
-            over_steps[task] += (run.arrays[f"{task}_psnr"].std(1),)
+            over_steps[label] += (run.arrays[f"{task}_psnr"].std(1),)
         elif f"{task}_psnr_std" in run.summary:
-            over_steps[task] += (run.summary[f"{task}_psnr_std"],)
-        over_seconds[task] = [m["seconds"] - started for m in measured], psnr
+            over_steps[label] += (run.summary[f"{task}_psnr_std"],)
+        over_seconds[label] = [m["seconds"] - started for m in measured], psnr
         started = logged[-1]["seconds"]
     figure, axes = panels(2)
     plots.psnr_curves(

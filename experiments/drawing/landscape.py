@@ -31,7 +31,12 @@ def _probe_landscape(run):
     if run.config["surface"]["size"]:
         figures["surfaces"] = _surfaces
     chosen = run.config["networks"]
-    labels = _NETWORKS | {name: name for name in chosen if name not in _NETWORKS}
+    # Those of a file are functions, such as make_network.
+    labels = _NETWORKS | {
+        name: name.removeprefix("make_").replace("_", " ")
+        for name in chosen
+        if name not in _NETWORKS
+    }
     return bind(figures, run, {n: label for n, label in labels.items() if n in chosen})
 
 
