@@ -43,11 +43,14 @@ class Graph(Mapping):
         numbers, (n,), int, gives the channel of each index along the axis, or -1.
       fixed: {name: {channel: why it cannot be removed}}.
       shapes: {path: shape} of all parameters.
+      outputs: {path: axes} of the kernels; their entries along these axes compute the
+        channels.
     """
 
     places: dict[str, tuple[tuple[str, int, np.ndarray], ...]]
     fixed: dict[str, dict[int, str]]
     shapes: dict[str, tuple[int, ...]]
+    outputs: dict[str, tuple[int, ...]]
 
     def __getitem__(self, name):
         return self.places[name]
@@ -72,20 +75,46 @@ class Graph(Mapping):
         }
 
     def find(self, name: str) -> str:
-        """The full name that `name`, a part of a path such as "conv1", stands for.
+        """The full name that `name` stands for.
+
+        Args:
+          name: a name, also without "params/", or a part of one, such as "conv1".
 
         Raises:
           ValueError: if no name contains it, or several.
         """
-        if name in self.places:
-            return name
+        for full in (name, f"params/{name}"):
+            if full in self.places:
+                return full
+            if full in self.shapes:
+                raise ValueError(self._elsewhere(name, [full]))
         found = [n for n in self.places if f"/{name}/" in f"/{n}/"]
         found = [n for n in found if n in self.removable()] or found
-        if len(found) != 1:
+        # Layers whose channels have the name of another one.
+        named = {places[0][0] for places in self.places.values()}
+        tied = {p for n in self.removable() for p in _computing(self, n)} - named
+        others = [p for p in self.outputs if p in tied and f"/{name}/" in f"/{p}/"]
+        if others and not found:
+            raise ValueError(self._elsewhere(name, others))
+        if len(found + others) != 1:
             what = "is not a layer" if not found else "is several layers"
-            known = ", ".join(found or self.removable())
+            known = ", ".join(found + others or self.removable())
             raise ValueError(f"{name} {what} of the traced network: {known}.")
         return found[0]
+
+    def _elsewhere(self, name, paths):
+        """Why the name of these parameters is not one of channels."""
+        owners = [n for n in self.places if set(paths) & set(_computing(self, n))]
+        if not owners:
+            known = ", ".join(self.removable())
+            return (
+                f"{name} has no channels that can be removed; the layers are {known}."
+            )
+        return (
+            f"{name} computes the channels {', '.join(owners)}: use this name. "
+            "lbi.pruning.channel_importance adds up the importance of all layers that "
+            "compute them."
+        )
 
 
 def trace(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
@@ -168,7 +197,17 @@ def trace(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
         {name: _own_first(*found) for name, found in places.items()},
         fixed,
         flow.shapes,
+        {
+            path: tuple(axis for p, axis in dict.fromkeys(outputs) if p == path)
+            for path, _ in outputs
+        },
     )
+
+
+def _computing(graph, name):
+    """The kernels that compute the channels."""
+    places = graph.places[name]
+    return [path for path, axis, _ in places if axis in graph.outputs.get(path, ())]
 
 
 def _own_first(own, *places):

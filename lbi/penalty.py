@@ -39,6 +39,10 @@ class L1:
     def check(self, shape: tuple[int, ...]) -> None:
         """Accepts every shape."""
 
+    def axes(self, rank: int) -> tuple[int, ...]:
+        """The axes of a parameter that index its groups: all of them."""
+        return tuple(range(rank))
+
     def norms(self, values: Array) -> Array:
         """|V_i|, with the shape of `values`."""
         return jnp.abs(values)
@@ -99,6 +103,10 @@ class GroupL2:
                 f"{tuple(shape)}."
             )
 
+    def axes(self, rank: int) -> tuple[int, ...]:
+        """The axes of a parameter that index its groups, in ascending order."""
+        return tuple(sorted(int(a) % rank for a in np.atleast_1d(self.group_axes)))
+
     def norms(self, values: Array) -> Array:
         """||V_g||_2, with the lengths of the group axes, in their order in `values`."""
         return jnp.sqrt(self._squares(values, keepdims=False))
@@ -130,8 +138,7 @@ class GroupL2:
         return jnp.broadcast_to(expanded, shape)
 
     def _other_axes(self, rank):
-        axes = {int(axis) % rank for axis in np.atleast_1d(self.group_axes)}
-        return tuple(axis for axis in range(rank) if axis not in axes)
+        return tuple(axis for axis in range(rank) if axis not in self.axes(rank))
 
     def _squares(self, values, *, keepdims):
         axes = self._other_axes(values.ndim)

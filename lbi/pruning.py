@@ -3,7 +3,8 @@
 A function `..._importance` scores every group (by order of entry, by magnitude, by
 first-order effect on the loss, at random). `keep_masks` turns the scores into masks
 that keep an exact number of groups, and `spread_masks` expands them to the shapes of
-the parameters. To remove whole channels and to shrink the network, see `lbi.channels`.
+the parameters. To remove whole channels and to shrink the network, turn the scores into
+those of channels with `channel_importance`, and see `lbi.channels`.
 """
 
 import warnings
@@ -152,6 +153,76 @@ def released_code_importance(
         epochs = np.where(steps[path] < 0, _NEVER, (steps[path] - 1) // steps_per_epoch)
         importance[path] = np.float32(norms) - np.float32(epochs)
     return importance
+
+
+def channel_importance(
+    importance: Importance,
+    graph: channels.Graph,
+    penalty: penalties.PenaltySpec = "auto",
+) -> Importance:
+    """Importance of the channels of a traced network, from that of its groups.
+
+    A channel has the sum over the groups that compute it: over the weights of a neuron,
+    and over the filters of several layers where a residual sum joins these.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from lbi import channels, pruning
+      >>> def network(params, x):
+      ...     x = x @ params["a"]
+      ...     return (x + jax.nn.relu(x @ params["b"])) @ params["out"]
+      >>> params = {"a": jnp.ones((2, 3)), "b": jnp.eye(3), "out": jnp.ones((3, 1))}
+      >>> graph = channels.trace(network, params, jnp.ones(2))
+      >>> scores = pruning.magnitude_importance(params)
+      >>> pruning.channel_importance(scores, graph)["a"].tolist()  # 1 + 1 of a, 1 of b
+      [3.0, 3.0, 3.0]
+
+    Args:
+      importance: {layer: one per group}; layers may be missing. Their paths are those
+        of the graph, also without "params/".
+      graph: of `lbi.channels.trace`.
+      penalty: defines the groups of the importance.
+
+    Returns:
+      {layer: (C,), float64}, for `keep_masks` and then `lbi.channels`. Channels that
+      cannot be removed are infinite. Layers whose channels cannot be removed, or have
+      no importance, are left out.
+
+    Raises:
+      ValueError: if the importance does not fit the graph or the penalty.
+    """
+    prefix = "params/" if any(p.startswith("params/") for p in graph.shapes) else ""
+    shapes = {
+        path.removeprefix(prefix): jax.ShapeDtypeStruct(shape, jnp.float32)
+        for path, shape in graph.shapes.items()
+        if path.startswith(prefix)
+    }
+    importance = {path.removeprefix(prefix): v for path, v in importance.items()}
+    channels.check_layers(importance, shapes)
+    assigned = FrozenSpec.make(penalty).assign(shapes)
+    for path, scores in importance.items():
+        groups = path in assigned and jax.eval_shape(assigned[path].norms, shapes[path])
+        if not groups or np.shape(scores) != groups.shape:
+            raise ValueError(
+                f"{path}: the importance {np.shape(scores)} does not fit its groups, "
+                f"{groups.shape if groups else 'of which the penalty has none'}."
+            )
+    found = {}
+    for name, size in graph.removable().items():
+        total, is_known = np.zeros(size), False
+        for full, axis, numbers in graph[name]:
+            path, rank = full.removeprefix(prefix), len(graph.shapes[full])
+            if path not in importance or axis not in graph.outputs.get(full, ()):
+                continue
+            axes = assigned[path].axes(rank)
+            if axis in axes:
+                others = tuple(k for k, a in enumerate(axes) if a != axis)
+                scores = np.asarray(importance[path], np.float64).sum(axis=others)
+                inside, is_known = numbers >= 0, True
+                np.add.at(total, numbers[inside], scores[inside])
+        total[list(graph.fixed[name])] = np.inf
+        found |= {name: total} if is_known else {}
+    return found
 
 
 def keep_masks(

@@ -167,9 +167,7 @@ def test_channels_of_a_residual_sum_have_the_importance_of_all_their_filters():
         "block1_1_conv2/kernel": np.array([0.0, 0.1, 5.0, 4.0]),
         "block1_1_conv1/kernel": np.arange(4.0),
     }
-    assert {path.removeprefix("params/") for path in structure.outputs} == set(
-        importance
-    )
+    assert set(structure.penalty) == {f"^{path}$" for path in importance}
     masks = pruning.make_masks(structure, importance, 0.5, "layer", variables)
     for name in ("conv_bn", "block1_1_conv2_bn"):
         kept = [False, False, True, True]

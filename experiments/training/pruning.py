@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 
@@ -30,12 +29,10 @@ class Structure(NamedTuple):
     Attributes:
       penalty: {pattern of a path: the penalty whose groups are removed}.
       graph: the channels, for filters; None for the other grains.
-      outputs: {path: axis of its filters}, for filters.
     """
 
     penalty: dict[str, lbi.penalty.Penalty]
     graph: lbi.channels.Graph | None = None
-    outputs: Mapping[str, int] | None = None
 
 
 def make_structure(
@@ -69,7 +66,6 @@ def make_structure(
     return Structure(
         {_pattern(p): lbi.GroupL2(group_axes=axis) for p, axis in outputs.items()},
         graph,
-        outputs,
     )
 
 
@@ -95,9 +91,6 @@ def make_masks(
 ) -> dict[str, Any]:
     """Masks like `variables` that remove the least important groups.
 
-    The importance of a channel is the sum over the filters that compute it; several do
-    so where a residual sum joins them.
-
     Args:
       structure: the groups.
       importance: {path: one per group of structure.penalty}.
@@ -110,15 +103,8 @@ def make_masks(
         params = pruning.spread_masks(keep, variables["params"], structure.penalty)
         rest = jax.tree.map(lambda x: jnp.ones(x.shape, bool), variables)
         return rest | {"params": params}
-    channels = {}
-    for name in structure.graph.removable():
-        total = channels[name] = np.zeros(structure.graph.size(name))
-        for path, axis, numbers in structure.graph[name]:
-            if structure.outputs.get(path) == axis:
-                inside = numbers >= 0
-                scores = importance[path.removeprefix("params/")]
-                np.add.at(total, numbers[inside], scores[inside])
-    keep = pruning.keep_masks(channels, sparsity, scope=scope)
+    scores = pruning.channel_importance(importance, structure.graph, structure.penalty)
+    keep = pruning.keep_masks(scores, sparsity, scope=scope)
     return lbi.channels.channel_masks(keep, structure.graph, variables)
 
 
