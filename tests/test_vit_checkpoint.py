@@ -694,6 +694,18 @@ def test_file_that_is_no_such_network_is_refused(tmp_path, layout, name, value, 
         load(path, layout, net)
 
 
+def test_names_of_other_networks_are_told(tmp_path):
+    # densenet121 of timm, BEiT of Hugging Face: some names are also those of a ViT.
+    for names in (
+        ("features.conv0.weight", "norm.weight", "classifier.weight"),
+        ("beit.encoder.layer.0.attention.attention.query.weight", "classifier.weight"),
+    ):
+        arrays = {name: random(2, 2) for name in names}
+        path = write(tmp_path, hugging_face, None, arrays)
+        with pytest.raises(ValueError, match=f"must contain a Vision .*{names[0]}"):
+            load_checkpoint(path)
+
+
 def test_packed_gated_mlp_is_refused(tmp_path):
     net = network()
     for block in net["blocks"]:
