@@ -144,6 +144,20 @@ def test_transformers(tmp_path, name, config, options):
     np.testing.assert_allclose(logits_of_torch(read, images), expected, atol=1e-4)
 
 
+def test_timm_in_transformers(tmp_path):
+    """Hugging Face's file of a network of timm, with both kinds of configuration."""
+    pytest.importorskip("timm", reason="needs timm")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    options = SIZES | {"global_pool": "avg", "fc_norm": False}
+    config = transformers.TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224", model_args=options, num_labels=5
+    )
+    network = transformers.TimmWrapperForImageClassification(config)
+    randomized(network).save_pretrained(tmp_path)
+    images = images_of()
+    check(load_checkpoint(tmp_path), images, logits_of_torch(network, images))
+
+
 def test_both_libraries_normalize_as_is_stored(tmp_path):
     timm = pytest.importorskip("timm", reason="needs timm")
     transformers = pytest.importorskip("transformers", reason="needs transformers")

@@ -98,8 +98,8 @@ _PRE_LINEN = {
 _BIG_VISION = {"pos_embedding": POSITIONS, "Transformer/pos_embedding": POSITIONS}
 # What a wrapper or a library puts before the names of the network.
 _PREFIXES = (
-    r"((_orig_mod|module|model|backbone|net|network|vit|deit|dinov2_with_registers"
-    r"|dinov2|ijepa)\.)+"
+    r"((_orig_mod|module|model|timm_model|backbone|net|network|vit|deit"
+    r"|dinov2_with_registers|dinov2|ijepa)\.)+"
 )
 # Hugging Face's pooler, which classifiers do not use, and the token of hidden patches.
 _UNUSED = r"pooler\.dense\.|(embeddings\.)?mask_token$"
