@@ -34,7 +34,7 @@ def test_other_contents_are_refused(tmp_path):
         load_checkpoint(write(tmp_path, timm, net, resnet))
     with pytest.raises(ValueError, match="must contain a Vision"):
         load_checkpoint(write(tmp_path, linen, net, {}))
-    with pytest.raises(ValueError, match="must have shape|missing"):
+    with pytest.raises(ValueError, match="must contain a Vision .* got cls"):
         load_checkpoint(write(tmp_path, linen, net, {"cls": np.ones(3)}))
     twice = linen(net) | pre_linen(net)
     with pytest.raises(ValueError, match=r"\S+ and \S+ name the same parameter"):
