@@ -667,6 +667,14 @@ def test_long_lists_are_cut(tmp_path):
         (timm, "blocks.0.mlp.w12.weight", (40, 12), "SwiGLU"),
         (timm, "fc_norm.weight", (12,), "name the same parameter"),
         (timm, "norm_pre.weight", (12,), "a normalization before the blocks"),
+        (timm, "n_averaged", np.array(3), "1 unexpected: n_averaged"),
+        (timm, "patch_embed.backbone.bn.num", np.array(3), "a convolutional stem"),
+        (
+            timm,
+            "head.bias",
+            np.ones(5, np.int64),
+            "head/bias .* floating-point .*int64",
+        ),
         (hugging_face, "classifier.bias", (6,), r"misshapen: head/bias \(6,\)"),
         (
             *(hugging_face, "deit.embeddings.distillation_token", (1, 1, 12)),
@@ -688,10 +696,23 @@ def test_file_that_is_no_such_network_is_refused(tmp_path, layout, name, value, 
     if value is None:
         del arrays[name]
     else:
-        arrays[name] = np.ones(value, np.float32)
+        is_shape = isinstance(value, tuple)
+        arrays[name] = np.ones(value, np.float32) if is_shape else value
     path = write(tmp_path, layout, net, arrays)
     with pytest.raises(ValueError, match=f"{path.name}: .*{match}"):
         load(path, layout, net)
+
+
+def test_names_of_other_networks_are_told(tmp_path):
+    # densenet121 of timm, BEiT of Hugging Face: some names are also those of a ViT.
+    for names in (
+        ("features.conv0.weight", "norm.weight", "classifier.weight"),
+        ("beit.encoder.layer.0.attention.attention.query.weight", "classifier.weight"),
+    ):
+        arrays = {name: random(2, 2) for name in names}
+        path = write(tmp_path, hugging_face, None, arrays)
+        with pytest.raises(ValueError, match=f"must contain a Vision .*{names[0]}"):
+            load_checkpoint(path)
 
 
 def test_packed_gated_mlp_is_refused(tmp_path):

@@ -53,17 +53,35 @@ def test_heads_of_other_networks_are_asked_for(tmp_path):
             load_checkpoint(path)
 
 
-def test_heads_of_a_small_network_with_fixed_positions_are_asked_for(tmp_path):
-    # MoCo v3's has 12 heads; all other published ones of this width have 6.
-    sizes = {"width": 384, "hidden": 1536, "layers": 1, "size": 1, "channels": 1}
-    net = network(heads=12, grid=2, **sizes)
-    net["positions"][0] = 0
-    path = write(tmp_path, timm, net)
-    with pytest.raises(ValueError, match="12 heads in MoCo v3 and 6 .*; set num_heads"):
+@pytest.mark.parametrize(
+    ("width", "heads", "where", "usual"),
+    [
+        (192, 12, "MAE-Lite", 3),
+        (384, 12, "MoCo v3", 6),
+        (768, 16, "vit_base_.*gap", 12),
+    ],
+)
+def test_two_published_numbers_of_heads_are_asked_for(
+    tmp_path, width, heads, where, usual
+):
+    sizes = {"width": width, "hidden": 4 * width, "layers": 1, "size": 1, "channels": 1}
+    net = network(heads=heads, grid=2, **sizes)
+    net["positions"][0] = 0  # As before sines and cosines.
+    arrays = timm(net)
+    name = {192: "tiny", 384: "small", 768: "base"}[width]
+    architecture = f"vit_{name}_patch1_2"
+    if width == 768:
+        del arrays["cls_token"]
+        arrays["pos_embed"] = arrays["pos_embed"][:, 1:].copy()
+        architecture = "vit_base_patch16_siglip_gap_224"
+    path = write(tmp_path, timm, net, arrays)
+    match = f"{heads} heads in {where}.* and {usual} in others; set num_heads"
+    with pytest.raises(ValueError, match=match):
         load_checkpoint(path)
-    assert load_checkpoint(path, num_heads=12)[0].num_heads == 12
-    (tmp_path / "config.json").write_text('{"architecture": "vit_small_patch1_2"}')
-    assert load_checkpoint(path)[0].num_heads == 6
+    assert load_checkpoint(path, num_heads=heads)[0].num_heads == heads
+    config = {"architecture": architecture}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_checkpoint(path)[0].num_heads == usual
 
 
 @pytest.mark.slow_after(1)

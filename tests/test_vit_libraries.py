@@ -3,9 +3,11 @@
 The tests are skipped where PyTorch and the library are not installed.
 """
 
+import chex
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import vit
 from vit.checkpoint import load_checkpoint, load_normalization, save_checkpoint
@@ -129,11 +131,31 @@ def test_transformers(tmp_path, name, config, options):
     expected = logits_of_torch(network, images)
     loaded = load_checkpoint(tmp_path / "theirs")
     check(loaded, images, expected)
+    # transformers 5 has other names in memory than in the files that it saves.
+    path = tmp_path / "theirs" / "model.safetensors"
+    safetensors.numpy.save_file(
+        {name: value.numpy() for name, value in network.state_dict().items()}, path
+    )
+    chex.assert_trees_all_equal(load_checkpoint(path), loaded)
     if name == "DeiTForImageClassification":
         return  # Its second token is read by no head: neither library writes that.
     save_checkpoint(tmp_path / "ours", *loaded, names="huggingface")
     read = getattr(transformers, name).from_pretrained(tmp_path / "ours").eval()
     np.testing.assert_allclose(logits_of_torch(read, images), expected, atol=1e-4)
+
+
+def test_timm_in_transformers(tmp_path):
+    """Hugging Face's file of a network of timm, with both kinds of configuration."""
+    pytest.importorskip("timm", reason="needs timm")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    options = SIZES | {"global_pool": "avg", "fc_norm": False}
+    config = transformers.TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224", model_args=options, num_labels=5
+    )
+    network = transformers.TimmWrapperForImageClassification(config)
+    randomized(network).save_pretrained(tmp_path)
+    images = images_of()
+    check(load_checkpoint(tmp_path), images, logits_of_torch(network, images))
 
 
 def test_both_libraries_normalize_as_is_stored(tmp_path):

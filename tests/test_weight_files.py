@@ -34,7 +34,7 @@ def test_other_contents_are_refused(tmp_path):
         load_checkpoint(write(tmp_path, timm, net, resnet))
     with pytest.raises(ValueError, match="must contain a Vision"):
         load_checkpoint(write(tmp_path, linen, net, {}))
-    with pytest.raises(ValueError, match="must have shape|missing"):
+    with pytest.raises(ValueError, match="must contain a Vision .* got cls"):
         load_checkpoint(write(tmp_path, linen, net, {"cls": np.ones(3)}))
     twice = linen(net) | pre_linen(net)
     with pytest.raises(ValueError, match=r"\S+ and \S+ name the same parameter"):
@@ -137,8 +137,8 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         (safetensors_bytes({"x": 3}), "TypeError"),
         (safetensors_bytes({"x": {"dtype": "F32"}}), "KeyError: 'shape'"),
         (
-            safetensors_bytes(entry("I64"), bytes(8)),
-            "F16, BF16, F64; got I64",
+            safetensors_bytes(entry("F8_E4M3"), bytes(8)),
+            "F16, BF16, F64, .*; got F8_E4M3",
         ),
         (safetensors_bytes(entry(["F32"]), bytes(8)), "TypeError"),
         (

@@ -306,9 +306,32 @@ def hugging_face_encoder(net):
     return hugging_face(net, prefix="") | pooler
 
 
-TORCH = (timm, timm_average, timm_without_cls_row, hugging_face, hugging_face_encoder)
+def hugging_face_in_memory(net):
+    """The names of `state_dict()` in transformers 5."""
+    arrays = hugging_face(net)
+    for old, new in (
+        ("encoder.layer", "layers"),
+        ("attention.attention.query", "attention.q_proj"),
+        ("attention.attention.key", "attention.k_proj"),
+        ("attention.attention.value", "attention.v_proj"),
+        ("attention.output.dense", "attention.o_proj"),
+        ("intermediate.dense", "mlp.fc1"),
+        ("output.dense", "mlp.fc2"),
+    ):
+        arrays = {name.replace(old, new): value for name, value in arrays.items()}
+    return arrays
+
+
+TORCH = (
+    timm,
+    timm_average,
+    timm_without_cls_row,
+    hugging_face,
+    hugging_face_encoder,
+    hugging_face_in_memory,
+)
 GOOGLE = (linen, pre_linen, opt_target, big_vision, big_vision_stacked, big_vision_old)
-EPSILON = {hugging_face: 1e-12, hugging_face_encoder: 1e-12}
+EPSILON = dict.fromkeys(TORCH[3:], 1e-12)
 
 
 def write(folder, layout, net, arrays=None):

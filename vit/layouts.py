@@ -76,17 +76,30 @@ HUGGING_FACE_DINO = _HUGGING_FACE | {
     "encoder.layer.#.layer_scale1.lambda1": f"{BLOCK}/LayerScale_0",
     "encoder.layer.#.layer_scale2.lambda1": f"{BLOCK}/LayerScale_1",
 }
+# transformers 5 has other names in memory, and in files of `model.state_dict()`; only
+# `save_pretrained` writes those above.
+_IN_MEMORY_DINO = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+}
+_IN_MEMORY_VIT = _IN_MEMORY_DINO | {
+    "encoder.layer.": "layers.",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",  # After that of the attention.
+}
 # Before Linen, the modules of a block were numbered with one counter.
 _PRE_LINEN = {
-    "LayerNorm_2": "LayerNorm_1",
-    "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
-    "MlpBlock_3": "MlpBlock_0",
+    "LayerNorm_1": "LayerNorm_2",
+    "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1",
+    "MlpBlock_0": "MlpBlock_3",
 }
 _BIG_VISION = {"pos_embedding": POSITIONS, "Transformer/pos_embedding": POSITIONS}
 # What a wrapper or a library puts before the names of the network.
 _PREFIXES = (
-    r"((_orig_mod|module|model|backbone|net|network|vit|deit|dinov2_with_registers"
-    r"|dinov2|ijepa)\.)+"
+    r"((_orig_mod|module|model|timm_model|backbone|net|network|vit|deit"
+    r"|dinov2_with_registers|dinov2|ijepa)\.)+"
 )
 # Hugging Face's pooler, which classifiers do not use, and the token of hidden patches.
 _UNUSED = r"pooler\.dense\.|(embeddings\.)?mask_token$"
@@ -127,23 +140,26 @@ def torch_names(modules: dict[str, str]) -> dict[str, str]:
     return names
 
 
-def _google_names():
-    """Linen's names, which are ours, and those used before Linen."""
-    ours = torch_names(TIMM).values()
-    older = {
-        name.replace(new, old): name
-        for name in ours
-        for old, new in _PRE_LINEN.items()
-        if new in name
-    }
-    return dict(zip(ours, ours, strict=True)) | older | _BIG_VISION
+def _also_as(renames, names):
+    """Adds the names after all replacements of a part to {parameter: ours}."""
+    renamed = {}
+    for name, ours in names.items():
+        for old, new in renames.items():
+            name = name.replace(old, new)
+        renamed[name] = ours
+    return names | renamed
 
 
+_LINEN = {ours: ours for ours in torch_names(TIMM).values()}
+_OF_VIT = _also_as(_IN_MEMORY_VIT, torch_names(HUGGING_FACE_VIT))
+_OF_DINO = _also_as(_IN_MEMORY_DINO, torch_names(HUGGING_FACE_DINO))
 _LAYOUTS = {
-    "google": _Layout(_google_names(), "tanh", 1e-6, "google"),
+    "google": _Layout(
+        _also_as(_PRE_LINEN, _LINEN) | _BIG_VISION, "tanh", 1e-6, "google"
+    ),
     "timm": _Layout(torch_names(TIMM), "erf", 1e-6, "timm"),
-    "hugging_face": _Layout(torch_names(HUGGING_FACE_VIT), "erf", 1e-12, "huggingface"),
-    "dinov2": _Layout(torch_names(HUGGING_FACE_DINO), "erf", 1e-6, "huggingface"),
+    "hugging_face": _Layout(_OF_VIT, "erf", 1e-12, "huggingface"),
+    "dinov2": _Layout(_OF_DINO, "erf", 1e-6, "huggingface"),
 }
 
 
@@ -323,8 +339,9 @@ def _recognize(arrays):
     _check_supported(arrays)
 
     parts = [part for item in arrays.items() for part in _split(*item)]
+    # Names outside the blocks, such as classifier.weight, are those of many networks.
     known = {
-        home: sum(_our_name(name, layout) is not None for name, _ in parts)
+        home: sum(BLOCK[:-1] in (_our_name(name, layout) or "") for name, _ in parts)
         for home, layout in _LAYOUTS.items()
     }
     home = max(known, key=known.get)
@@ -369,11 +386,8 @@ def _check_gated(arrays):
 
 def _torch_head_dim(arrays, num_heads):
     """d, for attentions that store their heads as one axis of size H d."""
-    name = f"{ATTENTION}/query/kernel".replace("#", "0")
-    width, _ = shape_of(arrays, name, "(H d, D)")
+    sizes = width, _ = _attention_and_mlp(arrays)
     if num_heads is None:
-        name = f"{MLP}/Dense_0/kernel".replace("#", "0")
-        sizes = width, shape_of(arrays, name, "(M, D)")[0]
         if sizes not in _KNOWN_HEADS:
             raise ValueError(
                 f"the number of heads is unknown: there is no config.json that tells "
@@ -381,12 +395,17 @@ def _torch_head_dim(arrays, num_heads):
                 "published network; set num_heads."
             )
         num_heads = _KNOWN_HEADS[sizes]
-        if sizes == (384, 1536) and _has_fixed_positions(arrays):
-            raise ValueError(
-                "the number of heads is unknown: a network of width 384 with a fixed "
-                "position embedding has 12 heads in MoCo v3 and 6 in other programs; "
-                "set num_heads."
-            )
+        for size, what, is_so, other, where in (
+            (192, "a fixed position embedding", _has_fixed_positions, 12, "MAE-Lite"),
+            (384, "a fixed position embedding", _has_fixed_positions, 12, "MoCo v3"),
+            (768, "patches alone", _has_no_prefix, 16, "vit_base_patch16_gap_224"),
+        ):
+            if sizes == (size, 4 * size) and is_so(arrays):
+                raise ValueError(
+                    f"the number of heads is unknown: a network of width {size} with "
+                    f"{what} has {other} heads in {where} and {num_heads} in others; "
+                    "set num_heads."
+                )
     if width % num_heads:
         raise ValueError(
             f"num_heads must divide the attention's width {width}, got {num_heads}."
@@ -394,10 +413,25 @@ def _torch_head_dim(arrays, num_heads):
     return width // num_heads
 
 
+def _attention_and_mlp(arrays):
+    """H d and M of the first layer."""
+    names = (
+        (f"{ATTENTION}/query/kernel", "(H d, D)"),
+        (f"{MLP}/Dense_0/kernel", "(M, D)"),
+    )
+    return tuple(
+        shape_of(arrays, name.replace("#", "0"), axes)[0] for name, axes in names
+    )
+
+
 def _has_fixed_positions(arrays):
     """Whether CLS has a position of zeros, as before sines and cosines."""
     positions = arrays.get(POSITIONS)
     return "cls" in arrays and np.ndim(positions) == 3 and not positions[0, 0].any()
+
+
+def _has_no_prefix(arrays):
+    return arrays.keys().isdisjoint(("cls", "registers"))
 
 
 # (width, width of the MLP) -> heads, of the networks of timm, DeiT and DINOv2.
@@ -507,7 +541,7 @@ def _torch_settings(path, home, sources, arrays):
     if home == "timm" and not config.get("architecture"):
         _check_not_res_post_norm(sources.values(), arrays)
     read = _timm_config if home == "timm" else _hugging_face_config
-    settings = read(config, set(sources.values()))
+    settings = read(config, set(sources.values()), arrays)
     return check_settings(path.name, settings)
 
 
@@ -551,7 +585,7 @@ def _check_same_network(path, config, arrays):
             )
 
 
-def _timm_config(config, sources):
+def _timm_config(config, sources, arrays):
     """Of timm: `model_args` are the arguments that differ from the architecture's."""
     arguments = _entry(config, "model_args")
     architecture = str(config.get("architecture", ""))
@@ -571,9 +605,10 @@ def _timm_config(config, sources):
     if activation is not None:
         settings["gelu"] = _translate("act_layer", activation, _TIMM_GELU)
     _translate("norm_layer", arguments.get("norm_layer"), {None: 0, "layernorm": 0})
-    num_heads = 16 if architecture == "vit_base_patch16_gap_224" else None
-    if "_small_" in architecture:
-        num_heads = 6
+    # With an architecture, the other networks of the same width are out of question.
+    num_heads = _KNOWN_HEADS.get(_attention_and_mlp(arrays)) if architecture else None
+    if architecture == "vit_base_patch16_gap_224":
+        num_heads = 16
     num_heads = arguments.get("num_heads", num_heads)
     if num_heads is not None:
         settings["num_heads"] = num_heads
@@ -585,8 +620,8 @@ def _timm_config(config, sources):
     return settings | _grid_setting(size, patch)
 
 
-def _hugging_face_config(config, sources):
-    del sources
+def _hugging_face_config(config, sources, arrays):
+    del sources, arrays
     _check_supported([str(config.get("model_type", ""))])
     settings = {
         ours: config[name]

@@ -193,7 +193,11 @@ def _read_safetensors(file):
 
 
 _MAX_HEADER = 100_000_000  # The format's own limit.
-_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": jnp.bfloat16, "F64": "<f8"}
+_DTYPES = {
+    **{"F32": "<f4", "F16": "<f2", "BF16": jnp.bfloat16, "F64": "<f8"},
+    # Counters and indices of networks that are refused by the names of these arrays.
+    **{"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?"},
+}
 _READERS = {".npz": _read_npz, ".safetensors": _read_safetensors}
 
 

@@ -69,7 +69,7 @@ BASE = {
     # A file that train_vit wrote, or another one that vit.load_checkpoint reads.
     "checkpoint": settings.Optional(str, "runs/train_vit/digits/model.npz"),
     # What the file does not tell, as keywords of vit.load_checkpoint: num_heads, gelu,
-    # ln_eps, pool, grid.
+    # ln_eps, pool, grid, resize.
     "checkpoint_options": settings.Open(),
     # The model that is timed without a checkpoint and a data set; one of
     # vit.model.VARIANTS.

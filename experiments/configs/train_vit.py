@@ -38,7 +38,7 @@ BASE = {
     # A file that vit.load_checkpoint reads, to start from. Its shapes define the model.
     "checkpoint": settings.Optional(str),
     # What the file does not tell, as keywords of vit.load_checkpoint: num_heads, gelu,
-    # ln_eps, pool, grid.
+    # ln_eps, pool, grid, resize.
     "checkpoint_options": settings.Open(),
     # One of vit.model.VARIANTS, and fields of vit.ViT that replace its own. With a
     # checkpoint only dtype and the dropout rates are used.
