@@ -25,8 +25,8 @@ from experiments.configs import benchmark as configs
 from experiments.drawing import figures
 from experiments.timing import functa, hot_path, landscape, lbi, peers, rounds, vit
 
-_ROOMS = (hot_path, functa, vit, landscape, lbi)
-_KINDS = {kind: make for room in _ROOMS for kind, make in room.KINDS.items()}
+_MODULES = (hot_path, functa, vit, landscape, lbi)
+_KINDS = {kind: make for module in _MODULES for kind, make in module.KINDS.items()}
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:

@@ -23,7 +23,15 @@ from flax import struct
 from ml_collections import ConfigDict
 
 import vit
-from experiments.common import augmentation, devices, files, launch, runs, settings
+from experiments.common import (
+    augmentation,
+    data,
+    devices,
+    files,
+    launch,
+    runs,
+    settings,
+)
 from experiments.common.sweep import sweep
 from experiments.configs import classify_functa as configs
 from experiments.drawing import figures
@@ -164,10 +172,8 @@ def load_signals(config: ConfigDict, path: str) -> Signals:
     copies = whole.config.get("copies", 1)
     num_images = len(train_rows) // copies
     _check_grid(config, path, whole.latent.shape[1:])
-    # Independent of the seed: runs of several seeds are compared on the same images.
-    order = np.random.default_rng(0).permutation(num_images)
     num_validation = round(config.validation_fraction * num_images)
-    held_out, kept = order[:num_validation], np.sort(order[num_validation:])
+    held_out, kept = data.hold_out(num_images, num_validation)
     labels = whole.label[train_rows]
     untrained = np.setdiff1d(labels, labels[kept])
     if untrained.size:
@@ -182,11 +188,7 @@ def load_signals(config: ConfigDict, path: str) -> Signals:
     if num_validation:
         rows["validation"] = train_rows[np.sort(held_out)]
     rows["test"] = of_split["test"]
-    if not 0 < config.batch_size <= len(kept):
-        raise ValueError(
-            f"batch_size must be between 1 and the {len(kept)} training images, got "
-            f"{config.batch_size}."
-        )
+    data.count_batches(len(kept), config.batch_size)  # refuses a larger batch
     if config.images_per_group and config.batch_size % config.images_per_group:
         raise ValueError(
             f"images_per_group must divide batch_size {config.batch_size}, got "
@@ -571,7 +573,7 @@ def _evaluate(run, candidates, state, signals):
         "linear_probe_test_accuracy": probe_accuracy,
         "epoch": state.best["epoch"][chosen],
         **{name: values[chosen] for name, values in candidates.items()},
-        "num_params": sum(x.size for x in jax.tree.leaves(params)),
+        "num_params": optax.tree.size(params),
         **{f"num_{name}": len(part[1]) for name, part in signals.splits.items()},
     }
     if config.log_test:

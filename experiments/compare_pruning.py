@@ -74,7 +74,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         workdir,
         lambda run: _compare(run, images, validation),
         nested=True,
-        inputs=lambda config: digests,
+        inputs=digests,
         finish=finish,
     )
 

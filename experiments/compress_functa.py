@@ -199,13 +199,7 @@ def fit_further(
         )
         return fitted
 
-    size = min(config.batch_size, len(latents))
-    starts = [min(i, len(latents) - size) for i in range(0, len(latents), size)]
-    fitted = latents.copy()
-    for start in starts:
-        rows = slice(start, start + size)
-        fitted[rows] = fit(latents[rows], targets[rows])
-    return fitted
+    return devices.in_batches(fit, latents, targets, batch_size=config.batch_size)
 
 
 def find_scales(
@@ -278,7 +272,7 @@ def measure_codes(
     """
     test, images = codes["test"], signals.images["test"]
     pixels = len(images) * np.prod(images.shape[1:3])
-    decode(test[:1])  # Compiles it.
+    decode(test[: run.config.batch_size])  # Compiles it.
     points = []
     # The smallest step needs the largest tables; too small ones are refused at once.
     for number, step in enumerate(sorted(run.config.steps)):

@@ -23,7 +23,7 @@ from experiments.common import data, devices, files, launch, runs, settings
 from experiments.common.sweep import sweep
 from experiments.configs import fit_image as configs
 from experiments.drawing import figures
-from experiments.training import loop, siren
+from experiments.training import encoding, loop, siren
 from experiments.training.siren import Task
 from functa import functaset
 
@@ -37,13 +37,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes one experiment; returns its summary."""
     settings.check(config, configs.RULES)
     tasks = make_tasks(config)
-    channels = tasks[0].images.shape[-1]
-    if config.model.out_channels not in (None, channels):
-        raise ValueError(
-            f"model.out_channels is {config.model.out_channels}, but the images have "
-            f"{channels} channels."
-        )
-    config.model.out_channels = channels
+    encoding.complete_channels(config, tasks[0].images.shape[-1])
     for task in tasks:
         siren.check(config, task)
 
@@ -53,7 +47,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         return _evaluate(run, model, tasks, states)
 
     digests = {f"data of task {task.name}": data.sha256(task.images) for task in tasks}
-    return sweep(config, workdir, experiment, inputs=lambda config: digests)
+    return sweep(config, workdir, experiment, inputs=digests)
 
 
 def make_tasks(config: ConfigDict) -> list[Task]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 import functa
@@ -121,11 +122,8 @@ def load_signals(config: ConfigDict, seed: int) -> Signals:
                 f"num_validation must be below the {len(images)} training images, got "
                 f"{config.num_validation}."
             )
-        # Independent of the seed, as in classify_functa.
-        order = np.random.default_rng(0).permutation(len(images))
-        held_out, kept = np.split(order, [config.num_validation])
+        held_out, kept = data.hold_out(len(images), config.num_validation)
         reference = Images(*(x[held_out] for x in train))
-        kept = np.sort(kept)
         train = Images(*(x[kept] for x in train))
         rows = rows.reshape(-1, len(images))[:, kept].ravel()
     else:
@@ -245,7 +243,7 @@ def generate(run: runs.Run, signals: Signals) -> dict[str, Any]:
     }
     summary = measure(run, signals, sources)
     summary |= {
-        "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
+        "num_params": optax.tree.size(state.params),
         "loss": run.metrics()[-1]["loss"],
     }
     # One sample of each class.

@@ -44,7 +44,6 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             flip=config.flip,
             padding=config.padding,
             seed=config.seed,
-            say=run.say,
         )
 
     digests = data.digests(dataset.splits)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from experiments.common import data, devices, launch, runs, settings
@@ -23,7 +24,7 @@ from experiments.common.sweep import mean_and_std, sweep
 from experiments.configs import meta_classify as configs
 from experiments.drawing import figures
 from experiments.networks import heads
-from experiments.training import controls, meta_classifier
+from experiments.training import controls, encoding, meta_classifier
 from experiments.training.meta_classifier import Part, Problem
 from functa import functaset
 
@@ -64,7 +65,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         workdir,
         lambda run: _run(run, problem),
         axes={"methods": "{}", "seeds": "seed{}"},
-        inputs=lambda config: digests,
+        inputs=digests,
         nested=True,
         finish=finish,
     )
@@ -93,18 +94,12 @@ def make_problem(config: ConfigDict, loaded: data.Dataset) -> Problem:
                 "without a label (-1); meta_learn needs no labels."
             )
     train, test = (splits[name] for name in data.SPLITS)
-    # Independent of the seed: runs of several seeds are compared on the same images.
-    order = np.random.default_rng(0).permutation(len(train.label))
-    held_out, kept = np.split(
-        order, [max(round(config.validation_fraction * len(order)), 1)]
-    )
-    held_out, kept = np.sort(held_out), np.sort(kept)
-    validation, train = (Part(*(x[i] for x in train)) for i in (held_out, kept))
-    if not 0 < config.batch_size <= len(kept):
-        raise ValueError(
-            f"batch_size must be between 1 and the {len(kept)} training images, got "
-            f"{config.batch_size}."
-        )
+    num_images = len(train.label)
+    num_validation = max(round(config.validation_fraction * num_images), 1)
+    held_out, kept = data.hold_out(num_images, num_validation)
+    rows = np.sort(held_out), kept
+    validation, train = (Part(*(x[i] for x in train)) for i in rows)
+    data.count_batches(len(kept), config.batch_size)  # refuses a larger batch
     classes = np.unique(train.label)
     if len(classes) < 2:
         raise ValueError(
@@ -125,18 +120,14 @@ def make_problem(config: ConfigDict, loaded: data.Dataset) -> Problem:
 
 def _make_networks(config, shape, classes):
     """The field, its view of the images and the head."""
-    if config.model.out_channels not in (None, shape[-1]):
-        raise ValueError(
-            f"config.model.out_channels is {config.model.out_channels}, but the images "
-            f"have {shape[-1]} channels."
-        )
-    config.model.out_channels = shape[-1]
+    encoding.complete_channels(config, shape[-1])
     with settings.blamed_on("model"):
         model = functaset.make_model(config.model.to_dict())
         latent = model.initial_latent()
         if not latent.size:
             raise ValueError(f"a latent needs entries, got the shape {latent.shape}.")
-        view = meta_classifier.make_view(model, shape[1:3])
+        # One latent belongs to each image.
+        view = encoding.make_view(model, shape[1:3], separate=False)
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2)), latent)
     num_classes = 1 + int(classes.max())
     head = heads.make_head(
@@ -162,17 +153,13 @@ def _run(run: runs.Run, problem: Problem) -> dict[str, Any]:
     return found | {
         "num_recoveries": max(m.get("num_recoveries", 0) for m in metrics),
         "step": best["step"],
-        "num_field_params": _count(best["weights"]["params"]),
-        "num_head_params": _count(best["head"]),
+        "num_field_params": optax.tree.size(best["weights"]["params"]),
+        "num_head_params": optax.tree.size(best["head"]),
         "curves": {
             name: [[m["step"], m[name]] for m in metrics if name in m]
             for name in ("validation_psnr", "validation_accuracy")
         },
     }
-
-
-def _count(params):
-    return sum(x.size for x in jax.tree.leaves(params))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     digests = data.digests(loaded.splits)
     if learner is not None:
         digests["network of init_from"] = functaset.hash_params(learner[1:4])
-    return sweep(config, workdir, experiment, inputs=lambda config: digests)
+    return sweep(config, workdir, experiment, inputs=digests)
 
 
 def _adopt(config, learner):
@@ -80,12 +80,7 @@ def _complete_config(config, shape, *, is_image):
     """Sets the number of channels, and checks the fields that depend on the data."""
     num_images, *points, channels = shape
     kind = "images" if is_image else "fields"
-    if config.model.out_channels not in (None, channels):
-        raise ValueError(
-            f"config.model.out_channels is {config.model.out_channels}, but the {kind} "
-            f"have {channels} channels."
-        )
-    config.model.out_channels = channels
+    encoding.complete_channels(config, channels, kind)
     for name in ("latent_dim", "channels"):
         if config.model.get(name, 1) < 1:
             raise ValueError(
@@ -199,7 +194,6 @@ def _evaluate(run, learner, loaded):
             dataset,
             config=data.describe_source(config.dataset, loaded),
             batch_size=batch_size,
-            say=run.say,
         )
         written = {f"functaset_{name}": value for name, value in summary.items()}
     further = _fit_further(learner, data.signals(dataset["test"]), config.eval)
@@ -245,21 +239,15 @@ _NUM_TRAIN = 1000
 
 def _fit_further(learner, images, settings):
     """MSE (B, S + more_steps + 1) of the inner loop and the additional steps."""
-    model, shape = learner.model, images.shape[1:-1]
-    apply_fn, coords = model.apply, learner.coords
-    if coords is None:
-        coords = functa.coordinate_grid(shape)
-    latent_shape, split = model.latent_shape, np.asarray
-    if isinstance(model, functa.SpatialSiren):
-        apply_fn, latent, coords, _, split = functa.spatial.layout(model, shape)
-        latent_shape = latent.shape
+    shape = images.shape[1:-1]
+    view = encoding.make_view(learner.model, shape, coords=learner.coords)
     optimizer = _make_further_optimizer(settings)
 
     @jax.jit
     @jax.vmap
     def fit(latent, target):
         return functa.optimize_latent(
-            lambda z: apply_fn({"params": learner.params}, coords, z),
+            lambda z: view.apply_fn({"params": learner.params}, view.coords, z),
             latent,
             target,
             optimizer=optimizer,
@@ -274,8 +262,8 @@ def _fit_further(learner, images, settings):
         batch = images[start : start + batch_size]
         [(latents, first)] = encoding.encode(learner, batch, batch_size=len(batch))
         with jax.default_matmul_precision("highest"):
-            targets = split(data.to_float(batch))
-            _, info = fit(latents.reshape(-1, *latent_shape), targets)
+            targets = view.split(data.to_float(batch))
+            _, info = fit(latents.reshape(-1, *view.latent.shape), targets)
         later = info.mse.reshape(len(batch), -1, info.mse.shape[-1]).mean(1)
         mse.append(np.concatenate([first, later[:, 1:]], axis=1))
     return np.concatenate(mse)

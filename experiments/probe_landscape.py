@@ -172,7 +172,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         experiment,
         axes={"networks": "{}", "learning_rates": "rate{:g}", "seeds": "seed{}"},
         nested=True,
-        inputs=lambda config: digests,
+        inputs=digests,
         finish=finish,
     )
 
@@ -283,32 +283,35 @@ def _as_batch(images, pixels, labels, batch_stats, calibration):
     }
 
 
-def _make_probe(config, loss_fn, images, filters):
-    pixels, labels = images.train
-    calibration = pixels[: config.sharpness.num_images]
+# The images are arguments of the jitted functions: XLA would treat captured ones as
+# constants.
 
+
+def _make_probe(config, loss_fn, images, filters):
     @jax.jit
-    def probe(params, batch_stats, pixels, labels, calibration):
-        batch = _as_batch(images, pixels, labels, batch_stats, calibration)
+    def probe(calibration, batch, state):
+        batch = _as_batch(images, *batch, state.batch_stats, calibration)
         step_sizes = jnp.array(config.step_sizes)
         return probes.probe_gradient(
-            loss_fn, params, batch, step_sizes, filters=filters
+            loss_fn, state.params, batch, step_sizes, filters=filters
         )
 
+    pixels, labels = images.train
+    calibration = pixels[: config.sharpness.num_images]
     return lambda state, indices: probe(
-        state.params, state.batch_stats, pixels[indices], labels[indices], calibration
+        calibration, (pixels[indices], labels[indices]), state
     )
 
 
 def _make_eigenvalues(config, loss_fn, images):
     """Eigenvalues, those of the preconditioned Hessian, and the spectrum."""
-    sizes, spectrum_sizes = config.sharpness, config.spectrum
-    pixels, labels = (x[: sizes.num_images] for x in images.train)
+    sizes = config.sharpness
 
-    def matvec_of(params, batch_stats, pixels, labels):
-        batch = _as_batch(images, pixels, labels, batch_stats, pixels)
+    def matvec_of(measured, state):
+        pixels, labels = measured
+        batch = _as_batch(images, pixels, labels, state.batch_stats, pixels)
         return functools.partial(
-            curvature.hessian_vector_product, loss_fn, params, batch
+            curvature.hessian_vector_product, loss_fn, state.params, batch
         )
 
     def leading(key, matvec, params):
@@ -321,37 +324,24 @@ def _make_eigenvalues(config, loss_fn, images):
             num_steps=sizes.num_steps,
         )
 
-    @jax.jit
-    def eigenvalues(key, params, *data):
-        return leading(key, matvec_of(params, *data), params)
+    def eigenvalues(measured, key, state):
+        return leading(key, matvec_of(measured, state), state.params)
 
-    @jax.jit
-    def preconditioned(key, params, adam, *data):
-        matvec = curvature.preconditioned(
-            matvec_of(params, *data), curvature.adam_preconditioner(**adam)
-        )
-        return leading(key, matvec, params)
+    def preconditioned(measured, key, state):
+        preconditioner = curvature.adam_preconditioner(**_adam_state(state.opt_state))
+        matvec = curvature.preconditioned(matvec_of(measured, state), preconditioner)
+        return leading(key, matvec, state.params)
 
-    @jax.jit
-    def spectrum(key, params, *data):
+    def spectrum(measured, key, state):
         return curvature.lanczos_quadrature(
-            key,
-            matvec_of(params, *data),
-            params,
-            num_samples=spectrum_sizes.num_samples,
-            num_steps=spectrum_sizes.num_steps,
+            key, matvec_of(measured, state), state.params, **config.spectrum
         )
 
-    def data_of(state):
-        return state.batch_stats, pixels, labels
-
-    return (
-        lambda key, state: eigenvalues(key, state.params, *data_of(state)),
-        lambda key, state: preconditioned(
-            key, state.params, _adam_state(state.opt_state), *data_of(state)
-        ),
-        lambda key, state: spectrum(key, state.params, *data_of(state)),
-    )
+    measured = tuple(x[: sizes.num_images] for x in images.train)
+    return [
+        functools.partial(jax.jit(function), measured)
+        for function in (eigenvalues, preconditioned, spectrum)
+    ]
 
 
 def _adam_state(opt_state):
@@ -371,26 +361,24 @@ def _make_surface(config, loss_fn, images):
     num_chunks = min(config.surface.num_images, num_images) // chunk_size
 
     @jax.jit
-    def losses(params, batch_stats, directions, points, pixels, labels):
+    def losses(chunks, state, directions, points):
         def loss_of_chunks(params, chunks):
             return curvature.mean_over_batches(
                 lambda chunk: loss_fn(
-                    params, _as_batch(images, *chunk, batch_stats, chunk[0])
+                    params, _as_batch(images, *chunk, state.batch_stats, chunk[0])
                 ),
                 chunks,
             )
 
         return surface.loss_surface(
-            loss_of_chunks, params, (pixels, labels), directions, points
+            loss_of_chunks, state.params, chunks, directions, points
         )
 
-    chunks = [
+    chunks = tuple(
         x[: num_chunks * chunk_size].reshape(num_chunks, chunk_size, *x.shape[1:])
         for x in images.train
-    ]
-    return lambda state, directions, points: losses(
-        state.params, state.batch_stats, directions, points, *chunks
     )
+    return functools.partial(losses, chunks)
 
 
 def _train_one(run, tools, *, with_surface):
@@ -416,7 +404,7 @@ def _train_one(run, tools, *, with_surface):
             arrays[f"{name}_{key}"] = np.asarray(values[1:])
     summary = {
         "test_accuracy": run.metrics()[-1]["test_accuracy"],
-        "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
+        "num_params": optax.tree.size(state.params),
     }
     if num_steps:
         dead = landscape.is_dead(config, state.loss, problem.images.train[1])

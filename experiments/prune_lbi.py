@@ -356,7 +356,7 @@ def _compress(run, name, trained, importance):
         ("compressed", small_model, small),
     ):
         results |= {
-            f"{name}_params": sum(x.size for x in jax.tree.leaves(variables["params"])),
+            f"{name}_params": optax.tree.size(variables["params"]),
             f"{name}_multiply_adds": registry.count_multiply_adds(
                 model, variables, pixels.shape[1:]
             ),

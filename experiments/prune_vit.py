@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from experiments.common import data, devices, files, launch, runs, settings
@@ -61,7 +62,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         config,
         workdir,
         lambda run: _measure_all(run, dense),
-        inputs=lambda config: digests,
+        inputs=digests,
     )
 
 
@@ -94,7 +95,7 @@ def _check_methods(config):
             f"{', '.join(whole)} leave as they are; {_remove(whole)}."
         )
     idle = [name for name in methods if name in vit_pruning.SAVE_NOTHING]
-    if idle and (config.budget, config.latency) != (None, None):
+    if idle and _is_limited(config):
         raise ValueError(
             f"methods {', '.join(idle)} save no work and reach no budget; "
             f"{_remove(idle)}."
@@ -151,11 +152,9 @@ def _check_ratios(config, model):
             plateau=ratio, num_layers=num_layers
         ),
     }
-    # With a budget or a latency the ratios only name the methods.
-    stated = (config.budget, config.latency) == (None, None)
     for name in methods.keys() & schedule_of.keys():
         with settings.blamed_on(f"methods.{name}"):
-            for ratio in methods[name] if stated else ():
+            for ratio in () if _is_limited(config) else methods[name]:
                 schedule_of[name](ratio)
     if "resolution" in methods and config.image_size == model.patch_size:
         raise ValueError(
@@ -175,6 +174,11 @@ def _methods(config):
     return {name: ratios for name, ratios in config.methods.items() if ratios}
 
 
+def _is_limited(config):
+    """With a budget or a latency the ratios of the methods only name them."""
+    return (config.budget, config.latency) != (None, None)
+
+
 def _remove(names):
     options = " ".join(f"--config.methods.{name}='()'" for name in names)
     return f"remove them with {options}"
@@ -186,8 +190,7 @@ def _check_tuned(config):
     measured = {"dense": (0.0,), **_methods(config)}
     for method, ratios in config.tuning.methods.items():
         allowed = measured.get(method, ())
-        # With a budget or a latency the ratios only name the methods.
-        if allowed and (config.budget, config.latency) != (None, None):
+        if allowed and _is_limited(config):
             continue
         if lacking := [ratio for ratio in ratios if ratio not in allowed]:
             raise ValueError(
@@ -443,7 +446,7 @@ def measure(
         "predicted_speedup": whole.total / cost.total,
         "attention_tokens": list(cost.attention_tokens),
         "mlp_tokens": list(cost.mlp_tokens),
-        "num_params": sum(x.size for x in jax.tree.leaves(network.params)),
+        "num_params": optax.tree.size(network.params),
         "image_size": network.image_size,
     }
     if network.images is not None:

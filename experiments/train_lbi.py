@@ -10,7 +10,7 @@ curves.
 from pathlib import Path
 from typing import Any
 
-import jax
+import optax
 from ml_collections import ConfigDict
 
 import lbi
@@ -33,7 +33,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         workdir,
         lambda run: _train_one(run, images),
         axes={"methods": "{}", "seeds": "seed{}"},
-        inputs=lambda config: digests,
+        inputs=digests,
         finish=_summarize_all,
     )
 
@@ -48,7 +48,7 @@ def _train_one(run, images):
         figures.draw(run.workdir)
     return lbi_training.measure(problem, state) | {
         "best_epoch_test_accuracy": max(accuracies),
-        "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
+        "num_params": optax.tree.size(state.params),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 import vit
@@ -37,7 +38,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         config,
         workdir,
         lambda run: _train_one(run, images),
-        inputs=lambda config: digests,
+        inputs=digests,
     )
 
 
@@ -68,7 +69,7 @@ def _train_one(run, images):
     return evaluate(state) | {
         "best_test_accuracy": max(accuracies),
         "train_accuracy": metrics[-1]["train_accuracy"],
-        "num_params": sum(x.size for x in jax.tree.leaves(problem.params)),
+        "num_params": optax.tree.size(problem.params),
     }
 
 

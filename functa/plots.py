@@ -76,18 +76,8 @@ def psnr_curves(
         _curve(ax, x, values, style, label, markers=markers)
         highest = max(highest, np.max(_mean(values), initial=-np.inf))
     for label, (x, values, *deviation) in points.items():
-        color, marker, _ = _STYLES[order.index(label) % len(_STYLES)]
-        ax.errorbar(
-            x,
-            values,
-            yerr=deviation[0] if deviation else None,
-            color=color,
-            marker=marker,
-            markersize=4,
-            linestyle="none",
-            capsize=2,
-            label=None if label in curves else label,
-        )
+        named = None if label in curves else label
+        _points(ax, x, values, *deviation, number=order.index(label), label=named)
         highest = max(highest, np.max(values, initial=-np.inf))
     if log_x is not None:
         ax.set_xscale("symlog", linthresh=log_x)
@@ -159,18 +149,7 @@ def against_num_values(
     for number, (label, (sizes, values, *deviation)) in enumerate(
         (codes or {}).items(), start=len(controls)
     ):
-        color, marker, _ = _STYLES[number % len(_STYLES)]
-        ax.errorbar(
-            sizes,
-            values,
-            yerr=deviation[0] if deviation else None,
-            color=color,
-            marker=marker,
-            markersize=6,
-            linestyle="none",
-            capsize=2,
-            label=label,
-        )
+        _points(ax, sizes, values, *deviation, number=number, label=label, size=6)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:,.0f}")
     _finish(ax, "numbers per signal", y_label)
@@ -238,17 +217,14 @@ def measures(
     Returns:
       The Figure.
     """
-    import matplotlib.pyplot as plt
-
     sources = list(dict.fromkeys(name for values in table.values() for name in values))
     num_columns = min(num_columns, len(table))
     num_rows = -(-len(table) // num_columns)
-    figure, axes = plt.subplots(
+    figure, axes = _panels(
         num_rows,
         num_columns,
-        figsize=(2.6 * num_columns + 0.8, (0.3 * len(sources) + 0.9) * num_rows + 0.3),
-        squeeze=False,
-        layout="constrained",
+        2.6 * num_columns + 0.8,
+        (0.3 * len(sources) + 0.9) * num_rows + 0.3,
     )
     for ax in axes.flat[len(table) :]:
         ax.axis("off")
@@ -305,15 +281,9 @@ def image_grid(
     Returns:
       The Figure.
     """
-    import matplotlib.pyplot as plt
-
     num_rows, num_columns = len(rows), max(len(row) for row in rows)
-    figure, axes = plt.subplots(
-        num_rows,
-        num_columns,
-        figsize=(size * num_columns + 0.8, size * num_rows + 0.7),
-        squeeze=False,
-        layout="constrained",
+    figure, axes = _panels(
+        num_rows, num_columns, size * num_columns + 0.8, size * num_rows + 0.7
     )
     for row_axes, row in zip(axes, rows, strict=True):
         for ax in row_axes[len(row) :]:
@@ -340,17 +310,11 @@ def latent_channels(
     Returns:
       The Figure.
     """
-    import matplotlib.pyplot as plt
-
     channels = np.moveaxis(np.asarray(latent), -1, 0)[:num_channels]
     num_columns = min(8, len(channels))
     num_rows = -(-len(channels) // num_columns)
-    figure, axes = plt.subplots(
-        num_rows,
-        num_columns,
-        figsize=(size * num_columns + 1, (size + 0.25) * num_rows),
-        squeeze=False,
-        layout="constrained",
+    figure, axes = _panels(
+        num_rows, num_columns, size * num_columns + 1, (size + 0.25) * num_rows
     )
     limit = np.max(np.abs(channels)) or 1
     for number, ax in enumerate(axes.flat):
@@ -489,15 +453,7 @@ def field_and_gradient(
     Returns:
       The Figure, one row of three panels for each image.
     """
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        len(fields),
-        3,
-        figsize=(9.5, 3 * len(fields) + 0.4),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, axes = _panels(len(fields), 3, 9.5, 3 * len(fields) + 0.4)
     for row, image, field, gradient in zip(
         axes, images, fields, gradients, strict=False
     ):
@@ -625,19 +581,13 @@ def globes(
       The Figure, one row for each field. Colors are the length of the vectors and of
       the errors.
     """
-    import matplotlib.pyplot as plt
-
     columns = [("data", data, False)]
     for label, code in codes.items():
         columns += [(label, code, False), (f"error of\n{label}", code - data, True)]
     lengths = [np.linalg.norm(values, axis=-1) for _, values, _ in columns]
     tops = {False: np.max(lengths[0]), True: np.max(lengths[2::2], initial=0)}
-    figure, axes = plt.subplots(
-        len(data),
-        len(columns),
-        figsize=(size * len(columns), size * len(data) + 0.6),
-        layout="constrained",
-        squeeze=False,
+    figure, axes = _panels(
+        len(data), len(columns), size * len(columns), size * len(data) + 0.6
     )
     for number, (title, values, is_error) in enumerate(columns):
         for row, ax in enumerate(axes[:, number]):
@@ -681,16 +631,9 @@ def waveforms(
     Returns:
       The Figure: one row for each sound, whole on the left, its window on the right.
     """
-    import matplotlib.pyplot as plt
-
     times = np.arange(data.shape[1]) / sample_rate
-    figure, axes = plt.subplots(
-        len(data),
-        2,
-        figsize=(10, 1.6 * len(data) + 0.4),
-        layout="constrained",
-        squeeze=False,
-        width_ratios=(1, 1.4),
+    figure, axes = _panels(
+        len(data), 2, 10, 1.6 * len(data) + 0.4, width_ratios=(1, 1.4)
     )
     length = min(max(round(window * sample_rate), 2), len(times))
     for row, ((whole, part), sound) in enumerate(zip(axes, data, strict=True)):
@@ -756,16 +699,9 @@ def voxel_grid(
     Returns:
       The Figure, one row for each entry.
     """
-    import matplotlib.pyplot as plt
-
     num = len(next(iter(rows.values())))
-    figure, axes = plt.subplots(
-        len(rows),
-        num,
-        figsize=(size * num, size * len(rows)),
-        layout="constrained",
-        squeeze=False,
-        subplot_kw={"projection": "3d"},
+    figure, axes = _panels(
+        len(rows), num, size * num, size * len(rows), subplot_kw={"projection": "3d"}
     )
     for row, (label, shapes) in enumerate(rows.items()):
         color = _STYLES[row % len(_STYLES)][0]
@@ -876,6 +812,20 @@ def _in_unit_range(images):
     return images / 255 if images.dtype.kind in "iu" else images
 
 
+def _panels(num_rows, num_columns, width, height, **options):
+    """A figure of so many inches, and its Axes (rows, columns)."""
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(
+        num_rows,
+        num_columns,
+        figsize=(width, height),
+        layout="constrained",
+        squeeze=False,
+        **options,
+    )
+
+
 def _axes(ax, size=(5.5, 3.4)):
     if ax is not None:
         return ax
@@ -915,6 +865,22 @@ def _curve(ax, x, values, number, label, *, band="deviation", markers=False):
             deviation = values.std(0, ddof=1)
             low, high = mean - deviation, mean + deviation
         ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def _points(ax, x, values, deviation=None, *, number, label, size=4):
+    """Measurements as markers, with error bars if there are deviations."""
+    color, marker, _ = _STYLES[number % len(_STYLES)]
+    ax.errorbar(
+        x,
+        values,
+        yerr=deviation,
+        color=color,
+        marker=marker,
+        markersize=size,
+        linestyle="none",
+        capsize=2,
+        label=label,
+    )
 
 
 def _finish(ax, x_label, y_label, marks=None):

@@ -76,6 +76,12 @@ def unoptimized():
 
 
 @pytest.fixture
+def highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture
 def float64():
     with jax.enable_x64(True):
         yield

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from vit_oracle import run
+from numerics import run
 
 from vit import attention
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import vit_oracle
-from vit_oracle import run
+from numerics import run
 
 from vit import attention, importance, schedules
 from vit.attention_kernels import (

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import vit_oracle
-from vit_oracle import compiled, run
+from numerics import assert_close, compiled, run
 
 from vit import attention as attentions
 from vit import cascade as cascades
@@ -19,7 +19,7 @@ from vit.cascade import Cascade
 from vit.model import ViT
 
 pytestmark = [
-    pytest.mark.usefixtures("unoptimized"),
+    pytest.mark.usefixtures("unoptimized", "highest_precision"),
     # Many cascades here prune in the first layer, where the first patches are kept.
     pytest.mark.filterwarnings("ignore:the attention of layer"),
 ]
@@ -43,12 +43,6 @@ COUNTS = {
     "zero": {"keep": (9, 8), "keep_mlp": (4, 6)},
 }
 HEADS = (3, 1)
-
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def make(cascade, **options):
@@ -89,12 +83,6 @@ def check_against_oracle(cascade, modes=cascades.MODES, *, seed=0, **options):
     for actual in logits:
         assert_close(actual, trace.logits)
     return trace
-
-
-def assert_close(actual, expected, tolerance=1e-5):
-    """Up to rounding of float32 over a few layers, relative to the largest entry."""
-    scale = np.max(np.abs(expected))
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
 
 
 # Against the oracle.

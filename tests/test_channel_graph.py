@@ -14,15 +14,9 @@ import lbi
 import vit
 from lbi import channels, pruning
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.usefixtures("unoptimized", "highest_precision")
 
 NUMBERS = np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def draw(*shape):

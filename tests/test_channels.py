@@ -6,25 +6,17 @@ import math
 import chex
 import jax
 import jax.numpy as jnp
+import numerics
 import numpy as np
 import pytest
 from flax import linen as nn
+from numerics import run
 
 from experiments.networks import lenet, vgg
 from lbi import channels, pruning
 from lbi.channels import trace
 
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-def run(function, *arguments):
-    """Compiled for one run: compiling faster counts for more than running faster."""
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(function, compiler_options=options)(*arguments)
+pytestmark = pytest.mark.usefixtures("highest_precision")
 
 
 # Whole channels, and smaller networks.
@@ -104,8 +96,7 @@ networks = pytest.mark.parametrize("name", NETWORKS)
 @functools.cache
 def compiled(model):
     """`model.apply`, shared by the tests: compiling is most of their time."""
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(model.apply, compiler_options=options)
+    return numerics.compiled(model.apply)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from functa_runs import copy_at_first_save
+from numerics import random_like
 
 from experiments import classify_functa
 from experiments.common import files, runs
@@ -70,9 +71,7 @@ def test_number_of_parameters_of_the_reports_networks(variant, num_params):
 
 def random_variables(model, x):
     """Weights without the seconds that compiling an initialiser takes."""
-    rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
-    return jax.tree.map(lambda s: np.float32(rng.normal(size=s.shape)), shapes)
+    return random_like(jax.eval_shape(model.init, jax.random.key(0), x), seed=1)
 
 
 def test_mlp_against_numpy():

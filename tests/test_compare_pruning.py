@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numerics import random_like
 
 import lbi
 from experiments import compare_pruning
@@ -38,11 +39,7 @@ def lenet_structure(grain):
 @functools.cache
 def lenet_variables():
     shapes = jax.eval_shape(LENET.init, jax.random.key(0), jnp.ones((1, *IMAGE)))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32),
-        shapes["params"],
-    )
+    params = jax.tree.map(jnp.asarray, random_like(shapes["params"]))
     return {"params": params, "batch_stats": {}}
 
 

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax import lax
+from numerics import assert_close, run
 
 from experiments.networks.convolution import matmul_conv
+
+pytestmark = pytest.mark.usefixtures("highest_precision")
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 # name: image (B, H, W, C), kernel (kh, kw, C, O), padding, matrix products that it
@@ -79,29 +82,9 @@ plain_convolutions = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-def run(function, *arguments):
-    """Compiled for one run: compiling faster counts for more than running faster."""
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(function, compiler_options=options)(*arguments)
-
-
 def random_arrays(*shapes, dtype=jnp.float32):
     rng = np.random.default_rng(0)
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
-
-
-def assert_close(actual, expected, tolerance=TOLERANCE):
-    """Largest error relative to the largest entry: a sum may cancel to almost zero."""
-    actual, expected = np.float64(actual), np.float64(expected)
-    assert actual.shape == expected.shape
-    error = np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
-    assert error < tolerance, f"off by {error:.1e}"
 
 
 def value_and_gradients(conv, image, kernel, **arguments):
@@ -122,7 +105,7 @@ def assert_same_as_lax(image, kernel, **arguments):
     expected = value_and_gradients(lax.conv_general_dilated, image, kernel, **arguments)
     for array, other in zip(actual, expected, strict=True):
         assert array.dtype == other.dtype
-        assert_close(array, other)
+        assert_close(array, other, TOLERANCE)
 
 
 def num_operations(name, conv, *arguments, **options):
@@ -196,7 +179,7 @@ def test_matches_numpy(image_shape, kernel_shape, pads):
     def conv(image, kernel):
         return matmul_conv(image, kernel, (1, 1), pads, dimension_numbers=NUMBERS)
 
-    assert_close(run(conv, image, kernel), numpy_conv(image, kernel, pads))
+    assert_close(run(conv, image, kernel), numpy_conv(image, kernel, pads), TOLERANCE)
 
 
 @pytest.mark.slow_after(3)
@@ -219,7 +202,7 @@ def test_vmap_equals_a_loop(name, in_axes):
             array if axis is None else jnp.take(array, i, axis=axis)
             for array, axis in zip((image, kernel), in_axes, strict=True)
         ]
-        assert_close(outputs, conv(lax.conv_general_dilated, *parts))
+        assert_close(outputs, conv(lax.conv_general_dilated, *parts), TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +227,7 @@ def test_flax_layer_equals_the_usual_one(options):
     arrays = random_arrays(*(leaf.shape for leaf in shapes.values()))
     variables = {"params": dict(zip(shapes, arrays, strict=True))}
     actual, expected = (run(m.apply, variables, images) for m in (layer, usual))
-    assert_close(actual, expected)
+    assert_close(actual, expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["winograd", "band", "few_channels"])
@@ -266,7 +249,7 @@ def test_bfloat16_stays_bfloat16(name):
     for array, expected in zip(actual, exact, strict=True):
         assert array.dtype == jnp.bfloat16
         # 8 bits, 4e-3 of each number; sums of rounded terms are off by a few of those.
-        assert_close(array, expected, 3e-2)
+        assert_close(array, expected, 3e-2, TOLERANCE)
 
 
 def test_default_arguments_are_those_of_a_plain_convolution():
@@ -276,7 +259,7 @@ def test_default_arguments_are_those_of_a_plain_convolution():
         return matmul_conv(image, kernel, dimension_numbers=NUMBERS)
 
     expected = numpy_conv(image, kernel, ((1, 1), (1, 1)))
-    assert_close(run(conv, image, kernel), expected)
+    assert_close(run(conv, image, kernel), expected, TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -310,4 +293,4 @@ def test_an_accumulation_type_is_not_ignored():
     actual = matmul_conv(image, kernel, **options)
     assert actual.dtype == jnp.float32
     # Products of bfloat16 numbers are exact in float32.
-    assert_close(actual, lax.conv_general_dilated(image, kernel, **options))
+    assert_close(actual, lax.conv_general_dilated(image, kernel, **options), TOLERANCE)

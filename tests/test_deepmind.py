@@ -16,35 +16,20 @@ import numpy as np
 import pytest
 from functa_oracle import HaikuLatentSiren, HaikuSiren, random_tree
 from jax.flatten_util import ravel_pytree
+from numerics import assert_close, compiled, random_like
 
 from functa import deepmind as convert
 from functa.inner_loop import fit_latent
 from functa.metrics import psnr
 from functa.siren import LatentModulatedSiren, ModulatedSiren, coordinate_grid
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.usefixtures("unoptimized", "highest_precision")
 
 HERE = Path(__file__).resolve().parent
 # Numbers of tests/goldens/make_functa_goldens.py, and DeepMind's own where they are
 # present.
 OWN_GOLDENS = sorted((HERE / "goldens").glob("functa_*.npz"))
 DEEPMIND_GOLDENS = sorted((HERE.parents[1] / "shared" / "goldens").glob("functa_*.npz"))
-
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-def assert_close(actual, expected, tolerance, name=""):
-    """Largest error relative to the array's largest entry.
-
-    Entrywise relative errors say nothing about entries that cancel to almost zero.
-    """
-    chex.assert_equal_shape([actual, expected])
-    error = np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
-    assert error < tolerance, f"{name} is off by {error:.1e}"
 
 
 # Numbers of the Haiku program.
@@ -144,11 +129,7 @@ def test_inner_loop_and_outer_gradient_match_golden(path):
         latents, info = jax.vmap(fit)(golden["images"])
         return jnp.mean(info.loss[:, -1]), (latents, info)
 
-    value_and_grad = jax.jit(
-        jax.value_and_grad(outer_loss, (0, 1), has_aux=True),
-        # It runs once: compiling faster counts for more than running faster.
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
+    value_and_grad = compiled(jax.value_and_grad(outer_loss, (0, 1), has_aux=True))
     (loss, (latents, info)), (grads, rate_grads) = value_and_grad(
         imported.params, rates
     )
@@ -268,10 +249,7 @@ def test_direct_siren_matches_haiku_beyond_ten_layers(parts):
 def test_own_model_survives_a_round_trip():
     model = LatentModulatedSiren(width=4, depth=3, latent_dim=5, omega_0=7.0)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones(2), jnp.ones(5))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes["params"]
-    )
+    params = random_like(shapes["params"])
     latent = np.arange(5, dtype=np.float32)
     imported = convert.Imported(model, params, latent, None)
     restored = convert.from_haiku(convert.to_haiku(imported), omega_0=7.0)

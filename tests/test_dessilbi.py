@@ -17,6 +17,7 @@ from dessilbi_runs import CURVATURE, coupling_of, quadratic, run, tensors
 from flax import linen as nn
 from flax import serialization
 from goldens.make_dessilbi_goldens import replay as numpy_replay
+from numerics import random_like
 
 import lbi
 from lbi import L1, GroupL2
@@ -678,8 +679,7 @@ class Block(nn.Module):
 def test_heads_and_neurons_are_groups():
     x = jax.ShapeDtypeStruct((2, 5, 6), jnp.float32)
     shapes = jax.eval_shape(Block().init, jax.random.key(0), x)["params"]
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: np.float32(rng.normal(size=leaf.shape)), shapes)
+    params = random_like(shapes)
     # One head and two neurons made large, on both of their sides.
     params["attention"]["value"]["kernel"][:, 2] *= 9
     params["attention"]["out"]["kernel"][2] *= 9

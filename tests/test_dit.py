@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numerics import random_like
 
 from experiments.networks.dit import Block, DiT
 
@@ -24,15 +25,6 @@ def init(model, shape=(2, 3, 4), batch=5):
     return params, x, time, label
 
 
-def scramble(params):
-    """All parameters replaced by random numbers."""
-    leaves, treedef = jax.tree.flatten(params)
-    rng = np.random.default_rng(0)
-    return treedef.unflatten(
-        [jnp.float32(0.3 * rng.normal(size=leaf.shape)) for leaf in leaves]
-    )
-
-
 @pytest.mark.slow_after(1)
 @pytest.mark.parametrize("shape", [(4,), (2, 3, 4), (2, 1, 2, 4)])
 def test_velocity_is_zero_at_the_start(shape):
@@ -40,13 +32,13 @@ def test_velocity_is_zero_at_the_start(shape):
     velocity = apply({"params": params}, *inputs)
     assert velocity.shape == (5, *shape)
     np.testing.assert_array_equal(velocity, 0)
-    moved = apply({"params": scramble(params)}, *inputs)
+    moved = apply({"params": random_like(params, stddev=0.3)}, *inputs)
     assert np.abs(moved).min() > 0
 
 
 def test_blocks_are_the_identity_at_the_start():
     params, x, time, label = init(MODEL)
-    params = dict(params, velocity=scramble(params)["velocity"])
+    params = dict(params, velocity=random_like(params, stddev=0.3)["velocity"])
 
     def velocity(x, time, label):
         return np.asarray(apply({"params": params}, x, time, label))
@@ -63,7 +55,7 @@ def test_blocks_are_the_identity_at_the_start():
 
 def test_time_class_and_other_cells_act_once_it_is_trained():
     params, x, time, label = init(MODEL)
-    params = scramble(params)
+    params = random_like(params, stddev=0.3)
 
     def velocity(*inputs):
         return np.asarray(apply({"params": params}, *inputs))
@@ -83,7 +75,7 @@ def test_block_against_numpy():
     x, condition = rng.normal(size=(3, 5, 8)), rng.normal(size=(3, 7))
     x, condition = np.float32(x), np.float32(condition)
     shapes = jax.eval_shape(block.init, jax.random.key(0), x, condition)["params"]
-    params = scramble(shapes)
+    params = random_like(shapes, stddev=0.3)
     expected = []
     linear = jax.tree.map(np.asarray, params["modulation"])
     modulation = condition @ linear["kernel"] + linear["bias"]

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from numerics import random_like
 
 import vit
 from experiments import classify_functa
@@ -23,11 +24,6 @@ pytestmark = pytest.mark.usefixtures("unoptimized")
 
 VIT = {"type": "vit", "hidden_size": 8, "num_layers": 2, "num_heads": 2, "mlp_dim": 12}
 CONVNEXT = {"type": "convnext", "widths": (6, 8), "depths": (1, 2)}
-
-
-def random_like(tree, seed=0):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: np.float32(rng.normal(size=s.shape)), tree)
 
 
 def make_params(head):

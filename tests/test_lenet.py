@@ -6,31 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from convolution_oracle import (
+    check_channel_graph,
+    convolve,
+    dense,
+    max_pool,
+    shapes_of,
+)
 from jax import lax
+from numerics import assert_close, run
 
 from experiments.networks.convolution import matmul_conv
 from experiments.networks.lenet import LeNet
-from experiments.networks.registry import channel_graph
-from lbi.penalty import named_leaves
+
+pytestmark = pytest.mark.usefixtures("highest_precision")
 
 SMALL = {"features": (3, 4, 5), "hidden": 6, "num_classes": 7}
-
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-def run(function, *arguments):
-    """Compiled for one run: compiling faster counts for more than running faster."""
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(function, compiler_options=options)(*arguments)
-
-
-def shapes_of(model, channels=1):
-    images = jax.ShapeDtypeStruct((2, 28, 28, channels), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
 def random_variables(model, channels=1):
@@ -40,7 +31,7 @@ def random_variables(model, channels=1):
         lambda leaf: jnp.asarray(
             rng.normal(0, math.prod(leaf.shape[:-1]) ** -0.5, leaf.shape), jnp.float32
         ),
-        shapes_of(model, channels),
+        shapes_of(model, (2, 28, 28, channels)),
     )
 
 
@@ -49,29 +40,17 @@ def random_images(channels=1):
     return jnp.asarray(rng.normal(size=(2, 28, 28, channels)), jnp.float32)
 
 
-def numpy_conv(x, kernel, bias, pad):
-    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(x, kernel.shape[:2], (1, 2))
-    return np.einsum("bhwcij,ijco->bhwo", windows, kernel) + bias
-
-
 def numpy_lenet(variables, images):
     """float64, one layer after the other."""
     params = jax.tree.map(np.float64, variables["params"])
     x = np.float64(images)
     for name, pad in [("conv1", 2), ("conv2", 0), ("conv3", 0)]:
-        x = np.maximum(numpy_conv(x, *layer(params, name), pad), 0)
+        x = convolve(x, params[name]["kernel"], pad) + params[name]["bias"]
+        x = np.maximum(x, 0)
         if name != "conv3":
-            x = np.max([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=0)
+            x = max_pool(x)
     assert x.shape[1:3] == (1, 1)
-    kernel, bias = layer(params, "fc1")
-    x = np.maximum(x[:, 0, 0] @ kernel + bias, 0)
-    kernel, bias = layer(params, "fc2")
-    return x @ kernel + bias
-
-
-def layer(params, name):
-    return params[name]["kernel"], params[name]["bias"]
+    return dense(np.maximum(dense(x[:, 0, 0], params["fc1"]), 0), params["fc2"])
 
 
 @pytest.mark.parametrize("conv", [lax.conv_general_dilated, matmul_conv])
@@ -80,16 +59,14 @@ def test_matches_numpy(conv, channels):
     model = LeNet(**SMALL, conv=conv)
     variables, images = random_variables(model, channels), random_images(channels)
     logits = run(model.apply, variables, images)
-    expected = numpy_lenet(variables, images)
     # Five layers of float32 sums; an error of architecture would be of order 1.
-    error = np.max(np.abs(logits - expected)) / np.max(np.abs(expected))
-    assert error < 1e-5
+    assert_close(logits, numpy_lenet(variables, images), 1e-5)
 
 
 def test_parameter_counts():
     counts = {
         name: sum(leaf.size for leaf in jax.tree.leaves(params))
-        for name, params in shapes_of(LeNet())["params"].items()
+        for name, params in shapes_of(LeNet(), (1, 28, 28, 1))["params"].items()
     }
     assert counts == {
         "conv1": 156,
@@ -103,8 +80,8 @@ def test_parameter_counts():
 
 def test_kernels_start_uniform_within_the_root_of_their_fan_in():
     params = run(LeNet().init, jax.random.key(0), random_images())["params"]
-    for name in params:
-        kernel, bias = (np.float64(array) for array in layer(params, name))
+    for layer in params.values():
+        kernel, bias = np.float64(layer["kernel"]), layer["bias"]
         bound = math.prod(kernel.shape[:-1]) ** -0.5
         # float32 rounds the bound itself.
         assert np.abs(kernel).max() <= bound * (1 + 1e-6)
@@ -136,24 +113,4 @@ def test_images_of_another_size_are_refused(shape):
 
 def test_channel_graph_finds_all_that_goes_with_a_channel():
     lengths = {"conv1": 3, "conv2": 4, "conv3": 5, "fc1": 6}
-    leaves = named_leaves(shapes_of(LeNet(**SMALL)))
-    channels = channel_graph(LeNet(**SMALL), (28, 28, 1))
-    assert list(channels.removable().values()) == list(lengths.values())
-    named = []
-    for name in lengths:
-        places = channels[f"params/{name}/kernel"]
-        assert places[0][0] == f"params/{name}/kernel"
-        for path, axis, numbers in places:
-            copies = len(numbers) // lengths[name]  # positions of a flattened image
-            expected_numbers = np.tile(np.arange(lengths[name]), copies)
-            np.testing.assert_array_equal(numbers, expected_numbers)
-            assert leaves[path].shape[axis] == lengths[name], (name, path)
-            named.append((path, axis % leaves[path].ndim))
-    # Every output axis of a hidden layer, every input axis but the image's, once.
-    expected = []
-    for path, leaf in leaves.items():
-        if "/fc2/" not in path:
-            expected.append((path, leaf.ndim - 1))
-        if path.endswith("kernel") and "/conv1/" not in path:
-            expected.append((path, leaf.ndim - 2))
-    assert sorted(named) == sorted(expected)
+    check_channel_graph(LeNet(**SMALL), (2, 28, 28, 1), lengths)

@@ -313,7 +313,7 @@ def test_padded_latents_give_the_images_without_their_padding(tmp_path, kernel_s
         for split in data.SPLITS
     }
     path = tmp_path / "a.npz"
-    options = {"config": {}, "batch_size": 2, "say": lambda line: None}
+    options = {"config": {}, "batch_size": 2}
     encoding.write_functaset(path, learner, dataset, padding=4, **options)
     written = functa.load_functaset(path)
     model = functa.make_model(written.config["model"])

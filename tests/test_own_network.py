@@ -10,7 +10,7 @@ import pytest
 import vit_oracle
 from flax import linen as nn
 from flax import nnx
-from vit_oracle import run
+from numerics import run
 
 import vit
 from vit import schedules

@@ -12,11 +12,12 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from numerics import run
 
 import lbi
 from lbi import penalty, pruning
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.usefixtures("unoptimized", "highest_precision")
 
 HERE = Path(__file__).resolve().parent
 # Of the NumPy program in goldens/make_dessilbi_goldens.py, and, where they are present,
@@ -29,18 +30,6 @@ GOLDENS = [
 # Updates between two of the authors' scores, which they call an epoch.
 EPOCH = 50
 NEVER = 2000
-
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-def run(function, *arguments):
-    """Compiled for one run: compiling faster counts for more than running faster."""
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(function, compiler_options=options)(*arguments)
 
 
 def random_params(seed=0):

@@ -5,65 +5,52 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from convolution_oracle import BN_EPSILON, batch_norm, convolve, dense, shapes_of
 from jax import lax
+from numerics import assert_close, run
 
 from experiments.networks import registry
 from experiments.networks.convolution import matmul_conv
 from experiments.networks.resnet import ResNet
 from lbi import channels, pruning
 
+pytestmark = pytest.mark.usefixtures("highest_precision")
+
 SMALL = {"widths": (3, 4), "blocks": 2, "num_classes": 5}
 IMAGES = (2, 6, 10, 2)
-BN_EPSILON = 1e-5
-
-
-def run(function, *arguments):
-    """Compiled for one run: compiling faster counts for more than running faster."""
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(function, compiler_options=options)(*arguments)
 
 
 def random_variables(model, image_shape):
     rng = np.random.default_rng(0)
-    images = jax.ShapeDtypeStruct(image_shape, jnp.float32)
     return jax.tree.map(
         lambda leaf: (
             jnp.asarray(rng.uniform(0.2, 0.8, leaf.shape), jnp.float32)
             * rng.choice([-1, 1], leaf.shape if leaf.ndim > 1 else ())
         ),
-        jax.eval_shape(model.init, jax.random.key(0), images),
+        shapes_of(model, image_shape),
     )
 
 
-def numpy_conv(x, variables, name, stride):
+def normalized_conv(x, variables, name, stride):
     kernel = variables["params"][name]["kernel"]
-    size = kernel.shape[0]
-    pad = (size // 2,) * 2
-    x = np.pad(x, ((0, 0), pad, pad, (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))
-    windows = windows[:, ::stride, ::stride]
-    x = np.einsum("bhwcij,ijco->bhwo", windows, kernel)
-    affine = variables["params"][f"{name}_bn"]
-    stats = variables["batch_stats"][f"{name}_bn"]
-    x = (x - stats["mean"]) / np.sqrt(stats["var"] + BN_EPSILON)
-    return x * affine["scale"] + affine["bias"]
+    x = convolve(x, kernel, len(kernel) // 2, stride)
+    return batch_norm(x, variables, f"{name}_bn")
 
 
 def numpy_resnet(model, variables, images):
     """float64, evaluation mode, one layer after the other."""
     variables = jax.tree.map(np.float64, variables)
-    x = np.maximum(numpy_conv(np.float64(images), variables, "conv", 1), 0)
+    x = np.maximum(normalized_conv(np.float64(images), variables, "conv", 1), 0)
     for stage, width in enumerate(model.widths, start=1):
         for number in range(1, model.blocks + 1):
             name = f"block{stage}_{number}"
             stride = 2 if stage > 1 and number == 1 else 1
-            y = np.maximum(numpy_conv(x, variables, f"{name}_conv1", stride), 0)
-            y = numpy_conv(y, variables, f"{name}_conv2", 1)
+            y = np.maximum(normalized_conv(x, variables, f"{name}_conv1", stride), 0)
+            y = normalized_conv(y, variables, f"{name}_conv2", 1)
             if stride > 1 or x.shape[-1] != width:
-                x = numpy_conv(x, variables, f"{name}_shortcut", stride)
+                x = normalized_conv(x, variables, f"{name}_shortcut", stride)
             x = np.maximum(x + y, 0)
-    fc = variables["params"]["fc"]
-    return x.mean((1, 2)) @ fc["kernel"] + fc["bias"]
+    return dense(x.mean((1, 2)), variables["params"]["fc"])
 
 
 @pytest.mark.parametrize("conv", [lax.conv_general_dilated, matmul_conv])
@@ -72,15 +59,13 @@ def test_matches_numpy(conv):
     variables = random_variables(model, IMAGES)
     variables["batch_stats"] = jax.tree.map(jnp.abs, variables["batch_stats"])
     images = np.random.default_rng(1).normal(size=IMAGES).astype(np.float32)
-    with jax.default_matmul_precision("highest"):
-        logits = run(model.apply, variables, images)
-    expected = numpy_resnet(model, variables, images)
+    logits = run(model.apply, variables, images)
     # Ten layers of float32 sums; an error of architecture would be of order 1.
-    assert np.max(np.abs(logits - expected)) < 1e-5 * np.max(np.abs(expected))
+    assert_close(logits, numpy_resnet(model, variables, images), 1e-5)
 
 
 def test_parameter_counts():
-    shapes = jax.eval_shape(ResNet().init, jax.random.key(0), jnp.ones((1, 32, 32, 3)))
+    shapes = shapes_of(ResNet(), (1, 32, 32, 3))
     convs = [(3, 3, 16), *[(3, 16, 16)] * 2]
     convs += [(3, 16, 32), (3, 32, 32), (1, 16, 32)]
     convs += [(3, 32, 64), (3, 64, 64), (1, 32, 64)]
@@ -102,10 +87,8 @@ def test_without_batch_normalization_its_convolutions_have_biases():
             stats[f"{name}_bn"] = {"mean": 0 * ones, "var": (1 - BN_EPSILON) * ones}
     joined = {"params": variables["params"] | norms, "batch_stats": stats}
     images = np.random.default_rng(1).normal(size=IMAGES).astype(np.float32)
-    with jax.default_matmul_precision("highest"):
-        logits = run(plain.apply, variables, images)
-    expected = numpy_resnet(plain, joined, images)
-    assert np.max(np.abs(logits - expected)) < 1e-5 * np.max(np.abs(expected))
+    logits = run(plain.apply, variables, images)
+    assert_close(logits, numpy_resnet(plain, joined, images), 1e-5)
 
 
 def test_a_stored_config_gives_the_same_network():
@@ -130,8 +113,7 @@ def test_without_channels_it_is_the_masked_network():
     )
     smaller = channels.thin(variables, keep, graph)
     images = np.random.default_rng(1).normal(size=IMAGES).astype(np.float32)
-    with jax.default_matmul_precision("highest"):
-        expected = run(model.apply, masked, images)
-        logits = run(model.clone(widths=(3, 4)).apply, smaller, images)
+    expected = run(model.apply, masked, images)
+    logits = run(model.clone(widths=(3, 4)).apply, smaller, images)
     # The same sums, without the zeros.
     chex.assert_trees_all_close(logits, expected, rtol=1e-5, atol=1e-5)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numerics import random_like
 
 from functa import functaset
 from functa.siren import (
@@ -29,14 +30,6 @@ modulations = pytest.mark.parametrize(
 )
 
 
-def random_like(tree, seed, stddev=0.3):
-    """Normal values in the shapes of `tree`: no bias is zero, no scale is one."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(0, stddev, leaf.shape), jnp.float32), tree
-    )
-
-
 def init_arguments(model, grid):
     """What `model.init` takes after the key: coordinates, and a latent if any."""
     coords = jnp.asarray(coordinate_grid(grid))
@@ -47,7 +40,7 @@ def random_params(model, grid):
     """(params, coords), without the cost of compiling the initialisers."""
     arguments = init_arguments(model, grid)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *arguments)
-    return random_like(shapes["params"], seed=1), arguments[0]
+    return random_like(shapes["params"], seed=1, stddev=0.3), arguments[0]
 
 
 def numpy_siren(params, coords, modulation, model):
@@ -108,7 +101,7 @@ def test_siren_matches_numpy(grid):
 def test_modulated_siren_matches_numpy(grid, scale, shift):
     model = ModulatedSiren(**SIZES, modulate_scale=scale, modulate_shift=shift)
     params, coords = random_params(model, grid)
-    modulation = random_like(model.initial_latent(), seed=2)
+    modulation = random_like(model.initial_latent(), seed=2, stddev=0.3)
     expected = numpy_siren(params, coords, np.float64(modulation), model)
     actual = model.apply({"params": params}, coords, modulation)
     np.testing.assert_allclose(actual, expected, atol=FORWARD_TOLERANCE)
@@ -277,7 +270,7 @@ def test_fast_sine_agrees_with_the_exact_one():
     exact = LatentModulatedSiren(**SIZES, latent_dim=5)
     fast = LatentModulatedSiren(**SIZES, latent_dim=5, fast_sine=True)
     params, coords = random_params(exact, GRIDS["2d"])
-    latent = random_like(exact.initial_latent(), seed=2)
+    latent = random_like(exact.initial_latent(), seed=2, stddev=0.3)
 
     def value_and_grads(model):
         def loss_fn(params, latent):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import vit_oracle
-from vit_oracle import compiled, run
+from numerics import compiled, run
 
 from vit import cascade as cascades
 from vit import cost, slicing
@@ -16,7 +16,7 @@ from vit.checkpoint import load_checkpoint, save_checkpoint
 from vit.model import ViT
 
 pytestmark = [
-    pytest.mark.usefixtures("unoptimized"),
+    pytest.mark.usefixtures("unoptimized", "highest_precision"),
     # Many cascades here prune in the first layer, where the first patches are kept.
     pytest.mark.filterwarnings("ignore:the attention of layer"),
 ]
@@ -34,12 +34,6 @@ MODEL = ViT(
 )
 HEADS = ((0, 3), (2,))
 NEURONS = ((1, 2, 5, 13), tuple(range(0, 14, 2)))
-
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def block_of(params, layer):

@@ -7,12 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from convolution_oracle import (
+    batch_norm,
+    check_channel_graph,
+    convolve,
+    dense,
+    max_pool,
+    shapes_of,
+)
 from jax import lax
+from numerics import assert_close, run
 
 from experiments.networks.convolution import matmul_conv
-from experiments.networks.registry import channel_graph
 from experiments.networks.vgg import VGG
-from lbi.penalty import named_leaves
+
+pytestmark = pytest.mark.usefixtures("highest_precision")
 
 # The shape of VGG-A, and two stages that leave several pixels to flatten.
 NARROW = {
@@ -22,7 +31,6 @@ NARROW = {
 }
 SHORT = {"stages": ((3,), (16, 5)), "hidden": (6,), "num_classes": 4}
 IMAGES = {"narrow": (NARROW, (2, 32, 64, 3)), "short": (SHORT, (3, 8, 12, 2))}
-BN_EPSILON = 1e-5
 
 sizes = pytest.mark.parametrize(
     ("settings", "image_shape"), IMAGES.values(), ids=IMAGES.keys()
@@ -30,23 +38,6 @@ sizes = pytest.mark.parametrize(
 with_and_without_bn = pytest.mark.parametrize(
     "batch_norm", [True, False], ids=["bn", "plain"]
 )
-
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-def run(function, *arguments):
-    """Compiled for one run: compiling faster counts for more than running faster."""
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(function, compiler_options=options)(*arguments)
-
-
-def shapes_of(model, image_shape):
-    images = jax.ShapeDtypeStruct(image_shape, jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
 def random_variables(model, image_shape):
@@ -66,14 +57,6 @@ def random_images(shape):
     return jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
 
 
-def numpy_conv(x, layer):
-    """3x3 with one pixel of padding, float64."""
-    kernel, bias = np.float64(layer["kernel"]), np.float64(layer["bias"])
-    x = np.pad(np.float64(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (1, 2))
-    return np.einsum("bhwcij,ijco->bhwo", windows, kernel) + bias
-
-
 def numpy_vgg(model, variables, images):
     """float64, evaluation mode, one layer after the other."""
     variables = jax.tree.map(np.float64, variables)
@@ -81,18 +64,16 @@ def numpy_vgg(model, variables, images):
     for stage in model.stages:
         for _ in stage:
             number += 1
-            x = numpy_conv(x, params[f"conv{number}"])
+            layer = params[f"conv{number}"]
+            x = convolve(x, layer["kernel"], 1) + layer["bias"]
             if model.batch_norm:
-                affine = params[f"bn{number}"]
-                stats = variables["batch_stats"][f"bn{number}"]
-                x = (x - stats["mean"]) / np.sqrt(stats["var"] + BN_EPSILON)
-                x = x * affine["scale"] + affine["bias"]
+                x = batch_norm(x, variables, f"bn{number}")
             x = np.maximum(x, 0)
-        x = np.max([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=0)
+        x = max_pool(x)
     x = np.reshape(x, (len(x), -1))
     for i in range(len(model.hidden) + 1):
-        x = np.maximum(x, 0)  # changes nothing before the first of these layers
-        x = x @ params[f"fc{i + 1}"]["kernel"] + params[f"fc{i + 1}"]["bias"]
+        # This changes nothing before the first of these layers.
+        x = dense(np.maximum(x, 0), params[f"fc{i + 1}"])
     return x
 
 
@@ -104,10 +85,8 @@ def test_matches_numpy(settings, image_shape, batch_norm, conv):
     model = VGG(**settings, batch_norm=batch_norm, conv=conv)
     variables, images = random_variables(model, image_shape), random_images(image_shape)
     logits = run(model.apply, variables, images)
-    expected = numpy_vgg(model, variables, images)
     # Eleven layers of float32 sums; an error of architecture would be of order 1.
-    error = np.max(np.abs(logits - expected)) / np.max(np.abs(expected))
-    assert error < 1e-5
+    assert_close(logits, numpy_vgg(model, variables, images), 1e-5)
 
 
 def test_either_convolution_gives_the_same_batch_statistics():
@@ -177,7 +156,8 @@ def test_training_moves_the_statistics_to_those_of_the_batch(momentum):
         return model.apply(variables, images, train=True, mutable=["batch_stats"])
 
     _, updated = run(train, variables, images)
-    values = numpy_conv(images, variables["params"]["conv1"])
+    first = jax.tree.map(np.float64, variables["params"]["conv1"])
+    values = convolve(np.float64(images), first["kernel"], 1) + first["bias"]
     old, new = variables["batch_stats"]["bn1"], updated["batch_stats"]["bn1"]
     # Biased: the mean of squares about the mean, 288 values for each channel.
     batch = {"mean": values.mean((0, 1, 2)), "var": values.var((0, 1, 2))}
@@ -203,9 +183,8 @@ def test_training_normalizes_with_the_statistics_of_the_batch():
     # With momentum 0 the running statistics are the batch's own.
     expected = numpy_vgg(model, variables | updated, images)
     stale = numpy_vgg(model, variables, images)
-    scale = np.max(np.abs(expected))
-    assert np.max(np.abs(logits - expected)) < 1e-5 * scale
-    assert np.max(np.abs(logits - stale)) > 0.1 * scale
+    assert_close(logits, expected, 1e-5)
+    assert np.max(np.abs(logits - stale)) > 0.1 * np.max(np.abs(expected))
 
 
 def test_evaluation_leaves_the_statistics_alone():
@@ -242,34 +221,10 @@ def test_channel_graph_finds_all_that_goes_with_a_channel(
     settings, image_shape, batch_norm
 ):
     model = VGG(**settings, batch_norm=batch_norm)
-    leaves = named_leaves(shapes_of(model, image_shape))
     convs = [channels for stage in model.stages for channels in stage]
     lengths = {f"conv{i + 1}": n for i, n in enumerate(convs)}
     lengths |= {f"fc{i + 1}": n for i, n in enumerate(model.hidden)}
-    last_conv, last = f"conv{len(convs)}", f"fc{len(model.hidden) + 1}"
     side = 2 ** len(model.stages)
     num_positions = image_shape[1] * image_shape[2] // side**2
     assert num_positions > 1
-
-    channels = channel_graph(model, image_shape[1:])
-    assert list(channels.removable().values()) == list(lengths.values())
-    named = []
-    for name in lengths:
-        places = channels[f"params/{name}/kernel"]
-        assert places[0][0] == f"params/{name}/kernel"
-        for path, axis, numbers in places:
-            copies = len(numbers) // lengths[name]  # positions of a flattened image
-            expected_numbers = np.tile(np.arange(lengths[name]), copies)
-            np.testing.assert_array_equal(numbers, expected_numbers)
-            flattened = name == last_conv and path == "params/fc1/kernel"
-            length = lengths[name] * (num_positions if flattened else 1)
-            assert leaves[path].shape[axis] == length, (name, path)
-            named.append((path, axis % leaves[path].ndim))
-    # Every output axis of a hidden layer, every input axis but the image's, once.
-    expected = []
-    for path, leaf in leaves.items():
-        if f"/{last}/" not in path:
-            expected.append((path, leaf.ndim - 1))
-        if path.endswith("kernel") and "/conv1/" not in path:
-            expected.append((path, leaf.ndim - 2))
-    assert sorted(named) == sorted(expected)
+    check_channel_graph(model, image_shape, lengths, num_positions)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import vit_oracle
 from flax import traverse_util
-from vit_oracle import compiled, run
+from numerics import assert_close, compiled, run
 
 from vit import attention
 from vit import model as models
@@ -19,7 +19,7 @@ from vit.cascade import Cascade
 from vit.model import DropPath, PatchEmbedding, ViT
 
 pytestmark = [
-    pytest.mark.usefixtures("unoptimized"),
+    pytest.mark.usefixtures("unoptimized", "highest_precision"),
     # Many cascades here prune in the first layer, where the first patches are kept.
     pytest.mark.filterwarnings("ignore:the attention of layer"),
 ]
@@ -39,24 +39,12 @@ IMAGES = (2, 15, 20, 1)
 LARGE_IMAGES = (2, 16, 24, 1)
 
 
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 def make(**options):
     return ViT(**(SIZES | options))
 
 
 def logits_of(model, params, images, **options):
     return run(lambda p: model.apply({"params": p}, images, **options), params)
-
-
-def assert_close(actual, expected, tolerance=1e-5):
-    """Up to rounding of float32 over a few layers, relative to the largest entry."""
-    scale = np.max(np.abs(expected))
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
 
 
 @pytest.mark.slow_after(2)

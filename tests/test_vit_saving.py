@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
+from numerics import random_like
 from vit_files import (
     linen,
     network,
@@ -28,10 +29,7 @@ def random_params(model, images_shape=(1, 12, 12, 2)):
     shapes = jax.eval_shape(
         model.clone(cascade=None).init, jax.random.key(0), jnp.zeros(images_shape)
     )
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes["params"]
-    )
+    return random_like(shapes["params"])
 
 
 SIZES = dict(patch_size=3, hidden_size=12, num_layers=2, num_heads=3, mlp_dim=20)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 from flax import traverse_util
+from numerics import run
 
 from vit.checkpoint import load_checkpoint
 
@@ -359,10 +360,5 @@ def random(*shape):
 
 
 def apply(model, params, images):
-    run = jax.jit(
-        lambda params: model.apply({"params": params}, images),
-        # It runs once: compiling faster counts for more than running faster.
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
     with jax.default_matmul_precision("highest"):
-        return np.asarray(run(params))
+        return np.asarray(run(lambda p: model.apply({"params": p}, images), params))

@@ -373,15 +373,6 @@ def random_images(image_shape, seed=9):
     return jnp.asarray(rng.uniform(-1.5, 1.5, image_shape), jnp.float32)
 
 
-def compiled(function):
-    """For a few runs: compiling faster counts for more than running faster."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def run(function, *arguments):
-    return compiled(function)(*arguments)
-
-
 def products(function, *arguments):
     """Each matrix product of a traced function: (multiply-adds, types of operands)."""
     return list(_products(jax.make_jaxpr(function)(*arguments).jaxpr))

@@ -176,7 +176,6 @@ def mix(
     *,
     mixup_alpha: float,
     cutmix_alpha: float,
-    probability: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Mixup or CutMix: mixes each image and target with those of its predecessor.
 
@@ -195,7 +194,6 @@ def mix(
       targets: class probabilities, (B, K).
       mixup_alpha: alpha of Mixup; 0 disables it.
       cutmix_alpha: alpha of CutMix; 0 disables it.
-      probability: probability that the batch is mixed.
 
     Returns:
       Images and targets of the same shapes and dtypes.
@@ -207,7 +205,7 @@ def mix(
         return images, targets
 
     _, height, width, _ = images.shape
-    keys = jax.random.split(key, 4)
+    keys = jax.random.split(key, 3)
     cutmix_share = 0.5 if mixup_alpha and cutmix_alpha else float(cutmix_alpha > 0)
     is_cutmix = jax.random.bernoulli(keys[0], cutmix_share)
     alpha = jnp.where(is_cutmix, cutmix_alpha, mixup_alpha)
@@ -217,7 +215,6 @@ def mix(
     corner = jax.random.uniform(keys[2], (2,)) - sides / 2
     outside = ~_box(height, width, corner, sides)
     weights = jnp.where(is_cutmix, outside, ratio)  # (H, W)
-    weights = jnp.where(jax.random.bernoulli(keys[3], probability), weights, 1.0)
 
     def mixed(values, weights):
         weights = weights.astype(values.dtype)

@@ -153,12 +153,11 @@ def load_dataset(
             )
         if data_dir is not None and not data_dir.is_dir():
             raise FileNotFoundError(f"there is no directory {data_dir}.")
-        if name == "folder":
-            read = _load_folder
-        elif name == "fashion_mnist":
-            read = _load_fashion_mnist
-        else:
-            read = _load_npz if name == "npz" else functools.partial(_load_tfds, name)
+        read = {
+            "folder": _load_folder,
+            "npz": _load_npz,
+            "fashion_mnist": _load_fashion_mnist,
+        }.get(name, functools.partial(_load_tfds, name))
         loaded, class_names, notes = read(
             data_dir, splits, image_size, {"train": train_split, "test": test_split}
         )
@@ -242,6 +241,22 @@ def to_float(images: np.ndarray) -> np.ndarray:
     return np.float32(images) / np.float32(255)
 
 
+def count_batches(
+    num_examples: int, batch_size: int, *, what: str = "training images"
+) -> int:
+    """Batches of an epoch; a remainder that does not fill a batch is dropped.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    if not 0 < batch_size <= num_examples:
+        raise ValueError(
+            f"batch_size must be between 1 and the {num_examples} {what}, got "
+            f"{batch_size}."
+        )
+    return num_examples // batch_size
+
+
 def batch_indices(
     seed: int, step: int, *, num_examples: int, batch_size: int
 ) -> np.ndarray:
@@ -250,12 +265,8 @@ def batch_indices(
     The result depends only on the arguments: a resumed run needs no state to continue
     with the same batches. A remainder that does not fill a batch is dropped.
     """
-    if not 0 < batch_size <= num_examples:
-        raise ValueError(
-            f"batch_size must be between 1 and the {num_examples} examples of the "
-            f"training split, got {batch_size}."
-        )
-    epoch, batch = divmod(step, num_examples // batch_size)
+    what = "examples of the training split"
+    epoch, batch = divmod(step, count_batches(num_examples, batch_size, what=what))
     order = _epoch_order(seed, epoch, num_examples)
     return order[batch * batch_size : (batch + 1) * batch_size]
 
@@ -265,11 +276,20 @@ def _epoch_order(seed, epoch, num_examples):
     return np.random.default_rng((seed, epoch)).permutation(num_examples)
 
 
+def hold_out(num_examples: int, num_held_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of examples that are held out, in random order, and of the others.
+
+    They are independent of a seed: runs of several seeds are compared on the same ones.
+    """
+    order = np.random.default_rng(0).permutation(num_examples)
+    return order[:num_held_out], np.sort(order[num_held_out:])
+
+
 def _train_test(num_examples, split, test_fraction):
     """Sorted indices of a fixed random partition, for data sets without splits."""
-    order = np.random.default_rng(0).permutation(num_examples)
     num_test = max(1, round(num_examples * test_fraction))
-    return np.sort(order[:num_test] if split == "test" else order[num_test:])
+    test, train = hold_out(num_examples, num_test)
+    return np.sort(test) if split == "test" else train
 
 
 def _load_digits(splits):

@@ -100,6 +100,8 @@ def load_fields(
       FileNotFoundError: if the files are missing; the message states how to get them.
       ValueError: if a file is damaged or holds other data.
     """
+    if name in _SYNTHETIC:
+        return _SYNTHETIC[name]()
     load, root = _LOADERS[name]
     return load(data_dir or root, say)
 
@@ -213,9 +215,8 @@ def _load_winds(root, say):
     return _make_winds(values, latitude, longitude, NUM_TRAIN_MONTHS)
 
 
-def _make_synthetic_winds(root, say):
+def _make_synthetic_winds():
     """A zonal wind, and random vortices that differ from month to month."""
-    del root, say
     rng = np.random.default_rng(0)
     latitude, longitude = np.linspace(-90, 90, 13), np.arange(0, 360, 15.0)
     points = sphere(*np.meshgrid(latitude, longitude, indexing="ij"))
@@ -309,9 +310,8 @@ def _load_speech(root, say):
     return _make_speech(clips, LANGUAGES, [f"{num_clips} clips"])
 
 
-def _make_synthetic_speech(root, say):
+def _make_synthetic_speech():
     """Two languages: one of low and one of high tones that rise and fall."""
-    del root, say
     rng = np.random.default_rng(0)
     clips = []
     for number in range(24):
@@ -498,9 +498,8 @@ def _load_furniture(root, say):
     return _make_furniture(models, class_names, notes)
 
 
-def _make_synthetic_furniture(root, say):
+def _make_synthetic_furniture():
     """Boxes and balls of random sizes."""
-    del root, say
     rng = np.random.default_rng(0)
     points = functa.coordinate_grid((NUM_VOXELS,) * 3) - 0.5
     models = []
@@ -516,8 +515,10 @@ _LOADERS = {
     "winds": (_load_winds, WINDS),
     "speech": (_load_speech, SPEECH),
     "furniture": (_load_furniture, FURNITURE),
-    "synthetic_winds": (_make_synthetic_winds, None),
-    "synthetic_speech": (_make_synthetic_speech, None),
-    "synthetic_furniture": (_make_synthetic_furniture, None),
 }
-NAMES = tuple(_LOADERS)
+_SYNTHETIC = {
+    "synthetic_winds": _make_synthetic_winds,
+    "synthetic_speech": _make_synthetic_speech,
+    "synthetic_furniture": _make_synthetic_furniture,
+}
+NAMES = (*_LOADERS, *_SYNTHETIC)

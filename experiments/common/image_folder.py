@@ -15,7 +15,7 @@ import re
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,9 +83,8 @@ def find_images(
     if skipped:
         notes.append(f"skipped {_group(skipped)}")
     if not images:
-        raise FileNotFoundError(
-            f"{root} holds no images that can be read{_after('; ', notes)}."
-        )
+        what = "; ".join([f"{root} holds no images that can be read", *notes])
+        raise FileNotFoundError(f"{what}.")
     filled = {image[:depth] for image in images for depth in range(len(image))}
     # A folder in an empty folder is not named.
     empty = [f for f in folders if f not in filled and f[:-1] in filled]
@@ -338,10 +337,6 @@ def some(names: Iterable[str], num: int = 3) -> str:
     names = list(names)
     more = [f"and {len(names) - num} more"] if len(names) > num else []
     return ", ".join([*names[:num], *more])
-
-
-def _after(separator: str, parts: Sequence[str]) -> str:
-    return "".join(separator + part for part in parts)
 
 
 def _suffixes():

@@ -215,12 +215,12 @@ def describe(name: str) -> str:
         f"Fields of {next(iter(module.VARIANTS))}, the default variant "
         f"(explained in experiments/configs/{name}.py):",
     ]
+    rules = settings.COMMON_RULES | module.RULES
+    words_of = {name.replace("?", ""): f"  ({r.words})" for name, r in rules.items()}
     for field, value in settings.flatten(module.get_config().to_dict()).items():
         if field in ("experiment", "variant"):
             continue
-        rule = module.RULES.get(field) or module.RULES.get(f"{field}?")
-        words = f"  ({rule.words})" if rule else ""
-        lines.append(f"  --config.{field}={value!r}{words}")
+        lines.append(f"  --config.{field}={value!r}{words_of.get(field, '')}")
     return "\n".join(lines)
 
 

@@ -57,7 +57,7 @@ class Run:
         self,
         workdir: Path,
         config: ConfigDict,
-        inputs: Mapping[str, str | None] | None = None,
+        inputs: Mapping[str, str | None],
     ):
         self.workdir = Path(workdir)
         self.config = config
@@ -73,10 +73,10 @@ class Run:
             if devices.is_main():
                 self.workdir.mkdir(parents=True, exist_ok=True)
                 self._lock.enter_context(files.lock(self.workdir, self.say))
-                self._open(inputs or {})
+                self._open(inputs)
             devices.wait_for_all("the run folder is written")
             if not devices.is_main():
-                self._open(inputs or {})
+                self._open(inputs)
             devices.wait_for_all("the run folder is read")
         except BaseException:
             self._lock.close()
@@ -212,7 +212,7 @@ class Run:
         """Compares the files of the folder with the configuration, or writes them."""
         path = self.workdir / "config.json"
         ours = json.loads(self.config.to_json_best_effort())
-        summary = self._read_summary()
+        summary = _read_if_there(self.workdir / "summary.json")
         if not _has_results(self.workdir):
             # Where nothing was done yet, a corrected configuration is welcome.
             (self.workdir / "inputs.json").unlink(missing_ok=True)
@@ -242,10 +242,6 @@ class Run:
         else:
             files.write_json(self.workdir / "environment.json", environment())
 
-    def _read_summary(self):
-        path = self.workdir / "summary.json"
-        return _read_dict(path) if path.exists() else {}
-
     def _check_inputs(self, inputs):
         """Stores the digests of the inputs; raises ValueError if they have changed."""
         path = self.workdir / "inputs.json"
@@ -274,12 +270,8 @@ class Run:
 
     def _write_tensorboard(self, step, metrics):
         if self._tensorboard is None:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise ValueError(
-                    "--config.tensorboard needs: pip install tensorboardX"
-                ) from None
+            from tensorboardX import SummaryWriter
+
             self._tensorboard = SummaryWriter(str(self.workdir / "tensorboard"))
         for name, value in metrics.items():
             if isinstance(value, float):
@@ -305,7 +297,7 @@ def open_run(
       ValueError: if the folder contains a run with another configuration or with other
         inputs.
     """
-    run = Run(workdir, config, inputs)
+    run = Run(workdir, config, inputs or {})
     if run.summary is not None:
         run.say(f"{workdir} is finished; delete it or choose another --workdir.")
     try:
@@ -377,8 +369,7 @@ def load_summary(workdir: Path) -> dict[str, Any]:
 
 def load_inputs(workdir: Path) -> dict[str, str]:
     """The digests of the inputs of a run; {} if it recorded none."""
-    path = Path(workdir) / "inputs.json"
-    return _read_dict(path) if path.exists() else {}
+    return _read_if_there(Path(workdir) / "inputs.json")
 
 
 def load_checkpoint(workdir: Path, state: Any = None) -> tuple[ConfigDict, Any]:
@@ -458,6 +449,10 @@ def _read_dict(path):
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {value!r:.80}.")
     return value
+
+
+def _read_if_there(path):
+    return _read_dict(path) if path.exists() else {}
 
 
 def _upgraded(path):

@@ -269,21 +269,17 @@ def flatten(entry: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def check(config: ConfigDict, rules: Mapping[str, Rule]) -> None:
-    """Checks every field that has a rule.
+    """Checks every field that has a rule, here or in `COMMON_RULES`.
 
     In the names of rules `entry.*` stands for all fields of an entry, and `field?` for
-    a field that may be missing.
-
-    All numbers must be finite and below 2**62, also those of fields without a
-    rule.
+    a field that may be missing. All numbers must be finite and below 2**62, also those
+    of fields without a rule.
 
     Raises:
       ValueError: if a field is missing or breaks its rule; names the field, the rule
         and the value.
     """
-    if "tensorboard" in config:
-        rules = {"tensorboard": TENSORBOARD, **rules}
-    for name, rule in rules.items():
+    for name, rule in {**COMMON_RULES, **rules}.items():
         for field, value in _lookup(config, name.split("."), ""):
             check_value(field, value, rule)
     for field, value in flatten(config).items():
@@ -309,15 +305,14 @@ def _lookup(entry, names, prefix):
     if not names:
         yield prefix, entry
         return
-    for name in entry if names[0] == "*" else names[:1]:
-        if name.endswith("?"):
-            name = name[:-1]
-            if name not in entry:
-                continue
+    first, *rest = names
+    known = entry if isinstance(entry, Mapping | ConfigDict) else ()
+    for name in known if first == "*" else [first.removesuffix("?")]:
         field = f"{prefix}.{name}" if prefix else name
-        if not isinstance(entry, Mapping | ConfigDict) or name not in entry:
+        if name in known:
+            yield from _lookup(entry[name], rest, field)
+        elif not first.endswith("?"):
             raise ValueError(f"the configuration has no field {field}.")
-        yield from _lookup(entry[name], names[1:], field)
 
 
 @contextlib.contextmanager
@@ -418,9 +413,6 @@ def pair(rule: Rule, *, equal: bool = False) -> Rule:
     )
 
 
-DATASET_RULES = {
-    "dataset.image_size": optional(whole(1, 2**14)),
-}
 FINITE = Rule("finite", math.isfinite)
 SEED = Rule(
     "an integer from 0 to 2**32 - 1", lambda v: type(v) is int and 0 <= v < 2**32
@@ -430,6 +422,20 @@ TENSORBOARD = Rule(
     "False without tensorboardX (pip install tensorboardX)",
     lambda v: not v or importlib.util.find_spec("tensorboardX") is not None,
 )
+
+# Rules of the fields that mean the same in every configuration that has them.
+COMMON_RULES = {
+    "tensorboard?": TENSORBOARD,
+    "dataset?.image_size?": optional(whole(1, 2**14)),
+    "seed?": SEED,
+    "seeds?": SEEDS,
+    "num_train?": whole(0),
+    "num_test?": whole(0),
+    "batch_size?": whole(1),
+    "log_every?": whole(1),
+    "checkpoint_every?": whole(1),
+    "label_smoothing?": within("[0, 1)"),
+}
 
 
 def optimizer_rules(entry: str = "optimizer") -> dict[str, Rule]:

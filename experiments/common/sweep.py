@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from experiments.common import runs
 
 Summary = dict[str, Any]
+Inputs = Mapping[str, str | None]
 _OVER_SEEDS = {"seeds": "seed{}"}
 
 
@@ -22,7 +23,7 @@ def sweep(
     *,
     axes: Mapping[str, str] = _OVER_SEEDS,
     nested: bool = False,
-    inputs: Callable[[ConfigDict], Mapping[str, str | None]] = lambda config: {},
+    inputs: Inputs | Callable[[ConfigDict], Inputs] = lambda config: {},
     finish: Callable[[runs.Run, dict[str, Summary]], Summary] | None = None,
 ) -> Summary:
     """Runs an experiment for all combinations of the values of some fields.
@@ -37,7 +38,8 @@ def sweep(
       experiment: open run -> summary; the config of the run has one value per axis.
       axes: {field: format of its value in the name of a run}.
       nested: whether a single combination also has its own folder.
-      inputs: config of one run -> digests of its input files; see `runs.open_run`.
+      inputs: digests of the input files, see `runs.open_run`; a function of the config
+        of one run if they differ.
       finish: (outer run, {name: summary}) -> outer summary; the default computes mean
         and deviation over all runs.
 
@@ -61,15 +63,16 @@ def sweep(
     for name, values in zip(names, combinations, strict=True):
         singles[name] = ConfigDict(config)
         singles[name].update(dict(zip(axes, zip(values), strict=True)))
+    inputs_of = inputs if callable(inputs) else lambda config: inputs
     if len(combinations) == 1 and not nested:
-        return runs.run_once(workdir, config, experiment, inputs=inputs(config))
+        return runs.run_once(workdir, config, experiment, inputs=inputs_of(config))
 
     def run_all(run):
         summaries = {}
         for name, single in singles.items():
             run.say(f"--- {name}")
             summaries[name] = runs.run_once(
-                run.workdir / name, single, experiment, inputs=inputs(single)
+                run.workdir / name, single, experiment, inputs=inputs_of(single)
             )
         if finish is None:
             table = mean_and_std(list(summaries.values()))
@@ -82,7 +85,7 @@ def sweep(
     of_all = {
         f"{key} of {name}": digest
         for name, single in singles.items()
-        for key, digest in inputs(single).items()
+        for key, digest in inputs_of(single).items()
     }
     return runs.run_once(workdir, config, run_all, inputs=of_all)
 

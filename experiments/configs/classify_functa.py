@@ -306,12 +306,8 @@ VARIANTS = {
     },
 }
 RULES = {
-    "seeds": settings.SEEDS,
     "num_epochs": settings.whole(1),
-    "batch_size": settings.whole(1),
     "images_per_group": settings.whole(0),
-    "log_every": settings.whole(1),
-    "checkpoint_every": settings.whole(1),
     "model.type": settings.one_of("mlp", "vit", "convnext"),
     "features": settings.one_of("latents", "patches", "patch_pca"),
     "crop": settings.each(settings.whole(1), empty=True),

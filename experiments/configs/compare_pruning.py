@@ -173,14 +173,8 @@ VARIANTS = {
 }
 
 RULES = {
-    **settings.DATASET_RULES,
-    "seeds": settings.SEEDS,
     "methods": settings.distinct(settings.one_of(*METHODS)),
     "num_epochs": settings.whole(1),
-    "batch_size": settings.whole(1),
-    "checkpoint_every": settings.whole(1),
-    "num_train": settings.whole(0),
-    "num_test": settings.whole(0),
     "num_validation": settings.whole(1),
     "image_size": settings.whole(0, 2**16),
     "model.type": settings.one_of("LeNet", "VGG", "ResNet"),

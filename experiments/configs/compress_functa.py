@@ -112,7 +112,6 @@ RULES = {
     "codecs.jpeg2000": settings.each(settings.within("[1, 100]"), empty=True),
     "target_psnr": settings.within("[0, 100]"),
     "accuracy_bits": settings.above(0),
-    "batch_size": settings.whole(1),
 }
 
 get_config = functools.partial(settings.build, "compress_functa", BASE, VARIANTS)

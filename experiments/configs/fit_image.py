@@ -114,8 +114,6 @@ VARIANTS = {
     },
 }
 RULES = {
-    **settings.DATASET_RULES,
-    "seeds": settings.SEEDS,
     "resolution": settings.each(settings.whole(1, 2**14)),
     "num_images": settings.each(settings.whole(1)),
     "mosaic": settings.each(settings.whole(1)),
@@ -130,8 +128,6 @@ RULES = {
     "model.omega_0": settings.above(0),
     "coord_range": settings.pair(settings.FINITE),
     "num_pixels": settings.whole(0),
-    "log_every": settings.whole(1),
-    "checkpoint_every": settings.whole(1),
     **settings.optimizer_rules(),
 }
 

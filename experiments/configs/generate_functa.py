@@ -151,13 +151,9 @@ VARIANTS = {
     },
 }
 RULES = {
-    "seeds": settings.SEEDS,
     "num_validation": settings.whole(0),
     "num_images": settings.whole(0),
     "num_steps": settings.whole(1),
-    "batch_size": settings.whole(1),
-    "log_every": settings.whole(1),
-    "checkpoint_every": settings.whole(1),
     "render_batch_size": settings.whole(1),
     "model.*": settings.whole(1),
     "label_dropout": settings.within("[0, 1]"),

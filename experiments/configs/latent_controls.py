@@ -38,7 +38,6 @@ VARIANTS = {
     },
 }
 RULES = {
-    **settings.DATASET_RULES,
     "num_images": settings.whole(0),
     "sizes": settings.each(settings.whole(1)),
     "grids": settings.each(

@@ -74,14 +74,11 @@ VARIANTS = {
     "cifar10_flip": {"copies": 2, "flip": True, "run": "runs/meta_learn/cifar10_cpu"},
 }
 RULES = {
-    **settings.DATASET_RULES,
     "splits": settings.distinct(settings.one_of("train", "test")),
     "num_images": settings.whole(0),
     "copies": settings.whole(1),
     "padding": settings.whole(0),
     "inner.num_steps": settings.optional(settings.whole(0)),
-    "batch_size": settings.whole(1),
-    "seed": settings.SEED,
 }
 
 get_config = functools.partial(settings.build, "make_functaset", BASE, VARIANTS)

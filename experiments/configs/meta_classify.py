@@ -185,8 +185,6 @@ _OF_OTHER_FIELDS = (
     "model.layer_sizes?",
 )
 RULES = {
-    **settings.DATASET_RULES,
-    "seeds": settings.SEEDS,
     "methods": settings.distinct(settings.one_of("joint", "two_stage")),
     "validation_fraction": settings.within("(0, 1)"),
     **{
@@ -204,12 +202,8 @@ RULES = {
     "reconstruction_weight": settings.at_least(0),
     "label_weight": settings.at_least(0),
     "latent_dropout": settings.within("[0, 1)"),
-    "label_smoothing": settings.within("[0, 1)"),
     "augmentation.padding": settings.whole(0),
     "num_steps": settings.whole(1),
-    "batch_size": settings.whole(1),
-    "log_every": settings.whole(1),
-    "checkpoint_every": settings.whole(1),
     "encode_batch_size": settings.whole(1),
 }
 

@@ -389,12 +389,7 @@ VARIANTS = {
     },
 }
 RULES = {
-    **settings.DATASET_RULES,
-    "seeds": settings.SEEDS,
     "num_steps": settings.whole(0),
-    "batch_size": settings.whole(1),
-    "log_every": settings.whole(1),
-    "checkpoint_every": settings.whole(1),
     "num_pixels": settings.whole(0),
     "max_drop": settings.at_least(0),
     "warm_start_steps": settings.whole(0),

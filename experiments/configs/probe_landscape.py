@@ -195,17 +195,11 @@ VARIANTS = {
 }
 
 RULES = {
-    **settings.DATASET_RULES,
-    "seeds": settings.SEEDS,
     "networks": settings.distinct(settings.one_of("bn", "plain")),
     "learning_rates": settings.distinct(settings.above(0)),
     "step_sizes": settings.each(settings.above(0)),
     "num_epochs": settings.whole(0),
-    "batch_size": settings.whole(1),
-    "checkpoint_every": settings.whole(1),
     "probe_every": settings.whole(1),
-    "num_train": settings.whole(0),
-    "num_test": settings.whole(0),
     "image_size": settings.whole(0, 2**16),
     "bn_mode": settings.one_of("batch", "frozen", "recalibrated"),
     "sharpness.every": settings.whole(0),

@@ -96,7 +96,6 @@ RULES = {
     "finetune.epochs": settings.whole(0),
     "finetune.compressed_epochs": settings.whole(0),
     "timing_batch_size": settings.whole(1),
-    "seed": settings.SEED,
     **settings.optimizer_rules("finetune"),
 }
 

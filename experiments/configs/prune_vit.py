@@ -322,10 +322,6 @@ VARIANTS = {
     },
 }
 RULES = {
-    **settings.DATASET_RULES,
-    "seeds": settings.SEEDS,
-    "num_train": settings.whole(0),
-    "num_test": settings.whole(0),
     "num_validation": settings.whole(0),
     "image_size": settings.whole(1, 2**16),
     "normalization": settings.one_of("dataset", "google"),

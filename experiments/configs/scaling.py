@@ -43,7 +43,6 @@ RULES = {
     "encode_batch_size": settings.whole(1),
     "num_devices": settings.each(settings.whole(1)),
     "num_images": settings.each(settings.whole(1)),
-    "seed": settings.SEED,
 }
 
 get_config = functools.partial(settings.build, "scaling", BASE, VARIANTS)

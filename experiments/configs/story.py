@@ -64,8 +64,6 @@ VARIANTS = {
     },
 }
 RULES = {
-    **settings.DATASET_RULES,
-    "seeds": settings.SEEDS,
     "cascade_budget": settings.within("(0, 1)"),
     "structure_budget": settings.within("(0, 1)"),
     "timed_batch_size": settings.whole(1),

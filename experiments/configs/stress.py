@@ -61,7 +61,6 @@ VARIANTS = {
     },
 }
 RULES = {
-    "seed": settings.SEED,
     "commands": settings.distinct(settings.one_of(*BASE["commands"])),
     "inputs.every": settings.whole(0),
     "inputs.num_processes": settings.whole(1),

@@ -137,20 +137,12 @@ VARIANTS = {
 }
 
 RULES = {
-    **settings.DATASET_RULES,
-    "seeds": settings.SEEDS,
     "methods": settings.distinct(settings.one_of(*BASE["optimizer"])),
     "num_epochs": settings.whole(1),
-    "batch_size": settings.whole(1),
-    "log_every": settings.whole(1),
-    "checkpoint_every": settings.whole(1),
-    "num_train": settings.whole(0),
-    "num_test": settings.whole(0),
     "image_size": settings.whole(0, 2**16),
     "model.type": settings.one_of("LeNet", "VGG"),
     "penalty": settings.one_of("auto", "suggested"),
     "enter_at": settings.within("(0, 1]"),
-    "label_smoothing": settings.within("[0, 1)"),
     **settings.optimizer_rules("optimizer.*"),
 }
 

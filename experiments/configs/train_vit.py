@@ -217,11 +217,7 @@ TRAINING_RULES = {
     **settings.optimizer_rules(),
 }
 RULES = {
-    **settings.DATASET_RULES,
-    "seeds": settings.SEEDS,
     "num_epochs": settings.whole(1),
-    "num_train": settings.whole(0),
-    "num_test": settings.whole(0),
     "image_size": settings.whole(1, 2**16),
     "normalization": settings.one_of("dataset", "google"),
     "model.dtype": settings.one_of("float32", "bfloat16"),

@@ -34,8 +34,10 @@ from experiments.drawing import (
 from experiments.drawing.run import MissingError, bind, describe, read_run
 from functa import plots
 
-_ROOMS = functa, classification, compression, generation, vit, landscape, lbi, timing
-_FIGURES = {name: figures for room in _ROOMS for name, figures in room.FIGURES.items()}
+_MODULES = functa, classification, compression, generation, vit, landscape, lbi, timing
+_FIGURES = {
+    name: figures for module in _MODULES for name, figures in module.FIGURES.items()
+}
 
 
 def draw(workdir: Path, summary: Mapping[str, Any] | None = None) -> None:

@@ -74,9 +74,17 @@ def make_head(
             f"has one latent, {latent_shape}; use the head mlp."
         )
     try:
-        return _HEADS[name](fields, num_classes, latent_shape)
+        model, shape, apply = _HEADS[name](fields, num_classes, latent_shape)
     except (TypeError, ValueError) as error:
         raise ValueError(f"config.{entry}: {error}") from None
+
+    def init(key):
+        return model.init(key, jnp.zeros((1, *shape)))["params"]
+
+    return Head(num_classes, model, init, apply)
+
+
+# Each makes the module, the shape of one of its inputs, and the `apply` of its head.
 
 
 def _mlp(fields, num_classes, latent_shape):
@@ -94,10 +102,7 @@ def _mlp(fields, num_classes, latent_shape):
             options = {"dropout_rate": dropout_rate, "key": key}
         return model.apply({"params": params}, latents.reshape(-1, size), **options)
 
-    def init(key):
-        return model.init(key, jnp.zeros((1, size)))["params"]
-
-    return Head(num_classes, model, init, apply)
+    return model, (size,), apply
 
 
 def _vit(fields, num_classes, latent_shape):
@@ -107,6 +112,7 @@ def _vit(fields, num_classes, latent_shape):
     check_model(model)
     *grid, channels = latent_shape
     num_cells = math.prod(grid)
+    shape = num_cells, 1, channels
     trained = model
     if token_drop:
         # PatchDropout (Liu et al. 2023, arXiv 2208.07220), as in train_vit.
@@ -116,16 +122,13 @@ def _vit(fields, num_classes, latent_shape):
 
     def apply(params, latents, *, key=None):
         # The positions are learned, so a grid of any rank can be a column of cells.
-        cells = latents.reshape(-1, num_cells, 1, channels)
+        cells = latents.reshape(-1, *shape)
         if key is None:
             return model.apply({"params": params}, cells)
         rngs = dict(zip(("dropout", "cascade"), jax.random.split(key), strict=True))
         return trained.apply({"params": params}, cells, train=True, rngs=rngs)
 
-    def init(key):
-        return model.init(key, jnp.zeros((1, num_cells, 1, channels)))["params"]
-
-    return Head(num_classes, model, init, apply)
+    return model, shape, apply
 
 
 def _convnext(fields, num_classes, latent_shape):
@@ -165,10 +168,7 @@ def _convnext(fields, num_classes, latent_shape):
             {"params": params}, latents, train=True, rngs={"dropout": key}
         )
 
-    def init(key):
-        return model.init(key, jnp.zeros((1, *latent_shape)))["params"]
-
-    return Head(num_classes, model, init, apply)
+    return model, latent_shape, apply
 
 
 _HEADS = {"mlp": _mlp, "vit": _vit, "convnext": _convnext}

@@ -179,13 +179,7 @@ def digests(images: Images) -> dict[str, str]:
 
 def count_steps(images: Images, batch_size: int) -> int:
     """Steps per epoch; a remainder that does not fill a batch is dropped."""
-    num_examples = len(images.train[0])
-    if not 0 < batch_size <= num_examples:
-        raise ValueError(
-            f"batch_size must be between 1 and the {num_examples} training images, "
-            f"got {batch_size}."
-        )
-    return num_examples // batch_size
+    return data.count_batches(len(images.train[0]), batch_size)
 
 
 def check_augmentation(images: Images, used: Mapping[str, Any]) -> None:
@@ -605,9 +599,6 @@ def mcnemar(lost: int, gained: int) -> float:
       lost: number of images that only the first classifies correctly.
       gained: number of images that only the second classifies correctly.
     """
-    total = lost + gained
-    tail, term = 0, 1  # exact integers; term is binomial(n, k)
-    for k in range(min(lost, gained) + 1):
-        tail += term
-        term = term * (total - k) // (k + 1)
-    return min(1.0, 2 * tail / 2**total)
+    from scipy.stats import binomtest
+
+    return binomtest(lost, lost + gained).pvalue if lost + gained else 1.0

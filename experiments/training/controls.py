@@ -48,7 +48,9 @@ def linear_controls(
         num_cells = math.prod(cells)
         values = math.prod(train.shape[1:]) // num_cells
         if values <= MAX_VALUES and len(train) * num_cells > 1:
-            psnr[name] = _at(psnr_per_size(train, test, grid=cells), size)
+            curve = psnr_per_size(train, test, grid=cells)
+            # With as many components as values a code is exact; there are no more.
+            psnr[name] = float(curve[min(size, len(curve) - 1)])
     return psnr
 
 
@@ -127,8 +129,3 @@ def measure(
     if np.isin(test, (0, 1)).all():
         quality["iou"] = metrics.iou(code, test).mean()
     return {name: float(value) for name, value in quality.items()}
-
-
-def _at(curve, num_components):
-    """With as many components as values a code is exact; there are no more."""
-    return float(curve[min(num_components, len(curve) - 1)])

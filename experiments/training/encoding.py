@@ -175,6 +175,20 @@ def points_of(
     return None, None
 
 
+def complete_channels(config: ConfigDict, channels: int, kind: str = "images") -> None:
+    """Sets config.model.out_channels to the number of channels of the data.
+
+    Raises:
+      ValueError: if it is already another number.
+    """
+    if config.model.out_channels not in (None, channels):
+        raise ValueError(
+            f"model.out_channels is {config.model.out_channels}, but the {kind} have "
+            f"{channels} channels."
+        )
+    config.model.out_channels = channels
+
+
 def check_coords(learner: Learner, dataset: data.Dataset, run: str) -> None:
     """Raises ValueError if the points of a data set have other coordinates.
 
@@ -296,6 +310,29 @@ def fit_batch(
     return latents, info.mse
 
 
+def make_view(
+    model: nn.Module,
+    shape: Sequence[int],
+    *,
+    coords: np.ndarray | None = None,
+    separate: bool | None = None,
+) -> functa.spatial.Layout:
+    """How the inner loop sees signals of a shape: as `functa.spatial.layout`.
+
+    Args:
+      model: the field; one without a grid has one latent for each signal.
+      shape: points of a signal along each axis.
+      coords: positions (*shape, d) of the points of a field without a grid; by default
+        those of a regular grid.
+      separate: see `functa.spatial.layout`.
+    """
+    if isinstance(model, functa.SpatialSiren):
+        return functa.spatial.layout(model, shape, separate=separate)
+    coords = functa.coordinate_grid(shape) if coords is None else coords
+    latent = model.initial_latent()
+    return functa.spatial.Layout(model.apply, latent, coords, 1, lambda images: images)
+
+
 def make_field(
     learner: Learner, shape: tuple[int, int]
 ) -> tuple[Callable[[jax.Array], jax.Array], Function]:
@@ -309,13 +346,12 @@ def make_field(
       latent (*grid, C) -> values, and images (N, H, W, C) -> targets (N, ...) of the
       same layout: those of a grid are cut into cells.
     """
-    model = learner.model
-    apply_fn, coords, split = model.apply, functa.coordinate_grid(shape), np.asarray
-    if isinstance(model, functa.SpatialSiren):
-        apply_fn, _, coords, _, split = functa.spatial.layout(
-            model, shape, separate=False
-        )
-    return lambda latent: apply_fn({"params": learner.params}, coords, latent), split
+    view = make_view(learner.model, shape, separate=False)
+
+    def field(latent):
+        return view.apply_fn({"params": learner.params}, view.coords, latent)
+
+    return field, view.split
 
 
 def make_render(field: Callable[[jax.Array], jax.Array], batch_size: int) -> Function:
@@ -323,13 +359,7 @@ def make_render(field: Callable[[jax.Array], jax.Array], batch_size: int) -> Fun
     fields = jax.jit(jax.vmap(field))
 
     def render(latents):
-        values = []
-        for start in range(0, len(latents), batch_size):
-            batch = latents[start : start + batch_size]
-            # A batch of another size would be compiled separately.
-            padding = [(0, batch_size - len(batch))] + [(0, 0)] * (batch.ndim - 1)
-            values.append(np.asarray(fields(np.pad(batch, padding)))[: len(batch)])
-        values = np.concatenate(values)
+        values = devices.in_batches(fields, latents, batch_size=batch_size)
         return values if values.ndim == 4 else functa.spatial.join_cells(values)
 
     return render
@@ -346,7 +376,6 @@ def write_functaset(
     flip: bool = False,
     padding: int = 0,
     seed: int = 0,
-    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Encodes the splits of a data set into one functaset file.
 
@@ -364,7 +393,6 @@ def write_functaset(
       flip: whether they are also mirrored.
       padding: reflected pixels on each side of every image, for a learner with cells.
       seed: seed of the augmentation.
-      say: prints progress.
 
     Returns:
       {"num_signals", "images_per_second" of this process, "<split>_psnr" mean in dB of
@@ -448,7 +476,7 @@ def write_functaset(
         if now - last > 10 or done == total:
             rate = encoded / (now - started)
             left = (total - done) / max(rate, 1e-9)
-            say(
+            devices.say(
                 f"encoded {done}/{total}  {rate:.4g} images/s  {left / 60:.1f} min left"
             )
             last = now

@@ -112,11 +112,9 @@ def load_grids(
     check_config(path, whole)
     splits = {}
     for split in data.SPLITS:
-        rows = np.flatnonzero(whole.split == split)
-        # The copies of training images come after the images.
-        copies = whole.config.get("copies", 1) if split == "train" else 1
-        rows = rows[: len(rows) // copies]
-        if not len(rows) or whole.label[rows].min() < 0:
+        rows, num_images = _rows_of(whole, split)
+        rows = rows[:num_images]
+        if not num_images or whole.label[rows].min() < 0:
             raise ValueError(f"{path} has no labeled {split} split.")
         splits[split] = whole.latent[rows].astype(np.float32), whole.label[rows]
     mean, std = (np.float32(x).reshape(1, 1, 1, -1) for x in (whole.mean, whole.std))
@@ -273,9 +271,7 @@ def load_images(functaset, split, data_dir):
     Raises:
       ValueError: if the images are not those of the functaset.
     """
-    rows = np.flatnonzero(functaset.split == split)
-    copies = functaset.config.get("copies", 1) if split == "train" else 1
-    num_images = len(rows) // copies
+    rows, num_images = _rows_of(functaset, split)
     name = functaset.config.get("dataset")
     if name is None:
         raise ValueError("the functaset does not name the data set of its images.")
@@ -303,6 +299,13 @@ def load_images(functaset, split, data_dir):
             "values differ."
         )
     return images, rows
+
+
+def _rows_of(functaset, split):
+    """Rows of a split, the images first and then their copies; number of images."""
+    rows = np.flatnonzero(functaset.split == split)
+    copies = functaset.config.get("copies", 1) if split == "train" else 1
+    return rows, len(rows) // copies
 
 
 def _identity(pca):

@@ -66,11 +66,7 @@ def make_model(config: ConfigDict, num_classes: int) -> DiT:
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """The optimizer of the config, after clipping of the gradient."""
-    optimizer = optimizers.make_optimizer(config.optimizer, config.num_steps)
-    if config.optimizer.clip_norm:
-        clip = optax.clip_by_global_norm(config.optimizer.clip_norm)
-        optimizer = optax.chain(clip, optimizer)
-    return optimizer
+    return optimizers.make_clipped(config.optimizer, config.num_steps)
 
 
 def init_state(config: ConfigDict, model: DiT, part: Part) -> TrainState:

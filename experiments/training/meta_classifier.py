@@ -131,24 +131,13 @@ class Problem(NamedTuple):
     head: Head
 
 
-def make_view(model: nn.Module, shape: tuple[int, int]) -> functa.spatial.Layout:
-    """How the inner loop sees whole images (H, W); one latent belongs to each."""
-    if isinstance(model, functa.SpatialSiren):
-        return functa.spatial.layout(model, shape, separate=False)
-    coords = functa.coordinate_grid(shape)
-    latent = model.initial_latent()
-    return functa.spatial.Layout(model.apply, latent, coords, 1, lambda images: images)
-
-
 def make_optimizers(
     config: ConfigDict,
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """The optimizers of the field and of the head, each after its own clipping."""
-    chosen = config.head_optimizer
+    settings, entry = config.head_optimizer, "head_optimizer"
     num_steps = config.num_steps - config.warm_start_steps
-    optimizer = optimizers.make_optimizer(chosen, num_steps, entry="head_optimizer")
-    if chosen.clip_norm:
-        optimizer = optax.chain(optax.clip_by_global_norm(chosen.clip_norm), optimizer)
+    optimizer = optimizers.make_clipped(settings, num_steps, entry=entry)
     return meta.make_optimizer(config), optimizer
 
 

@@ -57,6 +57,16 @@ def make_optimizer(
     return check(lambda **options: make(schedule, **options), settings.options, entry)
 
 
+def make_clipped(
+    settings: ConfigDict, num_steps: int, *, entry: str = "optimizer"
+) -> optax.GradientTransformation:
+    """`make_optimizer` after clipping by settings.clip_norm; 0 does not clip."""
+    optimizer = make_optimizer(settings, num_steps, entry=entry)
+    if not settings.clip_norm:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
+
+
 def find(name: str, field: str) -> Callable[..., Any]:
     """The function of optax or optax.contrib with this name.
 

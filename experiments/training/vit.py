@@ -23,6 +23,8 @@ from vit import Cascade, ViT, cost, load_checkpoint, load_normalization, make, o
 from vit.checkpoint import find_files
 from vit.model import Observed
 
+_EVALUATED_AT_ONCE = 250
+
 
 @struct.dataclass
 class TrainState:
@@ -404,16 +406,14 @@ def prepare(images: Images, pixels: jax.Array, image_size: int) -> jax.Array:
     return classifier.normalize(images, pixels)
 
 
-def make_predict(
-    problem: Problem, *, batch_size: int = 250
-) -> Callable[[Any, np.ndarray], np.ndarray]:
+def make_predict(problem: Problem) -> Callable[[Any, np.ndarray], np.ndarray]:
     """Evaluation: (params, uint8 (N, H, W, C)) -> logits (N, K)."""
 
     def forward(params, pixels):
         inputs = prepare(problem.images, pixels, problem.image_size)
         return problem.model.apply({"params": params}, inputs)
 
-    return classifier.in_batches(forward, batch_size)
+    return classifier.in_batches(forward, _EVALUATED_AT_ONCE)
 
 
 def train(

@@ -38,9 +38,9 @@ def prune(
       method: its name.
       ratio: plateau of the ramp over the layers; for "constant" and "range" the mean
         over all layers except the first; for heads and neurons the share per layer; for
-        segments always a third. The
-        cost of "evit", "merge", "merge_decreasing" and "resolution" is as close as
-        possible to that of "max". Ratio 0 is the network itself.
+        segments always a third. The cost of "evit", "merge", "merge_decreasing" and
+        "resolution" is as close as possible to that of "max". Ratio 0 is the network
+        itself.
       problem: the dense network.
       scores: {method: scores} for the methods that need them: attention ranges (L,) for
         "range", scores of each layer's heads or neurons for "heads", "heads_lbi" and
@@ -308,7 +308,6 @@ _HEADS = ("heads", "heads_random", "heads_lbi")
 _NEURONS = ("neurons_random", "neurons_lbi")
 
 
-# name -> (problem, ratio, scores, seed) -> the pruned network.
 def _without_segment(problem, ratio, scores, seed, *, number, of):
     model = problem.model.clone(segment=Segment(number, of))
     return problem._replace(model=model)
@@ -323,6 +322,7 @@ _SEGMENTS = {
     for number in range(3)
 }
 
+# name -> (problem, ratio, scores, seed) -> the pruned network.
 METHODS = {
     "max": _by_score,
     "sum": functools.partial(_by_score, score="sum"),
