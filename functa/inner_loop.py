@@ -179,6 +179,7 @@ def fit_latent(
     """
     if num_steps < 0:
         raise ValueError(f"num_steps must be >= 0, got {num_steps}.")
+    latent = jnp.asarray(latent)
     rates = _rates_per_step(jnp.asarray(learning_rate), num_steps, latent.shape)
     own = vary_latent(field, latent, target, rates, weight, noise)
     if start is not None and own is not latent:
@@ -197,7 +198,7 @@ def fit_latent(
         grad = grad + pullback(cotangent)[0]
         if first_order:
             grad = jax.lax.stop_gradient(grad)
-        return z - rate * grad, losses
+        return (z - rate * grad).astype(z.dtype), losses
 
     steps = []
     for rate in rates if unroll else rates[: start is not None]:

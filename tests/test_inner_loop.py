@@ -544,6 +544,20 @@ def test_targets_that_are_not_floating_point_are_refused(dtype):
         )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@unrolled_or_scanned
+def test_a_latent_keeps_its_type(dtype, unroll):
+    target = jnp.asarray(TARGET, dtype)
+    with jax.enable_x64(True):
+        options = {"num_steps": 2, "learning_rate": np.full(3, 0.1), "unroll": unroll}
+        latent, _ = fit_latent(identity, jnp.zeros(3, dtype), target, **options)
+        model = LatentModulatedSiren(width=3, depth=2, latent_dim=4)
+        inputs = jnp.zeros((5, 2)), model.initial_latent()
+        params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    assert latent.dtype == dtype
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
 def two_devices(axis_type):
     return jax.make_mesh((2,), ("batch",), axis_types=(axis_type,))
 
