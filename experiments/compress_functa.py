@@ -78,7 +78,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 f"{controls.MAX_VALUES:,} are possible. Choose finer grids, or () for "
                 "no such control."
             )
-    inputs = {"functaset": functaset.hash_params(signals.latents)}
+    inputs = {
+        "functaset": functaset.hash_params(signals.latents),
+        "labels of the functaset": functaset.hash_params(signals.labels),
+    }
     classify = None
     if config.classifier is not None:
         classifier = latent_classifier.load(
