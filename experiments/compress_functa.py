@@ -9,6 +9,7 @@ symbols are those of training latents. The controls are the codecs of Pillow wit
 headers of their files, and principal components of patches (KLT) with the same coder.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ from experiments.common import (
 )
 from experiments.configs import compress_functa as configs
 from experiments.drawing import figures
-from experiments.training import encoding, features, latent_classifier
+from experiments.training import controls, encoding, features, latent_classifier
 from experiments.training.encoding import Function
 from functa import compression, functaset, linear
 
@@ -70,8 +71,17 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     signals = load_signals(config, learner)
     for grid in config.klt_grids:
         with settings.blamed_on("klt_grids"):
-            functa.spatial.split_cells(signals.images["test"][:1], grid)
-    inputs = {"functaset": functaset.hash_params(signals.latents)}
+            cells = functa.spatial.split_cells(signals.images["test"][:1], grid)
+        if (values := math.prod(cells.shape[3:])) > controls.MAX_VALUES:
+            raise ValueError(
+                f"klt_grids: a cell of the grid {grid} has {values:,} values; at most "
+                f"{controls.MAX_VALUES:,} are possible. Choose finer grids, or () for "
+                "no such control."
+            )
+    inputs = {
+        "functaset": functaset.hash_params(signals.latents),
+        "labels of the functaset": functaset.hash_params(signals.labels),
+    }
     classify = None
     if config.classifier is not None:
         classifier = latent_classifier.load(

@@ -87,8 +87,12 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     def inputs(config):
         signals = loaded[config.seeds[0]]
+        whole = signals.whole
         return {
-            "functaset": functaset.hash_params(signals.whole.latent),
+            "functaset": functaset.hash_params(whole.latent),
+            "labels or normalization of the functaset": functaset.hash_params(
+                [whole.label, whole.mean, whole.std]
+            ),
             "classifier": signals.classifier and signals.classifier.sha256,
         }
 

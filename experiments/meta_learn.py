@@ -275,7 +275,10 @@ def _compare_fields(run, learner, loaded):
     train, test = (data.signals(loaded.splits[split]) for split in data.SPLITS)
     test = test[: config.num_images or len(test)]
     [*grid, channels] = learner.model.latent_shape
-    codes = {"pca": controls.linear_code(train, test, channels, grid, loaded.weight)}
+    num = controls.count_components(train, channels, grid)
+    if num < channels:
+        run.say(f"the linear control has {num} numbers: there are no more components.")
+    codes = {"pca": controls.linear_code(train, test, num, grid, loaded.weight)}
     latents = [
         latents
         for latents, _ in encoding.encode(learner, test, batch_size=config.batch_size)
@@ -315,11 +318,12 @@ def _compare_fields(run, learner, loaded):
         arrays["coords"] = learner.coords
     if arrays["signals"].ndim == 3:
         # Sound, to listen to: a file for each signal and each code.
-        for name, sounds in arrays.items():
-            for number, sound in enumerate(sounds):
+        for name in shown:
+            for number, sound in enumerate(arrays[name]):
                 path = run.workdir / "sounds" / f"{number}_{name[:-1]}.wav"
                 fields.write_wav(path, sound[:, 0])
-    return summary, arrays
+    # The numbers of a cell in both codes, for the labels.
+    return summary, arrays | {"code_sizes": np.array([channels, num])}
 
 
 def _showcase(learner, dataset, mse, batch_size):

@@ -36,6 +36,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from functa.varying import vary_like
+
 FAMILIES = ("histogram", "laplace", "gaussian")
 # Weights of the prediction are multiples of 2^-10.
 _WEIGHT_BITS = 10
@@ -188,6 +190,7 @@ def slopes(
         prediction, pullback = jax.vjp(field, latent)
         shape = (num_probes, *prediction.shape)
         signs = jax.random.rademacher(key, shape, prediction.dtype)
+        signs = vary_like(signs, prediction)
         [gradients] = jax.vmap(pullback)(signs)  # (num_probes, *grid, C)
         return jnp.square(gradients).mean(range(gradients.ndim - 1))
 

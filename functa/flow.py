@@ -67,9 +67,11 @@ def flow_loss(key: jax.Array, velocity: Velocity, latents: jax.Array) -> jax.Arr
       >>> flow_loss(jax.random.key(1), lambda x, time: 0 * x, latents).shape
       (4,)
     """
+    latents = jnp.asarray(latents)
     key_time, key_noise = jax.random.split(key)
-    time = jax.nn.sigmoid(jax.random.normal(key_time, latents.shape[:1]))
-    noise = jax.random.normal(key_noise, latents.shape)
+    time = jax.random.normal(key_time, latents.shape[:1], latents.dtype)
+    time = jax.nn.sigmoid(time)
+    noise = jax.random.normal(key_noise, latents.shape, latents.dtype)
     error = velocity(interpolate(noise, latents, time), time) - (latents - noise)
     return jnp.mean(jnp.square(error), axis=tuple(range(1, latents.ndim)))
 
@@ -168,7 +170,8 @@ def gaussian_velocity(gaussians: Gaussians, labels: jax.Array) -> Velocity:
     """
     mean = gaussians.mean[labels]
     # The products with the axes of all classes need less memory than those of a latent.
-    of_label = jax.nn.one_hot(labels, len(gaussians.mean))[..., None]  # (B, K + 1, 1)
+    of_label = jax.nn.one_hot(labels, len(gaussians.mean), dtype=mean.dtype)
+    of_label = of_label[..., None]  # (B, K + 1, 1)
 
     def velocity(x, time):
         flat, time = x.reshape(len(x), -1), time[:, None]

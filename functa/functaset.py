@@ -480,8 +480,9 @@ def render(
             return evaluate(params, latent)
 
     fields = jax.jit(jax.vmap(field))
+    latents = np.asarray(latents)
     values = [
         np.asarray(fields(latents[start : start + batch_size]))
-        for start in range(0, len(latents), batch_size)
+        for start in range(0, max(len(latents), 1), batch_size)
     ]
     return np.concatenate(values)

@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from functa.varying import vary_latent, vary_like
+
 Field = Callable[[jax.Array], jax.Array]
 # The result of `jax.vjp(field, latent)`: the prediction, and the function that maps a
 # cotangent of the prediction to one of the latent. It is a pytree, so gradients can
@@ -177,7 +179,15 @@ def fit_latent(
     """
     if num_steps < 0:
         raise ValueError(f"num_steps must be >= 0, got {num_steps}.")
+    latent = jnp.asarray(latent)
     rates = _rates_per_step(jnp.asarray(learning_rate), num_steps, latent.shape)
+    own = vary_latent(field, latent, target, rates, weight, noise)
+    if start is not None and own is not latent:
+        raise ValueError(
+            "start was evaluated at a latent that is the same on all devices of "
+            "jax.shard_map; use jax.lax.pcast(latent, axis_name, to='varying') there."
+        )
+    latent = own
     if noise is not None:
         chex.assert_equal_shape([noise, latent])
     grad_fn = jax.value_and_grad(_loss, argnums=(0, 1), has_aux=True)
@@ -188,7 +198,7 @@ def fit_latent(
         grad = grad + pullback(cotangent)[0]
         if first_order:
             grad = jax.lax.stop_gradient(grad)
-        return z - rate * grad, losses
+        return (z - rate * grad).astype(z.dtype), losses
 
     steps = []
     for rate in rates if unroll else rates[: start is not None]:
@@ -259,6 +269,7 @@ def optimize_latent(
       The fitted latent (*Z) and the losses before each step and after the last.
     """
     optimizer = optax.with_extra_args_support(optimizer)
+    latent = vary_latent(field, latent, target, weight)
 
     def loss_fn(z):
         return reconstruction_loss(field, z, target, l2_weight=l2_weight, weight=weight)
@@ -323,11 +334,13 @@ def fit_batch(
       >>> latents.shape, info.loss.shape
       ((2, 4), (2, 4))
     """
-    if start is None:
-        start = field_vjp(apply_fn, params, latent, coords, num_fits=len(targets))
 
     def field(z):
         return apply_fn({"params": params}, coords, z)
+
+    if start is None:
+        latent = vary_latent(field, latent, targets, noise, options)
+        start = field_vjp(apply_fn, params, latent, coords, num_fits=len(targets))
 
     def fit(target, noise):
         return fit_latent(field, latent, target, noise=noise, start=start, **options)
@@ -368,7 +381,7 @@ def field_vjp(
         return jax.vjp(field, latent)
     prediction, push = jax.linearize(field, latent)
     basis = jnp.eye(latent.size, dtype=latent.dtype).reshape(-1, *latent.shape)
-    jacobian = jax.vmap(push)(basis)  # (size, ..., C)
+    jacobian = jax.vmap(push)(vary_like(basis, latent))  # (size, ..., C)
     pullback = jax.tree_util.Partial(_pull_back, jacobian, jnp.zeros_like(latent))
     return prediction, pullback
 
@@ -408,6 +421,7 @@ def largest_eigenvalue(
       >>> print(largest_eigenvalue(field, jnp.zeros(2)))
       9.0
     """
+    latent = vary_latent(field, latent, weight)
     prediction, pullback = jax.vjp(field, latent)
     if weight is not None:
         _check_weight(weight, prediction.shape[:-1])
@@ -425,9 +439,8 @@ def largest_eigenvalue(
 
     # A fixed vector that is orthogonal to no eigenvector, except by accident.
     vector = jnp.cos(jnp.arange(latent.size, dtype=latent.dtype)).reshape(latent.shape)
-    _, norms = jax.lax.scan(
-        iterate, vector / jnp.linalg.norm(vector), length=num_iterations
-    )
+    vector = vary_like(vector / jnp.linalg.norm(vector), latent)
+    _, norms = jax.lax.scan(iterate, vector, length=num_iterations)
     return norms[-1]
 
 
@@ -488,6 +501,11 @@ def meta_gradient(
         raise ValueError(
             f"num_groups must divide the batch of {batch_size}, got {num_groups}."
         )
+
+    def field(z):
+        return apply_fn({"params": params}, coords, z)
+
+    latent = vary_latent(field, latent, targets, noise, learning_rate, options)
 
     def start_from(params):
         # Integers and Booleans, such as the masks of a ReLU, have no gradient.

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from functa import inner_loop
+from functa.varying import vary_latent
 
 # (latents (B, *Z), labels: a tree (B, ...)) -> losses (B,), other values: (B, ...).
 TaskLoss = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
@@ -163,6 +164,11 @@ def joint_loss(
         raise ValueError(
             f"num_groups must divide the batch of {batch_size}, got {num_groups}."
         )
+
+    def field(z):
+        return apply_fn({"params": params}, coords, z)
+
+    latent = vary_latent(field, latent, targets, options)
     start = inner_loop.field_vjp(apply_fn, params, latent, coords, num_fits=batch_size)
 
     def compute(group):

@@ -221,7 +221,7 @@ def _blocks(signals, grid) -> Iterator[np.ndarray]:
     size = math.prod(signals.shape[1:])
     rows = max(1, _BLOCK_VALUES // size)
     dtype = np.result_type(signals.dtype, np.float32)
-    for start in range(0, len(signals), rows):
+    for start in range(0, max(len(signals), 1), rows):
         block = np.asarray(signals[start : start + rows])
         if grid:
             block = spatial.split_cells(block, grid)

@@ -27,6 +27,8 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from functa.varying import vary_like
+
 
 def matmul(
     h: jax.Array,
@@ -63,6 +65,8 @@ def matmul(
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be float32 or bfloat16; got {dtype!r}.")
     h, w = jnp.asarray(h), jnp.asarray(w)
+    # As JAX's own products do.
+    h, w = vary_like(h, w), vary_like(w, h)
     exact = jnp.promote_types(h.dtype, w.dtype)
     rounded = ("backward", "weights") + ("forward",) * round_values
     return _product_p.bind(
@@ -71,14 +75,19 @@ def matmul(
         kind="forward",
         rounded=rounded if dtype == "bfloat16" else (),
         precision=precision,
+        sharding=None,
     )
 
 
 _product_p = Primitive("siren_product")
 
 
-def _multiply(a, b, *, kind, rounded, precision):
-    """Computes the product that the primitive stands for."""
+def _multiply(a, b, *, kind, rounded, precision, sharding):
+    """Computes the product that the primitive stands for.
+
+    `sharding` is that of the result on a mesh with explicit axes; None derives it from
+    the operands.
+    """
     exact = a.dtype
     if kind in rounded:
         a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
@@ -92,38 +101,54 @@ def _multiply(a, b, *, kind, rounded, precision):
         (contracted, ((), ())),
         precision=precision,
         preferred_element_type=exact,
+        out_sharding=sharding,
     )
 
 
 def _abstract_eval(a, b, **params):
-    a, b = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (a, b))
-    result = jax.eval_shape(functools.partial(_multiply, **params), a, b)
-    return jax.core.ShapedArray(result.shape, result.dtype)
+    # The type has more than a shape: how the result is divided over a mesh.
+    [result] = jax.make_jaxpr(functools.partial(_multiply, **params))(a, b).out_avals
+    return result
 
 
-def _transpose_first(cotangent, _, b, *, kind, **settings):
+def _transpose_first(cotangent, a, b, *, kind, **settings):
+    settings["sharding"] = _sharding(a.aval)
     if kind == "weights":  # b holds activations; the cotangent has a kernel's shape.
         return _product_p.bind(b, cotangent, kind="backward", **settings)
     other = {"forward": "backward", "backward": "forward"}[kind]
     return _product_p.bind(cotangent, b, kind=other, **settings)
 
 
-def _transpose_second(cotangent, a, _, *, kind, **settings):
+def _transpose_second(cotangent, a, b, *, kind, **settings):
+    settings["sharding"] = _sharding(b.aval)
     if kind == "weights":
         return _product_p.bind(a, cotangent, kind="forward", **settings)
     pair = (a, cotangent) if kind == "forward" else (cotangent, a)
     return _product_p.bind(*pair, kind="weights", **settings)
 
 
-def _batch(args, dims, **params):
-    if params["kind"] != "weights" and dims[1] is None:
+def _sharding(aval):
+    """How a derivative in a value of this type is divided: as the value."""
+    return None if aval.sharding.mesh.empty else aval.sharding
+
+
+def _batch(args, dims, *, kind, sharding, **settings):
+    if kind != "weights" and dims[1] is None:
         activations = jnp.moveaxis(args[0], dims[0], 0)
-        return _product_p.bind(activations, args[1], **params), 0
+        if sharding is not None:
+            first = jax.typeof(activations).sharding.spec[0]
+            spec = jax.sharding.PartitionSpec(first, *sharding.spec)
+            sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
+        settings |= {"kind": kind, "sharding": sharding}
+        return _product_p.bind(activations, args[1], **settings), 0
     # Each example has its own kernel or gradient of a kernel: JAX batches the product.
-    return jax.vmap(functools.partial(_multiply, **params), dims)(*args), 0
+    product = functools.partial(_multiply, kind=kind, sharding=sharding, **settings)
+    return jax.vmap(product, dims)(*args), 0
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "rounded", "precision"))
+@functools.partial(
+    jax.jit, static_argnames=("kind", "rounded", "precision", "sharding")
+)
 def _run(a, b, **params):
     return _product_p.bind(a, b, **params)
 

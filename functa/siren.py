@@ -344,6 +344,6 @@ class _Linear(nn.Module):
     def __call__(self, x):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         x = matmul.matmul(x, kernel, dtype=self.dtype)
         return x + jnp.expand_dims(bias, range(x.ndim - 1))

@@ -147,10 +147,10 @@ class _Neighborhood(nn.Module):
 
         def init(key, shape):
             own = siren.latent_map_init(key, shape[-2:])
-            return jnp.zeros(shape).at[center].set(own)
+            return jnp.zeros(shape, own.dtype).at[center].set(own)
 
         kernel = self.param("kernel", init, (*(k,) * d, channels, self.size))
-        bias = self.param("bias", nn.initializers.zeros, (self.size,))
+        bias = self.param("bias", nn.initializers.zeros, (self.size,), jnp.float32)
         padded = jnp.pad(latent, [(k // 2, k // 2)] * d + [(0, 0)])
         # One product of all neighbors. The derivatives of a convolution are slower on
         # a CPU.

@@ -12,7 +12,7 @@ from experiments import compress_functa
 from experiments.common import data, files, streams
 from experiments.configs import compress_functa as configs
 from experiments.drawing import figures
-from experiments.training import encoding, latent_classifier
+from experiments.training import controls, encoding, latent_classifier
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
@@ -167,6 +167,13 @@ def test_bad_fields_are_refused(trained, tmp_path, field, value, message):
     config = smoke(trained[0])
     *entry, last = field.split(".")
     (config[entry[0]] if entry else config)[last] = value
+    refused(config, tmp_path / "run", message)
+
+
+def test_components_of_large_cells_are_refused(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(controls, "MAX_VALUES", 63)
+    config = smoke(trained[0], klt_grids=((2, 2), (1, 1)))
+    message = r"klt_grids: a cell of the grid \(1, 1\) has 64 values; at most 63"
     refused(config, tmp_path / "run", message)
 
 

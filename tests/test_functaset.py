@@ -286,6 +286,7 @@ def test_large_images_are_computed_in_parts(monkeypatch, interpolation):
     siren = functa.Siren(8, 3)
     weights = siren.init(jax.random.key(0), coords)["params"]
     flat = np.asarray(jax.flatten_util.ravel_pytree(weights)[0])[None]
+    assert functa.render(model, params, latents[:0], (10, 9)).shape[:3] == (0, 10, 9)
     plain = functa.render(siren, {}, flat, (10, 9))
     monkeypatch.setattr(functaset, "_POINTS_AT_ONCE", 13)
     parts = functa.render(model, params, latents, (10, 9))

@@ -9,7 +9,7 @@ from functa_runs import copy_at_first_save, make_runs
 
 import functa
 from experiments import generate_functa
-from experiments.common import data, files
+from experiments.common import data, files, runs
 from experiments.configs import generate_functa as configs
 from experiments.drawing import figures
 from experiments.training import flow
@@ -127,6 +127,15 @@ def test_images_without_labels_need_a_flow_without_classes(trained, tmp_path):
     config.conditional = False
     signals = generate_functa.load_signals(config, 0)
     assert signals.classes == () and signals.num_classes == 0
+
+
+def test_other_labels_are_another_functaset(trained, tmp_path):
+    config = smoke(trained.folder)
+    label = "labels or normalization of the functaset"
+    with runs.open_run(tmp_path, config, inputs={label: "0" * 64}) as run:
+        run.save(1, {"params": np.zeros(1)})
+    with pytest.raises(ValueError, match=f"the {label} of .* has changed"):
+        generate_functa.train_and_evaluate(config, tmp_path)
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """experiments.common.image_folder: layouts of folders, and pixels of image files."""
 
 import os
+import struct
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -260,6 +262,36 @@ def test_transparent_pixels_are_white(tmp_path, mode):
     assert notes == {"with transparency, composited on white": 1}
 
 
+def _write_png(path, rows, *, depth, kind, transparent=b""):
+    """Writes rows of packed pixels by the specification of PNG (ISO 15948)."""
+
+    def chunk(name, content):
+        crc = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", crc)
+
+    width = 8 * len(rows[0]) // (depth * {0: 1, 2: 3, 4: 2}[kind])
+    header = struct.pack(">IIBBBBB", width, len(rows), depth, kind, 0, 0, 0)
+    chunks = {b"IHDR": header, b"tRNS": transparent}
+    chunks |= {b"IDAT": zlib.compress(b"".join(b"\0" + r for r in rows)), b"IEND": b""}
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(chunk(*c) for c in chunks.items() if c[1] or c[0] == b"IEND")
+    )
+
+
+def test_transparent_color_of_another_depth(tmp_path):
+    # The gray levels 0, 1, 2, 3 of 2 bits, of which level 1 is transparent.
+    gray = {"depth": 2, "kind": 0, "transparent": struct.pack(">H", 1)}
+    _write_png(tmp_path / "gray.png", [bytes([0b00011011])], **gray)
+    found = image_folder.read_image(tmp_path / "gray.png")
+    assert found[0, :, 0].tolist() == [0, 255, 170, 255]
+    colors = struct.pack(">6H", 0x0102, 0x2000, 0, 0x0302, 0x2000, 0)
+    deep = {"depth": 16, "kind": 2, "transparent": colors[:6]}
+    _write_png(tmp_path / "color.png", [colors], **deep)
+    found = image_folder.read_image(tmp_path / "color.png")
+    assert found[0].tolist() == [[255, 255, 255], [3, 32, 0]]
+
+
 def test_half_transparent_is_half_white(tmp_path):
     Image.new("RGBA", (2, 2), (0, 100, 255, 128)).save(tmp_path / "a.png")
     expected = 255 + (np.array([0, 100, 255]) - 255) * 128 / 255
@@ -304,6 +336,9 @@ def test_first_frame_of_an_animation(tmp_path):
 
 def test_files_that_are_refused(tmp_path):
     Image.fromarray(np.uint16(GRAY) * 257).save(tmp_path / "deep.png")
+    with_alpha = np.stack([np.uint16(GRAY) * 257, np.full_like(GRAY, 65535, ">u2")], -1)
+    rows = [row.astype(">u2").tobytes() for row in with_alpha]
+    _write_png(tmp_path / "deep_alpha.png", rows, depth=16, kind=4)
     Image.fromarray(np.float32(GRAY)).save(tmp_path / "float.tif")
     Image.fromarray(RGB).save(tmp_path / "whole.png")
     whole = (tmp_path / "whole.png").read_bytes()
@@ -315,6 +350,7 @@ def test_files_that_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for name, message in {
         "deep.png": r"more than 8 bits \(mode I;16\)",
+        "deep_alpha.png": r"more than 8 bits \(mode LA;16B\)",
         "float.tif": r"more than 8 bits \(mode F\)",
         "truncated.png": "truncated",
         "empty.png": "cannot identify",

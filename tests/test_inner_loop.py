@@ -542,3 +542,111 @@ def test_targets_that_are_not_floating_point_are_refused(dtype):
         optimize_latent(
             lambda z: z, jnp.zeros(3), target, optimizer=optax.sgd(0.1), num_steps=1
         )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@unrolled_or_scanned
+def test_a_latent_keeps_its_type(dtype, unroll):
+    target = jnp.asarray(TARGET, dtype)
+    with jax.enable_x64(True):
+        options = {"num_steps": 2, "learning_rate": np.full(3, 0.1), "unroll": unroll}
+        latent, _ = fit_latent(identity, jnp.zeros(3, dtype), target, **options)
+        model = LatentModulatedSiren(width=3, depth=2, latent_dim=4)
+        inputs = jnp.zeros((5, 2)), model.initial_latent()
+        params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    assert latent.dtype == dtype
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def two_devices(axis_type):
+    return jax.make_mesh((2,), ("batch",), axis_types=(axis_type,))
+
+
+def on_two_devices(function):
+    """The function of weights (all devices have the same) and of parts of signals."""
+    return jax.jit(
+        jax.shard_map(
+            function,
+            mesh=two_devices(jax.sharding.AxisType.Auto),
+            in_specs=(jax.P(), jax.P("batch")),
+            out_specs=jax.P("batch"),
+        )
+    )
+
+
+def gradients(model, params, coords, latent, targets, **options):
+    """Of the mean outer loss of this device, by `jax.grad` and by `meta_gradient`."""
+    options |= {"num_steps": 2, "learning_rate": 0.3 * jnp.ones_like(latent)}
+    fields = model.apply, params, latent, coords, targets
+    (grads, _), _ = meta_gradient(*fields, **options)
+
+    options.pop("num_groups", None)
+
+    def loss(params):
+        _, info = fit_batch(model.apply, params, *fields[2:], **options)
+        return info.loss[:, -1].mean()
+
+    return jax.grad(loss)(params), grads
+
+
+def test_each_device_of_shard_map_fits_its_own_signals():
+    # The default, check_vma, adds the gradients in a latent that is the same on all
+    # devices over the devices, unless the latent is made to differ.
+    model, params, coords, latent = tiny_siren(depth=2, width=3)
+    targets = jnp.stack([signal(model, coords, seed) for seed in range(4)])
+
+    def fit(params, targets):
+        fields = model.apply, params, latent, coords, targets
+        fitted, _ = fit_batch(*fields, num_steps=2, learning_rate=0.3)
+        further, _ = optimize_latent(
+            lambda z: model.apply({"params": params}, coords, z),
+            latent,
+            targets[0],
+            optimizer=optax.sgd(0.3),
+            num_steps=2,
+        )
+        return fitted, further[None]
+
+    fitted, further = on_two_devices(fit)(params, targets)
+    expected, _ = jax.jit(fit)(params, targets)
+    np.testing.assert_allclose(fitted, expected, atol=1e-6)
+    np.testing.assert_allclose(further, expected[::2], atol=1e-6)
+
+    def of_both(params, targets):
+        found = gradients(model, params, coords, latent, targets)
+        # The gradient in weights that all devices share is the sum of theirs.
+        return jax.tree.map(lambda x: x[None] / 2, found)
+
+    found = on_two_devices(of_both)(params, targets)
+    fields = model, params, coords, latent, targets
+    [expected, _] = jax.jit(lambda: gradients(*fields))()
+    for grads in jax.tree.map(lambda x: x[0], found):
+        chex.assert_trees_all_close(grads, expected, atol=1e-6)
+
+
+def test_signals_on_an_explicit_mesh():
+    # The axes of a mesh of `jax.make_mesh` are explicit by default: the types of arrays
+    # say how they are divided.
+    model, params, coords, latent = tiny_siren(depth=2, width=3)
+    targets = jnp.stack([signal(model, coords, seed) for seed in range(4)])
+
+    @jax.jit
+    def both(params, latent, targets):
+        fields = model, params, coords, latent, targets
+        return gradients(*fields, num_groups=2)
+
+    expected = both(params, latent, targets)
+    with jax.set_mesh(two_devices(jax.sharding.AxisType.Explicit)):
+        fields = (params, latent, targets), (jax.P(), jax.P(), jax.P("batch"))
+        actual = both(*jax.device_put(*fields))
+    chex.assert_trees_all_close(actual, expected, atol=1e-6)
+
+
+def test_a_start_that_all_devices_share_is_refused():
+    def fit(latent, target):
+        start = jax.vjp(identity, latent)
+        options = {"num_steps": 1, "learning_rate": 1.0, "start": start}
+        return fit_latent(identity, latent, target[0], **options)[0][None]
+
+    with pytest.raises(ValueError, match="start was evaluated at a latent that is the"):
+        on_two_devices(fit)(jnp.zeros(3), jnp.ones((2, 3)))

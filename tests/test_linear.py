@@ -93,6 +93,16 @@ def test_truncation_error_is_that_of_decoded_codes():
     np.testing.assert_allclose(fitted, left * (cells - 1) / cells / 8, rtol=1e-9)
 
 
+@pytest.mark.parametrize("grid", [(), (2, 3)])
+def test_no_signals_have_no_codes(grid):
+    images = np.random.default_rng(0).random((20, 4, 6, 2))
+    pca = linear.fit_pca(images, 3, grid=grid)
+    codes = linear.encode(pca, images[:0])
+    assert codes.shape == (0, *grid, 3)
+    assert linear.decode(pca, codes).shape == (0, 4, 6, 2)
+    assert linear.truncation_mse(pca, images[:0]).shape == (0, 4)
+
+
 def test_images_of_8_bits_are_scaled_to_one():
     images = data.load_dataset("digits").splits["train"]["image"]
     pca = linear.fit_pca(images, 20)

@@ -1,5 +1,6 @@
 """meta_learn on fields over the sphere, over time and over voxels."""
 
+import ml_collections
 import numpy as np
 import pytest
 
@@ -8,6 +9,7 @@ from experiments import meta_learn
 from experiments.common import data, fields
 from experiments.configs import meta_learn as configs
 from experiments.training import controls, encoding
+from functa import plots
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
@@ -45,6 +47,8 @@ def test_smoke_runs(tmp_path, name, shape):
     assert ("test_iou" in summary) == (name == "furniture")
     assert summary["pca_snr"] > 0
     assert (tmp_path / "figures" / "fields.png").exists()
+    sizes = np.load(tmp_path / "arrays.npz")["code_sizes"]
+    assert sizes.tolist() == [shape[-1]] * 2
     if name == "speech":
         samples = fields._read_clip(tmp_path / "sounds" / "0_signal.wav")
         shown = np.load(tmp_path / "arrays.npz")["signals"][0, :, 0]
@@ -64,3 +68,32 @@ def test_bad_settings(tmp_path, changes, message):
     config.update(changes)
     with pytest.raises(ValueError, match=message):
         meta_learn.train_and_evaluate(config, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "plot", "label"),
+    [
+        # 32 training months differ from their mean in 31 directions, 29 sounds in 28.
+        ("winds", "globes", "EOF, 31 numbers"),
+        ("speech", "waveforms", "principal components, 28 numbers"),
+    ],
+)
+def test_one_latent_for_a_signal(tmp_path, monkeypatch, name, plot, label):
+    config = configs.get_config(f"smoke_{name}")
+    config.model = ml_collections.ConfigDict(
+        {"type": "ModulatedSiren", "width": 16, "depth": 3, "out_channels": None}
+    )
+    config.update({"num_steps": 1, "write_functaset": False, "warm_start_steps": 0})
+    config.by_cells = False
+    labels = []
+    draw = getattr(plots, plot)
+
+    def record(signals, codes, *args, **options):
+        labels.extend(codes)
+        return draw(signals, codes, *args, **options)
+
+    monkeypatch.setattr(plots, plot, record)
+    meta_learn.train_and_evaluate(config, tmp_path)
+    assert labels == ["field, 32 numbers", label]
+    assert (tmp_path / "sounds" / "3_control.wav").exists() == (name == "speech")

@@ -160,6 +160,20 @@ def test_whole_images_are_trained_by_cells_like_by_points():
     np.testing.assert_array_equal(codes.reshape(-1, 3), alone.reshape(-1, 3))
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_training_goes_on_with_cells_or_with_whole_images(before):
+    # by_cells of the run to start from; the new run is the other way round.
+    config = small_config(by_cells=before)
+    whole = functa.make_model(config.model.to_dict())
+    model, other = (whole.cell(), whole)[:: 1 if before else -1]
+    optimizer = meta.make_optimizer(config)
+    state = meta.init_state(config, model, optimizer)
+    learner = encoding.make_learner(config, vars(state))
+    after = meta.init_state(config, other, optimizer, learner)
+    assert after.latent.shape == other.latent_shape
+    chex.assert_trees_all_equal(after.weights["params"], state.weights["params"])
+
+
 def test_a_collapse_leads_back_to_the_last_good_state():
     config = small_config(max_drop=3.0)
     _, _, state = start(config)

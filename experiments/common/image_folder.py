@@ -379,6 +379,8 @@ def read_image(
             raise ValueError("it is not a regular file.")
         with _open(path) as opened:
             _reduce(opened, min_side, notes)
+            if opened.format == "PNG":
+                _convert_depth(opened)
             if getattr(opened, "is_animated", False):
                 notes["with several frames, the first read"] += 1
             array = _to_array(ImageOps.exif_transpose(opened), notes)
@@ -439,15 +441,37 @@ def _reduce(image, min_side, notes):
     notes["decoded at a fraction of their size"] += 1
 
 
+def _convert_depth(image):
+    """Makes the transparent color of a PNG file one of 8 bits, as its pixels become.
+
+    Pillow leaves it as it is stored, and so finds no such pixels.
+    """
+    stored = image.tile[0].args
+    if stored == "LA;16B":  # Pillow would read it as a color image.
+        _refuse_depth(stored)
+    color = image.info.get("transparency")
+    if color is None:
+        return
+    if stored in ("L;2", "L;4"):
+        color *= {"L;2": 85, "L;4": 17}[stored]
+    elif stored == "RGB;16B":
+        color = tuple(value >> 8 for value in color)
+    image.info["transparency"] = color
+
+
+def _refuse_depth(mode):
+    raise ValueError(
+        f"its gray pixels have more than 8 bits (mode {mode}); scale them and save 8 "
+        "bits."
+    )
+
+
 def _to_array(image, notes):
     from PIL import Image
 
     if image.mode.startswith(("I", "F")):
         # Pillow would clip these pixels to 8 bits instead of scaling them.
-        raise ValueError(
-            f"its gray pixels have more than 8 bits (mode {image.mode}); scale them "
-            "and save 8 bits."
-        )
+        _refuse_depth(image.mode)
     gray = image.mode in _GRAY
     if image.has_transparency_data:
         image = image.convert("RGBA")

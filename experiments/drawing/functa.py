@@ -126,12 +126,16 @@ def _fields(run):
     """Signals, their fields and linear control, drawn by their number of axes."""
     signals, code = run.need("signals"), run.need("fields")
     model = run.config["model"]
+    size, num_components = run.arrays.get(
+        "code_sizes",  # Runs of earlier versions do not have it.
+        [model.get("channels") or model.get("latent_dim")] * 2,
+    )
     if "grid" in model:
         cells = "x".join(map(str, model["grid"]))
-        labels = [f"field, {cells}x{model['channels']} numbers", "principal components"]
+        labels = [f"field, {cells}x{size} numbers", "principal components"]
     else:
-        numbers = f"{model['latent_dim']} numbers"
-        labels = [f"field, {numbers}", f"EOF, {numbers}"]
+        name = "EOF" if signals.ndim == 4 else "principal components"
+        labels = [f"field, {size} numbers", f"{name}, {num_components} numbers"]
     codes = dict(zip(labels, (code, run.need("controls")), strict=True))
     if signals.ndim == 3:
         noise, power = (np.square(x).mean((1, 2)) for x in (code - signals, signals))

@@ -92,7 +92,9 @@ def _generated_measures(run):
             table[title] = values
             if key in expected:
                 levels[title] = expected[key]
-    label = "expected with the distribution of the test images"
+    label = (
+        f"expected with the distribution of the {run.summary['compared_with']} images"
+    )
     return plots.measures(table, levels=levels, level_label=label)
 
 

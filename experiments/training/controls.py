@@ -84,8 +84,7 @@ def linear_code(
     Args:
       train: (N, *shape, C).
       test: (N', *shape, C).
-      num_components: components of a cell. There are at most one less than cells in
-        `train`, and at most as many as values in a cell.
+      num_components: components of a cell, see `count_components`.
       grid: number of cells along each axis; () is the whole field.
       weight: weights > 0 of the points, (*shape), or None.
 
@@ -95,11 +94,22 @@ def linear_code(
     scale = np.float32(1)
     if weight is not None:
         scale = np.sqrt(np.float32(weight))[..., None]
-    cells = math.prod(grid)
-    size = math.prod(train.shape[1:]) // cells
-    num = min(num_components, size, len(train) * cells - 1)
+    num = count_components(train, num_components, grid)
     pca = linear.fit_pca(train * scale, num, grid=grid)
     return linear.decode(pca, linear.encode(pca, test * scale)) / scale
+
+
+def count_components(
+    train: np.ndarray, num_components: int, grid: Sequence[int] = ()
+) -> int:
+    """How many of the components of a cell that are asked for there are.
+
+    At most as many as values in a cell, and one less than cells in `train`. The
+    arguments are those of `linear_code`.
+    """
+    num_cells = math.prod(grid)
+    size = math.prod(train.shape[1:]) // num_cells
+    return min(num_components, size, len(train) * num_cells - 1)
 
 
 def measure(

@@ -168,6 +168,8 @@ def init_state(
         params = jax.jit(model.init)(key_params, coords, latent)["params"]
     else:
         params, latent, rates = learner.params, learner.latent, learner.learning_rate
+        if learner.cell is not None:  # It may have been trained by cells, or not.
+            latent = model.initial_latent()
     weights = {"params": params, "learning_rate": rates}
     # A copy: the buffers of the state are donated, and each only once.
     average = jax.tree.map(jnp.copy, weights) if config.optimizer.ema_decay else None
