@@ -840,3 +840,58 @@ def test_a_mask_of_another_layer_is_not_drawn():
         ValueError, match=r"fc: the mask must have shape \(4,\), got .3"
     ):
         lbi.plots.pruned_layer(np.ones((3, 4)), np.ones(3, bool), name="fc")
+
+
+def test_a_single_run_needs_no_axis_of_repeats():
+    y = np.array([3.0, 1.0, 2.0])
+    band = landscape.plots.envelope({"a": (X, y.tolist())}, y_label="loss")
+    profile = landscape.plots.step_profile(X.tolist(), {"a": y.tolist()})
+    tracked = landscape.plots.eigenvalues({"a": (X, y.tolist())})
+    for ax in (band, profile, tracked):
+        np.testing.assert_array_equal(ax.lines[0].get_ydata(), y)
+
+
+def test_legends_of_many_curves_leave_room_for_the_panel():
+    for module, draw in (
+        (landscape, landscape.plots.curves),
+        (vit, vit.plots.training_curves),
+    ):
+        values = {f"layer {i}": (X, X + i) for i in range(48)}
+        ax = draw(values, y_label="loss")
+        ax.figure.draw_without_rendering()
+        legend = ax.get_legend().get_window_extent()
+        assert legend.y0 > 0, module.__name__
+        assert ax.get_position().height > 0.6, module.__name__
+
+
+@pytest.mark.parametrize(
+    "draw", [landscape.plots.surface_contours, landscape.plots.surface_3d]
+)
+def test_surfaces_that_do_not_fit_their_coordinates_are_refused(draw):
+    first, second = [-1, 0, 1, 2], [0, 1, 2, 3, 4]
+    draw(SURFACE.tolist(), first, second, limits=np.array([1.0, 20.0]))
+    for losses, x, y in (
+        (SURFACE.ravel(), first, second),
+        (SURFACE, second, first),
+        (np.ones((1, 1)), [0], None),
+    ):
+        with pytest.raises(ValueError, match=r"losses must be \(A, B\), .* got \("):
+            draw(losses, x, y)
+
+
+def test_arrays_that_would_be_drawn_as_colors_are_refused():
+    image, kept = np.ones((2, 4, 4, 3)), np.ones((3, 2, 4), bool)
+    for draw, message in (
+        # Three or four heads would be red, green, blue and alpha.
+        (lambda: vit.plots.head_scores(np.ones((2, 5, 3))), "layers, heads"),
+        (lambda: vit.plots.attention_maps(np.ones((2, 3, 4, 4))), "mean over the head"),
+        (lambda: vit.plots.attention_maps(np.ones((5, 5))), r"\(T, T\), got \(5,\)"),
+        (lambda: vit.plots.informativeness(np.ones((2, 4))), "layers, images, patches"),
+        (lambda: vit.plots.segments(image[0], kept), "segments of one image"),
+        (lambda: vit.plots.segments(image[0, ..., 0], kept[0] * 1), "an image must be"),
+        (lambda: vit.plots.kept_patches(image[..., 0], kept), "an image must be"),
+        (lambda: vit.plots.kept_patches(image[..., :2], kept), "1 or 3 channels"),
+        (lambda: vit.plots.kept_patches(image[:1], kept), "2 images, but there are 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw()
