@@ -749,7 +749,12 @@ def test_prune_vit_is_rebuilt_from_its_summary(tmp_path):
         row("max", 0.4, 6, 0.7, speedup_2=1.4),
         row("random", 0.4, 6, 0.5),
     ]
-    config = {"experiment": "prune_vit", "dataset": {"name": "digits"}, "seed": 0}
+    config = {
+        "experiment": "prune_vit",
+        "dataset": {"name": "digits"},
+        "seed": 0,
+        "tuning": {"training": {"batch_size": 8}},
+    }
     write_run(
         tmp_path, config, summary={"rows": {str(i): r for i, r in enumerate(rows)}}
     )
