@@ -332,7 +332,10 @@ def surface_contours(
         filled,
         ax=ax,
         label=loss_label,
-        ticks=matplotlib.ticker.LogLocator(subs=(1, 2, 5)) if is_log else None,
+        # Not at the levels of the contours, which are no round numbers.
+        ticks=matplotlib.ticker.LogLocator(subs=(1, 2, 5))
+        if is_log
+        else matplotlib.ticker.AutoLocator(),
         format=matplotlib.ticker.StrMethodFormatter("{x:g}"),
         shrink=0.8,
     )

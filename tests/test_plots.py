@@ -581,6 +581,9 @@ def test_negative_losses_have_a_linear_scale():
     assert (low, high) == (-5, -5 + 30 * 4)
     ax = landscape.plots.surface_contours(losses, np.arange(3))
     assert ax.collections[0].norm.vmin == -5 and ax.collections[0].norm(55) == 0.5
+    ax.figure.draw_without_rendering()
+    ticks = ax.figure.axes[1].get_yticks()
+    np.testing.assert_array_equal(ticks[(ticks > -5) & (ticks < 110)] % 10, 0)
     ax = landscape.plots.surface_3d(losses, np.arange(3), loss_label="reward")
     assert ax.get_zlim() == (-5, 115) and ax.get_zlabel() == "reward"
     with pytest.raises(ValueError, match="no loss is finite"):
