@@ -892,7 +892,12 @@ def _finish(ax, x_label, y_label, marks=None):
     lines = itertools.cycle((":", "--", "-."))
     for (text, x), line in zip((marks or {}).items(), lines, strict=False):
         ax.axvline(x, color="0.4", linestyle=line, linewidth=1, label=text)
-    if ax.get_legend_handles_labels()[0]:
+    if labels := ax.get_legend_handles_labels()[1]:
         ax.legend(
-            fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0
+            # More would be higher than the panel.
+            ncols=-(-len(labels) // 20),
+            fontsize=7,
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1),
+            borderaxespad=0,
         )

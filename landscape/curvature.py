@@ -482,11 +482,13 @@ def spectral_density(quadrature: Quadrature, grid: Array, *, sigma: float) -> Ar
       Density per unit of eigenvalue, (G,); its integral over the line is 1.
 
     Raises:
-      ValueError: if sigma is not positive.
+      ValueError: if sigma is not positive, or the grid is not (G,).
     """
     check_values("sigma", sigma, lambda x: x > 0, "> 0")
     nodes, weights = quadrature.nodes.ravel(), quadrature.weights.ravel()
     grid = jnp.asarray(grid, nodes.dtype)
+    if grid.ndim != 1:
+        raise ValueError(f"grid must be (G,), got shape {grid.shape}.")
     bells = jax.scipy.stats.norm.pdf(
         grid[:, None], loc=nodes[None, :], scale=jnp.full((1, 1), sigma, nodes.dtype)
     )
@@ -512,8 +514,12 @@ def sam_sharpness(loss_fn: LossFn, params: Any, batch: Any, radius: float) -> Ar
 
     Raises:
       ValueError: if the loss is not a scalar, a parameter is not floating point, or the
-        radius is not positive.
+        radius is not positive or not one number.
     """
+    if jnp.shape(radius):
+        raise ValueError(
+            f"radius must be one number, got shape {jnp.shape(radius)}; use jax.vmap."
+        )
     if not isinstance(radius, jax.core.Tracer) and not radius > 0:
         raise ValueError(f"radius must be > 0, got {radius}.")
     check_floating(params)

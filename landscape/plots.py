@@ -38,7 +38,7 @@ def envelope(
     varies over learning rates, or over steps along the gradient.
 
     Args:
-      curves: {label: (x (K,), values (R, K))}.
+      curves: {label: (x (K,), values (K,) or (R, K))}.
       y_label: name and unit of the y axis.
       x_label: name and unit of the x axis.
       log: the y axis is logarithmic, if any value is positive.
@@ -50,7 +50,8 @@ def envelope(
     ax = _axes(ax)
     for number, (label, (x, values)) in enumerate(curves.items()):
         color, _, line, hatch = _STYLES[number % len(_STYLES)]
-        low, high = np.min(values, 0), np.max(values, 0)
+        values = np.atleast_2d(values)
+        low, high = values.min(0), values.max(0)
         ax.fill_between(
             x,
             low,
@@ -128,7 +129,7 @@ def step_profile(
 
     Args:
       step_sizes: multiples of the gradient, (S,).
-      betas: {label: values (P, S)} of P probes, for example
+      betas: {label: values (S,) or (P, S)} of P probes, for example
         `landscape.probes.GradientProbe.betas`. Probes that are not finite, those of a
         run that diverged, do not count.
       y_label: name and unit of the y axis.
@@ -140,7 +141,8 @@ def step_profile(
     ax = _axes(ax)
     for number, (label, values) in enumerate(betas.items()):
         color, marker, line, _ = _STYLES[number % len(_STYLES)]
-        finite = np.asarray(values)[np.isfinite(values).all(axis=1)]
+        values = np.atleast_2d(values)
+        finite = values[np.isfinite(values).all(axis=1)]
         if not len(finite):
             finite = np.full((1, len(step_sizes)), np.nan)  # an empty line
         low, middle, high = np.quantile(finite, [0.1, 0.5, 0.9], axis=0)
@@ -174,8 +176,8 @@ def eigenvalues(
     """The largest eigenvalues of the Hessian during training.
 
     Args:
-      measured: {label: (x (E,), eigenvalues (E, k), largest first)}. The largest is a
-        full line with markers, the others are thin.
+      measured: {label: (x (E,), eigenvalues (E,) or (E, k), largest first)}. The
+        largest is a full line with markers, the others are thin.
       x_label: name and unit of the x axis.
       ax: Axes to draw into; None makes a figure.
 
@@ -185,7 +187,7 @@ def eigenvalues(
     ax = _axes(ax)
     for number, (label, (x, values)) in enumerate(measured.items()):
         color, marker, line, _ = _STYLES[number % len(_STYLES)]
-        for rank, column in enumerate(np.asarray(values).T):
+        for rank, column in enumerate(np.reshape(values, (len(values), -1)).T):
             first = rank == 0
             ax.plot(
                 x,
@@ -300,12 +302,16 @@ def surface_contours(
 
     Returns:
       The Axes. The network itself is the cross at (0, 0).
+
+    Raises:
+      ValueError: if the losses are not one for each pair of coordinates, or none is
+        finite.
     """
     import matplotlib
 
     ax = _axes(ax)
-    second = first if second is None else second
-    low, high = limits or robust_limits(losses)
+    losses, second = _surface(losses, first, second)
+    low, high = robust_limits(losses) if limits is None else limits
     is_log = low > 0
     normalize = matplotlib.colors.LogNorm if is_log else matplotlib.colors.Normalize
     filled = ax.contourf(
@@ -326,7 +332,10 @@ def surface_contours(
         filled,
         ax=ax,
         label=loss_label,
-        ticks=matplotlib.ticker.LogLocator(subs=(1, 2, 5)) if is_log else None,
+        # Not at the levels of the contours, which are no round numbers.
+        ticks=matplotlib.ticker.LogLocator(subs=(1, 2, 5))
+        if is_log
+        else matplotlib.ticker.AutoLocator(),
         format=matplotlib.ticker.StrMethodFormatter("{x:g}"),
         shrink=0.8,
     )
@@ -354,14 +363,17 @@ def surface_3d(
 
     Returns:
       The Axes; the height is logarithmic if both limits are positive.
+
+    Raises:
+      ValueError: as `surface_contours`.
     """
     import matplotlib.pyplot as plt
 
     if ax is None:
         figure = plt.figure(figsize=(5, 4.4), layout="constrained")
         ax = figure.add_subplot(projection="3d")
-    second = first if second is None else second
-    low, high = limits or robust_limits(losses)
+    losses, second = _surface(losses, first, second)
+    low, high = robust_limits(losses) if limits is None else limits
     x, y = np.meshgrid(first, second, indexing="ij")
     heights, name = np.clip(losses, low, high), loss_label
     if low > 0:
@@ -412,6 +424,19 @@ def robust_limits(*losses: np.ndarray) -> tuple[float, float]:
     return low, max(high, low + 0.001 * abs(low))
 
 
+def _surface(losses, first, second):
+    """The losses (A, B) as an array, and the coordinates (B,)."""
+    second = first if second is None else second
+    losses = np.asarray(losses)
+    shape = len(first), len(second)
+    if losses.shape != shape or min(shape) < 2:
+        raise ValueError(
+            "losses must be (A, B), with A, B >= 2 coordinates along the directions, "
+            f"got {losses.shape} for {shape[0]} and {shape[1]} coordinates."
+        )
+    return losses, second
+
+
 def _axes(ax):
     if ax is not None:
         return ax
@@ -430,8 +455,10 @@ def _finish(ax, x_label, y_label, legend_title=None):
     ax.set_xlabel(x_label)
     ax.set_ylabel(y_label)
     ax.grid(alpha=0.3)
-    if ax.get_legend_handles_labels()[0]:
+    if labels := ax.get_legend_handles_labels()[1]:
         ax.legend(
+            # More would be higher than the panel.
+            ncols=-(-len(labels) // 20),
             fontsize=7,
             title=legend_title,
             title_fontsize=7,

@@ -287,7 +287,12 @@ def _finish(ax, x_label, y_label):
     ax.set_xlabel(x_label)
     ax.set_ylabel(y_label)
     ax.grid(alpha=0.3)
-    if ax.get_legend_handles_labels()[0]:
+    if labels := ax.get_legend_handles_labels()[1]:
         ax.legend(
-            fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0
+            # More would be higher than the panel.
+            ncols=-(-len(labels) // 20),
+            fontsize=7,
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1),
+            borderaxespad=0,
         )

@@ -554,6 +554,10 @@ def test_other_numbers_out_of_range_are_refused():
     quadrature = Quadrature(jnp.zeros((1, 2)), jnp.full((1, 2), 0.5))
     with pytest.raises(ValueError, match="sigma must be > 0"):
         spectral_density(quadrature, np.zeros(2), sigma=0)
+    with pytest.raises(ValueError, match=r"grid must be \(G,\), got shape \(2, 2\)"):
+        spectral_density(quadrature, np.zeros((2, 2)), sigma=1)
+    with pytest.raises(ValueError, match=r"one number, got shape \(2,\); use jax.vmap"):
+        sam_sharpness(lambda params, _: jnp.sum(params), jnp.ones(2), None, jnp.ones(2))
 
 
 # The preconditioned Hessian.

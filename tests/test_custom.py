@@ -161,6 +161,16 @@ def dropout(num_classes):
     return nnx.Sequential(nnx.Dropout(0.5, rngs=rngs), nnx.Linear(16, 3, rngs=rngs))
 
 
+def linen_dropout(num_classes):
+    return nn.Sequential([nn.Dropout(0.5, deterministic=False), nn.Dense(3)])
+
+
+def haiku_dropout(num_classes):
+    return hk.transform(
+        lambda x: hk.Linear(3)(hk.dropout(hk.next_rng_key(), 0.5, hk.Flatten()(x)))
+    )
+
+
 class Counter(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -352,6 +362,8 @@ def test_train_reaches_a_module_inside_of_sequential(path):
         ("integers", "params must be floating point"),
         ("counter", "state other than that of batch normalization: cache"),
         ("dropout", "state other than that of batch normalization: "),
+        ("linen_dropout", "layers_0 needs PRNG .* leave out dropout"),
+        ("haiku_dropout", "PRNGKey .* leave out dropout"),
         ("narrow", r"the outputs must be logits \(6, 3\), got \(6, 2\)"),
         ("nothing", "must return a module of Flax, .* got NoneType"),
         ("failing", "network failing: 'width'"),

@@ -328,3 +328,28 @@ def without_padding(cascade):
 
 def normalize(x):
     return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True))
+
+
+def test_a_cascade_for_another_network_is_refused():
+    tokens = initial_tokens(None, jnp.ones((1, 5, 3)))
+
+    for cascade, layer, options, message in (
+        # It would prune nothing, without a word.
+        (Cascade(keep=(8, 6), semantics="skip"), 1, {}, "keeps 6 patches, .* are 4"),
+        (Cascade(keep=(4, 4)), 0, {"num_prefix": 2}, "after 2 tokens .* are 3"),
+        (Cascade(keep=(4, 4)), 2, {}, "for the layers 0 to 1, got 2"),
+        (Cascade(keep=(4, 4)), -1, {}, "for the layers 0 to 1, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pruned_attention(
+                cascade, layer, tokens, abs, lambda x, attend: x, **options
+            )
+        with pytest.raises(ValueError, match=message):
+            pruned_mlp(cascade, layer, tokens, abs, abs, **options)
+    cascade = Cascade(keep=(4, 4))
+    with pytest.raises(ValueError, match="in a Python loop, not in a scan"):
+        jax.lax.scan(
+            lambda t, i: (pruned_mlp(cascade, i, t, abs, abs), None),
+            initial_tokens(cascade, jnp.ones((1, 5, 3))),
+            jnp.arange(2),
+        )

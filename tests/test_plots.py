@@ -581,6 +581,9 @@ def test_negative_losses_have_a_linear_scale():
     assert (low, high) == (-5, -5 + 30 * 4)
     ax = landscape.plots.surface_contours(losses, np.arange(3))
     assert ax.collections[0].norm.vmin == -5 and ax.collections[0].norm(55) == 0.5
+    ax.figure.draw_without_rendering()
+    ticks = ax.figure.axes[1].get_yticks()
+    np.testing.assert_array_equal(ticks[(ticks > -5) & (ticks < 110)] % 10, 0)
     ax = landscape.plots.surface_3d(losses, np.arange(3), loss_label="reward")
     assert ax.get_zlim() == (-5, 115) and ax.get_zlabel() == "reward"
     with pytest.raises(ValueError, match="no loss is finite"):
@@ -749,7 +752,12 @@ def test_prune_vit_is_rebuilt_from_its_summary(tmp_path):
         row("max", 0.4, 6, 0.7, speedup_2=1.4),
         row("random", 0.4, 6, 0.5),
     ]
-    config = {"experiment": "prune_vit", "dataset": {"name": "digits"}, "seed": 0}
+    config = {
+        "experiment": "prune_vit",
+        "dataset": {"name": "digits"},
+        "seed": 0,
+        "tuning": {"training": {"batch_size": 8}},
+    }
     write_run(
         tmp_path, config, summary={"rows": {str(i): r for i, r in enumerate(rows)}}
     )
@@ -840,3 +848,58 @@ def test_a_mask_of_another_layer_is_not_drawn():
         ValueError, match=r"fc: the mask must have shape \(4,\), got .3"
     ):
         lbi.plots.pruned_layer(np.ones((3, 4)), np.ones(3, bool), name="fc")
+
+
+def test_a_single_run_needs_no_axis_of_repeats():
+    y = np.array([3.0, 1.0, 2.0])
+    band = landscape.plots.envelope({"a": (X, y.tolist())}, y_label="loss")
+    profile = landscape.plots.step_profile(X.tolist(), {"a": y.tolist()})
+    tracked = landscape.plots.eigenvalues({"a": (X, y.tolist())})
+    for ax in (band, profile, tracked):
+        np.testing.assert_array_equal(ax.lines[0].get_ydata(), y)
+
+
+def test_legends_of_many_curves_leave_room_for_the_panel():
+    for module, draw in (
+        (landscape, landscape.plots.curves),
+        (vit, vit.plots.training_curves),
+    ):
+        values = {f"layer {i}": (X, X + i) for i in range(48)}
+        ax = draw(values, y_label="loss")
+        ax.figure.draw_without_rendering()
+        legend = ax.get_legend().get_window_extent()
+        assert legend.y0 > 0, module.__name__
+        assert ax.get_position().height > 0.6, module.__name__
+
+
+@pytest.mark.parametrize(
+    "draw", [landscape.plots.surface_contours, landscape.plots.surface_3d]
+)
+def test_surfaces_that_do_not_fit_their_coordinates_are_refused(draw):
+    first, second = [-1, 0, 1, 2], [0, 1, 2, 3, 4]
+    draw(SURFACE.tolist(), first, second, limits=np.array([1.0, 20.0]))
+    for losses, x, y in (
+        (SURFACE.ravel(), first, second),
+        (SURFACE, second, first),
+        (np.ones((1, 1)), [0], None),
+    ):
+        with pytest.raises(ValueError, match=r"losses must be \(A, B\), .* got \("):
+            draw(losses, x, y)
+
+
+def test_arrays_that_would_be_drawn_as_colors_are_refused():
+    image, kept = np.ones((2, 4, 4, 3)), np.ones((3, 2, 4), bool)
+    for draw, message in (
+        # Three or four heads would be red, green, blue and alpha.
+        (lambda: vit.plots.head_scores(np.ones((2, 5, 3))), "layers, heads"),
+        (lambda: vit.plots.attention_maps(np.ones((2, 3, 4, 4))), "mean over the head"),
+        (lambda: vit.plots.attention_maps(np.ones((5, 5))), r"\(T, T\), got \(5,\)"),
+        (lambda: vit.plots.informativeness(np.ones((2, 4))), "layers, images, patches"),
+        (lambda: vit.plots.segments(image[0], kept), "segments of one image"),
+        (lambda: vit.plots.segments(image[0, ..., 0], kept[0] * 1), "an image must be"),
+        (lambda: vit.plots.kept_patches(image[..., 0], kept), "an image must be"),
+        (lambda: vit.plots.kept_patches(image[..., :2], kept), "1 or 3 channels"),
+        (lambda: vit.plots.kept_patches(image[:1], kept), "2 images, but there are 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw()

@@ -367,7 +367,8 @@ def pruned_attention(
       The tokens after the attention; with score "merge" also merged.
 
     Raises:
-      ValueError: if the cascade needs what `attend` records, and it was not called.
+      ValueError: if the cascade is for fewer layers or for more patches, or needs what
+        `attend` records and it was not called.
 
     Example:
       >>> import jax.numpy as jnp
@@ -389,6 +390,7 @@ def pruned_attention(
         return tokens._replace(x=tokens.x + update)
     if cascade.score == "cls" and not num_prefix:
         raise ValueError("the score 'cls' requires a CLS token; num_prefix is 0.")
+    before, after = _counts(cascade, layer)
     _warn_if_unscored(cascade, layer, tokens.x.shape[1] - num_prefix)
     if layer in cascade.resets:
         tokens = tokens._replace(score=jnp.zeros_like(tokens.score))
@@ -409,11 +411,24 @@ def pruned_attention(
             )
         return update, _scores(cascade, attend) if names else None
 
-    before, after = cascade.counts[layer]
     tokens = _half_layer(cascade, tokens, before, norm, apply, num_prefix)
     if cascade.score == "merge":
         tokens = merge(tokens, attend.keys, after, num_prefix=num_prefix)
     return tokens
+
+
+def _counts(cascade, layer):
+    """Patches that attention and MLP of a layer keep."""
+    if isinstance(layer, jax.core.Tracer):
+        raise ValueError(
+            "layer must be a Python int, because the numbers of tokens depend on it: "
+            "call the layers of a cascade in a Python loop, not in a scan."
+        )
+    if not 0 <= layer < len(cascade.keep):
+        raise ValueError(
+            f"the cascade is for the layers 0 to {len(cascade.keep) - 1}, got {layer}."
+        )
+    return cascade.counts[layer]
 
 
 def _warn_if_unscored(cascade, layer, num_patches):
@@ -471,10 +486,13 @@ def pruned_mlp(
 
     Returns:
       The tokens after the block.
+
+    Raises:
+      ValueError: if the cascade is for fewer layers or for more patches.
     """
     if cascade is None:
         return tokens._replace(x=tokens.x + mlp(norm(tokens.x)))
-    keep = cascade.counts[layer][1]
+    _, keep = _counts(cascade, layer)
     if cascade.stale_threshold:
         threshold = jnp.sort(tokens.previous, axis=1)
         pruned = tokens.score.shape[1] - num_prefix - keep
@@ -524,6 +542,12 @@ def _half_layer(cascade, tokens, keep, norm, apply, num_prefix):
     apply(normalized x, positions, weights) returns an update like x, and scores (B, n)
     or None.
     """
+    num_patches = tokens.x.shape[1] - num_prefix
+    if keep > num_patches:
+        raise ValueError(
+            f"the cascade keeps {keep} patches, but after {num_prefix} tokens of the "
+            f"prefix there are {num_patches}: make it for as many, and give num_prefix."
+        )
     ranking = _ranking(cascade, tokens, num_prefix)
     count = keep + num_prefix
     if count < 1 and cascade.semantics != "zero":

@@ -182,13 +182,17 @@ def kept_patches(
       The Figure, one row for each image, one column for each layer.
 
     Raises:
-      ValueError: if the patches do not form the grid.
+      ValueError: if the patches do not form the grid, or the arrays do not fit.
     """
     import matplotlib.pyplot as plt
 
     images = [_in_unit_range(image) for image in images]
-    kept = np.asarray(kept)
+    kept = _array("kept", kept, "layers", "images", "patches")
     num_layers, num_images, num_patches = kept.shape
+    if len(images) != num_images:
+        raise ValueError(
+            f"kept is of {num_images} images, but there are {len(images)}."
+        )
     height, width = images[0].shape[:2]
     grid = _grid(num_patches, (height, width), grid)
     figure, axes = plt.subplots(
@@ -227,12 +231,12 @@ def segments(
       The Figure, a panel for the image and for each head, with a legend.
 
     Raises:
-      ValueError: if the patches do not form the grid.
+      ValueError: if the patches do not form the grid, or the arrays do not fit.
     """
     import matplotlib.pyplot as plt
 
     image = _in_unit_range(image)
-    segments = np.asarray(segments)
+    segments = _array("segments of one image", segments, "heads", "patches")
     num_heads, num_patches = segments.shape
     height, width = image.shape[:2]
     grid = _grid(num_patches, (height, width), grid)
@@ -289,13 +293,17 @@ def attention_maps(
       The Figure.
 
     Raises:
-      ValueError: if a layer to show has no token after the prefix.
+      ValueError: if a layer to show has no token after the prefix, or its attention is
+        not one matrix.
     """
     import matplotlib.pyplot as plt
 
     if layers is None:
         layers = sorted({0, len(attention) // 2, len(attention) - 1})
-    maps = [np.asarray(attention[layer]) for layer in layers]
+    maps = [
+        _array("attention of a layer, mean over the heads,", attention[i], "T", "T")
+        for i in layers
+    ]
     if small := [one.shape for one in maps if len(one) <= num_prefix]:
         raise ValueError(
             f"attention must have more than num_prefix = {num_prefix} tokens, got "
@@ -336,7 +344,7 @@ def informativeness(scores: np.ndarray, *, layer: int | None = None) -> Any:
     """
     import matplotlib.pyplot as plt
 
-    scores = np.asarray(scores)
+    scores = _array("scores", scores, "layers", "images", "patches")
     if layer is None:
         layer = min(3, len(scores) - 1)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -374,8 +382,8 @@ def head_scores(scores: np.ndarray, *, ax: Any = None) -> Any:
     Returns:
       The Axes.
     """
+    scores = _array("scores, mean over the images,", scores, "layers", "heads")
     ax = _axes(ax)
-    scores = np.asarray(scores)
     shown = ax.imshow(scores, aspect="auto", cmap="viridis")
     ax.figure.colorbar(shown, ax=ax, label="score (sum of column maxima)")
     ax.set_xlabel("head (number)")
@@ -452,14 +460,24 @@ def _axes(ax):
     return plt.subplots(figsize=(5.5, 3.6), layout="constrained")[1]
 
 
-def _in_unit_range(images):
-    """Floats; integers are taken as 8-bit images, as in matplotlib."""
-    images = np.asarray(images)
-    return images / 255 if images.dtype.kind in "iu" else images
+def _in_unit_range(image):
+    """Floats (H, W, C); integers are taken as 8-bit images, as in matplotlib."""
+    image = _array("an image", image, "H", "W", "C of 1 or 3")
+    if image.shape[-1] not in (1, 3):
+        raise ValueError(f"an image must have 1 or 3 channels, got {image.shape}.")
+    return image / 255 if image.dtype.kind in "iu" else image
+
+
+def _array(name, values, *axes):
+    """An array with these axes: matplotlib takes some others for colors."""
+    array = np.asarray(values)
+    if array.ndim != len(axes):
+        raise ValueError(f"{name} must be ({', '.join(axes)}), got {array.shape}.")
+    return array
 
 
 def _show(ax, image):
-    image = np.clip(_in_unit_range(image), 0, 1)
+    image = np.clip(image, 0, 1)
     gray = image.shape[-1] == 1
     ax.imshow(image[..., 0] if gray else image, cmap="gray", vmin=0, vmax=1)
     ax.set_xticks([])
@@ -471,7 +489,12 @@ def _finish(ax, x_label, y_label):
     ax.set_xlabel(x_label)
     ax.set_ylabel(y_label)
     ax.grid(alpha=0.3)
-    if ax.get_legend_handles_labels()[0]:
+    if labels := ax.get_legend_handles_labels()[1]:
         ax.legend(
-            fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0
+            # More would be higher than the panel.
+            ncols=-(-len(labels) // 20),
+            fontsize=7,
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1),
+            borderaxespad=0,
         )

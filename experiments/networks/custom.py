@@ -15,7 +15,7 @@ as keywords, and with `seed` if it has such an argument. It returns one of
 
 The outputs are logits (B, num_classes). Parameters of 16 bits become float32. Besides
 parameters a network may have running statistics of batch normalization, which change in
-training and in training alone, and no other state.
+training and in training alone, and no other state and no dropout.
 
 The file is executed as a module, and it can import other files of its folder.
 """
@@ -35,8 +35,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import errors, nnx, traverse_util
 from flax import linen as nn
-from flax import nnx, traverse_util
 from jax.interpreters import partial_eval
 
 from experiments.common import settings
@@ -185,9 +185,10 @@ def load_network(
         create = _widened(create)
         shapes = jax.eval_shape(create, jax.random.key(0), images)
         for train in (False, True):
-            outputs, _ = jax.eval_shape(
-                functools.partial(run, train=train), *shapes, images
-            )
+            with _explain_random_numbers():
+                outputs, _ = jax.eval_shape(
+                    functools.partial(run, train=train), *shapes, images
+                )
             _check_logits(outputs, (images.shape[0], num_classes))
             _check_statistics(run, shapes, images, train)
         to_dicts, from_dicts = zip(*map(_renaming, shapes), strict=True)
@@ -267,6 +268,20 @@ def _blamed_on(field):
                 f"which is not known under jax.jit ({frame.line}). Write jnp.where or "
                 "jax.lax.cond for if, and jax.numpy for NumPy and float."
             ) from error
+
+
+@contextlib.contextmanager
+def _explain_random_numbers():
+    """Flax and Haiku ask for a key, which no field of the configuration passes."""
+    try:
+        yield
+    except (errors.InvalidRngError, ValueError) as error:
+        if "PRNG" not in str(error):
+            raise
+        raise ValueError(
+            f"{error} The network is called without random keys, so that all points of "
+            "the landscape have the same loss: leave out dropout."
+        ) from error
 
 
 def _adapt(made):
