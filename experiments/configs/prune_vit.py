@@ -13,9 +13,9 @@ Variants:
   cifar10_cpu: the network of train_vit's cifar10_cpu_long variant; 90.0 % dense, 89.4 %
     at 0.4, fine-tuned or not, with 28 % fewer multiply-adds, in 34 minutes on two cores
     (results/prune_vit_cifar10_cpu). It measures no times.
-  cifar10_cpu_tuned: the same network at ratio 0.4 and with token merging, fine-tuned for
-    2 epochs with RandAugment and with the dense network as a teacher; 89.6 and 89.8 %
-    in 70 minutes on two busy cores for three seeds
+  cifar10_cpu_tuned: the same network at ratio 0.4 and with token merging, fine-tuned
+    for 2 epochs with RandAugment and with the dense network as a teacher; 89.6 and
+    89.8 %, in 70 minutes on two busy cores for three seeds
     (results/prune_vit_cifar10_cpu_tuned).
   cifar10_cpu_segments: the same network without one segment of its attention: the
     least, the second or the most attended third of the regions (a patch in a head), or

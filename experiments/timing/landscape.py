@@ -91,7 +91,10 @@ def _curvature(*, measure, width, depth, batch_size, num, num_steps, tolerance):
     elif measure == "trace":
         further = {"trace": float(found.mean), "error": float(found.standard_error)}
     products = 2 * batch_size * sum(kernel.size for kernel in weights)
-    name = f"{measure} width={width} depth={depth} B={batch_size}"
+    peer = None
+    if measure in pyhessian.MEASURES:
+        name = f"{measure} width={width} depth={depth} B={batch_size}"
+        peer = ("pyhessian_curvature.py", name)
     return HotPath(
         step,
         (),
@@ -100,7 +103,7 @@ def _curvature(*, measure, width, depth, batch_size, num, num_steps, tolerance):
         units=batch_size,
         # A gradient is three forward passes, a Hessian product two gradients.
         flops=num_products[measure] * 6 * products,
-        peer=("pyhessian_curvature.py", name) if measure in pyhessian.MEASURES else None,
+        peer=peer,
         further=further,
     )
 
