@@ -150,7 +150,7 @@ def test_what_a_run_reads_is_taken_from_results_or_run_first(tmp_path):
     # other.
     assert list(jobs) == ["prune_vit/cifar10_cpu", "train_lbi/mnist", "prune_lbi/mnist"]
     checkpoint = jobs["prune_vit/cifar10_cpu"].checkpoint
-    assert checkpoint == "results/train_vit_cifar10_cpu/model.npz"
+    assert checkpoint == "results/train_vit_cifar10_cpu_long/model.npz"
     assert jobs["prune_lbi/mnist"].run == str(tmp_path / "train_lbi/mnist")
     config.evidence = False
     jobs = plan(config, tmp_path)
