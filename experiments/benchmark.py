@@ -37,6 +37,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         if run.summary is not None:
             run.say((run.workdir / "table.md").read_text())
             return run.show_summary()
+        if config.peer_python is not None:
+            peers.check(config.peer_python)
         paths = ((name, make_path(config, name)) for name in names)
         summary, ceilings = rounds.measure(run, paths)
         text = _make_table(summary)
@@ -95,8 +97,6 @@ def _check_paths(config):
     missing = [name for name in rounds.CEILINGS.values() if name not in config.sizes]
     if missing:
         raise ValueError(f"sizes must have {', '.join(missing)}.")
-    if config.peer_python is not None:
-        peers.check(config.peer_python)
     names = list(dict.fromkeys((*rounds.CEILINGS.values(), *config.paths)))
     for name in names:
         sizes = config.sizes[name]
