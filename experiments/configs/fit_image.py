@@ -4,7 +4,7 @@
 
 Variants:
   photo: the photograph that scikit-learn contains, 512 pixels wide, or a file of
-    yours (--config.image=PATH); 43 dB in 8 minutes on two cores
+    yours (--config.image=PATH); 43 dB in 3 minutes on two cores
     (results/fit_image_photo).
   smoke: the photograph at 16 pixels, to check that the command runs; seconds.
   report: the setting of the student report on CIFAR-10 at sizes 32 to 128, and its
@@ -12,7 +12,7 @@ Variants:
     after 161 steps, the 128x128 image is not within 2,000; an hour on two cores
     (results/fit_image_report).
   best: our setting on CIFAR-10. The 32x32 images are exact to 8 bits after 78 steps,
-    the 128x128 image after 654; 3 minutes on two cores (results/fit_image_best).
+    the 128x128 image after 649; 2 minutes on two cores (results/fit_image_best).
   many: 64 images of CIFAR-10 at once with small networks, whose parameter vectors are
     written as a functaset; results/ has no run of it.
 """
