@@ -154,9 +154,9 @@ def test_what_a_run_reads_is_taken_from_results_or_run_first(tmp_path):
     assert jobs["prune_lbi/mnist"].run == str(tmp_path / "train_lbi/mnist")
     config.evidence = False
     jobs = plan(config, tmp_path)
-    assert "train_vit/cifar10_cpu" in jobs
+    assert "train_vit/cifar10_cpu_long" in jobs
     checkpoint = jobs["prune_vit/cifar10_cpu"].checkpoint
-    assert checkpoint == str(tmp_path / "train_vit/cifar10_cpu/model.npz")
+    assert checkpoint == str(tmp_path / "train_vit/cifar10_cpu_long/model.npz")
     # A finished run is not run again.
     make_run(config, tmp_path, "train_lbi/mnist", summary={})
     make_run(config, tmp_path, "prune_vit/cifar10_cpu", summary={})

@@ -10,7 +10,7 @@ Variants:
   digits: a small VGG on the digits of scikit-learn; 1.2 in 2 minutes on two cores
     (results/probe_landscape_digits).
   smoke: the digits variant for 2 epochs on 128 images, to check that the command runs.
-  deep_linear: a linear network of 25 layers on the digits; 1.04 in a minute and a half
+  deep_linear: a linear network of 25 layers on the digits; 1.04 in half a minute
     on two cores (results/probe_landscape_deep_linear).
   cifar10_cpu: VGG-A with a quarter of the channels on CIFAR-10, 3 epochs, two seeds;
     1.2 in 49 minutes on two cores (results/probe_landscape_cifar10_cpu).
