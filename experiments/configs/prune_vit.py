@@ -32,7 +32,7 @@ Variants:
     batch of 32 is 1.7 times faster than the dense network, in 7 minutes on two cores
     (results/prune_vit_speed_b16).
   speed_cifar10_cpu: the speed of the network of cifar10_cpu in more rounds; at ratio
-    0.4 a batch of 32 is 1.3 times faster than the dense network, in 24 minutes on two
+    0.4 a batch of 32 is 1.4 times faster than the dense network, in 29 minutes on two
     cores (results/prune_vit_speed_cifar10_cpu).
   story: the Vision Transformer of classify_functa's digits_spatial_vit variant on grids
     of latents, at 75 % of the multiply-adds by the cascade, and by heads and neurons
