@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from channel_oracle import check, conv
 from flax import linen as nn
 from flax import nnx
 
-import lbi
 import vit
 from lbi import channels, pruning
 
@@ -32,13 +32,6 @@ def redraw(tree):
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: (positive if "var" in str(path) else draw)(*leaf.shape),
         tree,
-    )
-
-
-def conv(x, kernel, **options):
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", dimension_numbers=numbers, **options
     )
 
 
@@ -258,21 +251,6 @@ def random_keep(sizes):
         name: rng.permutation(size) < max(round(0.6 * size), 1)
         for name, size in sizes.items()
     }
-
-
-def check(graph, keep, params, x, apply_fn, smaller_fn=None):
-    """The masked network equals the smaller one, and something was removed."""
-    masks = channels.channel_masks(keep, graph, params)
-    thinned = pruning.thin(params, keep, graph)
-    removed = sum(leaf.size for leaf in jax.tree.leaves(thinned))
-    kept = sum(int(mask.sum()) for mask in jax.tree.leaves(masks))
-    assert removed == kept < sum(leaf.size for leaf in jax.tree.leaves(params))
-    masked = jax.jit(apply_fn)(pruning.apply_masks(params, masks), x)
-    smaller = jax.jit(smaller_fn or apply_fn)(thinned, x)
-    # Float32 rounding of the same sums in another order.
-    np.testing.assert_allclose(smaller, masked, rtol=1e-4, atol=1e-5)
-    assert np.abs(jax.jit(apply_fn)(params, x) - masked).max() > 1e-3
-    return thinned
 
 
 @pytest.mark.slow_after(2)
@@ -837,114 +815,6 @@ def test_bad_input_is_refused():
         channels.trace(lambda p, x: x if p["a"].sum() > 0 else -x, params, draw(5, 3))
 
 
-def test_full_names_without_params_are_those_of_no_other_layer():
-    """`b` adds to the channels of `a`; `block/b` has channels of its own."""
-
-    def network(variables, x):
-        p = variables["params"]
-        x = x @ p["a"] + jnp.tanh(x @ p["b"])
-        x = x + jnp.tanh(x @ p["block"]["a"] @ p["block"]["b"]) @ p["block"]["c"]
-        return x @ p["out"]
-
-    block = {"a": draw(4, 5), "b": draw(5, 4), "c": draw(4, 4)}
-    params = {"a": draw(3, 4), "b": draw(3, 4), "block": block, "out": draw(4, 2)}
-    variables, x = {"params": params}, draw(2, 3)
-    graph = channels.trace(network, variables, x)
-    assert graph.removable() == {
-        "params/a": 4,
-        "params/block/a": 5,
-        "params/block/b": 4,
-    }
-    keep = np.array([True, False, True, True])
-    for name in ("a", "params/a"):
-        thinned = check(graph, {name: keep}, variables, x, network)
-        assert thinned["params"]["a"].shape == (3, 3)
-        assert thinned["params"]["block"]["a"].shape == (3, 5)
-    for name in ("b", "params/b", "block/c"):
-        with pytest.raises(ValueError, match=f"^{name} computes .* params/a: use this"):
-            pruning.thin(variables, {name: keep}, graph)
-    with pytest.raises(
-        ValueError, match="params/out: channel 1 cannot be removed: .*output"
-    ):
-        pruning.thin(variables, {"out": np.array([True, False])}, graph)
-    # A part of the names of several layers, one of which adds to channels of another.
-    params["block"] = {"inner": block}
-    graph = channels.trace(
-        lambda v, x: network(
-            {"params": v["params"] | {"block": v["params"]["block"]["inner"]}}, x
-        ),
-        variables,
-        x,
-    )
-    with pytest.raises(ValueError, match="inner is several layers .*inner/c"):
-        graph.find("inner")
-
-
-def test_importance_of_channels_is_the_sum_over_what_computes_them():
-    """Filters of two layers, weights of a neuron, and entries of the values."""
-
-    def network(p, x):
-        x = conv(x, p["stem"]) + jnp.tanh(conv(x, p["skip"]))
-        x = x.mean((1, 2)) @ p["dense"]
-        q, k, v = (jnp.einsum("bc,chd->bhd", x, p[name]) for name in "qkv")
-        weights = jax.nn.softmax(q @ k.swapaxes(1, 2))
-        return jnp.einsum("bhg,bgd,hdo->bo", weights, v, p["out"])
-
-    params = {name: draw(5, 3, 2) for name in "qkv"} | {
-        "stem": draw(3, 3, 2, 4),
-        "skip": draw(1, 1, 2, 4),
-        "dense": draw(4, 5),
-        "out": draw(3, 2, 2),
-    }
-    penalty = {
-        "stem|skip": lbi.GroupL2(),
-        "dense": lbi.L1(),
-        "^[qkv]$": lbi.GroupL2(group_axes=(0, 2)),
-    }
-    graph = channels.trace(network, params, draw(*IMAGE))
-    assert graph.removable() == {"stem": 4, "dense": 5, "q": 3, "v": 2}
-    scores = pruning.magnitude_importance(params, penalty)
-    found = pruning.channel_importance(scores, graph, penalty)
-    p = jax.tree.map(np.asarray, params)
-    expected = {
-        "stem": [
-            np.linalg.norm(p["stem"][..., c]) + np.linalg.norm(p["skip"][..., c])
-            for c in range(4)
-        ],
-        "dense": np.abs(p["dense"]).sum(0),
-        "v": [
-            sum(np.linalg.norm(p["v"][row, :, d]) for row in range(5)) for d in range(2)
-        ],
-    }
-    chex.assert_trees_all_close(
-        {name: np.asarray(v) for name, v in expected.items()}, found, rtol=1e-6
-    )
-    check(graph, pruning.keep_masks(found, 0.5), params, draw(*IMAGE), network)
-    # What has no importance is left out, as the heads are; what stays is infinite.
-    del scores["stem"], scores["skip"]
-    assert list(pruning.channel_importance(scores, graph, penalty)) == ["dense", "v"]
-    graph.fixed["dense"][3] = "a test"
-    found = pruning.channel_importance({"dense": scores["dense"]}, graph, penalty)
-    assert found["dense"][3] == np.inf and np.isfinite(found["dense"]).sum() == 4
-    for wrong, message in [
-        ({"dense": np.ones(5)}, r"dense: the importance \(5,\) .* groups, \(4, 5\)"),
-        ({"out": np.ones(2)}, "out: the importance .* of which the penalty has none"),
-        ({"other": np.ones(2)}, "unknown layer other; the layers are"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            pruning.channel_importance(wrong, graph, penalty)
-
-
-def test_two_masks_of_one_layer_are_refused():
-    params = {"net": {"a": draw(3, 4), "b": draw(4, 2)}}
-    graph = channels.trace(
-        lambda p, x: jax.nn.relu(x @ p["net"]["a"]) @ p["net"]["b"], params, draw(5, 3)
-    )
-    keep = {"a": np.arange(4) != 2, "net/a": np.arange(4) != 1}
-    with pytest.raises(ValueError, match="several masks of one layer: a, net/a"):
-        pruning.thin(params, keep, graph)
-
-
 def test_keys_and_python_numbers_among_the_variables():
     class Network(nnx.Module):
         def __init__(self, rngs):
@@ -979,19 +849,3 @@ def test_masks_of_tied_entries_must_agree():
     )
     with pytest.raises(ValueError, match="in: entries 8 and 3 can only be removed"):
         pruning.thin(GLU, {"in": np.arange(10) != 3}, graph)
-
-
-def test_importance_of_a_layer_selects_channels_by_path():
-    params = {"a": {"kernel": draw(3, 3, 2, 4)}, "b": {"kernel": draw(4, 2)}}
-
-    def network(p, x):
-        return conv(x, p["a"]["kernel"]).mean((1, 2)) @ p["b"]["kernel"]
-
-    layers = lbi.groups(network, params, draw(*IMAGE))
-    graph = channels.trace(network, params, draw(*IMAGE))
-    importance = pruning.magnitude_importance(params, {"a": layers})
-    keep = pruning.keep_masks(importance, 0.5)
-    thinned = check(graph, keep, params, draw(*IMAGE), network)
-    norms = np.linalg.norm(np.asarray(params["a"]["kernel"]).reshape(-1, 4), axis=0)
-    kept = np.sort(np.argsort(-norms)[:2])
-    chex.assert_trees_all_equal(thinned["b"]["kernel"], params["b"]["kernel"][kept, :])

@@ -27,7 +27,7 @@ from experiments.common import devices, files, partners
 from experiments.common.image_folder import some
 from experiments.common.launch import one_line
 from experiments.common.settings import flatten
-from experiments.common.upgrade import upgrade
+from experiments.common.upgrade import read_config, upgrade
 
 _PACKAGES = (
     "jax",
@@ -218,7 +218,7 @@ class Run:
             (self.workdir / "inputs.json").unlink(missing_ok=True)
             files.write_json(path, ours)
         elif path.exists():
-            _check_same_config(_upgraded(path), upgrade(ours), self.workdir)
+            _check_same_config(read_config(path), upgrade(ours), self.workdir)
             ours = _read_dict(path)
         elif summary.get(_CONFIG_HASH) == _hash(ours) or not _is_run(self.workdir):
             files.write_json(path, ours)
@@ -349,7 +349,7 @@ def load_config(workdir: Path) -> ConfigDict:
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run (there is no config.json).")
-    return ConfigDict(_upgraded(path))
+    return ConfigDict(read_config(path))
 
 
 def load_summary(workdir: Path) -> dict[str, Any]:
@@ -455,16 +455,6 @@ def _read_if_there(path):
     return _read_dict(path) if path.exists() else {}
 
 
-def _upgraded(path):
-    """The configuration in a config.json, with the fields of today."""
-    try:
-        return upgrade(_read_dict(path))
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a configuration of this version: {error!r}."
-        ) from None
-
-
 def _hash(config):
     """SHA-256 of a configuration as it is stored in config.json."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
@@ -539,7 +529,7 @@ def differences(workdir: Path, config: ConfigDict) -> dict[str, tuple[Any, Any]]
       ValueError: if the config.json of `workdir` is damaged.
     """
     ours = upgrade(json.loads(config.to_json_best_effort()))
-    return _differences(_upgraded(Path(workdir) / "config.json"), ours)
+    return _differences(read_config(Path(workdir) / "config.json"), ours)
 
 
 def _differences(stored, ours):

@@ -9,7 +9,10 @@ are dotted. A field that is already there keeps its value.
 import copy
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+from experiments.common import files
 
 
 def _one_seed(seed):
@@ -148,6 +151,23 @@ def upgrade(stored: Mapping[str, Any]) -> dict[str, Any]:
         if _has(config, name) and (found := _pop(config, name)) != value:
             _set(config, name, found)
     return config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration in a config.json, with the fields of today.
+
+    Raises:
+      ValueError: naming the file, if it holds no configuration.
+    """
+    stored = files.read_json(path)
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {stored!r:.80}.")
+    try:
+        return upgrade(stored)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a configuration of this version: {error!r}."
+        ) from None
 
 
 def upgrade_override(command: str, name: str, value: Any) -> tuple[str, Any]:

@@ -58,8 +58,7 @@ def draw(workdir: Path, summary: Mapping[str, Any] | None = None) -> None:
     run = read_run(Path(workdir))
     if summary is not None:
         run = run._replace(summary=files.plain(summary))
-    is_config = isinstance(run.config, dict)
-    experiment = run.config.get("experiment") if is_config else None
+    experiment = run.config.get("experiment")
     if experiment not in _FIGURES:
         raise ValueError(f"{workdir} is a run of {experiment}, which has no figures.")
     figures = _FIGURES[experiment]
@@ -118,9 +117,7 @@ def compare(workdir: Path, other: Path) -> None:
 
 def _has_enlarged(run):
     """Whether a run has the images (B, H, W, C) of `compare` and their originals."""
-    is_model = isinstance(run.config, dict) and isinstance(
-        run.config.get("model"), dict
-    )
+    is_model = isinstance(run.config.get("model"), dict)
     empty = np.empty(0)
     steps, enlarged = (
         run.arrays.get(name, empty) for name in ("over_steps", "super_resolved")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.common import files
-from experiments.common.upgrade import upgrade
+from experiments.common.upgrade import read_config
 
 
 class Run(NamedTuple):
@@ -45,12 +45,10 @@ def read_run(workdir: Path) -> Run:
     """Reads the files of the folder; only `config.json` is required."""
     if not (workdir / "config.json").exists():
         raise FileNotFoundError(f"{workdir} has no config.json: it holds no run.")
-    jsons = {}
-    for name in ("config", "environment", "summary"):
+    jsons = {"config": read_config(workdir / "config.json")}
+    for name in ("environment", "summary"):
         path = workdir / f"{name}.json"
         jsons[name] = files.read_json(path) if path.exists() else {}
-    if isinstance(jsons["config"], dict):
-        jsons["config"] = upgrade(jsons["config"])
     metrics = files.read_metrics(workdir / "metrics.jsonl")
     path = workdir / "arrays.npz"
     arrays = files.read_npz(path) if path.exists() else {}

@@ -137,8 +137,9 @@ def _accuracy_and_cost(rows, y_label):
     for ax in axes.flat[len(drawn) :]:
         ax.axis("off")
     for ax, curves in zip(axes.flat, drawn.values(), strict=False):
-        styles = {label: number for number, label in enumerate(curves)} | _WHOLE
-        plots.accuracy_against_cost(curves, y_label=y_label, styles=styles, ax=ax)
+        plots.accuracy_against_cost(
+            curves, y_label=y_label, styles=_STYLES | _WHOLE, ax=ax
+        )
     return figure
 
 
